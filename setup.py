@@ -52,6 +52,7 @@ setup(
         "numpy>=1.26",
         "peft>=0.21",
         "pillow>=10.1",
+        "psutil>=5.9",
         "pydantic>=2.7",
         "pyyaml>=6",
         "safetensors>=0.8",

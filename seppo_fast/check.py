@@ -7,10 +7,12 @@ from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.scan import scan
+from seppo_fast.dial import turn_dial
 from seppo_fast.diffusion import NoiseSchedule
 from seppo_fast.errors import DataError
+from seppo_fast.memory import sampling_footprint, training_footprint
 from seppo_fast.objectives import OBJECTIVES
-from seppo_fast.policy import make_trainable, trainable
+from seppo_fast.policy import DTYPES, make_trainable, trainable
 from seppo_fast.preflight import preflight
 from seppo_fast.trainer import load_family
 
@@ -26,23 +28,29 @@ def check(config: Config) -> int:
     Raises:
         ConfigError, DataError: as training would.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = turn_dial(config, device)
     print(to_yaml(config))
     objective = OBJECTIVES[config.objective]
     print(f"objective: {objective.source}")
-    source = preflight(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"), processes=1)
+    source = preflight(config, device, processes=1)
     family = load_family(config, torch.device("cpu"))
     NoiseSchedule(family.scheduler_config)
     shape = family.latent_shape(config.data.resolution)
     problems = scan(source, losers=objective.needs_pairs)
     for problem in problems:
         print(f"bad: {problem}")
+    prompts = {example.prompt for example in source}
+    long = family.too_long(sorted(prompts))
+    if long:
+        print(f"warning: {len(long)} of {len(prompts)} prompts are truncated by the text encoder, such as {long[0]!r}")
     ties = f", {source.ties} ties dropped" if source.ties else ""
     print(f"data: {len(source)} examples, {len(problems)} bad{ties}")
     make_trainable(family.unet, config.model, config.seed)
-    prompts = len({example.prompt for example in source})
-    text = prompts * family.pipe.tokenizer.model_max_length * family.unet.config.cross_attention_dim
+    text = len(prompts) * family.pipe.tokenizer.model_max_length * family.unet.config.cross_attention_dim
     latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
-    for line in _memory(config, family.unet):
+    prompt_shape = (family.pipe.tokenizer.model_max_length, family.unet.config.cross_attention_dim)
+    for line in _memory(config, family.unet, shape, prompt_shape, device):
         print(line)
     print(
         f"disk: {(latents + text) * 4 / _GIB:.2f} GiB for the cache, half of it where a GPU fills it in half precision"
@@ -50,8 +58,14 @@ def check(config: Config) -> int:
     return DataError.exit_code if problems else 0
 
 
-def _memory(config: Config, unet: UNet2DConditionModel) -> list[str]:
-    """What can be counted before a run: weights, gradients, Adam, references. Activations cannot."""
+def _memory(
+    config: Config,
+    unet: UNet2DConditionModel,
+    latent_shape: tuple[int, ...],
+    prompt_shape: tuple[int, int],
+    device: torch.device,
+) -> list[str]:
+    """What can be counted before a run: weights, gradients, Adam, references, and what batches add."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
     trained = sum(parameter.numel() for parameter in trainable(unet).values())
     states = 2 * trained * (1 if config.train.optimizer == "adamw8bit" else 4)
@@ -59,10 +73,15 @@ def _memory(config: Config, unet: UNet2DConditionModel) -> list[str]:
     draw = OBJECTIVES[config.objective].draw
     iterations = -(-config.train.updates // config.train.updates_per_iteration)
     checkpoints = {None: 0, "initial": 1}.get(draw, iterations)
-    device = weights + trained * 4 + states + copies
+    shapes = (latent_shape, prompt_shape, DTYPES[config.model.precision], device)
+    pair = training_footprint(unet, *shapes)
+    sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1)
     return [
         f"trained: {trained:,} of {sum(parameter.numel() for parameter in unet.parameters()):,} weights",
-        f"device memory: {device / _GIB:.2f} GiB for weights, gradients, optimizer and one swapped copy, "
-        "plus activations (they grow with train.micro_batch and sampler.batch)",
+        f"device memory: {(weights + states + copies) / _GIB:.2f} GiB for weights, optimizer and one swapped copy",
+        f"  and while learning {pair.fixed / _GIB:.2f} GiB and {pair.per_row / _GIB:.3f} GiB a pair "
+        f"(train.micro_batch = {config.train.micro_batch or 'what fits'})",
+        f"  or while sampling {sample.fixed / _GIB:.2f} GiB and {sample.per_row / _GIB:.3f} GiB a sample "
+        f"(sampler.batch = {config.sampler.batch or 'what fits'})",
         f"host memory: {checkpoints * trained * 4 / _GIB:.2f} GiB a process for {checkpoints} references",
     ]

@@ -73,8 +73,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if not known:
             raise
         raise OutOfMemoryError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}; a smaller "
-            "train.micro_batch or sampler.batch, model.gradient_checkpointing true, or model.train lora take less"
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}; "
+            "--memory low, a smaller train.micro_batch or sampler.batch, or model.train lora take less"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -54,7 +54,15 @@ class ModelConfig(_Section):
     precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_float32_by_its_other_name)] = Field(
         "bf16", description="compute dtype (autocast); errors are reduced in float32 always"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    gradient_checkpointing: bool | None = Field(
+        None, description="recompute activations: less memory, a third more time; null: with memory = low"
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        "auto", description="of policy and reference alike; auto: the faster on a GPU, by measurement; sdpa on a CPU"
+    )
+    compile: bool | None = Field(
+        None, description="torch.compile of the repeated blocks; null: with memory = fast, on a GPU"
+    )
 
 
 class DataConfig(_Section):
@@ -73,7 +81,9 @@ class TrainConfig(_Section):
     updates: int = Field(210, ge=1, description="optimizer updates in all")
     updates_per_iteration: int = Field(30, ge=1, description="updates between two checkpoints added as references")
     pairs_per_update: int = Field(2048, ge=1, description="pairs in one optimizer update, over all devices")
-    micro_batch: int = Field(1, ge=1, description="pairs in one forward on one device; the rest is accumulated")
+    micro_batch: int | None = Field(
+        None, ge=1, description="pairs in one forward on one device, the rest is accumulated; null: what fits in memory"
+    )
     learning_rate: float | None = Field(None, gt=0, description="AdamW; null: 5e-6 for full weights, 1e-4 for LoRA")
     warmup_updates: int = Field(0, ge=0, description="linear warm-up of the learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW")
@@ -90,6 +100,20 @@ class ReferenceConfig(_Section):
     """Past policies; which of them is drawn belongs to the objective."""
 
     redraw: Literal["iteration", "update"] = Field("iteration", description="how often a reference is drawn")
+    errors: Literal["ahead", "together", "apart"] = Field(
+        "ahead", description="the reference's errors: made ahead, in one forward with the policy (LoRA), or in two"
+    )
+    uses: int = Field(
+        1, ge=1, description="draws of (timestep, noise) that a sample serves; above 1 changes the distribution"
+    )
+    ahead: int | None = Field(
+        None,
+        ge=1,
+        description="updates rolled out at once; null: enough to fill sampling batches, up to the next draw",
+    )
+    pairs_gib: float | None = Field(
+        None, ge=0, description="host memory for samples that wait, the rest on disk; null: a quarter of what is free"
+    )
 
 
 class SamplerConfig(_Section):
@@ -98,7 +122,7 @@ class SamplerConfig(_Section):
     name: Literal["ddim", "dpmsolver++"] = Field("ddim", description="dpmsolver++ changes the distribution")
     steps: int = Field(50, ge=1, description="solver steps; spacing and offset are the pipeline's own")
     guidance: float = Field(7.5, ge=1, description="classifier-free guidance; 1: none, half the work")
-    batch: int = Field(16, ge=1, description="samples generated at once")
+    batch: int | None = Field(None, ge=1, description="samples generated at once; null: what fits in memory")
 
 
 class LogConfig(_Section):
@@ -116,6 +140,9 @@ class Config(_Section):
     objective: str = Field("seppo", description="a row of the table of objectives: " + ", ".join(OBJECTIVES))
     seed: int = Field(0, ge=0, description="of order, timesteps, noise, prompt dropout, references and LoRA init")
     output: str = Field("runs/seppo", description="folder of the run; must not hold another run")
+    memory: Literal["low", "balanced", "fast"] = Field(
+        "balanced", description="one dial for batches, checkpointing and compilation; each can still be set by itself"
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -127,6 +154,22 @@ class Config(_Section):
     def _known_objective(self) -> Config:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown{_did_you_mean(self.objective, OBJECTIVES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_that_agree(self) -> Config:
+        if self.train.pairs_per_update % self.reference.uses:
+            raise ValueError(
+                f"reference.uses = {self.reference.uses} must divide train.pairs_per_update = "
+                f"{self.train.pairs_per_update}: the pairs of a sample stay in one update"
+            )
+        if self.reference.errors == "together" and self.model.train == "full":
+            raise ValueError(
+                "reference.errors = together needs model.train = lora: policy and reference share one forward only "
+                "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
+            )
+        if self.reference.errors != "ahead" and self.model.compile:
+            raise ValueError(f"model.compile goes with reference.errors = ahead, not with {self.reference.errors!r}")
         return self
 
     @property

@@ -31,12 +31,9 @@ def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def keyed_noise(seed: int, purpose: str, update: int, sample_ids: Sequence[int], latent_shape: Sequence[int]) -> Tensor:
-    """Standard normal noise `(B, *latent)`, float32 on the CPU, one independent stream per sample id."""
-    draws = [
-        keyed_rng(seed, purpose, update, sample).standard_normal(latent_shape, dtype=np.float32)
-        for sample in sample_ids
-    ]
+def keyed_noise(seed: int, purpose: str, keys: Sequence[Sequence[int]], latent_shape: Sequence[int]) -> Tensor:
+    """Standard normal noise `(B, *latent)`, float32 on the CPU, one independent stream per key."""
+    draws = [keyed_rng(seed, purpose, *key).standard_normal(latent_shape, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -99,14 +96,17 @@ class Sampler:
             Scaled latents `(B, *latent)` float32.
         """
         solver = self._solver()
-        solver.set_timesteps(self.config.steps, device=noise.device)
+        # Its timesteps stay on the CPU: there they index the schedule without a wait for the device, and the
+        # coefficients go into the kernels as numbers. The UNet reads a copy that is sent once.
+        solver.set_timesteps(self.config.steps)
+        on_device = solver.timesteps.to(noise.device)
         guided = self.config.guidance > 1
         embeds = torch.cat([uncond_embeds.expand_as(prompt_embeds), prompt_embeds]) if guided else prompt_embeds
         latents = noise * solver.init_noise_sigma
-        for timestep in solver.timesteps:
+        for step, timestep in enumerate(solver.timesteps):
             rows = torch.cat([latents, latents]) if guided else latents
             rows = solver.scale_model_input(rows, timestep)
-            prediction = denoise(rows, timestep.expand(len(rows)), embeds).float()
+            prediction = denoise(rows, on_device[step].expand(len(rows)), embeds).float()
             if guided:
                 uncond, cond = prediction.chunk(2)
                 prediction = uncond + self.config.guidance * (cond - uncond)

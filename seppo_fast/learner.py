@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -11,26 +13,31 @@ from diffusers import UNet2DConditionModel
 from seppo_fast.config import Config
 from seppo_fast.errors import NonFiniteError
 from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
+from seppo_fast.pairs import Pairs
 from seppo_fast.policy import make_ema, make_optimizer, trainable
-from seppo_fast.rollout import Forward, Pairs
+from seppo_fast.reference_errors import ReferenceErrors
 
 _MAX_SKIPPED = 3  # updates in a row with a non-finite gradient before the run stops
 
 
 class Learner:
-    """Trains the policy on pairs whose reference errors are already known; it holds no reference.
+    """Trains the policy on pairs; it holds no reference unless `errors` does.
 
     Args:
         unet: the policy, its trained weights marked.
-        forward: the forward that also made the reference errors.
-        config: of the run.
+        errors: the way to the reference's errors; it makes the policy's forward.
+        config: of the run, its micro-batch chosen.
         accelerator: devices and processes.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, forward: Forward, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, errors: ReferenceErrors, config: Config, accelerator: Accelerator
+    ) -> None:
+        assert config.train.micro_batch is not None, "the micro-batch is chosen before"
         self.unet = unet
         self.ema = make_ema(unet, config.train.ema_decay)
-        self._forward = forward
+        self._errors = errors
+        self._micro_batch = config.train.micro_batch
         self._config = config
         self._objective = OBJECTIVES[config.objective]
         self._accelerator = accelerator
@@ -75,13 +82,12 @@ class Learner:
     def _accumulate(self, pairs: Pairs) -> dict[str, float]:
         """Gradients of the mean loss over the pairs of all ranks; sums of what is logged, in one host sync."""
         train = self._config.train
-        batches = list(pairs.micro_batches(train.micro_batch))
+        batches = list(pairs.micro_batches(self._micro_batch))
         steps = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with torch.enable_grad() if last else self._accelerator.no_sync(self._model):
-                prediction, target = self._forward(self._model, batch)
-                ref_error = None if batch.ref_error is None else batch.ref_error.to(prediction.device)
+                prediction, target, ref_error = self._errors(self._model, batch)
                 step = step_loss(
                     self._objective,
                     prediction,
@@ -98,6 +104,20 @@ class Learner:
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Inside the block the optimizer's state waits in host memory: room for a rollout, for two copies."""
+        device = self._accelerator.device
+        self._move_state(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            self._move_state(device)
+
+    def _move_state(self, device: torch.device) -> None:
+        for state in self._optimizer.state.values():
+            state.update({name: value.to(device) for name, value in state.items() if isinstance(value, torch.Tensor)})
 
     def _set_learning_rate(self, update: int) -> None:
         warmup = self._config.train.warmup_updates

@@ -46,6 +46,17 @@ def make_trainable(unet: UNet2DConditionModel, config: ModelConfig, seed: int) -
     unet.eval()  # no dropout: the policy and its past selves must predict alike
 
 
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """torch.compile of the repeated blocks, in place, where they are called next.
+
+    Every shape is compiled for itself: code for any shape rounds otherwise, and which of two codes takes a shape that
+    fits both depends on which came last, so that equal weights would not give equal errors.
+    """
+    torch._dynamo.config.recompile_limit = 256  # shapes and grad modes of all blocks count together; the default is 8
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by name, live."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

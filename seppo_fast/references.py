@@ -58,16 +58,23 @@ class ReferencePool:
                 weight.copy_(checkpoint[name])
 
     @contextmanager
-    def resident(self, module: nn.Module, index: int) -> Iterator[None]:
+    def resident(self, module: nn.Module, index: int, aside: torch.device | None = None) -> Iterator[nn.Module]:
         """`module` is checkpoint `index` inside the block and the policy again after it, also on an error.
 
         One set of weights is enough because a drawn reference is frozen: all that depends on it is made ahead of
-        the updates that use it.
+        the updates that use it. The storage of the weights stays where it is.
+
+        Args:
+            module: the policy.
+            index: of the checkpoint.
+            aside: where the policy's weights wait; None: where they are.
         """
-        policy = {name: weight.detach().clone() for name, weight in trainable(module).items()}
+        policy = {
+            name: weight.detach().to(aside or weight.device, copy=True) for name, weight in trainable(module).items()
+        }
         self.load_into(module, index)
         try:
-            yield
+            yield module
         finally:
             with torch.no_grad():
                 for name, weight in trainable(module).items():

@@ -1,185 +1,181 @@
-"""Pairs for one update: what the learner sees, and the reference's samples and errors, made ahead.
+"""Rolling out ahead: the drawn reference's samples, and its errors on them, for several coming updates at once.
 
-A drawn reference is frozen, so its samples, and its errors at a (timestep, noise) fixed in advance, do not depend on
-the training that follows. Samples are made in batches of their own size; errors in the learner's own micro-batches
-through the learner's own forward, so that equal weights give equal errors bit for bit (a UNet at batch 8 and at
-batch 32 does not).
+A drawn reference is frozen, so what depends on it alone can be made before the policy trains, with its weights
+resident: samples in batches as large as the device likes, whatever the training batch; errors in the learner's own
+micro-batches (see `reference_errors`). What is left per pair for the learner is one latent and two numbers; all
+else is a function of (seed, update, sample id) and is made again when it is needed.
 
-Shape legend: B pairs, b pairs of a micro-batch, L tokens, D embedding width.
+Shape legend: B rows, L tokens, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from seppo_fast.config import Config
-from seppo_fast.data.cache import LatentCache
-from seppo_fast.diffusion import NoiseSchedule, Sampler, keyed_noise, keyed_rng
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.loss import Backend, denoising_errors
+from seppo_fast.diffusion import Sampler
+from seppo_fast.errors import CheckpointError
+from seppo_fast.files import disk_message
+from seppo_fast.forward import Forward
+from seppo_fast.memory import free_bytes
 from seppo_fast.objectives import OBJECTIVES
+from seppo_fast.pairs import PairMaker, Pairs
+from seppo_fast.reference_errors import ReferenceErrors
+from seppo_fast.references import ReferencePool
+
+_FULL_BATCHES = 8  # rolled out at once: the last, unfilled one then wastes an eighth at most
+_REPORT_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """B pairs of one update, on the CPU.
+class Rollout:
+    """Makes the pairs of each update, as many updates ahead as fill the sampling batches.
 
     Attributes:
-        sample_ids: B numbers, unique in the run: visit * len(data) + index of the example.
-        winners: `(B, *latent)` float32.
-        losers: `(B, *latent)` float32; None where the objective has none.
-        timesteps: `(B,)` int64, shared by both halves.
-        noise: `(B, *latent)`, shared by both halves, or `(2B, *latent)` winner half first.
-        prompt_embeds: `(B, L, D)`, of the pair's prompt or, where it was dropped, of the empty one.
-        ref_error: `(2B,)` float32 errors of the reference, winner half first; None without a reference.
-    """
-
-    sample_ids: tuple[int, ...]
-    winners: Tensor
-    losers: Tensor | None
-    timesteps: Tensor
-    noise: Tensor
-    prompt_embeds: Tensor
-    ref_error: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def micro_batches(self, size: int) -> Iterator[Pairs]:
-        """Consecutive runs of at most `size` pairs."""
-        for start in range(0, len(self), size):
-            chosen = slice(start, start + size)
-            yield Pairs(
-                sample_ids=self.sample_ids[chosen],
-                winners=self.winners[chosen],
-                losers=None if self.losers is None else self.losers[chosen],
-                timesteps=self.timesteps[chosen],
-                noise=self._both_halves(self.noise, chosen),
-                prompt_embeds=self.prompt_embeds[chosen],
-                ref_error=None if self.ref_error is None else self._both_halves(self.ref_error, chosen),
-            )
-
-    def _both_halves(self, rows: Tensor, chosen: slice) -> Tensor:
-        if len(rows) == len(self):
-            return rows[chosen]
-        winner, loser = rows.chunk(2)
-        return torch.cat([winner[chosen], loser[chosen]])
-
-
-class PairMaker:
-    """Makes the pairs of an update, up to the reference's share.
+        seconds: that the last update's pairs took, an equal share of its window's.
 
     Args:
-        config: of the run.
-        cache: latents and prompt embeddings.
-        num_timesteps: of the schedule.
+        config: of the run, its batches chosen.
+        maker: of the pairs up to the reference's share.
+        uncond_embeds: `(1, L, D)`, of the empty prompt.
+        forward: of policy and reference.
+        sampler: how references generate.
+        references: the past policies; None where the objective has no reference.
+        errors: the way to the reference's errors.
+        world: number of processes.
+        making_room: entered while a reference is resident, to free device memory that only the learner needs.
+        report: takes a line for the user now and then.
     """
 
-    def __init__(self, config: Config, cache: LatentCache, num_timesteps: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        maker: PairMaker,
+        uncond_embeds: Tensor,
+        forward: Forward,
+        sampler: Sampler,
+        references: ReferencePool | None,
+        errors: ReferenceErrors,
+        *,
+        world: int = 1,
+        making_room: Callable[[], AbstractContextManager[None]] = nullcontext,
+        report: Callable[[str], object] = print,
+    ) -> None:
+        assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
-        self._objective = OBJECTIVES[config.objective]
-        self._cache = cache
-        self._num_timesteps = num_timesteps
-        self._order: tuple[int, Tensor] | None = None
+        self._generates = OBJECTIVES[config.objective].negatives == "generated"
+        self._maker = maker
+        self._uncond_embeds = uncond_embeds
+        self._forward = forward
+        self._sampler = sampler
+        self._references = references
+        self._errors = errors
+        self._world = world
+        self._making_room = making_room
+        self._report = report
+        self._batch = config.sampler.batch
+        self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self._window_share = 0.0
+        self.seconds = 0.0
 
-    def sample_ids(self, update: int) -> list[int]:
-        """The sample ids of a whole update, over all ranks: each example once before any twice."""
-        first = update * self._config.train.pairs_per_update
-        positions = range(first, first + self._config.train.pairs_per_update)
-        return [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
+    def pairs(self, update: int) -> Pairs:
+        """This rank's pairs of an update; the first of a window rolls out all of it."""
+        if self._references is not None and update not in self._waiting:
+            window, started = self.window(update), time.perf_counter()
+            self._waiting = self._roll_out(window)
+            self._window_share = (time.perf_counter() - started) / len(window)
+        started = time.perf_counter()
+        samples, errors = self._waiting.pop(update, (None, None))
+        pairs = replace(self._maker.pairs(update, self._maker.sample_ids(update), samples), ref_error=errors)
+        self.seconds = self._window_share + time.perf_counter() - started
+        return pairs
 
-    def _sample_id(self, visit: int, position: int) -> int:
-        if self._order is None or self._order[0] != visit:
-            permutation = keyed_rng(self._config.seed, "order", visit).permutation(len(self._cache))
-            self._order = (visit, torch.from_numpy(permutation))
-        return visit * len(self._cache) + int(self._order[1][position])
+    def window(self, update: int) -> range:
+        """`update` and those after it that are rolled out with it: never beyond the next draw of a reference."""
+        config = self._config
+        if config.reference.redraw == "update":
+            return range(update, update + 1)
+        ahead = config.reference.ahead
+        if ahead is None:
+            mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
+            ahead = math.ceil(_FULL_BATCHES * self._batch / mine) if self._generates else 1
+        length = config.train.updates_per_iteration
+        first = update - update % length
+        # Windows lie on a grid that starts at the draw, so that they are the same wherever a run starts.
+        end = first + ((update - first) // ahead + 1) * ahead
+        return range(update, min(end, first + length, config.train.updates))
 
-    def examples(self, sample_ids: Sequence[int]) -> list[int]:
-        """The rows of the cache that the sample ids name."""
-        return [sample % len(self._cache) for sample in sample_ids]
+    def _roll_out(self, window: range) -> dict[int, tuple[Tensor | None, Tensor | None]]:
+        assert self._references is not None
+        by_iteration = self._config.reference.redraw == "iteration"
+        number = window[0] // self._config.train.updates_per_iteration if by_iteration else window[0]
+        ids = {update: self._maker.sample_ids(update) for update in window}
+        keys = [(update, sample) for update in window for sample in ids[update]]
+        with self._making_room(), self._errors.drawn(self._references, self._references.draw(number)) as reference:
+            samples = self._generate(reference, keys) if self._generates else None
+            made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+            for update in window:
+                start = (update - window[0]) * len(ids[update])
+                own = None if samples is None else samples[start : start + len(ids[update])]
+                pairs = partial(self._maker.pairs, update, ids[update], own)
+                made[update] = own, self._errors.ahead(reference, pairs)
+        return made
 
-    def pairs(self, update: int, sample_ids: Sequence[int]) -> Pairs:
-        """Winners (and labelled losers) with their timesteps, noises and prompts; no reference yet."""
-        config, seed = self._config, self._config.seed
-        examples = self.examples(sample_ids)
-        winners = self._cache.winners(examples).float()
-        losers = self._cache.losers(examples).float() if self._objective.needs_pairs else None
-        embeds = self._cache.prompt_embeds(examples).clone()
-        timesteps = torch.empty(len(sample_ids), dtype=torch.int64)
-        for row, sample in enumerate(sample_ids):
-            rng = keyed_rng(seed, "pair", update, sample)
-            timesteps[row] = int(rng.integers(self._num_timesteps))
-            if rng.random() < config.data.prompt_dropout:
-                embeds[row] = self._cache.uncond_embeds[0]
-            if losers is not None and self._objective.winners == "random" and rng.random() < 0.5:
-                winners[row] = losers[row]
-        noise = keyed_noise(seed, "noise", update, sample_ids, winners.shape[1:])
-        if not config.train.share_noise and self._objective.negatives is not None:
-            noise = torch.cat([noise, keyed_noise(seed, "loser noise", update, sample_ids, winners.shape[1:])])
-        labelled = losers if self._objective.negatives == "labelled" else None
-        return Pairs(tuple(sample_ids), winners, labelled, timesteps, noise, embeds)
+    def _generate(self, model: nn.Module, keys: list[tuple[int, int]]) -> Tensor:
+        """Samples `(len(keys), *latent)` for (update, sample id), in batches that halve where memory is short."""
+        samples: Tensor | None = None
+        start, began = 0, time.monotonic()
+        told = began
+        while start < len(keys):
+            noise, embeds = self._maker.generation(keys[start : start + self._batch])
+            try:
+                made = sample_latents(self._forward, model, self._sampler, noise, embeds, self._uncond_embeds)
+            except (torch.OutOfMemoryError, MemoryError):
+                if len(noise) == 1:
+                    raise
+                self._batch = len(noise) // 2
+                self._report(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self._batch}")
+                continue
+            if samples is None:
+                samples = self._waiting_room((len(keys), *made.shape[1:]))
+            samples[start : start + len(made)] = made
+            start += len(made)
+            if time.monotonic() - told > _REPORT_SECONDS:
+                told = time.monotonic()
+                self._report(f"rolled out {start}/{len(keys)} samples  {start / (told - began):.3g} samples/s")
+        assert samples is not None
+        return samples
 
-
-class Forward:
-    """The one forward of policy and reference: noise the pairs, predict, and say what should have been predicted.
-
-    Args:
-        family: how the model is called.
-        schedule: noising and target.
-        dtype: of the computation; float32 runs without autocast.
-    """
-
-    def __init__(self, family: StableDiffusion, schedule: NoiseSchedule, dtype: torch.dtype) -> None:
-        self.device = family.device
-        self._family = family
-        self._schedule = schedule
-        self._dtype = dtype
-
-    def autocast(self) -> torch.autocast:
-        """The compute dtype of every forward, sampling included."""
-        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
-
-    def denoise(self, model: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """The model's prediction under autocast; its dtype is the compute dtype."""
-        with self.autocast():
-            return self._family.denoise(model, latents, timesteps, prompt_embeds)
-
-    def __call__(self, model: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Prediction and target on the noised pairs, winner half first.
-
-        Returns:
-            Prediction `(2b, *latent)` (`(b, *latent)` without losers), and its target, which is `(b, *latent)` where
-            both halves share it: with epsilon-prediction and shared noise it is that noise.
-        """
-        device = self.device
-        halves = 1 if pairs.losers is None else 2
-        latents = pairs.winners if pairs.losers is None else torch.cat([pairs.winners, pairs.losers])
-        latents, noise = latents.to(device), pairs.noise.to(device)
-        timesteps = pairs.timesteps.to(device).repeat(halves)
-        noise_rows = noise.repeat(len(latents) // len(noise), *[1] * (noise.dim() - 1))
-        noised = self._schedule.add_noise(latents, noise_rows, timesteps)
-        embeds = pairs.prompt_embeds.to(device).repeat(halves, 1, 1)
-        prediction = self.denoise(model, noised, timesteps, embeds)
-        shared = self._schedule.prediction_type == "epsilon"
-        return prediction, noise if shared else self._schedule.target(latents, noise_rows, timesteps)
-
-
-@torch.no_grad()
-def reference_errors(forward: Forward, model: nn.Module, pairs: Pairs, micro_batch: int, backend: Backend) -> Tensor:
-    """The reference's errors `(2B,)` float32 on winners and losers, in the learner's own micro-batches."""
-    batches = pairs.micro_batches(micro_batch)
-    halves = [denoising_errors(*forward(model, batch), backend=backend).chunk(2) for batch in batches]
-    return torch.cat([winner for winner, _ in halves] + [loser for _, loser in halves]).cpu()
+    def _waiting_room(self, shape: tuple[int, ...]) -> Tensor:
+        """Host memory for samples, pinned beside a GPU; a nameless file where the budget does not hold them."""
+        count = math.prod(shape)
+        budget = self._config.reference.pairs_gib
+        allowed = free_bytes(torch.device("cpu")) // 4 if budget is None else budget * 2**30
+        if 4 * count <= allowed:
+            return torch.empty(shape, pin_memory=self._forward.device.type == "cuda")
+        folder = Path(tempfile.gettempdir())
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:
+                os.posix_fallocate(file.fileno(), 0, 4 * count)  # a mapped file that finds no space later would kill us
+                return torch.from_file(file.name, shared=True, size=count).view(shape)  # lives on without its name
+        except OSError as problem:
+            raise CheckpointError(disk_message(folder, problem)) from problem
 
 
 def sample_latents(
     forward: Forward, model: nn.Module, sampler: Sampler, noise: Tensor, prompt_embeds: Tensor, uncond_embeds: Tensor
 ) -> Tensor:
-    """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` at a time.
+    """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` (all where it is None) at a time.
 
     Args:
         forward: how the model is called.
@@ -189,10 +185,13 @@ def sample_latents(
         prompt_embeds: `(B, L, D)` of the pairs' own prompts, never the dropped one.
         uncond_embeds: `(1, L, D)`.
     """
-    size, device = sampler.config.batch, forward.device
+    size, device = sampler.config.batch or len(noise), forward.device
 
     def denoise(latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         return forward.denoise(model, latents, timesteps, embeds)
 
     batches = zip(noise.split(size), prompt_embeds.split(size), strict=True)
-    return torch.cat([sampler(denoise, x.to(device), e.to(device), uncond_embeds.to(device)).cpu() for x, e in batches])
+    with forward.autocast():  # around all steps: weights are cast to the compute dtype once, not once a step
+        return torch.cat(
+            [sampler(denoise, x.to(device), e.to(device), uncond_embeds.to(device)).cpu() for x, e in batches]
+        )

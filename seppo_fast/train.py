@@ -33,11 +33,10 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
     for update in range(config.train.updates):
         if update % config.train.updates_per_iteration == 0:
             trainer.add_checkpoint()  # the first is checkpoint 0, the initial policy
+        pairs = trainer.rollout.pairs(update)
         started = time.perf_counter()
-        pairs = trainer.roll_out(update)
-        rolled_out = time.perf_counter()
         stats = trainer.learner.step(pairs, update)
-        stats["rollout_seconds"], stats["learn_seconds"] = rolled_out - started, time.perf_counter() - rolled_out
+        stats["rollout_seconds"], stats["learn_seconds"] = trainer.rollout.seconds, time.perf_counter() - started
         trainer.report(update + 1, stats)
         observe(trainer, update + 1)
     return trainer.save()

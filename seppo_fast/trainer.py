@@ -1,8 +1,9 @@
-"""What a run holds: model, data, past policies, learner, log; and its two phases, roll out and learn."""
+"""What a run holds: model, data, past policies, learner, log; and its two phases: `rollout` and `learner`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,53 +13,75 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import LatentCache, open_or_build
 from seppo_fast.data.examples import Source
-from seppo_fast.diffusion import NoiseSchedule, Sampler, keyed_noise
+from seppo_fast.dial import choose_batches, turn_dial
+from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError
 from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.files import disk_message, staged_folder
+from seppo_fast.forward import Forward
 from seppo_fast.journal import Journal
 from seppo_fast.learner import Learner
 from seppo_fast.objectives import OBJECTIVES
-from seppo_fast.policy import DTYPES, lora_weights, make_trainable, trainable
+from seppo_fast.pairs import PairMaker
+from seppo_fast.policy import DTYPES, compile_blocks, lora_weights, make_trainable, trainable
 from seppo_fast.preflight import preflight
+from seppo_fast.reference_errors import WAYS
 from seppo_fast.references import ReferencePool
-from seppo_fast.rollout import Forward, PairMaker, Pairs, reference_errors, sample_latents
+from seppo_fast.rollout import Rollout
 
 
 class Trainer:
     """Everything a run holds, set up in the order in which a user's mistakes are cheapest to find.
 
     Attributes:
-        config: of the run.
+        config: of the run, with all that was left to be chosen filled in.
         family: the model; `unet` is its UNet, the policy.
         cache: the data.
         forward: the one forward of policy and reference.
         sampler: how references generate.
         references: the past policies; None where the objective has no reference.
+        rollout: makes the pairs, the reference's samples and errors.
         learner: makes the updates.
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.objective = OBJECTIVES[config.objective]
         # Autocast is ours, one for policy and reference. The others wait while the first fills the cache: hours.
         patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+        device, world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.output)
-        source = preflight(config, self.accelerator.device, self.accelerator.num_processes)
-        self.family = load_family(config, self.accelerator.device)
+        config = turn_dial(config, device)
+        source = preflight(config, device, world)
+        self.family = load_family(config, device)
         self.unet = self.family.unet
         schedule = NoiseSchedule(self.family.scheduler_config)
         with self.accelerator.main_process_first():
-            self.cache = open_cache(config, source, self.family)
+            self.cache = open_cache(config, source, self.family, self.accelerator.print)
         make_trainable(self.unet, config.model, config.seed)
-        self.unet.to(self.accelerator.device)
+        self.unet.to(device)
+        self.config = config = choose_batches(config, self.unet, self.cache, self.accelerator)
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
         self.references = ReferencePool(config.seed, self.objective.draw) if self.objective.draw else None
-        self.learner = Learner(self.unet, self.forward, config, self.accelerator)
-        self._maker = PairMaker(config, self.cache, schedule.num_timesteps)
+        way = config.reference.errors if self.references is not None else "ahead"
+        errors = WAYS[way](self.forward, self.unet, config)
+        if config.model.compile:
+            compile_blocks(self.unet)
+        self.learner = Learner(self.unet, errors, config, self.accelerator)
+        self.rollout = Rollout(
+            config,
+            PairMaker(config, self.cache, schedule.num_timesteps, rank=self.accelerator.process_index, world=world),
+            self.cache.uncond_embeds,
+            self.forward,
+            self.sampler,
+            self.references,
+            errors,
+            world=world,
+            making_room=self.learner.parked if config.memory == "low" else nullcontext,
+            report=self.accelerator.print,
+        )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
         self._samples = self._fixed_prompts()
 
@@ -66,24 +89,6 @@ class Trainer:
         """The policy as it is now becomes a reference that later draws may pick."""
         if self.references is not None and not (len(self.references) and self.objective.draw == "initial"):
             self.references.add(self.unet)
-
-    def roll_out(self, update: int) -> Pairs:
-        """This rank's pairs of an update, with the drawn reference's samples and errors."""
-        config = self.config
-        accelerator = self.accelerator
-        sample_ids = self._maker.sample_ids(update)[accelerator.process_index :: accelerator.num_processes]
-        pairs = self._maker.pairs(update, sample_ids)
-        if self.references is None:
-            return pairs
-        draw = update // config.train.updates_per_iteration if config.reference.redraw == "iteration" else update
-        with self.references.resident(self.unet, self.references.draw(draw)):
-            if self.objective.negatives == "generated":
-                noise = keyed_noise(config.seed, "sample", update, sample_ids, pairs.winners.shape[1:])
-                embeds = self.cache.prompt_embeds(self._maker.examples(sample_ids))
-                samples = sample_latents(self.forward, self.unet, self.sampler, noise, embeds, self.cache.uncond_embeds)
-                pairs = replace(pairs, losers=samples)
-            errors = reference_errors(self.forward, self.unet, pairs, config.train.micro_batch, config.train.backend)
-        return replace(pairs, ref_error=errors)
 
     def report(self, updates: int, stats: dict[str, float]) -> None:
         """Writes the log after `updates` finished updates, and a picture of samples where one is due."""
@@ -131,8 +136,10 @@ def load_family(config: Config, device: torch.device) -> StableDiffusion:
     return StableDiffusion.load(config.model.path, device, torch.float16 if half else torch.float32)
 
 
-def open_cache(config: Config, source: Source, family: StableDiffusion) -> LatentCache:
-    """The latent and prompt cache of a configuration; built where it is not there yet.
+def open_cache(
+    config: Config, source: Source, family: StableDiffusion, report: Callable[[str], object] = print
+) -> LatentCache:
+    """The latent and prompt cache of a configuration; built where it is not there yet; `report` takes its lines.
 
     Raises:
         ConfigError: a resolution that the model does not take.
@@ -145,6 +152,7 @@ def open_cache(config: Config, source: Source, family: StableDiffusion) -> Laten
         resolution=config.data.resolution,
         folder=Path(config.data.cache),
         losers=OBJECTIVES[config.objective].needs_pairs,
+        report=report,
     )
     family.park_encoders()
     return cache

@@ -50,6 +50,9 @@ class FakeEncoder:
         rows = [[(len(p) + 1) * (i + 1) + sum(p.encode()) / 7 for i in range(15)] for p in prompts]
         return torch.tensor(rows).reshape(-1, 5, 3).to(self.dtype)
 
+    def too_long(self, prompts: list[str]) -> list[str]:
+        return [prompt for prompt in prompts if len(prompt) > 40]
+
     def fingerprint(self) -> dict[str, str]:
         return {"vae": self.name, "dtype": str(self.dtype)}
 
@@ -430,11 +433,24 @@ def test_damaged_caches_say_so(tmp_path, small_shards):
     damage("prompts-00000.safetensors", b"")
     index = json.loads((whole / INDEX).read_text())
     damage(INDEX, None)
-    damage(INDEX, b'{"format_version": 1')
+    damage(INDEX, b'{"format_version": 2')
     damage(INDEX, b"[]")
     damage(INDEX, json.dumps(index | {"key": "another"}).encode())
-    damage(INDEX, json.dumps(index | {"format_version": 2}).encode())
+    damage(INDEX, json.dumps(index | {"format_version": 1}).encode())
     assert len(opened(source, tmp_path / "cache")) == 9
+
+
+def test_truncated_prompts_are_counted_once_each_and_told_at_every_opening(tmp_path):
+    folder = make_folder(tmp_path / "pictures", 12)
+    for name, words in (("0001", 30), ("0003", 20), ("0007", 30), ("0004", 3)):
+        (folder / f"{name}.txt").write_text(" ".join(["red"] * words))
+    for _ in range(2):
+        lines = []
+        cache = opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)
+        (line,) = [line for line in lines if "longer" in line]
+        assert line.startswith("2 of 8 prompts are longer than the text encoder takes")
+        assert repr(" ".join(["red"] * 30)) in line
+        assert sorted(map(len, cache.truncated)) == [79, 119]
 
 
 def test_wrong_arguments(tmp_path):

@@ -1,105 +1,33 @@
-"""Pairs: order, keys, prompts and halves; samples and errors of a reference."""
-
-from collections import Counter
+"""Rolling out ahead: samples in batches of their own, errors in the learner's, and pairs that wait."""
 
 import pytest
 import torch
 
-from seppo_fast.rollout import PairMaker, reference_errors, sample_latents
+from seppo_fast.errors import CheckpointError
+from seppo_fast.rollout import sample_latents
 from seppo_fast.trainer import Trainer
 from tests.runs import tiny_config
 
 
-class FakeCache:
-    """Eight examples whose latents and embeddings say which they are."""
-
-    uncond_embeds = torch.full((1, 2, 3), -1.0)
-
-    def __len__(self):
-        return 8
-
-    def winners(self, rows):
-        return torch.tensor([float(row) for row in rows]).view(-1, 1, 1, 1).expand(-1, 4, 2, 2).half()
-
-    def losers(self, rows):
-        return self.winners(rows) + 100
-
-    def prompt_embeds(self, rows):
-        return torch.tensor([float(row) for row in rows]).view(-1, 1, 1).expand(-1, 2, 3)
-
-
-def maker(tmp_path, **sections):
-    sections.setdefault("train", {})
-    sections["train"] |= {"pairs_per_update": 3}
-    return PairMaker(tiny_config(tmp_path, tmp_path, **sections), FakeCache(), num_timesteps=1000)
-
-
-def test_each_example_once_before_any_twice(tmp_path):
-    make = maker(tmp_path)
-    ids = [sample for update in range(8) for sample in make.sample_ids(update)]
-    assert len(set(ids)) == 24
-    for visit in range(3):
-        taken = ids[8 * visit : 8 * visit + 8]
-        assert sorted(make.examples(taken)) == list(range(8))
-    assert make.examples(ids[:8]) != make.examples(ids[8:16])
-    again = maker(tmp_path)
-    assert [again.sample_ids(update) for update in (5, 2)] == [ids[15:18], ids[6:9]]  # no state: any update, any order
-
-
-def test_a_pair_depends_on_its_sample_id_not_on_its_neighbours(tmp_path):
-    make = maker(tmp_path)
-    together, alone = make.pairs(4, [3, 17, 9]), make.pairs(4, [17])
-    assert together.timesteps[1] == alone.timesteps[0]
-    assert torch.equal(together.noise[1], alone.noise[0])
-    assert torch.equal(together.prompt_embeds[1], alone.prompt_embeds[0])
-    assert not torch.equal(together.noise[1], make.pairs(5, [17]).noise[0])
-    assert together.winners.dtype == torch.float32
-    assert together.winners[:, 0, 0, 0].tolist() == [3, 1, 1]  # the visits 0, 2, 1 of examples 3, 1, 1
-
-
-def test_timesteps_are_uniform_over_the_schedule(tmp_path):
-    timesteps = maker(tmp_path).pairs(0, range(4000)).timesteps
-    assert timesteps.min() >= 0 and timesteps.max() <= 999
-    counts = Counter((timesteps // 100).tolist())
-    chi_square = sum((counts[bin_] - 400) ** 2 / 400 for bin_ in range(10))
-    assert chi_square < 27.9  # p = 0.001 with 9 degrees of freedom
-
-
-@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0, 0), (0.2, 0.17, 0.23), (1.0, 1, 1)])
-def test_prompt_dropout(tmp_path, rate, low, high):
-    embeds = maker(tmp_path, data={"prompt_dropout": rate}).pairs(0, range(2000)).prompt_embeds
-    dropped = (embeds == -1).all(dim=(1, 2)).double().mean()
-    assert low <= dropped <= high
-
-
-def test_independent_noise_differs_between_the_halves_and_shares_the_timestep(tmp_path):
-    shared = maker(tmp_path).pairs(0, [1, 2])
-    independent = maker(tmp_path, train={"share_noise": False}).pairs(0, [1, 2])
-    assert shared.noise.shape[0] == 2 and independent.noise.shape[0] == 4
-    assert torch.equal(independent.noise[:2], shared.noise)
-    assert not torch.equal(independent.noise[2:], shared.noise)
-    assert torch.equal(independent.timesteps, shared.timesteps)
-
-
-def test_labelled_losers_and_random_anchors(tmp_path):
-    labelled = maker(tmp_path, objective="diffusion-dpo").pairs(0, range(8))
-    assert (labelled.losers == labelled.winners + 100).all()
-    anchors = maker(tmp_path, objective="seppo-r").pairs(0, range(2000))
-    assert anchors.losers is None
-    swapped = (anchors.winners[:, 0, 0, 0] >= 100).double().mean()
-    assert 0.45 < swapped < 0.55
-    assert maker(tmp_path, objective="seppo").pairs(0, [1]).losers is None
-
-
-@pytest.fixture
-def trainer(tiny, tmp_path):
-    made = Trainer(tiny_config(tiny, tmp_path))
+def started(tiny, tmp_path, **sections):
+    made = Trainer(tiny_config(tiny, tmp_path, **sections))
     made.add_checkpoint()
     return made
 
 
+@pytest.fixture
+def trainer(tiny, tmp_path):
+    return started(tiny, tmp_path)
+
+
+def guided_inputs(rows):
+    generator = torch.Generator().manual_seed(0)
+    noise, embeds = torch.randn(rows, 4, 8, 8, generator=generator), torch.randn(rows, 16, 16, generator=generator)
+    return noise, embeds, torch.randn(1, 16, 16, generator=generator)
+
+
 def test_reference_errors_are_those_of_a_plain_float64_mean(trainer):
-    pairs = trainer.roll_out(0)
+    pairs = trainer.rollout.pairs(0)
     errors = []
     with torch.no_grad():
         for batch in pairs.micro_batches(4):
@@ -109,27 +37,139 @@ def test_reference_errors_are_those_of_a_plain_float64_mean(trainer):
     expected = torch.cat([winner for winner, _ in errors] + [loser for _, loser in errors])
     assert pairs.ref_error.dtype == torch.float32
     torch.testing.assert_close(pairs.ref_error.double(), expected, rtol=1e-6, atol=0)
-    assert torch.equal(pairs.ref_error, reference_errors(trainer.forward, trainer.unet, pairs, 4, "torch"))
 
 
 def test_samples_do_not_depend_on_the_batch(trainer):
-    generator = torch.Generator().manual_seed(0)
-    noise, embeds = torch.randn(5, 4, 8, 8, generator=generator), torch.randn(5, 16, 16, generator=generator)
-    uncond = torch.randn(1, 16, 16, generator=generator)
+    noise, embeds, uncond = guided_inputs(16)
     whole = sample_latents(trainer.forward, trainer.unet, trainer.sampler, noise, embeds, uncond)
-    alone = sample_latents(trainer.forward, trainer.unet, trainer.sampler, noise[2:3], embeds[2:3], uncond)
     assert whole.shape == noise.shape
-    torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+    for row in (0, 5, 15):
+        alone = sample_latents(
+            trainer.forward, trainer.unet, trainer.sampler, noise[row : row + 1], embeds[row : row + 1], uncond
+        )
+        torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_prompt(trainer):
+def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_prompt(trainer, tiny, tmp_path):
     """Not from the policy, and never from the dropped prompt."""
-    before = trainer.roll_out(1).losers
+    before = trainer.rollout.pairs(1).losers
     with torch.no_grad():
         for parameter in trainer.unet.parameters():
             parameter.add_(0.05)
-    assert torch.equal(trainer.roll_out(1).losers, before)
-    trainer.config.data.__dict__["prompt_dropout"] = 1.0
-    dropped = trainer.roll_out(1)
-    assert torch.equal(dropped.losers, before)
-    assert (dropped.prompt_embeds == trainer.cache.uncond_embeds).all()
+    trainer.rollout._waiting.clear()
+    assert torch.equal(trainer.rollout.pairs(1).losers, before)
+    dropping = started(tiny, tmp_path, data={"prompt_dropout": 1.0}).rollout.pairs(1)
+    assert torch.equal(dropping.losers, before)
+    assert (dropping.prompt_embeds == trainer.cache.uncond_embeds).all()
+
+
+@pytest.mark.parametrize(
+    ("sections", "windows"),
+    [
+        ({"train": {"updates": 10, "updates_per_iteration": 4}, "reference": {"ahead": 3}}, [3, 1, 3, 1, 2]),
+        ({"train": {"updates": 5, "updates_per_iteration": 4}, "reference": {"redraw": "update"}}, [1, 1, 1, 1, 1]),
+        # 8 batches of 4 samples are 6 updates of 6 pairs
+        ({"train": {"updates": 12, "updates_per_iteration": 10}}, [6, 4, 2]),
+        ({"train": {"updates": 3, "updates_per_iteration": 3}, "sampler": {"batch": 1}}, [2, 1]),
+    ],
+    ids=["asked for", "drawn each update", "filling batches", "small batches"],
+)
+def test_windows_follow_each_other_and_end_at_the_next_draw(tiny, tmp_path, sections, windows):
+    rollout = started(tiny, tmp_path, **sections).rollout
+    lengths, update = [], 0
+    while update < sections["train"]["updates"]:
+        window = rollout.window(update)
+        assert window[0] == update
+        # started in the middle, a window ends where it would have ended
+        assert all(rollout.window(later)[-1] == window[-1] for later in window)
+        lengths.append(len(window))
+        update = window[-1] + 1
+    assert lengths == windows
+
+
+def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
+    trainer = started(tiny, tmp_path, train={"updates": 4, "updates_per_iteration": 4}, reference={"ahead": 3})
+    rows, denoise = [], trainer.forward.denoise
+
+    def recording(model, latents, timesteps, embeds):
+        if not torch.is_grad_enabled():  # the errors are made with grad
+            rows.append(len(latents))
+        return denoise(model, latents, timesteps, embeds)
+
+    trainer.forward.denoise = recording
+    windows = [trainer.rollout.pairs(update) for update in range(3)]
+    # 18 samples in batches of 4, doubled by guidance, two steps each; nothing is made for the updates that follow
+    assert rows == [8] * 8 + [4] * 2
+    for update, ahead in enumerate(windows):
+        alone = started(tiny, tmp_path, reference={"ahead": 1}).rollout.pairs(update)
+        assert alone.sample_ids == ahead.sample_ids
+        assert torch.equal(alone.noise, ahead.noise) and torch.equal(alone.timesteps, ahead.timesteps)
+        torch.testing.assert_close(alone.losers, ahead.losers, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone.ref_error, ahead.ref_error, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, capsys):
+    plain = started(tiny, tmp_path).rollout.pairs(0)
+    trainer = started(tiny, tmp_path, sampler={"batch": 64})
+    denoise, largest = trainer.forward.denoise, 6
+
+    def small_device(model, latents, timesteps, embeds):
+        if len(latents) > largest and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(model, latents, timesteps, embeds)
+
+    trainer.forward.denoise = small_device
+    capsys.readouterr()
+    pairs = trainer.rollout.pairs(0)
+    torch.testing.assert_close(pairs.losers, plain.losers, rtol=1e-4, atol=1e-5)
+    said = capsys.readouterr().out
+    assert "out of memory" in said and "sampler.batch = 3" in said and "sampler.batch = 1" not in said
+    trainer.rollout.pairs(2)
+    assert "out of memory" not in capsys.readouterr().out  # once is enough
+    largest = 0
+    trainer.rollout._waiting.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.rollout.pairs(0)
+
+
+def test_samples_beyond_the_budget_wait_on_disk_and_leave_nothing_there(tiny, tmp_path, monkeypatch):
+    waits = tmp_path / "waits"
+    waits.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(waits))
+    in_memory = started(tiny, tmp_path).rollout.pairs(0)
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr("torch.from_file", lambda *a, **k: mapped.append(k["size"]) or from_file(*a, **k))
+    trainer = started(tiny, tmp_path, reference={"pairs_gib": 1e-6, "ahead": 2})
+    on_disk = trainer.rollout.pairs(0)
+    assert mapped == [2 * 6 * 4 * 8 * 8]
+    assert torch.equal(on_disk.losers, in_memory.losers) and torch.equal(on_disk.ref_error, in_memory.ref_error)
+    assert not list(waits.iterdir())
+
+
+def test_no_room_for_waiting_samples_says_so(tiny, tmp_path, monkeypatch):
+    import errno
+
+    def full(handle, start, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        started(tiny, tmp_path, reference={"pairs_gib": 0.0}).rollout.pairs(0)
+
+
+def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_path):
+    """Where it is parked cannot be seen on a CPU; that it is, and that nothing changes by it, can."""
+    finals = []
+    for memory in ("low", "balanced"):
+        trainer = started(tiny, tmp_path, memory=memory, model={"gradient_checkpointing": False})
+        moves = []
+        move = trainer.learner._move_state
+        trainer.learner._move_state = lambda device, moves=moves, move=move: moves.append(device.type) or move(device)
+        for update in range(2):
+            trainer.learner.step(trainer.rollout.pairs(update), update)
+        trainer.rollout._waiting.clear()
+        trainer.learner.step(trainer.rollout.pairs(1), 1)
+        assert len(moves) == (4 if memory == "low" else 0)
+        finals.append(torch.cat([weight.detach().flatten() for weight in trainer.unet.parameters()]))
+    assert torch.equal(*finals)

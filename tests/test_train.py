@@ -17,7 +17,6 @@ from seppo_fast.errors import ConfigError, NonFiniteError
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import trainable
-from seppo_fast.rollout import Pairs
 from seppo_fast.train import train
 from seppo_fast.trainer import Trainer
 from tests.runs import log_of, tiny_config
@@ -65,9 +64,9 @@ def test_every_objective_on_winners_trains(tiny, tmp_path, objective):
     def observe(trainer, updates):
         if updates == 0 and trainer.references is not None:
             resident = trainer.references.resident
-            trainer.references.resident = lambda unet, index: drawn.append(index) or resident(unet, index)
+            trainer.references.resident = lambda unet, index, aside: drawn.append(index) or resident(unet, index, aside)
 
-    config = tiny_config(tiny, tmp_path, objective=objective, train={"updates": 6})
+    config = tiny_config(tiny, tmp_path, objective=objective, train={"updates": 6}, reference={"ahead": 1})
     train(config, observe)
     log = log_of(config)
     assert [entry["update"] for entry in log] == [1, 2, 3, 4, 5, 6]
@@ -135,7 +134,7 @@ def test_overfitting_one_pair_drives_the_winners_error_down(tiny, tmp_path):
     def observe(trainer, updates):
         if updates in (0, 100):
             if updates == 0:
-                seen.append(trainer._maker.pairs(10_000, range(64)))  # one example, 64 timesteps and noises
+                seen.append(trainer.rollout._maker.pairs(10_000, range(64)))  # one example, 64 timesteps and noises
             with torch.no_grad():
                 prediction, target = trainer.forward(trainer.unet, seen[0])
             seen.append((prediction - target).square().mean().item())
@@ -163,7 +162,7 @@ def test_never_pushes_samples_away_where_adaptive_learns_from_them(tiny, tmp_pat
         )  # fmt: skip
         trainer = Trainer(config)
         trainer.references.add(trainer.unet)
-        pairs = trainer.roll_out(0)
+        pairs = trainer.rollout.pairs(0)
         better = replace(pairs, ref_error=0.2 * pairs.ref_error)
         entries = [trainer.learner.step(better, update) for update in range(30)]
         assert entries[0]["aaf_rate"] == 0
@@ -257,7 +256,7 @@ def test_warm_up_scales_the_first_updates(tiny, tmp_path):
 def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path):
     trainer = Trainer(tiny_config(tiny, tmp_path))
     trainer.references.add(trainer.unet)
-    pairs = trainer.roll_out(0)
+    pairs = trainer.rollout.pairs(0)
     poisoned = replace(pairs, winners=torch.full_like(pairs.winners, float("nan")))
     before = weights_of(trainer)
     for update in range(2):
@@ -303,17 +302,6 @@ def test_pairs_are_asked_for_where_there_are_none(tiny, tmp_path, objective):
     with pytest.raises(ConfigError, match="two images per prompt"):
         train(tiny_config(tiny, tmp_path, objective=objective))
     assert not (tmp_path / "run").exists()
-
-
-def test_micro_batches_keep_halves_together():
-    pairs = Pairs(
-        (0, 1, 2), torch.arange(3.0)[:, None], torch.arange(3.0)[:, None] + 10, torch.arange(3),
-        torch.arange(6.0)[:, None], torch.arange(3.0)[:, None, None], torch.arange(6.0),
-    )  # fmt: skip
-    first, second = pairs.micro_batches(2)
-    assert first.ref_error.tolist() == [0, 1, 3, 4] and second.ref_error.tolist() == [2, 5]
-    assert first.noise.flatten().tolist() == [0, 1, 3, 4]
-    assert second.losers.flatten().tolist() == [12] and second.sample_ids == (2,)
 
 
 def test_triton_backend_follows_the_torch_one(tiny, tmp_path):

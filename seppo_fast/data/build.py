@@ -35,6 +35,9 @@ class Encoder(Protocol):
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """B prompts to embeddings (B, L, D) in the dtype to be stored."""
 
+    def too_long(self, prompts: list[str]) -> list[str]:
+        """Those of the prompts of which `encode_prompts` sees only the beginning."""
+
     def fingerprint(self) -> dict[str, str]:
         """Everything of the model that changes what is stored: digests of its files, the dtype."""
 
@@ -129,6 +132,7 @@ class _Writer:
         self._ids: list[str] = []
         self._prompt_rows: list[int] = []
         self._prompts: dict[str, int] = {}
+        self._truncated: list[str] = []
         self._needed = 0
         self._add_prompts([""])
 
@@ -154,6 +158,7 @@ class _Writer:
             embeds = _checked(self._encoder.encode_prompts(prompts), f"embeddings of {prompts}")
             assert len(embeds) == len(prompts), "encode_prompts must return one embedding a prompt"
             self._embeds.append({"embeds": embeds})
+            self._truncated += self._encoder.too_long(prompts)
             first = len(self._prompts)
             self._prompts.update((prompt, first + place) for place, prompt in enumerate(prompts))
             self._embed_bytes = embeds[0].nbytes
@@ -193,6 +198,7 @@ class _Writer:
             "shard_size": SHARD_SIZE,
             "files": {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())},
             "dropped": [(problem.id, problem.reason) for problem in problems],
+            "truncated": self._truncated,
             "prompts": list(self._prompts),
             "prompt_rows": self._prompt_rows,
             "ids": self._ids,

@@ -48,7 +48,8 @@ def open_or_build(
         folder: Where caches are kept; made if missing.
         batch_size: Images or prompts encoded at once. Not part of the key.
         losers: Whether the losers of labelled pairs are encoded too; a method that needs winners only can save half.
-        report: Called with each line for the user: progress, every example left out.
+        report: Called with each line for the user: progress, every example left out, a warning where prompts are
+            truncated.
 
     Returns:
         The cache, whole: it is built in a folder beside its place and renamed once complete.
@@ -73,7 +74,13 @@ def open_or_build(
             # another process may have finished this very cache meanwhile, and then the rename fails
             if not (final / INDEX).exists():
                 raise
-    return LatentCache(final, key)
+    cache = LatentCache(final, key)
+    if cache.truncated:
+        report(
+            f"{len(cache.truncated)} of {len(set(cache.prompts))} prompts are longer than the text encoder takes; "
+            f"it sees their beginning only. The first: {cache.truncated[0]!r}"
+        )
+    return cache
 
 
 def cache_key(source_digest: str, fingerprint: dict[str, str], *, resolution: int, crop: str, losers: bool) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from seppo_fast.data.examples import Problem
 from seppo_fast.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 
 
@@ -28,6 +28,7 @@ class LatentCache:
         has_losers: Whether `losers` may be called.
         latent_shape: Shape of one latent, such as (4, 64, 64).
         fingerprint: The full key, sha256 in hex: equal exactly for equal content.
+        truncated: Prompts of which the text encoder sees only the beginning.
         dropped: The examples left out while building, each with its reason.
         uncond_embeds: (1, L, D), the embedding of the empty prompt.
     """
@@ -43,6 +44,7 @@ class LatentCache:
         self.ids: list[str] = index["ids"]
         self._prompt_rows: list[int] = index["prompt_rows"]
         self.prompts: list[str] = [index["prompts"][row] for row in self._prompt_rows]
+        self.truncated: list[str] = index["truncated"]
         self.dropped = [Problem(*entry) for entry in index["dropped"]]
         self._shard_size: int = index["shard_size"]
         self._mapped: dict[tuple[str, str], Tensor] = {}

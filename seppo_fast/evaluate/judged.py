@@ -13,7 +13,7 @@ from seppo_fast.data.sources import Source
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.evaluate.pictures import generate
 from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.rollout import Forward
+from seppo_fast.forward import Forward
 from seppo_fast.shapes.judge import score_all
 from seppo_fast.shapes.world import SIZE, caption, scene
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from seppo_fast.diffusion import Sampler, keyed_noise
 from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.rollout import Forward, sample_latents
+from seppo_fast.forward import Forward
+from seppo_fast.rollout import sample_latents
 
 
 def generate(
@@ -32,7 +33,7 @@ def generate(
     Two models called with the same prompts and seed start from the same noise: their scores are paired.
     """
     shape = family.latent_shape(resolution)
-    noise = keyed_noise(seed, "evaluation", 0, range(len(prompts)), shape)
+    noise = keyed_noise(seed, "evaluation", [(0, index) for index in range(len(prompts))], shape)
     embeds = torch.cat([family.encode_prompts(list(chunk)) for chunk in _chunks(prompts, 256)])
     latents = sample_latents(forward, model, sampler, noise, embeds, family.encode_prompts([""]))
     pictures = family.decode(latents)

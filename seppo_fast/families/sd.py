@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from seppo_fast import shapes
@@ -35,6 +36,8 @@ class StableDiffusion:
         self.pipe = pipe
         self.device = device
         self.dtype = dtype
+        for part in (pipe.unet, pipe.vae):
+            part.to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU too
         self.park_encoders()
 
     @classmethod
@@ -129,6 +132,12 @@ class StableDiffusion:
             embeds = self.pipe.text_encoder(tokens.input_ids.to(self.device))[0]
         return embeds.to(self.dtype).cpu()
 
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that `encode_prompts` truncates."""
+        limit = self.pipe.tokenizer.model_max_length
+        lengths = [len(ids) for ids in self.pipe.tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
+        return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Pictures `(B, H, W, 3)` uint8 of scaled latents `(B, C, h, w)`, about a megapixel at a time."""
@@ -158,7 +167,8 @@ class StableDiffusion:
 
     def save(self, folder: Path) -> None:
         """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads."""
-        self.pipe.save_pretrained(folder, safe_serialization=True)
+        parts = {**self.pipe.components, "unet": _contiguous(self.pipe.unet), "vae": _contiguous(self.pipe.vae)}
+        type(self.pipe)(**parts, requires_safety_checker=False).save_pretrained(folder, safe_serialization=True)
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes a LoRA of the UNet, as a folder that `pipe.load_lora_weights` loads."""
@@ -201,6 +211,14 @@ def _check_folder(path: str) -> None:
                 "once where you trust it and save it with save_pretrained(FOLDER, safe_serialization=True)"
             )
         raise ConfigError(f"model.path = {path!r}: {part}/ holds no safetensors weights")
+
+
+def _contiguous(module: UNet2DConditionModel | AutoencoderKL) -> UNet2DConditionModel | AutoencoderKL:
+    """A copy on the CPU whose tensors safetensors takes: it refuses those that are not contiguous."""
+    with torch.device("meta"):
+        copy = type(module).from_config(module.config)
+    copy.load_state_dict({name: t.cpu().contiguous() for name, t in module.state_dict().items()}, assign=True)
+    return copy
 
 
 def _digest(module: nn.Module) -> str:

@@ -1,0 +1,93 @@
+"""The dial: what it fills in, from how much memory, and that it changes speed alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import seppo_fast.dial
+from seppo_fast.config import parse_config, read_config
+from seppo_fast.dial import DIAL, choose_batches, turn_dial
+from seppo_fast.memory import sampling_footprint, training_footprint
+from seppo_fast.policy import trainable
+from seppo_fast.train import train
+from seppo_fast.trainer import Trainer
+from tests.runs import tiny_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPEN = {"train": {"micro_batch": None, "pairs_per_update": 24}, "sampler": {"batch": None}}
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "checkpointing", "compiled"),
+    [
+        ("low", CUDA, True, False),
+        ("balanced", CUDA, False, False),
+        ("fast", CUDA, False, True),
+        ("fast", CPU, False, False),
+    ],
+)
+def test_what_the_dial_decides_before_the_model_is_made(memory, device, checkpointing, compiled):
+    model = turn_dial(parse_config({"memory": memory}), device).model
+    assert (model.gradient_checkpointing, model.compile) == (checkpointing, compiled)
+
+
+def test_what_is_given_wins_over_the_dial():
+    config = parse_config({"memory": "low", "model": {"gradient_checkpointing": False, "compile": True}})
+    assert turn_dial(config, CUDA).model == config.model
+    online = parse_config({"memory": "fast", "reference": {"errors": "apart"}})
+    assert turn_dial(online, CUDA).model.compile is False
+
+
+@pytest.fixture
+def trainer(tiny, tmp_path):
+    return Trainer(tiny_config(tiny, tmp_path))
+
+
+def chosen(trainer, config):
+    config = choose_batches(turn_dial(config, CPU), trainer.unet, trainer.cache, trainer.accelerator)
+    return config.train.micro_batch, config.sampler.batch
+
+
+def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
+    """Next to the moments of Adam, and for sampling next to the policy's weights too, which wait meanwhile."""
+    trained = sum(weight.numel() * 4 for weight in trainable(trainer.unet).values())
+    shapes = ((4, 8, 8), (16, 16), torch.float32, CPU)
+    pair, sample = training_footprint(trainer.unet, *shapes), sampling_footprint(trainer.unet, *shapes, guided=True)
+    share = DIAL["balanced"].share
+    for pairs, samples in ((4, 8), (8, 16), (1, 4)):
+        for spare, rows in ((1.001, pairs), (0.999, pairs // 2 or 1)):
+            need = spare * (2 * trained + pair.fixed + pairs * pair.per_row) / share
+            monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, need=need: int(need))
+            assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN))[0] == rows
+        for spare, rows in ((1.001, samples), (0.999, samples // 2)):
+            need = spare * (3 * trained + sample.fixed + samples * sample.per_row) / share
+            monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, need=need: int(need))
+            assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN))[1] == rows
+
+
+def test_batches_have_a_ceiling_and_one_is_always_tried(tiny, tmp_path, trainer, monkeypatch):
+    monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device: 2**50)
+    for memory, expected in (("low", (1, 8)), ("balanced", (16, 32)), ("fast", (16, 32))):
+        assert chosen(trainer, tiny_config(tiny, tmp_path, memory=memory, **OPEN)) == expected
+    few = {"train": {"micro_batch": None, "pairs_per_update": 5}}
+    assert chosen(trainer, tiny_config(tiny, tmp_path, **few)) == (4, 4)  # no more than an update has
+    monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device: 0)
+    assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (1, 1)
+
+
+def test_all_processes_take_the_smallest_choice(tiny, tmp_path, trainer, monkeypatch):
+    monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device: 2**50)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, torch.tensor([3])]))
+    assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (3, 3)
+
+
+@pytest.mark.parametrize("memory", list(DIAL))
+def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
+    config = tiny_config(tiny, tmp_path, memory=memory, **OPEN)
+    train(config)
+    stored = read_config(Path(config.output) / "config.yaml")
+    assert stored.train.micro_batch and stored.sampler.batch
+    assert stored.model.attention == "sdpa" and stored.model.compile is False
+    assert stored.model.gradient_checkpointing is (memory == "low")
+    assert stored.memory == memory
