@@ -37,8 +37,13 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# To see that they run. Measured for the README: each without --quick, with --json benchmarks/results/DEVICE-DATE-COMMIT-SUITE.json,
+# then python -m benchmarks.readme.
 bench: setup
 	$(PY) -m benchmarks.full_size --quick
+	$(PY) -m benchmarks.run --quick --suite sampling
+	$(PY) -m benchmarks.run --quick --suite step
+	$(PY) -m benchmarks.run --quick --suite endtoend
 
 ablation: setup
 	$(PY) -m benchmarks.ablation

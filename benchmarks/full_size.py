@@ -20,52 +20,12 @@ from seppo_fast.quiet import quiet_libraries
 
 quiet_libraries()
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
-
+from benchmarks.models import write_pipeline  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
-from seppo_fast import shapes  # noqa: E402
 from seppo_fast.config import Config, parse_config  # noqa: E402
 from seppo_fast.journal import peak_memory_gib, read_journal  # noqa: E402
 from seppo_fast.train import train  # noqa: E402
 from seppo_fast.trainer import Trainer  # noqa: E402
-
-_SCHEDULE = {
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-    "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
-}  # fmt: skip
-
-
-def write_pipeline(folder: Path, toy: bool) -> int:
-    """Writes a pipeline of random weights in the SD-1.5 format; returns the number of parameters of its UNet.
-
-    The tokenizer is that of the embedded pipeline with 77 tokens: any whose ids fit serves.
-    """
-    widths, text_width, layers = ((32, 64, 64, 64), 64, 1) if toy else ((320, 640, 1280, 1280), 768, 12)
-    vae_widths = (8, 16, 16, 16) if toy else (128, 256, 512, 512)
-    groups = 8 if toy else 32
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=widths, cross_attention_dim=text_width, norm_num_groups=groups
-    )
-    vae = AutoencoderKL(
-        block_out_channels=vae_widths,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=groups,
-        sample_size=512,
-    )
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=text_width, intermediate_size=4 * text_width, num_hidden_layers=layers,
-        num_attention_heads=text_width // 64, max_position_embeddings=77,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), unet=unet, scheduler=DDIMScheduler(**_SCHEDULE),
-        tokenizer=CLIPTokenizer.from_pretrained(shapes.PIPELINE / "tokenizer", model_max_length=77),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in unet.parameters())
 
 
 def update_config(folder: Path, arguments: argparse.Namespace) -> Config:

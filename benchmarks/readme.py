@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed import phase_chart, projection, speed_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -72,14 +74,34 @@ def full_size_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": demo_table, "ablation": ablation_table, "full-size": full_size_table}
+def suite_rows(on_cpu: bool) -> list[dict[str, Any]]:
+    """The committed rows of `benchmarks.run` on a CPU, or on GPUs; of each suite the newest of each device.
+
+    Files are called `cpu-YYYYMMDD-COMMIT-SUITE.json`, or begin with the GPU's name.
+    """
+    newest: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(RESULTS.glob("*-[0-9]*-*.json"), key=lambda file: file.stem.split("-")[1]):
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        if file.name.startswith("cpu-") == on_cpu:
+            newest[rows[0]["suite"], rows[0]["device"]] = rows
+    return [row for rows in newest.values() for row in rows]
+
+
+def tables() -> dict[str, str]:
+    """Every table of the README by its name; one without a committed result says so."""
+    made = {}
+    for name, make in {"demo": demo_table, "ablation": ablation_table, "full-size": full_size_table}.items():
+        file = RESULTS / f"{name}.json"
+        made[name] = make(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
+    on_gpu = suite_rows(on_cpu=False)
+    made["speed-cpu"] = speed_table(suite_rows(on_cpu=True))
+    made["speed-gpu"] = f"{speed_table(on_gpu)}\n\n{projection(on_gpu)}"
+    return made
 
 
 def fill(text: str) -> str:
-    """The README's text with every table made anew; a table without a committed result says so."""
-    for name, make in TABLES.items():
-        file = RESULTS / f"{name}.json"
-        table = make(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
+    """The README's text with every table made anew."""
+    for name, table in tables().items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         assert pattern.search(text), f"README.md has no place for the table {name!r}"
         text = pattern.sub(lambda place, table=table: f"{place[1]}{table}\n{place[2]}", text)  # type: ignore[misc]
@@ -87,7 +109,9 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md in place."""
+    """Rewrites README.md in place, and the picture of a pair's phases."""
+    rows = suite_rows(on_cpu=False) or suite_rows(on_cpu=True)
+    phase_chart(rows, RESULTS / "phases.png")
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -163,7 +163,7 @@ def choose_attention(
     if wanted == "xformers":
         _require_xformers()
         if device.type != "cuda":
-            raise ConfigError(f"attention xformers runs on CUDA, not on {device.type}; use sdpa or auto")
+            raise ConfigError(f"model.attention = xformers runs on CUDA, not on {device.type}; use sdpa or auto")
     elif wanted == "sdpa" or device.type != "cuda" or not _has_xformers():
         return "sdpa"
     layers = attention_layers(unet, latent_shape, prompt_shape, rows, dtype)
@@ -171,7 +171,7 @@ def choose_attention(
         problem = _xformers_problem(unet.get_submodule(names[0]), shape, dtype)
         if problem is None:
             continue
-        message = f"attention xformers does not work here ({shape}, {dtype}): {problem}"
+        message = f"xformers attention does not work here ({shape}, {dtype}): {problem}"
         if wanted == "xformers":
             raise ConfigError(f"{message}; use sdpa or auto")
         warnings.warn(f"{message}; sdpa is used", stacklevel=2)
@@ -274,4 +274,4 @@ def _has_xformers() -> bool:
 
 def _require_xformers() -> None:
     if not _has_xformers():
-        raise ConfigError("attention xformers needs xformers: pip install 'seppo_fast[xformers]'")
+        raise ConfigError("model.attention = xformers needs xformers: pip install 'seppo_fast[xformers]'")

@@ -106,7 +106,7 @@ class ReferenceConfig(_Section):
     uses: int = Field(
         1, ge=1, description="draws of (timestep, noise) that a sample serves; above 1 changes the distribution"
     )
-    ahead: int | None = Field(
+    window: int | None = Field(
         None,
         ge=1,
         description="updates rolled out at once; null: enough to fill sampling batches, up to the next draw",

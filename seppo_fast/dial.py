@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 
 from seppo_fast.attention import choose_attention, set_attention
@@ -106,6 +107,7 @@ def choose_batches(config: Config, unet: UNet2DConditionModel, cache: LatentCach
         device=device,
         dtype=dtype,
     )
+    (attention,) = broadcast_object_list([attention])  # as the first process measured: one choice for all
     set_attention(unet, attention)
     return _filled(config, model={"attention": attention})
 

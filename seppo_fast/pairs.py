@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,10 @@ class Pairs:
 
     def to(self, device: torch.device) -> Pairs:
         """The same pairs on a device; on a GPU through pinned memory, so that the host does not wait for the copy."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: _sent(tensor, device) for name, tensor in tensors.items()})
+        tensors: dict[str, Any] = {
+            name: _sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -105,7 +105,7 @@ class Rollout:
         config = self._config
         if config.reference.redraw == "update":
             return range(update, update + 1)
-        ahead = config.reference.ahead
+        ahead = config.reference.window
         if ahead is None:
             mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
             ahead = math.ceil(_FULL_BATCHES * self._batch / mine) if self._generates else 1

@@ -104,9 +104,9 @@ def _check(
             "policy, reference: each LoRA layer has to be a peft Linear in a down, mid or up block, with one adapter, "
             "active and not merged, and no variant such as DoRA"
         )
-    theirs = dict(reference.named_parameters())
+    of_reference = dict(reference.named_parameters())
     for name, weight in policy.named_parameters():
-        if name not in theirs or (weight not in adapters and weight is not theirs[name]):
+        if name not in of_reference or (weight not in adapters and weight is not of_reference[name]):
             raise ValueError(
                 f"reference: its {name!r} is not the policy's own parameter; make the reference with "
                 "copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad})"
@@ -221,7 +221,8 @@ def _run(unit: _Unit, rows: _Rows, *args: Any, **kwargs: Any) -> Any:
     """A unit's forward on rows of both."""
     tensors, refill = _take_tensors((args, kwargs))
     device_type = tensors[0].device.type
-    # The second run has to cast as the first did, and without its cache: what the first has cast carries no graph.
+    # The second run has to cast as the first did. No cache: an adapter is cast once a run, and what the first run cast
+    # has no graph.
     autocast = partial(
         torch.autocast,
         device_type,
@@ -280,7 +281,8 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
     finally:
         for module in forwards:
             del vars(module)["forward"]
-            vars(module).update({"forward": before[module]} if module in before else {})
+        for module, forward in before.items():
+            vars(module)["forward"] = forward
 
 
 def _take_tensors(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:

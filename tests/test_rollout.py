@@ -66,7 +66,7 @@ def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_pr
 @pytest.mark.parametrize(
     ("sections", "windows"),
     [
-        ({"train": {"updates": 10, "updates_per_iteration": 4}, "reference": {"ahead": 3}}, [3, 1, 3, 1, 2]),
+        ({"train": {"updates": 10, "updates_per_iteration": 4}, "reference": {"window": 3}}, [3, 1, 3, 1, 2]),
         ({"train": {"updates": 5, "updates_per_iteration": 4}, "reference": {"redraw": "update"}}, [1, 1, 1, 1, 1]),
         # 8 batches of 4 samples are 6 updates of 6 pairs
         ({"train": {"updates": 12, "updates_per_iteration": 10}}, [6, 4, 2]),
@@ -88,7 +88,7 @@ def test_windows_follow_each_other_and_end_at_the_next_draw(tiny, tmp_path, sect
 
 
 def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
-    trainer = started(tiny, tmp_path, train={"updates": 4, "updates_per_iteration": 4}, reference={"ahead": 3})
+    trainer = started(tiny, tmp_path, train={"updates": 4, "updates_per_iteration": 4}, reference={"window": 3})
     rows, denoise = [], trainer.forward.denoise
 
     def recording(model, latents, timesteps, embeds):
@@ -101,7 +101,7 @@ def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
     # 18 samples in batches of 4, doubled by guidance, two steps each; nothing is made for the updates that follow
     assert rows == [8] * 8 + [4] * 2
     for update, ahead in enumerate(windows):
-        alone = started(tiny, tmp_path, reference={"ahead": 1}).rollout.pairs(update)
+        alone = started(tiny, tmp_path, reference={"window": 1}).rollout.pairs(update)
         assert alone.sample_ids == ahead.sample_ids
         assert torch.equal(alone.noise, ahead.noise) and torch.equal(alone.timesteps, ahead.timesteps)
         torch.testing.assert_close(alone.losers, ahead.losers, rtol=1e-4, atol=1e-5)
@@ -140,7 +140,7 @@ def test_samples_beyond_the_budget_wait_on_disk_and_leave_nothing_there(tiny, tm
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr("torch.from_file", lambda *a, **k: mapped.append(k["size"]) or from_file(*a, **k))
-    trainer = started(tiny, tmp_path, reference={"pairs_gib": 1e-6, "ahead": 2})
+    trainer = started(tiny, tmp_path, reference={"pairs_gib": 1e-6, "window": 2})
     on_disk = trainer.rollout.pairs(0)
     assert mapped == [2 * 6 * 4 * 8 * 8]
     assert torch.equal(on_disk.losers, in_memory.losers) and torch.equal(on_disk.ref_error, in_memory.ref_error)

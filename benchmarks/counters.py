@@ -1,0 +1,93 @@
+"""What is counted rather than timed: FLOP, kernel launches, waits for the device, device memory."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTokenizer
+
+from benchmarks.measure import Machine
+from seppo_fast import shapes
+from seppo_fast.config import ModelConfig
+from seppo_fast.policy import make_trainable
+
+_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # the CUDA calls' own names, in the profiler's list
+
+
+def count_flops(call: Callable[[], object]) -> float:
+    """FLOP of matrix products, convolutions and attention, two a multiply-add, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+@cache
+def unet_flops(model: str, train: ModelConfig | None = None) -> float:
+    """FLOP of a pipeline's UNet for one latent: forward, or with `train` forward and backward of what that trains.
+
+    Counted on a copy without memory (device `meta`), so any size costs nothing, and no attention backend hides
+    its products. Recomputed activations are not counted: MFU is about useful work.
+    """
+    folder = str(shapes.PIPELINE) if model == "shapes" else model
+    tokens = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer").model_max_length
+    config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    size = config["sample_size"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        latents = torch.empty(1, config["in_channels"], size, size)
+        timesteps = torch.empty(1, dtype=torch.int64)
+        embeds = torch.empty(1, tokens, config["cross_attention_dim"])
+        if train is None:
+            with torch.no_grad():
+                return count_flops(lambda: unet(latents, timesteps, embeds))
+        make_trainable(unet, train.model_copy(update={"precision": "fp32", "gradient_checkpointing": False}), 0)
+        return count_flops(lambda: unet(latents, timesteps, embeds).sample.sum().backward())
+
+
+def launches(machine: Machine, call: Callable[[], object]) -> int | None:
+    """Kernels and CUDA graphs that the host launched, by the profiler; None without a GPU."""
+    if machine.device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:  # the CPU's operators would fill gigabytes
+        call()
+        machine.synchronize()
+    return sum(event.name.startswith(_LAUNCHES) for event in profiler.events())
+
+
+def host_syncs(machine: Machine, call: Callable[[], object]) -> int | None:
+    """How often the host waited for the device (a copy to the host, `.item()`, ...); None without a GPU."""
+    if machine.device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+
+def allocated(machine: Machine) -> int:
+    """Bytes of device memory in use; 0 without a GPU."""
+    if machine.device.type != "cuda":
+        return 0
+    gc.collect()
+    return torch.cuda.memory_allocated(machine.device)
+
+
+def peak_bytes(machine: Machine, call: Callable[[], object], others: int) -> int | None:
+    """Peak of device memory during a call, less what `others` hold; None without a GPU."""
+    if machine.device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(machine.device)
+    call()
+    machine.synchronize()
+    return torch.cuda.max_memory_allocated(machine.device) - others

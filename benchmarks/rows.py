@@ -1,0 +1,129 @@
+"""What every suite reports: one row for each provider of each case, baselines too."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.provenance import commit
+
+# Providers and phases of `endtoend`; the row of a phase has the case `CASE / PHASE`.
+NAIVE, NAIVE_FAST, OURS = "naive loop", "naive loop, same settings", "ours"
+GENERATION, ENCODING, REFERENCE = "generation", "encoding", "reference forward"
+POLICY, OPTIMIZER = "policy forward + backward", "optimizer"
+PHASES = (GENERATION, ENCODING, REFERENCE, POLICY, OPTIMIZER)
+SEPARATOR = " / "
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider of one case. Times are per unit: a sample, or a pair. None: not measured.
+
+    Attributes:
+        suite: of the driver.
+        case: what was done, with its sizes; a phase of a case is `CASE / PHASE`.
+        provider: who did it.
+        baseline: the provider that `ratio` compares with.
+        value_ok: whether the values agree with the baseline's.
+        p20_ms: milliseconds a unit, quantiles over the rounds.
+        p50_ms: the median.
+        p80_ms: the slow end.
+        graph_p50_ms: the median when replayed in a CUDA graph.
+        ratio: the baseline's p50 over this one's; None where the values differ.
+        launches: of kernels, by the profiler: in a solver step, or in a training step.
+        host_syncs: waits for the device, counted alike.
+        peak_allocated_bytes: of device memory, with all that the provider holds.
+        limit: the name of the limit.
+        limit_fraction: share of the limit that was reached.
+        mfu: counted FLOP over time and the nominal dense peak of the device.
+        pairs_per_s: units a second: samples or pairs.
+        gb_per_s: bytes moved, for what is bound by memory.
+        share_of_step: of the provider's own time for a whole unit.
+    """
+
+    suite: str
+    case: str
+    provider: str
+    baseline: str
+    value_ok: bool
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    graph_p50_ms: float | None = None
+    ratio: float | None = None
+    launches: float | None = None
+    host_syncs: float | None = None
+    peak_allocated_bytes: int | None = None
+    limit: str | None = None
+    limit_fraction: float | None = None
+    mfu: float | None = None
+    pairs_per_s: float | None = None
+    gb_per_s: float | None = None
+    share_of_step: float | None = None
+
+
+STAMP = ("device", "versions", "commit")
+KEYS = (*(field.name for field in fields(Row)), *STAMP)
+_PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The rows of one case with `ratio` filled in, and left None where the values differ from the baseline's."""
+    times = {row.provider: row.p50_ms for row in rows}
+
+    def ratio(row: Row) -> float | None:
+        baseline = times.get(row.baseline)
+        return baseline / row.p50_ms if row.value_ok and baseline and row.p50_ms else None
+
+    return [replace(row, ratio=ratio(row)) for row in rows]
+
+
+def records(rows: list[Row], device: str) -> list[dict[str, Any]]:
+    """The rows as they are written to JSON: `KEYS`, with the device, the versions and the commit."""
+    versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    return [asdict(row) | {"device": device, "versions": versions, "commit": commit()} for row in rows]
+
+
+_HEADINGS = ("", "ms", "p20-p80", "ratio", "values", "/s", "share", "of matmul", "MFU", "GB", "launches", "syncs")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal, a line each under a line for their case; a column without a value is left out."""
+    cells = [_HEADINGS, *[_cells(row) for row in rows]]
+    kept = [column for column in range(len(_HEADINGS)) if any(line[column] for line in cells[1:])]
+    widths = [max(len(line[column]) for line in cells) for column in kept]
+
+    def line(row: tuple[str, ...]) -> str:
+        padded = [row[column].rjust(width) for column, width in zip(kept, widths, strict=True)]
+        return "  ".join(["  " + row[0].ljust(widths[0]), *padded[1:]]).rstrip()
+
+    lines, case = [line(_HEADINGS)], ""
+    for row, texts in zip(rows, cells[1:], strict=True):
+        if row.case != case:
+            case = row.case
+            lines.append(case)
+        lines.append(line(texts))
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def number(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "" if value is None else format(value * scale, form)
+
+    spread = "" if row.p20_ms is None else f"{row.p20_ms:.4g}-{row.p80_ms:.4g}"
+    return (
+        row.provider,
+        number(row.p50_ms, ".4g"),
+        spread,
+        "" if row.ratio is None else f"{row.ratio:.2f} x",
+        "ok" if row.value_ok else "DIFFER",
+        number(row.pairs_per_s, ".3g"),
+        number(row.share_of_step, ".1%"),
+        number(row.limit_fraction, ".1%"),
+        number(row.mfu, ".1%"),
+        number(row.peak_allocated_bytes, ".2f", 1e-9),
+        number(row.launches, ".0f"),
+        number(row.host_syncs, ".2g"),
+    )

@@ -1,0 +1,61 @@
+"""The benchmark driver: one suite, every provider in one process, values checked first.
+
+    python -m benchmarks.run --suite sampling            # on the GPU, or at reduced sizes on a CPU
+    python -m benchmarks.run --suite endtoend --quick    # on a CPU, in seconds, to see that it runs
+    python -m benchmarks.run --suite step --json FILE    # also writes the rows
+
+On a GPU the model is SD-1.5's architecture with random weights (859.5 M parameters, bf16, 64 x 64 latents), on a CPU
+the pipeline that ships with the package, in float32. Where a provider's values differ from the baseline's it gets no
+ratio, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from seppo_fast.quiet import quiet_libraries
+
+quiet_libraries()
+
+SUITES = ("sampling", "step", "endtoend")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs a suite, prints its rows and writes them where asked; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, on a CPU")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args(words)
+    if arguments.quick:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # read where the trainer chooses its device
+
+    import torch
+
+    from benchmarks.measure import Machine
+    from benchmarks.rows import records, table
+
+    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
+    cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.cuda.is_available()
+    machine = Machine(torch.device("cpu" if cpu else "cuda"), arguments.quick)
+    started = time.perf_counter()
+    rows = importlib.import_module(f"benchmarks.{arguments.suite}").rows(machine)
+    made = records(rows, machine.name)
+    print(table(rows))
+    print(f"{arguments.suite} on {machine.name}, {time.perf_counter() - started:.0f} s, commit {made[0]['commit']}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    wrong = [row for row in rows if not row.value_ok]
+    if wrong:
+        print(f"{len(wrong)} rows without a ratio: their values differ from the baseline's", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What the README says of speed, from the rows that `benchmarks.run --json` wrote: a table, a picture, a projection.
+
+Rows may come from several suites and devices. A value that was not measured stays empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import NAIVE, OURS, PHASES, SEPARATOR
+
+PAPER_UPDATES, PAPER_PAIRS = 210, 2048
+_HEADINGS = ("ms", "x baseline", "per second", "MFU", "of matmul", "peak GB", "launches", "host syncs")
+
+Rows = Sequence[dict[str, Any]]
+
+
+def speed_table(rows: Rows) -> str:
+    """Every case and provider of the rows in markdown, phases left out, with what stands beside every number."""
+    lines = [f"| suite | case | provider | {' | '.join(_HEADINGS)} |", "|---" * (3 + len(_HEADINGS)) + "|"]
+    for row in rows:
+        if row["provider"] != "matmul" and SEPARATOR not in row["case"]:
+            cells = [row["suite"], row["case"], row["provider"], *_cells(row)]
+            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+    origins = dict.fromkeys((row["suite"], row["device"], row["versions"]["torch"], row["commit"]) for row in rows)
+    notes = [
+        f"`python -m benchmarks.run --suite {suite}`: {device}, torch {torch}, commit {commit}."
+        for suite, device, torch, commit in origins
+    ]
+    return "\n".join([*lines, "", *(notes or ["Not measured yet."])])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def number(key: str, form: str, scale: float = 1.0) -> str:
+        return "" if row[key] is None else format(row[key] * scale, form)
+
+    return [
+        number("p50_ms", ".4g"),
+        number("ratio", ".2f") if row["value_ok"] else "values differ",
+        number("pairs_per_s", ".3g"),
+        number("mfu", ".1%"),
+        number("limit_fraction", ".1%"),
+        number("peak_allocated_bytes", ".1f", 1e-9),
+        number("launches", ".0f"),
+        number("host_syncs", ".2g"),
+    ]
+
+
+def phase_chart(rows: Rows, file: Path) -> None:
+    """Draws the time of a pair by phase, naive against ours, from the rows of `endtoend`.
+
+    Raises:
+        ValueError: rows of `endtoend` are missing, not measured, or of values that differ.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = _bars(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.9 + 0.55 * len(bars)), sharey=True, layout="constrained")
+    whole = [sum(phases.values()) for phases in bars.values()]
+    starts = [0.0] * len(bars)
+    for phase in PHASES:
+        widths = [phases[phase] for phases in bars.values()]
+        axes[0].barh(list(bars), widths, left=starts, label=phase)
+        shares = [width / total for width, total in zip(widths, whole, strict=True)]
+        before = [start / total for start, total in zip(starts, whole, strict=True)]
+        axes[1].barh(list(bars), shares, left=before)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    for place, total in enumerate(whole):
+        axes[0].text(total, place, f" {total:.3g}", va="center")
+    axes[0].invert_yaxis()
+    axes[0].margins(x=0.1)
+    devices = dict.fromkeys(row["device"] for row in rows if row["suite"] == "endtoend")
+    axes[0].set_xlabel(f"milliseconds a pair ({'; '.join(devices)})")
+    axes[1].set_xlabel("share of a pair")
+    figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def _bars(rows: Rows) -> dict[str, dict[str, float]]:
+    """Milliseconds by phase for each bar; the naive loop stands in both modes and is drawn once."""
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        case, separator, phase = row["case"].partition(SEPARATOR)
+        if row["suite"] != "endtoend" or not separator:
+            continue
+        if not row["value_ok"]:
+            raise ValueError(f"rows: the values of {row['provider']!r} differ from the baseline's")
+        mode = case.split(":")[0].split(" ")[0]
+        name = NAIVE if row["provider"] == NAIVE else f"{row['provider'].split(',')[0]}, {mode}"
+        bars.setdefault(name, {})[phase] = row["p50_ms"]
+    if not bars or any(set(bar) != set(PHASES) or None in bar.values() for bar in bars.values()):
+        raise ValueError("rows: every phase of `endtoend` must have been measured")
+    return bars
+
+
+def projection(rows: Rows) -> str:
+    """The paper's whole run in GPU-hours at the measured pairs per second: a projection, and it says so."""
+    rates: dict[str, float] = {}
+    for row in rows:
+        whole = row["suite"] == "endtoend" and SEPARATOR not in row["case"]
+        if whole and row["provider"] in (NAIVE, OURS) and row["value_ok"] and row["pairs_per_s"]:
+            name = NAIVE if row["provider"] == NAIVE else f"{OURS}, {row['case']}"
+            if not row["device"].startswith("CPU"):
+                rates[name] = row["pairs_per_s"]
+    if not rates:
+        return "No projection of the paper's whole run: no GPU has run the suite `endtoend` yet."
+    pairs = PAPER_UPDATES * PAPER_PAIRS
+    hours = [f"{name}: {pairs / rate / 3600:,.1f} GPU-hours" for name, rate in rates.items()]
+    return (
+        f"A projection, not a measurement: the paper's whole run, {PAPER_UPDATES} updates of {PAPER_PAIRS} pairs, at "
+        f"the pairs per second measured above (with a LoRA, where the paper trains all weights). {'; '.join(hours)}."
+    )

@@ -1,0 +1,228 @@
+"""The benchmark driver through its command line, what it refuses, and what is made from its rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import counters, endtoend, run, sampling, speed, step
+from benchmarks.measure import Bench, Machine, Provider, Stopwatch, distance, interleaved
+from benchmarks.models import Workplace
+from benchmarks.naive import NaiveLoop
+from benchmarks.rows import KEYS, NAIVE, NAIVE_FAST, OURS, PHASES, SEPARATOR, Row, table, with_ratios
+from tests.runs import tiny_config
+from tests.test_drop_in import seppo_before
+
+ROOT = Path(__file__).parents[1]
+MACHINE = Machine(torch.device("cpu"), quick=True)
+
+
+@pytest.fixture
+def smallest(monkeypatch):
+    """Every suite at a size of a second or two."""
+    monkeypatch.setitem(sampling.SIZES, "quick", (sampling.Case(1, 2, 1), sampling.Case(3, 2, 1)))
+    monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (1, 2)}, rounds=1))
+    monkeypatch.setitem(endtoend.SIZES, "quick", endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2))
+
+
+def driven(suite, tmp_path):
+    """Exit code and rows of a suite."""
+    code = run.main(["--suite", suite, "--quick", "--json", str(tmp_path / "rows.json")])
+    return code, json.loads((tmp_path / "rows.json").read_text())
+
+
+def test_the_command_as_a_user_types_it(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.run", "--suite", "sampling", "--quick", "--json", tmp_path / "rows.json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + len({row["case"] for row in rows}) + len(rows) + 1
+    assert lines[-1].startswith("sampling on CPU")
+    assert subprocess.run([*words[:4], "painting"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("suite", run.SUITES)
+def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
+    code, rows = driven(suite, tmp_path)
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert {suite} == {row["suite"] for row in rows}
+    for row in rows:
+        assert tuple(row) == KEYS
+        assert row["value_ok"] and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["device"].startswith("CPU") and row["versions"]["torch"] == torch.__version__
+        assert row["launches"] is row["host_syncs"] is row["peak_allocated_bytes"] is row["mfu"] is None
+        (baseline,) = [other for other in rows if other["case"] == row["case"] and other["provider"] == row["baseline"]]
+        assert row["ratio"] == pytest.approx(baseline["p50_ms"] / row["p50_ms"])
+        assert row["case"] in printed and row["provider"] in printed
+    if suite == "endtoend":
+        assert phases_add_up(rows) == 2
+
+
+def phases_add_up(rows):
+    """Checks that the phases of each provider of each case are its whole; the number of cases."""
+    cases = {row["case"].partition(SEPARATOR)[0] for row in rows[1:]}
+    for case in cases:
+        for provider in {row["provider"] for row in rows if row["case"] == case}:
+            mine = {row["case"]: row for row in rows if row["provider"] == provider}
+            phases = [mine[case + SEPARATOR + phase] for phase in PHASES]
+            # One round, so that medians add up.
+            assert sum(row["p50_ms"] for row in phases) == pytest.approx(mine[case]["p50_ms"])
+            assert sum(row["share_of_step"] for row in phases) == pytest.approx(1)
+    return len(cases)
+
+
+def test_wrong_samples_get_no_ratio(smallest, tmp_path, monkeypatch, capsys):
+    ours = sampling.Samplers.ours
+    monkeypatch.setattr(sampling.Samplers, "ours", lambda *arguments: ours(*arguments) * 1.01)
+    code, rows = driven("sampling", tmp_path)
+    assert code == 1
+    for row in rows:
+        assert row["value_ok"] == (row["ratio"] is not None) == (row["provider"] != sampling.OURS)
+    out, err = capsys.readouterr()
+    assert "values differ from the baseline's by 0.01" in out and "DIFFER" in out
+    assert "2 rows without a ratio" in err
+
+
+def test_another_objective_gets_no_ratio(smallest, tmp_path, monkeypatch):
+    """Without its flipper the loss has another sign for the pairs that are learned."""
+    config = Workplace.config
+
+    def never(*arguments, **sections):
+        return config(*arguments, **sections).model_copy(update={"objective": "seppo-never"})
+
+    monkeypatch.setattr(Workplace, "config", never)
+    code, rows = driven("step", tmp_path)
+    assert code == 1
+    assert {row["provider"] for row in rows if row["ratio"] is not None} == {"matmul", step.NAIVE}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_naive_loop_trains_to_our_weights(fast, tiny, tmp_path):
+    """Within 0.5 % of the change of the weights, which AdamW makes nearly a sign of the gradient."""
+    config = tiny_config(
+        tiny,
+        tmp_path,
+        data={"prompt_dropout": 0.0},
+        train={"updates": 1, "updates_per_iteration": 1, "micro_batch": 4},
+        sampler={"name": "dpmsolver++", "steps": 3} if fast else {},
+        reference={"uses": 2 if fast else 1},
+    )
+    ours, naive = endtoend.weight_changes(config, MACHINE)
+    assert distance(ours, naive) < 0.005
+    assert all(change.any() for change in naive)
+
+
+def test_the_naive_loop_has_the_papers_loss(tiny, tmp_path):
+    loop = NaiveLoop(tiny_config(tiny, tmp_path, train={"beta": 300.0}), MACHINE)
+    predictions = torch.randn(5, 3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    losses = [loop.preference(*parts) for parts in predictions]
+    torch.testing.assert_close(losses, [seppo_before(*parts, 300.0)[0] for parts in predictions])
+
+
+def test_calls_take_turns_and_time_is_per_unit():
+    order = []
+    calls = [lambda: order.append("a"), lambda: order.append("b")]
+    assert [len(taken) for taken in interleaved(MACHINE, calls, 3)] == [3, 3]
+    assert order == ["a", "b"] * 3
+    bench = Bench(MACHINE, "sampling")
+    row = bench.row("case", Provider("ours", calls[0], units=4, flops=8e6), "ours", [0.1, 0.2, 0.3, 0.4, 1.5])
+    assert (row.p20_ms, row.p50_ms, row.p80_ms) == pytest.approx((45, 75, 155))
+    assert row.pairs_per_s == pytest.approx(4 / 0.3)
+    matmul = bench.rows[0]
+    assert row.limit_fraction == pytest.approx(8e6 / 0.3 * matmul.p50_ms / 1e3 / (2 * 1024**3))
+
+
+def test_a_stopwatch_adds_up_what_a_phase_takes():
+    watch = Stopwatch(MACHINE)
+    for _ in range(2):
+        with watch.phase("generation"):
+            pass
+    watch.add("generation", 3.0)
+    assert 3.0 < watch.seconds["generation"] < 4.0
+
+
+def test_distance_is_relative_and_refuses_what_is_not_finite():
+    one = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
+    assert distance([torch.tensor([3.0, 0.5]), torch.tensor([4.0])], one) == pytest.approx(0.1)
+    assert distance([torch.full((2,), torch.nan), torch.ones(1)], one) == float("inf")
+
+
+def test_flops_are_those_of_the_layers(tiny):
+    layer = torch.nn.Linear(5, 7, device="meta")
+    assert counters.count_flops(lambda: layer(torch.empty(3, 5, device="meta"))) == 2 * 3 * 5 * 7
+    forward = counters.unet_flops(str(tiny))
+    trained = counters.unet_flops(str(tiny), tiny_config(tiny, tiny).model)
+    assert 2.5 * forward < trained < 3 * forward  # all weights: twice the forward again, less what the input needs not
+
+
+ROWS = [
+    dict.fromkeys(KEYS) | asked
+    for asked in [
+        {"case": "exact: DDIM 50 steps", "provider": NAIVE, "p50_ms": 900.0, "ratio": 1.0, "pairs_per_s": 1.11},
+        {"case": "exact: DDIM 50 steps", "provider": OURS, "p50_ms": 100.0, "ratio": 9.0, "pairs_per_s": 10.0},
+        {"case": "fast: 20 steps", "provider": NAIVE_FAST, "p50_ms": 90.0, "pairs_per_s": 11.0},
+        {"case": "fast: 20 steps", "provider": OURS, "p50_ms": 20.0, "value_ok": False, "pairs_per_s": 50.0},
+        {"case": "never run", "provider": OURS},
+    ]
+]
+ROWS = [
+    {"value_ok": True} | {key: value for key, value in row.items() if key != "value_ok" or value is not None}
+    | {"suite": "endtoend", "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "commit": "abc1234"}
+    for row in ROWS
+]  # fmt: skip
+
+
+def test_the_table_leaves_empty_what_was_not_measured():
+    lines = speed.speed_table(ROWS).splitlines()
+    assert lines[2] == "| endtoend | exact: DDIM 50 steps | naive loop | 900 | 1.00 | 1.11 | | | | | |"
+    assert lines[5] == "| endtoend | fast: 20 steps | ours | 20 | values differ | 50 | | | | | |"
+    assert lines[6] == "| endtoend | never run | ours | | | | | | | | |"
+    assert lines[-1] == "`python -m benchmarks.run --suite endtoend`: NVIDIA H200, torch 2.13.0, commit abc1234."
+    assert len({line.count("|") for line in lines[:7]}) == 1
+    assert speed.speed_table([]).splitlines()[2:] == ["", "Not measured yet."]
+
+
+def test_the_projection_says_that_it_is_one_and_takes_right_values_on_a_gpu_alone():
+    text = speed.projection(ROWS)
+    assert text.startswith("A projection, not a measurement")
+    assert f"ours, exact: DDIM 50 steps: {210 * 2048 / 10 / 3600:.1f} GPU-hours" in text
+    assert text.count("naive loop: ") == 1 and "20 steps" not in text
+    nothing = "No projection of the paper's whole run"
+    assert speed.projection([]).startswith(nothing)
+    assert speed.projection([row | {"device": "CPU, 2 threads"} for row in ROWS]).startswith(nothing)
+
+
+def test_the_picture_needs_every_phase(tmp_path):
+    rows = [
+        ROWS[0] | {"case": f"{case}{SEPARATOR}{phase}", "provider": provider, "p50_ms": 10.0}
+        for case, provider in [("exact: a", NAIVE), ("exact: a", OURS), ("fast (other): b", NAIVE), ("fast: b", OURS)]
+        for phase in PHASES
+    ]
+    speed.phase_chart(rows, tmp_path / "phases.png")
+    assert (tmp_path / "phases.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="every phase"):
+        speed.phase_chart(rows[:-1], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="every phase"):
+        speed.phase_chart([], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="values of 'ours' differ"):
+        speed.phase_chart([*rows[:-1], rows[-1] | {"value_ok": False}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_ratio_needs_right_values_and_the_terminal_table_names_each_case_once():
+    rows = with_ratios(
+        [
+            Row("step", "1 pair", "script", "script", True, p50_ms=6.0),
+            Row("step", "1 pair", "ahead", "script", True, p50_ms=2.0),
+            Row("step", "1 pair", "wrong", "script", False, p50_ms=1.0),
+        ]
+    )
+    assert [row.ratio for row in rows] == [1.0, 3.0, None]
+    lines = table(rows).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["1", "script", "ahead", "wrong"]
+    assert "3.00 x" in lines[3] and "DIFFER" in lines[4]
