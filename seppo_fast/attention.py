@@ -139,6 +139,7 @@ def choose_attention(
     rows: int,
     device: torch.device,
     dtype: torch.dtype,
+    forwards: float = 0.0,
     timer: Timer = interleaved_milliseconds,
 ) -> Backend:
     """The backend that is wanted; for `auto`, the faster one that works.
@@ -155,6 +156,7 @@ def choose_attention(
         rows: of the UNet in one call.
         device: where it will run.
         dtype: of the computation; float32 runs without autocast.
+        forwards: rows without gradient for each row with one; sampling is most of SePPO's.
         timer: takes functions and returns their milliseconds.
 
     Raises:
@@ -178,7 +180,7 @@ def choose_attention(
         return "sdpa"
     if wanted == "xformers":
         return "xformers"
-    totals = total_milliseconds(unet, layers, dtype, timer)
+    totals = total_milliseconds(unet, layers, dtype, timer, forwards)
     return "xformers" if totals["xformers"] < totals["sdpa"] else "sdpa"
 
 
@@ -214,16 +216,25 @@ def attention_layers(
 
 
 def total_milliseconds(
-    unet: UNet2DConditionModel, layers: Mapping[AttentionShape, Sequence[str]], dtype: torch.dtype, timer: Timer
+    unet: UNet2DConditionModel,
+    layers: Mapping[AttentionShape, Sequence[str]],
+    dtype: torch.dtype,
+    timer: Timer,
+    forwards: float = 0.0,
 ) -> dict[Backend, float]:
-    """Time of all attention layers, forward and backward, by backend; of each shape one layer is timed."""
+    """Time of all attention layers by backend: forward and backward, and `forwards` more without gradient.
+
+    Of each shape one layer is timed.
+    """
     totals: dict[Backend, float] = dict.fromkeys(_PROCESSORS, 0.0)
     for shape, names in layers.items():
         attn = unet.get_submodule(names[0])
         tensors = _example(attn, shape, dtype)
-        runs = [partial(_forward_backward, attn, tensors, dtype, backend) for backend in _PROCESSORS]
-        for backend, time in zip(_PROCESSORS, timer(runs), strict=True):
-            totals[backend] += len(names) * time
+        for run, weight in ((_forward_backward, 1.0), (_forward, forwards)):
+            if weight:
+                runs = [partial(run, attn, tensors, dtype, backend) for backend in _PROCESSORS]
+                for backend, time in zip(_PROCESSORS, timer(runs), strict=True):
+                    totals[backend] += len(names) * weight * time
     return totals
 
 
@@ -250,6 +261,15 @@ def _example(attn: Attention, shape: AttentionShape, dtype: torch.dtype) -> tupl
     hidden = normal(shape.hidden, requires_grad=True)
     context = None if shape.context is None else normal(shape.context, requires_grad=True)
     return hidden, context, normal(shape.hidden, dtype=dtype)
+
+
+@torch.no_grad()
+def _forward(
+    attn: Attention, tensors: tuple[Tensor, Tensor | None, Tensor], dtype: torch.dtype, backend: Backend
+) -> list[Tensor]:
+    hidden, context, _ = tensors
+    with torch.autocast(hidden.device.type, dtype, enabled=dtype != torch.float32):
+        return [_processor(backend)(attn, hidden, context)]
 
 
 def _forward_backward(

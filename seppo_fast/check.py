@@ -69,7 +69,9 @@ def _memory(
     weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
     trained = sum(parameter.numel() for parameter in trainable(unet).values())
     states = 2 * trained * (1 if config.train.optimizer == "adamw8bit" else 4)
-    copies = trained * 4 * (2 if config.train.ema_decay else 1)
+    average = trained * 4 if config.train.ema_decay else 0
+    parked = config.reference.park or (config.reference.park is None and config.memory == "low")
+    swapped = trained * 4  # the policy, while a reference has its place
     draw = OBJECTIVES[config.objective].draw
     iterations = -(-config.train.updates // config.train.updates_per_iteration)
     checkpoints = {None: 0, "initial": 1}.get(draw, iterations)
@@ -78,10 +80,12 @@ def _memory(
     sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1)
     return [
         f"trained: {trained:,} of {sum(parameter.numel() for parameter in unet.parameters()):,} weights",
-        f"device memory: {(weights + states + copies) / _GIB:.2f} GiB for weights, optimizer and one swapped copy",
+        f"device memory: {(weights + states + average + (0 if parked else swapped)) / _GIB:.2f} GiB for weights, "
+        f"optimizer{'' if parked else ' and one swapped copy'}",
         f"  and while learning {pair.fixed / _GIB:.2f} GiB and {pair.per_row / _GIB:.3f} GiB a pair "
         f"(train.micro_batch = {config.train.micro_batch or 'what fits'})",
         f"  or while sampling {sample.fixed / _GIB:.2f} GiB and {sample.per_row / _GIB:.3f} GiB a sample "
         f"(sampler.batch = {config.sampler.batch or 'what fits'})",
-        f"host memory: {checkpoints * trained * 4 / _GIB:.2f} GiB a process for {checkpoints} references",
+        f"host memory: {checkpoints * trained * 4 / _GIB:.2f} GiB a process for {checkpoints} references"
+        + (f", {(states + swapped) / _GIB:.2f} GiB for what is parked" if parked else ""),
     ]

@@ -53,8 +53,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from seppo_fast.quiet import quiet_libraries
 
     quiet_libraries()
-    import torch
-
     try:
         if arguments.command == "demo":
             return _demo(arguments.output)
@@ -68,9 +66,9 @@ def _run(arguments: argparse.Namespace) -> int:
         train(config)
         return 0
     except (MemoryError, RuntimeError) as error:
-        # On a CPU torch says so in words only.
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not known:
+        from seppo_fast.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}; "

@@ -111,6 +111,9 @@ class ReferenceConfig(_Section):
         ge=1,
         description="updates rolled out at once; null: enough to fill sampling batches, up to the next draw",
     )
+    park: bool | None = Field(
+        None, description="optimizer and policy wait in host memory during a rollout; null: where memory is short"
+    )
     pairs_gib: float | None = Field(
         None, ge=0, description="host memory for samples that wait, the rest on disk; null: a quarter of what is free"
     )
@@ -168,6 +171,8 @@ class Config(_Section):
                 "reference.errors = together needs model.train = lora: policy and reference share one forward only "
                 "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
             )
+        if self.reference.errors != "ahead" and OBJECTIVES[self.objective].draw is None:
+            raise ValueError(f"objective {self.objective!r} has no reference: leave out reference.errors")
         if self.reference.errors != "ahead" and self.model.compile:
             raise ValueError(f"model.compile goes with reference.errors = ahead, not with {self.reference.errors!r}")
         return self

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 
-from seppo_fast.attention import choose_attention, set_attention
+from seppo_fast.attention import choose_attention
 from seppo_fast.config import Config
 from seppo_fast.data.cache import LatentCache
 from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
+from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, trainable
 
 
@@ -29,6 +30,7 @@ class Setting:
         share: of the free memory that a batch may fill.
         micro_batch: pairs, at most.
         batch: samples, at most.
+        park: optimizer and policy wait in host memory during a rollout, whether or not memory asks for it.
         checkpointing: recompute activations.
         compile: the repeated blocks, on a GPU.
     """
@@ -36,22 +38,24 @@ class Setting:
     share: float
     micro_batch: int
     batch: int
+    park: bool
     checkpointing: bool
     compile: bool
 
 
-# `low` also parks the optimizer's state and the policy's weights in host memory while a reference is resident.
 DIAL = {
-    "low": Setting(share=0.5, micro_batch=1, batch=8, checkpointing=True, compile=False),
-    "balanced": Setting(share=0.7, micro_batch=16, batch=64, checkpointing=False, compile=False),
-    "fast": Setting(share=0.9, micro_batch=32, batch=128, checkpointing=False, compile=True),
+    "low": Setting(share=0.5, micro_batch=1, batch=8, park=True, checkpointing=True, compile=False),
+    "balanced": Setting(share=0.7, micro_batch=16, batch=64, park=False, checkpointing=False, compile=False),
+    "fast": Setting(share=0.9, micro_batch=32, batch=128, park=False, checkpointing=False, compile=True),
 }
+# Beside the optimizer's state at least so many samples should fit, or the state is parked.
+_FEW_SAMPLES = 16
 # A CPU is busy with a few rows; more only leave its caches.
 _CPU_ROWS = 32
 
 
 def turn_dial(config: Config, device: torch.device) -> Config:
-    """Fills in what must be known before the model is made: checkpointing and compilation."""
+    """Fills in what must be known before the model is made: recomputation and compilation."""
     setting = DIAL[config.memory]
     model: dict[str, Any] = {}
     if config.model.gradient_checkpointing is None:
@@ -62,54 +66,77 @@ def turn_dial(config: Config, device: torch.device) -> Config:
     return _filled(config, model=model)
 
 
-def choose_batches(config: Config, unet: UNet2DConditionModel, cache: LatentCache, accelerator: Accelerator) -> Config:
-    """Fills in attention, micro-batch and sampling batch, and sets the attention of `unet`.
+def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCache, accelerator: Accelerator) -> Config:
+    """Fills in micro-batch, sampling batch, parking and attention, which take the model and the machine to know.
 
     Args:
         config: of the run, through `turn_dial`.
         unet: on its device, its trained weights marked.
         cache: the data; the shapes of its latents and embeddings count.
-        accelerator: all processes take the smallest choice of any.
+        accelerator: all processes take the smallest batches of any, and the attention that the first one measured.
 
     Raises:
         ConfigError: attention that is asked for and does not work.
     """
-    device, dtype = accelerator.device, DTYPES[config.model.precision]
-    setting = DIAL[config.memory]
-    latent_shape = tuple(cache.latent_shape)
-    prompt_shape = (cache.uncond_embeds.shape[1], cache.uncond_embeds.shape[2])
-    most = _CPU_ROWS if device.type == "cpu" else max(setting.micro_batch, setting.batch)
-    learner = _learner_bytes(config, unet)
-
-    def fitting(footprint: Footprint, taken: int, cap: int) -> int:
-        # At least 1: whether one row fits is better found out by trying than refused on an estimate.
-        rows = max(1, footprint.largest(int(setting.share * free_bytes(device)) - taken, min(cap, most)))
-        return int(accelerator.gather(torch.tensor([rows], device=device)).min())
-
-    train, sampler = {}, {}
+    shapes = {
+        "latent_shape": tuple(cache.latent_shape),
+        "prompt_shape": tuple(cache.uncond_embeds.shape[1:]),
+        "dtype": DTYPES[config.model.precision],
+        "device": accelerator.device,
+    }
     if config.train.micro_batch is None:
-        footprint = training_footprint(unet, latent_shape, prompt_shape, dtype, device)
-        share = -(-config.train.pairs_per_update // accelerator.num_processes)
-        train["micro_batch"] = fitting(footprint, learner, min(setting.micro_batch, share))
-    if config.sampler.batch is None:
-        guided = config.sampler.guidance > 1
-        footprint = sampling_footprint(unet, latent_shape, prompt_shape, dtype, device, guided)
-        aside = 0 if config.memory == "low" else learner + _trained_bytes(unet)
-        sampler["batch"] = fitting(footprint, aside, setting.batch)
-    config = _filled(config, train=train, sampler=sampler)
+        config = _with_micro_batch(config, unet, training_footprint(unet, **shapes), accelerator)
+    guided = config.sampler.guidance > 1
+    if config.sampler.batch is None or config.reference.park is None:
+        config = _with_batch(config, unet, sampling_footprint(unet, **shapes, guided=guided), accelerator)
     assert config.train.micro_batch is not None
+    objective = OBJECTIVES[config.objective]
+    evaluations = config.sampler.steps * (2 if guided else 1) if objective.negatives == "generated" else 0
     attention = choose_attention(
         config.model.attention,
         unet,
-        latent_shape=latent_shape,
-        prompt_shape=prompt_shape,
+        **shapes,
         rows=2 * config.train.micro_batch,
-        device=device,
-        dtype=dtype,
+        forwards=evaluations / (2 * config.reference.uses) + (1 if objective.draw else 0),
     )
-    (attention,) = broadcast_object_list([attention])  # as the first process measured: one choice for all
-    set_attention(unet, attention)
+    (attention,) = broadcast_object_list([attention])
     return _filled(config, model={"attention": attention})
+
+
+def _with_micro_batch(
+    config: Config, unet: UNet2DConditionModel, footprint: Footprint, accelerator: Accelerator
+) -> Config:
+    setting = DIAL[config.memory]
+    beside = _learner_bytes(config, unet)
+    if config.reference.errors == "apart" and config.model.train == "full":
+        beside += _trained_bytes(unet)  # the second UNet
+    most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
+    return _filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
+
+
+def _with_batch(config: Config, unet: UNet2DConditionModel, footprint: Footprint, accelerator: Accelerator) -> Config:
+    setting = DIAL[config.memory]
+    average = _trained_bytes(unet) if config.train.ema_decay else 0
+    beside = _learner_bytes(config, unet) + _trained_bytes(unet)
+    most = config.sampler.batch or setting.batch
+    park = config.reference.park
+    if park is None:
+        few = min(most, _FEW_SAMPLES, _CPU_ROWS)
+        on_gpu = accelerator.device.type == "cuda"  # elsewhere parking moves nothing
+        park = setting.park or (on_gpu and _fitting(setting, footprint, beside, most, accelerator) < few)
+    batch = config.sampler.batch
+    if batch is None:
+        batch = _fitting(setting, footprint, average if park else beside, most, accelerator)
+    return _filled(config, sampler={"batch": batch}, reference={"park": park})
+
+
+def _fitting(setting: Setting, footprint: Footprint, beside: int, most: int, accelerator: Accelerator) -> int:
+    """At least 1: whether one row fits is better found out by trying than refused on an estimate."""
+    device = accelerator.device
+    if device.type == "cpu":
+        most = min(most, _CPU_ROWS)
+    rows = max(1, footprint.largest(int(setting.share * free_bytes(device)) - beside, most))
+    return int(accelerator.gather(torch.tensor([rows], device=device)).min())
 
 
 def _trained_bytes(unet: UNet2DConditionModel) -> int:

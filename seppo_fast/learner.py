@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -83,10 +83,10 @@ class Learner:
         """Gradients of the mean loss over the pairs of all ranks; sums of what is logged, in one host sync."""
         train = self._config.train
         batches = list(pairs.micro_batches(self._micro_batch))
-        steps = []
+        steps: list[dict[str, torch.Tensor]] = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with torch.enable_grad() if last else self._accelerator.no_sync(self._model):
+            with nullcontext() if last else self._accelerator.no_sync(self._model):
                 prediction, target, ref_error = self._errors(self._model, batch)
                 step = step_loss(
                     self._objective,
@@ -100,7 +100,7 @@ class Learner:
                 # DDP averages over ranks, so each rank's share is scaled up by their number.
                 share = len(batch) * self._accelerator.num_processes / train.pairs_per_update
                 self._scaler.scale(step.loss * share).backward()
-            steps.append(step)
+            steps.append(step.sums)  # not its loss, which holds the micro-batch's whole graph
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))

@@ -55,6 +55,11 @@ class Footprint:
         return rows
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is spent, the host's or the device's. On a CPU torch says so in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def free_bytes(
     device: torch.device, cgroup: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")
 ) -> int:

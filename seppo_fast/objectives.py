@@ -140,6 +140,6 @@ def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
     return means
 
 
-def total(steps: list[StepLoss]) -> dict[str, Tensor]:
+def total(sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Adds the sums of several micro-batches, on the device."""
-    return {name: torch.stack([step.sums[name] for step in steps]).sum() for name in steps[0].sums}
+    return {name: torch.stack([one[name] for one in sums]).sum() for name in sums[0]}

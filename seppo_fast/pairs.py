@@ -144,8 +144,8 @@ class PairMaker:
         noise = keyed_noise(seed, "noise", keys, winners.shape[1:])
         if not config.train.share_noise and self._objective.negatives is not None:
             noise = torch.cat([noise, keyed_noise(seed, "loser noise", keys, winners.shape[1:])])
-        if losers is not None:
+        if losers is not None and uses > 1:  # else it stays what it is: a part of the pinned room it waited in
             losers = losers.repeat_interleave(uses, 0)
-        elif self._objective.negatives == "labelled":
+        elif losers is None and self._objective.negatives == "labelled":
             losers = other
         return Pairs(tuple(key[1] for key in keys), winners, losers, timesteps, noise, embeds)

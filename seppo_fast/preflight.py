@@ -26,9 +26,12 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         DataError: no data; see `seppo_fast.data`.
     """
     _check_output(Path(config.output))
-    pairs = config.train.pairs_per_update
-    if pairs < processes:
-        raise ConfigError(f"train.pairs_per_update = {pairs} is less than one for each of {processes} processes")
+    samples = config.train.pairs_per_update // config.reference.uses
+    if samples < processes:
+        raise ConfigError(
+            f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
+            f"make {samples} samples an update, less than one for each of {processes} processes"
+        )
     if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
     if config.train.backend == "triton":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from seppo_fast.config import Config
-from seppo_fast.forward import Forward
+from seppo_fast.forward import Forward, Noised
 from seppo_fast.loss import Backend, denoising_errors
 from seppo_fast.pairs import Pairs
 from seppo_fast.references import ReferencePool
@@ -41,6 +41,15 @@ class ReferenceErrors(ABC):
         """The policy's prediction and its target, as `Forward`, and errors `(2b,)`; None without a reference."""
 
 
+def as_the_policy(forward: Forward, reference: nn.Module, noised: Noised) -> Tensor:
+    """The reference's prediction, with autograd on although nothing is differentiated.
+
+    Without it compiled code and attention kernels may differ, and equal weights must give equal errors bit for bit.
+    """
+    with torch.enable_grad():
+        return forward.denoise(reference, *noised[:3]).detach()
+
+
 class Ahead(ReferenceErrors):
     """In the rollout, in the learner's micro-batches, through the learner's forward, autograd included.
 
@@ -56,7 +65,7 @@ class Ahead(ReferenceErrors):
         self._unet = unet
         self._micro_batch = config.train.micro_batch
         self._backend: Backend = config.train.backend
-        self._aside = torch.device("cpu") if config.memory == "low" else forward.device
+        self._aside = torch.device("cpu") if config.reference.park else forward.device
 
     def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
         """The one UNet, with the policy's weights put aside."""
@@ -64,21 +73,20 @@ class Ahead(ReferenceErrors):
 
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor:
         """See `ReferenceErrors.ahead`."""
-        winners, losers = [], []
-        for batch in pairs().micro_batches(self._micro_batch):
-            # With grad although nothing is differentiated: compiled code and attention kernels may differ without,
-            # and equal weights must give equal errors bit for bit.
-            with torch.enable_grad():
-                prediction, target = self._forward(reference, batch)
-            winner, loser = denoising_errors(prediction.detach(), target, backend=self._backend).chunk(2)
-            winners.append(winner)
-            losers.append(loser)
-        return torch.cat(winners + losers).cpu()
+        halves = [self._errors(reference, batch).chunk(2) for batch in pairs().micro_batches(self._micro_batch)]
+        return torch.cat([winner for winner, _ in halves] + [loser for _, loser in halves]).cpu()
+
+    def _errors(self, reference: nn.Module, batch: Pairs) -> Tensor:
+        """Of one micro-batch; its activations are freed on return."""
+        noised = self._forward.noised(batch)
+        prediction = as_the_policy(self._forward, reference, noised)
+        return denoising_errors(prediction, noised.target, backend=self._backend)
 
     def __call__(self, policy: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `ReferenceErrors`: one forward; the errors came with the pairs."""
+        pairs = pairs.to(self._forward.device)
         prediction, target = self._forward(policy, pairs)
-        return prediction, target, None if pairs.ref_error is None else pairs.ref_error.to(prediction.device)
+        return prediction, target, pairs.ref_error
 
 
 class Apart(ReferenceErrors):
@@ -109,10 +117,9 @@ class Apart(ReferenceErrors):
     def __call__(self, policy: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `ReferenceErrors`: two forwards of the same noised pairs."""
         noised = self._forward.noised(pairs)
-        prediction = self._forward.denoise(policy, *noised[:3])
-        with torch.no_grad():
-            reference = self._forward.denoise(self._reference, *noised[:3])
-        return prediction, noised.target, denoising_errors(reference, noised.target, backend=self._backend)
+        reference = as_the_policy(self._forward, self._reference, noised)  # first: then its activations are gone
+        errors = denoising_errors(reference, noised.target, backend=self._backend)
+        return self._forward.denoise(policy, *noised[:3]), noised.target, errors
 
 
 class Shared(Apart):

@@ -28,7 +28,7 @@ from seppo_fast.diffusion import Sampler
 from seppo_fast.errors import CheckpointError
 from seppo_fast.files import disk_message
 from seppo_fast.forward import Forward
-from seppo_fast.memory import free_bytes
+from seppo_fast.memory import free_bytes, is_out_of_memory
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.pairs import PairMaker, Pairs
 from seppo_fast.reference_errors import ReferenceErrors
@@ -54,7 +54,7 @@ class Rollout:
         errors: the way to the reference's errors.
         world: number of processes.
         making_room: entered while a reference is resident, to free device memory that only the learner needs.
-        report: takes a line for the user now and then.
+        report: takes a line for the user now and then; of every process.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Rollout:
             noise, embeds = self._maker.generation(keys[start : start + self._batch])
             try:
                 made = sample_latents(self._forward, model, self._sampler, noise, embeds, self._uncond_embeds)
-            except (torch.OutOfMemoryError, MemoryError):
-                if len(noise) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(noise) == 1 or not is_out_of_memory(error):
                     raise
                 self._batch = len(noise) // 2
                 self._report(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self._batch}")
@@ -160,10 +160,11 @@ class Rollout:
         """Host memory for samples, pinned beside a GPU; a nameless file where the budget does not hold them."""
         count = math.prod(shape)
         budget = self._config.reference.pairs_gib
-        allowed = free_bytes(torch.device("cpu")) // 4 if budget is None else budget * 2**30
+        # The other processes of a machine have samples of their own.
+        allowed = free_bytes(torch.device("cpu")) // 4 // self._world if budget is None else budget * 2**30
         if 4 * count <= allowed:
             return torch.empty(shape, pin_memory=self._forward.device.type == "cuda")
-        folder = Path(tempfile.gettempdir())
+        folder = Path(self._config.data.cache)  # a real disk; what is called temporary may be memory
         try:
             with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:
                 os.posix_fallocate(file.fileno(), 0, 4 * count)  # a mapped file that finds no space later would kill us
@@ -191,7 +192,7 @@ def sample_latents(
         return forward.denoise(model, latents, timesteps, embeds)
 
     batches = zip(noise.split(size), prompt_embeds.split(size), strict=True)
-    with forward.autocast():  # around all steps: weights are cast to the compute dtype once, not once a step
+    with forward.autocast():  # around all steps, so that weights are cast once and not at each
         return torch.cat(
             [sampler(denoise, x.to(device), e.to(device), uncond_embeds.to(device)).cpu() for x, e in batches]
         )

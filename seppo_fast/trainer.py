@@ -8,12 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from seppo_fast.attention import set_attention
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import LatentCache, open_or_build
 from seppo_fast.data.examples import Source
-from seppo_fast.dial import choose_batches, turn_dial
+from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError
 from seppo_fast.evaluate.pictures import FixedPrompts
@@ -49,7 +50,9 @@ class Trainer:
         self.objective = OBJECTIVES[config.objective]
         # Autocast is ours, one for policy and reference. The others wait while the first fills the cache: hours.
         patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+        # Gradients live in DDP's buckets: else it keeps a second copy of them.
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience, buckets])
         device, world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.output)
         config = turn_dial(config, device)
@@ -60,13 +63,16 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
         make_trainable(self.unet, config.model, config.seed)
-        self.unet.to(device)
-        self.config = config = choose_batches(config, self.unet, self.cache, self.accelerator)
+        # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise.
+        plain = config.train.optimizer == "adamw8bit"
+        self.unet.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+        self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator)
+        assert config.model.attention != "auto", "the attention is chosen"
+        set_attention(self.unet, config.model.attention)
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
         self.references = ReferencePool(config.seed, self.objective.draw) if self.objective.draw else None
-        way = config.reference.errors if self.references is not None else "ahead"
-        errors = WAYS[way](self.forward, self.unet, config)
+        errors = WAYS[config.reference.errors](self.forward, self.unet, config)
         if config.model.compile:
             compile_blocks(self.unet)
         self.learner = Learner(self.unet, errors, config, self.accelerator)
@@ -79,11 +85,15 @@ class Trainer:
             self.references,
             errors,
             world=world,
-            making_room=self.learner.parked if config.memory == "low" else nullcontext,
-            report=self.accelerator.print,
+            making_room=self.learner.parked if config.reference.park else nullcontext,
+            report=self._report,
         )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
         self._samples = self._fixed_prompts()
+
+    def _report(self, line: str) -> None:
+        world = self.accelerator.num_processes
+        print(f"process {self.accelerator.process_index}: {line}" if world > 1 else line, flush=True)
 
     def add_checkpoint(self) -> None:
         """The policy as it is now becomes a reference that later draws may pick."""

@@ -257,6 +257,19 @@ def test_auto_takes_the_faster_by_the_sum_over_all_layers(unet, xformers, dtype)
     assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
+@pytest.mark.parametrize(("forwards", "faster"), [(0, "sdpa"), (1.9, "sdpa"), (2.1, "xformers"), (50, "xformers")])
+def test_sampling_weighs_as_much_as_it_is_called(unet, xformers, forwards, faster):
+    """Made up: with a backward xformers takes 2 ms more, without 1 ms less."""
+    graphs = []
+
+    def timer(functions):
+        graphs.append(len(functions[0]()) > 1)
+        return [10.0, 12.0] if graphs[-1] else [5.0, 4.0]
+
+    assert choose(unet, timer=timer, forwards=forwards) == faster
+    assert graphs == ([True, False] * 5 if forwards else [True] * 5)
+
+
 def test_what_is_timed_is_forward_and_backward_of_each_backend(unet, xformers):
     calls = []
 

@@ -7,7 +7,7 @@ import torch
 
 import seppo_fast.dial
 from seppo_fast.config import parse_config, read_config
-from seppo_fast.dial import DIAL, choose_batches, turn_dial
+from seppo_fast.dial import DIAL, fit_to_machine, turn_dial
 from seppo_fast.memory import sampling_footprint, training_footprint
 from seppo_fast.policy import trainable
 from seppo_fast.train import train
@@ -45,7 +45,7 @@ def trainer(tiny, tmp_path):
 
 
 def chosen(trainer, config):
-    config = choose_batches(turn_dial(config, CPU), trainer.unet, trainer.cache, trainer.accelerator)
+    config = fit_to_machine(turn_dial(config, CPU), trainer.unet, trainer.cache, trainer.accelerator)
     return config.train.micro_batch, config.sampler.batch
 
 

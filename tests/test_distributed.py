@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +17,7 @@ from tests.runs import log_of, tiny_config
 
 ROOT = Path(__file__).parents[1]
 
-# Runs the real trainer and writes down which sample ids this rank was given.
+# Runs the real trainer and writes down this rank's pairs: by sample id, what data and reference made of them.
 RECORDER = """
 import json, sys
 from seppo_fast.overrides import configure
@@ -28,7 +29,16 @@ def observe(trainer, updates):
     if updates == 0:
         step = trainer.learner.step
         def recording(pairs, update):
-            taken.append([list(pairs.sample_ids), pairs.timesteps.tolist(), pairs.noise.double().sum().item()])
+            halves = [None, None] if pairs.ref_error is None else pairs.ref_error.chunk(2)
+            taken.append({
+                sample: [
+                    pairs.timesteps[row].item(),
+                    pairs.noise[row].flatten().tolist(),
+                    pairs.losers[row].flatten().tolist(),
+                    [half[row].item() for half in halves if half is not None],
+                ]
+                for row, sample in enumerate(pairs.sample_ids)
+            })
             return step(pairs, update)
         trainer.learner.step = recording
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -44,9 +54,16 @@ def free_port():
         return str(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("model", [{}, {"train": "lora"}], ids=["full", "lora"])
-def test_two_processes_train_as_one(tiny, tmp_path, model):
-    config = tiny_config(tiny, tmp_path, model=model, train={"beta": 100.0, "pairs_per_update": 7, "micro_batch": 2})
+@pytest.mark.parametrize(
+    ("model", "errors"),
+    [({}, "ahead"), ({"train": "lora"}, "ahead"), ({"train": "lora"}, "together")],
+    ids=["full", "lora", "lora together"],
+)
+def test_two_processes_train_as_one(tiny, tmp_path, model, errors):
+    config = tiny_config(
+        tiny, tmp_path, model=model, reference={"errors": errors},
+        train={"beta": 100.0, "pairs_per_update": 7, "micro_batch": 2},
+    )  # fmt: skip
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     (tmp_path / "record.py").write_text(RECORDER)
     for processes in (1, 2):
@@ -64,13 +81,17 @@ def test_two_processes_train_as_one(tiny, tmp_path, model):
 
     alone = json.loads((tmp_path / "rank0of1.json").read_text())
     ranks = [json.loads((tmp_path / f"rank{rank}of2.json").read_text()) for rank in range(2)]
-    for update, (ids, timesteps, noise) in enumerate(alone):
+    for update, pairs in enumerate(alone):
         of_rank = [rank[update] for rank in ranks]
-        assert len(of_rank[0][0]) == 4 and len(of_rank[1][0]) == 3
-        assert dict(zip(ids, timesteps, strict=True)) == {
-            sample: t for taken in of_rank for sample, t in zip(taken[0], taken[1], strict=True)
-        }
-        assert sum(taken[2] for taken in of_rank) == pytest.approx(noise, abs=1e-6)
+        assert [len(taken) for taken in of_rank] == [4, 3]
+        both = of_rank[0] | of_rank[1]
+        assert set(both) == set(pairs)
+        for sample, (timestep, noise, loser, errors_of_reference) in pairs.items():
+            assert both[sample][:2] == [timestep, noise]
+            # Exactly the same in the first update; later ones sample from weights that differ by rounding.
+            tolerance = 1e-4 if update < 2 else 5e-2
+            np.testing.assert_allclose(both[sample][2], loser, rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(both[sample][3], errors_of_reference, rtol=tolerance, atol=tolerance)
 
     logs = [log_of(config.model_copy(update={"output": str(tmp_path / f"world{world}")})) for world in (1, 2)]
     for one, two in zip(*logs, strict=True):
@@ -100,5 +121,7 @@ def test_too_few_pairs_for_the_processes_are_refused(tiny, tmp_path, monkeypatch
     from seppo_fast.train import train
 
     monkeypatch.setattr(Accelerator, "num_processes", 8)
-    with pytest.raises(ConfigError, match="8 processes"):
+    with pytest.raises(ConfigError, match="6 samples an update.*8 processes"):
         train(tiny_config(tiny, tmp_path))
+    with pytest.raises(ConfigError, match="5 samples an update.*8 processes"):
+        train(tiny_config(tiny, tmp_path, train={"pairs_per_update": 10}, reference={"uses": 2}))

@@ -1,9 +1,13 @@
 """Three ways to the reference's errors: the same training, and what each refuses."""
 
+import itertools
 import math
+import sys
+import types
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from seppo_fast.errors import ConfigError
 from seppo_fast.policy import trainable
@@ -120,11 +124,44 @@ def test_compiled_code_is_exact_too(tiny, tmp_path):
         ({"reference": {"errors": "together"}, "model": LORA | {"compile": True}}, "model.compile goes with"),
         ({"reference": {"uses": 4}}, "must divide train.pairs_per_update = 6"),
         ({"reference": {"errors": "before"}}, "reference.errors"),
+        ({"reference": {"errors": "apart"}, "objective": "sft"}, "'sft' has no reference"),
     ],
 )
 def test_settings_that_cannot_work(tiny, tmp_path, sections, says):
     with pytest.raises(ConfigError, match=says):
         tiny_config(tiny, tmp_path, **sections)
+
+
+def test_errors_of_many_micro_batches_take_no_more_memory_than_one(tiny, tmp_path):
+    """Their forward keeps activations for a backward that never comes; the next one must not wait beside them."""
+    trainer = Trainer(tiny_config(tiny, tmp_path, train={"pairs_per_update": 12, "micro_batch": 4}))
+    trainer.add_checkpoint()
+    peaks = []
+    for count in (4, 12):
+        pairs = next(trainer.rollout.pairs(0).micro_batches(count))
+        trainer.rollout._waiting.clear()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            trainer.learner._errors.ahead(trainer.unet, lambda pairs=pairs: pairs)
+        sizes = [event.nbytes() for event in memory_events(profiler)]
+        peaks.append(max(itertools.accumulate(sizes)))
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def memory_events(profiler):
+    events = [*profiler.profiler.kineto_results.events()]
+    return sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+
+
+def test_8_bit_adam_trains_contiguous_weights(tiny, tmp_path, monkeypatch):
+    """Its step makes them so, and a forward in another memory format rounds otherwise than the reference's did."""
+    module = types.ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = torch.optim.AdamW
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for optimizer in ("adamw", "adamw8bit"):
+        trainer = Trainer(tiny_config(tiny, tmp_path, train={"optimizer": optimizer}))
+        assert trainer.unet.conv_in.weight.is_contiguous() is (optimizer == "adamw8bit")
 
 
 def test_several_uses_train(tiny, tmp_path):

@@ -133,9 +133,6 @@ def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, cap
 
 
 def test_samples_beyond_the_budget_wait_on_disk_and_leave_nothing_there(tiny, tmp_path, monkeypatch):
-    waits = tmp_path / "waits"
-    waits.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(waits))
     in_memory = started(tiny, tmp_path).rollout.pairs(0)
     mapped = []
     from_file = torch.from_file
@@ -144,7 +141,7 @@ def test_samples_beyond_the_budget_wait_on_disk_and_leave_nothing_there(tiny, tm
     on_disk = trainer.rollout.pairs(0)
     assert mapped == [2 * 6 * 4 * 8 * 8]
     assert torch.equal(on_disk.losers, in_memory.losers) and torch.equal(on_disk.ref_error, in_memory.ref_error)
-    assert not list(waits.iterdir())
+    assert not list((tmp_path / "cache").glob("seppo-samples*"))
 
 
 def test_no_room_for_waiting_samples_says_so(tiny, tmp_path, monkeypatch):
@@ -163,6 +160,7 @@ def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_pa
     finals = []
     for memory in ("low", "balanced"):
         trainer = started(tiny, tmp_path, memory=memory, model={"gradient_checkpointing": False})
+        assert trainer.config.reference.park is (memory == "low")
         moves = []
         move = trainer.learner._move_state
         trainer.learner._move_state = lambda device, moves=moves, move=move: moves.append(device.type) or move(device)
