@@ -12,24 +12,43 @@ from typing import Any
 from benchmarks.rows import NAIVE, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
+_SUITES = ("endtoend", "sampling", "step")
 _HEADINGS = ("ms", "x baseline", "per second", "MFU", "of matmul", "peak GB", "launches", "host syncs")
 
 Rows = Sequence[dict[str, Any]]
 
 
 def speed_table(rows: Rows) -> str:
-    """Every case and provider of the rows in markdown, phases left out, with what stands beside every number."""
-    lines = [f"| suite | case | provider | {' | '.join(_HEADINGS)} |", "|---" * (3 + len(_HEADINGS)) + "|"]
-    for row in rows:
-        if row["provider"] != "matmul" and SEPARATOR not in row["case"]:
-            cells = [row["suite"], row["case"], row["provider"], *_cells(row)]
-            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
-    origins = dict.fromkeys((row["suite"], row["device"], row["versions"]["torch"], row["commit"]) for row in rows)
-    notes = [
-        f"`python -m benchmarks.run --suite {suite}`: {device}, torch {torch}, commit {commit}."
-        for suite, device, torch, commit in origins
-    ]
-    return "\n".join([*lines, "", *(notes or ["Not measured yet."])])
+    """A table for each suite in markdown: every case and provider, phases left out, with where the numbers are from.
+
+    A column in which nothing was measured is left out, and so is a case's name where the line above has it. The longest
+    suite, `step`, is folded.
+    """
+    parts = [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in _SUITES]
+    return "\n\n".join(part for part in parts if part) or "Not measured yet."
+
+
+def _suite_table(suite: str, rows: Rows) -> str:
+    chosen = [row for row in rows if row["provider"] != "matmul" and SEPARATOR not in row["case"]]
+    if not chosen:
+        return ""
+    cells = [_cells(row) for row in chosen]
+    kept = [column for column in range(len(_HEADINGS)) if any(line[column] for line in cells)]
+    lines = [_markdown([suite, "", *[_HEADINGS[column] for column in kept]]), "|---" * (2 + len(kept)) + "|"]
+    before = None
+    for row, line in zip(chosen, cells, strict=True):
+        case = row["case"] if row["case"] != before else ""
+        lines.append(_markdown([case, row["provider"], *[line[column] for column in kept]]))
+        before = row["case"]
+    origins = dict.fromkeys((row["device"], row["versions"]["torch"], row["commit"]) for row in chosen)
+    for device, torch, commit in origins:
+        lines += ["", f"`python -m benchmarks.run --suite {suite}`: {device}, torch {torch}, commit {commit}."]
+    table = "\n".join(lines)
+    return f"<details><summary>Suite {suite}</summary>\n\n{table}\n\n</details>" if suite == "step" else table
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
