@@ -54,7 +54,8 @@ class Rollout:
         errors: the way to the reference's errors.
         world: number of processes.
         making_room: entered while a reference is resident, to free device memory that only the learner needs.
-        report: takes a line for the user now and then; of every process.
+        report: takes a line on progress now and then.
+        warn: takes a line on trouble.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Rollout:
         world: int = 1,
         making_room: Callable[[], AbstractContextManager[None]] = nullcontext,
         report: Callable[[str], object] = print,
+        warn: Callable[[str], object] = print,
     ) -> None:
         assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
@@ -83,6 +85,7 @@ class Rollout:
         self._world = world
         self._making_room = making_room
         self._report = report
+        self._warn = warn
         self._batch = config.sampler.batch
         self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
@@ -144,7 +147,7 @@ class Rollout:
                 if len(noise) == 1 or not is_out_of_memory(error):
                     raise
                 self._batch = len(noise) // 2
-                self._report(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self._batch}")
+                self._warn(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self._batch}")
                 continue
             if samples is None:
                 samples = self._waiting_room((len(keys), *made.shape[1:]))

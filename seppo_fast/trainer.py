@@ -86,12 +86,14 @@ class Trainer:
             errors,
             world=world,
             making_room=self.learner.parked if config.reference.park else nullcontext,
-            report=self._report,
+            report=self.accelerator.print,
+            warn=self._warn,
         )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
         self._samples = self._fixed_prompts()
 
-    def _report(self, line: str) -> None:
+    def _warn(self, line: str) -> None:
+        """Says it, whichever process it is of."""
         world = self.accelerator.num_processes
         print(f"process {self.accelerator.process_index}: {line}" if world > 1 else line, flush=True)
 
