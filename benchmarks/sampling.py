@@ -24,7 +24,7 @@ from seppo_fast.config import SamplerConfig
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.forward import Forward
-from seppo_fast.policy import DTYPES
+from seppo_fast.policy import DTYPES, compile_blocks
 from seppo_fast.rollout import sample_latents
 from seppo_fast.shapes.world import caption, scene
 
@@ -91,7 +91,7 @@ class Samplers:
         """Our samples with the repeated blocks of the UNet compiled for the shapes that come next."""
         torch._dynamo.reset()
         unet = copy.deepcopy(self.unet)
-        unet.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(unet, "sdpa")
         return lambda count, steps: self.ours(count, steps, unet)
 
     def agree_exactly(self) -> bool:

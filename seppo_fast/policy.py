@@ -46,7 +46,7 @@ def make_trainable(unet: UNet2DConditionModel, config: ModelConfig, seed: int) -
     unet.eval()  # no dropout: the policy and its past selves must predict alike
 
 
-def compile_blocks(unet: UNet2DConditionModel) -> None:
+def compile_blocks(unet: UNet2DConditionModel, attention: str) -> None:
     """torch.compile of the repeated blocks, in place, where they are called next.
 
     Every shape is compiled for itself: code for any shape rounds otherwise, and which of two codes takes a shape that
@@ -54,7 +54,8 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
     """
     torch._dynamo.config.recompile_limit = 256  # shapes and grad modes of all blocks count together; the default is 8
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    # PyTorch's own attention compiles whole; xformers may break the graph where it is called, and runs as it is.
+    unet.compile_repeated_blocks(fullgraph=attention == "sdpa", dynamic=False)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

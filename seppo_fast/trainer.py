@@ -74,7 +74,7 @@ class Trainer:
         self.references = ReferencePool(config.seed, self.objective.draw) if self.objective.draw else None
         errors = WAYS[config.reference.errors](self.forward, self.unet, config)
         if config.model.compile:
-            compile_blocks(self.unet)
+            compile_blocks(self.unet, config.model.attention)
         self.learner = Learner(self.unet, errors, config, self.accelerator)
         self.rollout = Rollout(
             config,
