@@ -33,6 +33,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smallest sizes, on a CPU")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(words)
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no folder {arguments.json.absolute().parent}")
     if arguments.quick:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read where the trainer chooses its device
 

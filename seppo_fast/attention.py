@@ -109,7 +109,7 @@ def set_attention(unet: UNet2DConditionModel, backend: Backend) -> None:
         if type(processor) not in plain:
             raise ValueError(f"unet: {name} is a {type(processor).__name__}, only plain attention can be replaced")
     if backend == "xformers":
-        _require_xformers()
+        _require_installed()
     unet.set_attn_processor(_processor(backend))
 
 
@@ -163,9 +163,7 @@ def choose_attention(
         ConfigError: `xformers` is wanted, and is not installed or does not work here.
     """
     if wanted == "xformers":
-        _require_xformers()
-        if device.type != "cuda":
-            raise ConfigError(f"model.attention = xformers runs on CUDA, not on {device.type}; use sdpa or auto")
+        require_xformers(device)
     elif wanted == "sdpa" or device.type != "cuda" or not _has_xformers():
         return "sdpa"
     layers = attention_layers(unet, latent_shape, prompt_shape, rows, dtype)
@@ -292,6 +290,13 @@ def _has_xformers() -> bool:
     return attention_processor.xformers is not None
 
 
-def _require_xformers() -> None:
+def require_xformers(device: torch.device) -> None:
+    """Raises ConfigError where xformers is not installed, or does not run on the device."""
+    _require_installed()
+    if device.type != "cuda":
+        raise ConfigError(f"model.attention = xformers runs on CUDA, not on {device.type}; use sdpa or auto")
+
+
+def _require_installed() -> None:
     if not _has_xformers():
         raise ConfigError("model.attention = xformers needs xformers: pip install 'seppo_fast[xformers]'")

@@ -6,17 +6,16 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import Config, to_yaml
+from seppo_fast.data.cache import truncation
 from seppo_fast.data.scan import scan
 from seppo_fast.dial import turn_dial
-from seppo_fast.diffusion import NoiseSchedule
+from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import DataError
-from seppo_fast.memory import sampling_footprint, training_footprint
+from seppo_fast.memory import free_bytes, sampling_footprint, training_footprint
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, make_trainable, trainable
 from seppo_fast.preflight import preflight
 from seppo_fast.trainer import load_family
-
-_GIB = 2**30
 
 
 def check(config: Config) -> int:
@@ -36,14 +35,14 @@ def check(config: Config) -> int:
     source = preflight(config, device, processes=1)
     family = load_family(config, torch.device("cpu"))
     NoiseSchedule(family.scheduler_config)
+    Sampler(family.scheduler_config, config.sampler)
     shape = family.latent_shape(config.data.resolution)
     problems = scan(source, losers=objective.needs_pairs)
     for problem in problems:
         print(f"bad: {problem}")
     prompts = {example.prompt for example in source}
-    long = family.too_long(sorted(prompts))
-    if long:
-        print(f"warning: {len(long)} of {len(prompts)} prompts are truncated by the text encoder, such as {long[0]!r}")
+    for line in truncation(family.too_long(sorted(prompts)), len(prompts)):
+        print(line)
     ties = f", {source.ties} ties dropped" if source.ties else ""
     print(f"data: {len(source)} examples, {len(problems)} bad{ties}")
     make_trainable(family.unet, config.model, config.seed)
@@ -52,10 +51,12 @@ def check(config: Config) -> int:
     prompt_shape = (family.pipe.tokenizer.model_max_length, family.unet.config.cross_attention_dim)
     for line in _memory(config, family.unet, shape, prompt_shape, device):
         print(line)
-    print(
-        f"disk: {(latents + text) * 4 / _GIB:.2f} GiB for the cache, half of it where a GPU fills it in half precision"
-    )
+    print(f"disk: {_size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
     return DataError.exit_code if problems else 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _memory(
@@ -80,12 +81,13 @@ def _memory(
     sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1)
     return [
         f"trained: {trained:,} of {sum(parameter.numel() for parameter in unet.parameters()):,} weights",
-        f"device memory: {(weights + states + average + (0 if parked else swapped)) / _GIB:.2f} GiB for weights, "
+        f"device memory: {_size(weights + states + average + (0 if parked else swapped))} for weights, "
         f"optimizer{'' if parked else ' and one swapped copy'}",
-        f"  and while learning {pair.fixed / _GIB:.2f} GiB and {pair.per_row / _GIB:.3f} GiB a pair "
+        f"  and while learning {_size(pair.fixed)} and {_size(pair.per_row)} a pair "
         f"(train.micro_batch = {config.train.micro_batch or 'what fits'})",
-        f"  or while sampling {sample.fixed / _GIB:.2f} GiB and {sample.per_row / _GIB:.3f} GiB a sample "
+        f"  or while sampling {_size(sample.fixed)} and {_size(sample.per_row)} a sample "
         f"(sampler.batch = {config.sampler.batch or 'what fits'})",
-        f"host memory: {checkpoints * trained * 4 / _GIB:.2f} GiB a process for {checkpoints} references"
-        + (f", {(states + swapped) / _GIB:.2f} GiB for what is parked" if parked else ""),
+        f"  of {_size(free_bytes(device))} free now on {device}",
+        f"host memory: {_size(checkpoints * trained * 4)} a process for {checkpoints} references"
+        + (f", {_size(states + swapped)} for what is parked" if parked else ""),
     ]

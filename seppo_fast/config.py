@@ -159,24 +159,6 @@ class Config(_Section):
             raise ValueError(f"objective {self.objective!r} is unknown{_did_you_mean(self.objective, OBJECTIVES)}")
         return self
 
-    @model_validator(mode="after")
-    def _settings_that_agree(self) -> Config:
-        if self.train.pairs_per_update % self.reference.uses:
-            raise ValueError(
-                f"reference.uses = {self.reference.uses} must divide train.pairs_per_update = "
-                f"{self.train.pairs_per_update}: the pairs of a sample stay in one update"
-            )
-        if self.reference.errors == "together" and self.model.train == "full":
-            raise ValueError(
-                "reference.errors = together needs model.train = lora: policy and reference share one forward only "
-                "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
-            )
-        if self.reference.errors != "ahead" and OBJECTIVES[self.objective].draw is None:
-            raise ValueError(f"objective {self.objective!r} has no reference: leave out reference.errors")
-        if self.reference.errors != "ahead" and self.model.compile:
-            raise ValueError(f"model.compile goes with reference.errors = ahead, not with {self.reference.errors!r}")
-        return self
-
     @property
     def learning_rate(self) -> float:
         """The learning rate in force."""
@@ -239,9 +221,33 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
             raise ConfigError(f"{origin}: {key!r} is another name of {section}.{name}, which is given too")
         place[name] = value
     try:
-        return Config.model_validate(resolved)
+        config = Config.model_validate(resolved)
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+    refuse_contradictions(config)
+    return config
+
+
+def refuse_contradictions(config: Config) -> None:
+    """Settings that are right by themselves and wrong together.
+
+    Raises:
+        ConfigError: what does not fit, and what to do.
+    """
+    if config.train.pairs_per_update % config.reference.uses:
+        raise ConfigError(
+            f"reference.uses = {config.reference.uses} must divide train.pairs_per_update = "
+            f"{config.train.pairs_per_update}: the pairs of a sample stay in one update"
+        )
+    if config.reference.errors == "together" and config.model.train == "full":
+        raise ConfigError(
+            "reference.errors = together needs model.train = lora: policy and reference share one forward only "
+            "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
+        )
+    if config.reference.errors != "ahead" and OBJECTIVES[config.objective].draw is None:
+        raise ConfigError(f"objective {config.objective!r} has no reference: leave out reference.errors")
+    if config.reference.errors != "ahead" and config.model.compile:
+        raise ConfigError(f"model.compile goes with reference.errors = ahead, not with {config.reference.errors!r}")
 
 
 def _explain(problem: Any) -> str:

@@ -82,6 +82,14 @@ class Sampler:
     scheduler_config: Mapping[str, Any]
     config: SamplerConfig
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError where there are more steps than the schedule has timesteps."""
+        timesteps = self._solver().config.num_train_timesteps
+        if self.config.steps > timesteps:
+            raise ConfigError(
+                f"sampler.steps = {self.config.steps}: this model's schedule has {timesteps} timesteps, not more"
+            )
+
     @torch.no_grad()
     def __call__(self, denoise: Denoise, noise: Tensor, prompt_embeds: Tensor, uncond_embeds: Tensor) -> Tensor:
         """Samples x_0 from x_T.

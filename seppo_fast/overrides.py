@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from seppo_fast.config import Config, keys, read_config
+from seppo_fast.config import Config, keys, read_config, refuse_contradictions
 
 
 def configure(file: str, overrides: Sequence[str]) -> Config:
@@ -17,9 +17,9 @@ def configure(file: str, overrides: Sequence[str]) -> Config:
     flag is unknown (with a suggestion) or its value does not fit.
 
     Raises:
-        ConfigError: the file; see `read_config`.
+        ConfigError: the file, or settings that contradict each other; see `read_config`.
     """
-    return tyro.cli(
+    config = tyro.cli(
         Config,
         prog=f"seppo-fast train {file}",
         description="Defaults shown are those of the file.",
@@ -27,12 +27,17 @@ def configure(file: str, overrides: Sequence[str]) -> Config:
         args=[_spell_out(word, after) for after, word in zip(["", *overrides], overrides, strict=False)],
         config=(tyro.conf.FlagConversionOff,),
     )
+    refuse_contradictions(config)
+    return config
+
+
+_PYTHON = {"true": "True", "false": "False", "null": "None"}  # YAML's words to those that tyro reads
 
 
 def _spell_out(word: str, after: str) -> str:
     """`--learning-rate` to `--train.learning-rate`, `--beta_dpo=10` to `--train.beta=10`, `true` to `True`."""
-    if word in ("true", "false"):
-        return word.capitalize()
+    if word in _PYTHON:
+        return _PYTHON[word]
     if word == "no" and after == "--mixed_precision":
         return "fp32"
     if not word.startswith("--"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from seppo_fast.attention import require_xformers
 from seppo_fast.config import Config
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import CheckpointError, ConfigError, DataError
@@ -30,10 +31,13 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if samples < processes:
         raise ConfigError(
             f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
-            f"make {samples} samples an update, less than one for each of {processes} processes"
+            f"leave fewer samples an update ({samples}) than there are processes ({processes}): raise the first or "
+            "lower the second"
         )
     if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
+    if config.model.attention == "xformers":
+        require_xformers(device)
     if config.train.backend == "triton":
         _check_triton(device)
     if not config.data.source:

@@ -45,6 +45,12 @@ def test_the_command_as_a_user_types_it(tmp_path):
     assert subprocess.run([*words[:4], "painting"], cwd=ROOT, capture_output=True).returncode == 2
 
 
+def test_a_place_that_is_not_there_is_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--suite", "sampling", "--quick", "--json", str(tmp_path / "nowhere" / "rows.json")])
+    assert stop.value.code == 2 and "there is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suite", run.SUITES)
 def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
     code, rows = driven(suite, tmp_path)

@@ -52,7 +52,7 @@ def test_train_prints_one_line_an_update_and_nothing_else(config, tmp_path):
     assert [line.split("  ")[0] for line in updates] == ["update 1/2", "update 2/2"]
     assert "(ref " in updates[0] and "reject 1.00" in updates[0] and "pairs/s" in updates[0]
     assert start.startswith("shapes:11:3") and end.startswith("weights: ")
-    assert warning.startswith("10 of 10 prompts are longer than the text encoder takes")  # it spells, and takes 16
+    assert warning.startswith("10 of 10 prompts have more tokens than the text encoder takes")  # a letter is one
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in entries] == [1, 2]
     given, stored = (read_config(file).model_dump() for file in (config, tmp_path / "run" / "config.yaml"))
@@ -193,6 +193,10 @@ def test_bad_models_exit_2_and_say_why(config, tmp_path, tiny, make, says):
         (["--objective", "diffusion-dpo"], "two images per prompt"),
         (["--train.backend", "triton"], "needs a GPU"),
         (["--train.optimizer", "adamw8bit"], "pip install 'seppo_fast[8bit]'"),
+        (["--reference.errors", "together"], "seppo-fast: reference.errors = together needs model.train = lora"),
+        (["--reference.uses", "4"], "seppo-fast: reference.uses = 4 must divide"),
+        (["--sampler.steps", "1001"], "sampler.steps = 1001"),
+        (["--model.attention", "xformers"], "pip install 'seppo_fast[xformers]'"),
     ],
     ids=lambda value: value[0] + " " + value[1] if isinstance(value, list) else "",
 )

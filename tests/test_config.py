@@ -124,3 +124,24 @@ def test_recipes_are_valid_and_short(recipe):
 
 def test_every_objective_has_a_recipe():
     assert {read_config(recipe).objective for recipe in RECIPES.glob("*.yaml")} == set(OBJECTIVES)
+
+
+def test_yamls_words_are_understood_as_flags():
+    from seppo_fast.overrides import configure
+
+    flags = ["--sampler.batch", "null", "--model.compile", "true", "--train.share-noise", "false"]
+    config = configure("demo.yaml", flags)
+    assert config.sampler.batch is None and config.model.compile is True and config.train.share_noise is False
+
+
+def test_contradictions_are_refused_alike_from_file_and_flags(tmp_path):
+    from seppo_fast.overrides import configure
+
+    file = tmp_path / "run.yaml"
+    file.write_text("reference: {uses: 3}\ntrain: {pairs_per_update: 64}\n")
+    said = []
+    for read in (lambda: read_config(file), lambda: configure("demo.yaml", ["--reference.uses", "3"])):
+        with pytest.raises(ConfigError, match="reference.uses = 3 must divide") as error:
+            read()
+        said.append(str(error.value))
+    assert said[0].replace("64", "128") == said[1]

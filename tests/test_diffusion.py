@@ -133,3 +133,10 @@ def test_no_step_waits_for_the_device(solver):
 
     assert sampler(denoise, noise, embeds, embeds[:1]).shape == noise.shape
     assert rows == [((6, 4, 5, 6), (6,), "meta", (6, 2, 8))] * 7
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_more_steps_than_timesteps_are_refused(solver):
+    Sampler(SD15, SamplerConfig(name=solver, steps=1000))
+    with pytest.raises(ConfigError, match="sampler.steps = 1001.*1000 timesteps"):
+        Sampler(SD15, SamplerConfig(name=solver, steps=1001))

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seppo_fast.data.build import Encoder, build
@@ -21,9 +21,10 @@ from seppo_fast.data.latents import FORMAT_VERSION, INDEX, LatentCache
 from seppo_fast.errors import DataError
 from seppo_fast.files import staged_folder
 
-__all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build"]
+__all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build", "truncation"]
 
 _ABANDONED_SECONDS = 3600
+_SHOWN = 80  # characters of a prompt
 
 
 def open_or_build(
@@ -75,12 +76,20 @@ def open_or_build(
             if not (final / INDEX).exists():
                 raise
     cache = LatentCache(final, key)
-    if cache.truncated:
-        report(
-            f"{len(cache.truncated)} of {len(set(cache.prompts))} prompts are longer than the text encoder takes; "
-            f"it sees their beginning only. The first: {cache.truncated[0]!r}"
-        )
+    for line in truncation(cache.truncated, len(set(cache.prompts))):
+        report(line)
     return cache
+
+
+def truncation(too_long: Sequence[str], prompts: int) -> list[str]:
+    """The line that says how many of the prompts are truncated; none where none is."""
+    if not too_long:
+        return []
+    first = too_long[0] if len(too_long[0]) <= _SHOWN else f"{too_long[0][:_SHOWN]} ..."
+    return [
+        f"{len(too_long)} of {prompts} prompts have more tokens than the text encoder takes; it sees their beginning "
+        f"only. The first: {first!r}"
+    ]
 
 
 def cache_key(source_digest: str, fingerprint: dict[str, str], *, resolution: int, crop: str, losers: bool) -> str:

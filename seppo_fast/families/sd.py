@@ -71,6 +71,7 @@ class StableDiffusion:
             raise ConfigError(
                 f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline with safetensors weights: "
                 f"{reason}"
+                + ("" if Path(where).exists() else " (is it in the local cache, or can the hub be reached?)")
             ) from error
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, device, dtype)
