@@ -86,6 +86,8 @@ def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCach
     }
     if config.train.micro_batch is None:
         config = _with_micro_batch(config, unet, training_footprint(unet, **shapes), accelerator)
+    if config.reference.park is None and (DIAL[config.memory].park or accelerator.device.type != "cuda"):
+        config = _filled(config, reference={"park": DIAL[config.memory].park})  # on a CPU it moves nothing
     guided = config.sampler.guidance > 1
     if config.sampler.batch is None or config.reference.park is None:
         config = _with_batch(config, unet, sampling_footprint(unet, **shapes, guided=guided), accelerator)
@@ -121,9 +123,7 @@ def _with_batch(config: Config, unet: UNet2DConditionModel, footprint: Footprint
     most = config.sampler.batch or setting.batch
     park = config.reference.park
     if park is None:
-        few = min(most, _FEW_SAMPLES, _CPU_ROWS)
-        on_gpu = accelerator.device.type == "cuda"  # elsewhere parking moves nothing
-        park = setting.park or (on_gpu and _fitting(setting, footprint, beside, most, accelerator) < few)
+        park = _fitting(setting, footprint, beside, most, accelerator) < min(most, _FEW_SAMPLES)
     batch = config.sampler.batch
     if batch is None:
         batch = _fitting(setting, footprint, average if park else beside, most, accelerator)

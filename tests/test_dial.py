@@ -91,3 +91,15 @@ def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
     assert stored.model.attention == "sdpa" and stored.model.compile is False
     assert stored.model.gradient_checkpointing is (memory == "low")
     assert stored.memory == memory
+
+
+def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, tmp_path, trainer, monkeypatch):
+    trained = sum(weight.numel() * 4 for weight in trainable(trainer.unet).values())
+    sample = sampling_footprint(trainer.unet, (4, 8, 8), (16, 16), torch.float32, CPU, guided=True)
+    config = tiny_config(tiny, tmp_path, **OPEN)
+    for spare, park in ((1.001, False), (0.999, True)):
+        free = int(spare * (3 * trained + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
+        monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, free=free: free)
+        chosen = seppo_fast.dial._with_batch(config, trainer.unet, sample, trainer.accelerator)
+        assert chosen.reference.park is park
+        assert chosen.sampler.batch >= 16  # parked, they fit
