@@ -49,20 +49,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Imported here: they take seconds, and --help and a misspelled command should not wait for them.
+    # Imported where they are needed: they take seconds, and nobody should wait for them to read of a typing error.
+    from seppo_fast.overrides import configure
     from seppo_fast.quiet import quiet_libraries
 
-    quiet_libraries()
     try:
-        if arguments.command == "demo":
+        config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
+        quiet_libraries()
+        if config is None:
             return _demo(arguments.output)
-        from seppo_fast.check import check
-        from seppo_fast.overrides import configure
+        if arguments.command == "check":
+            from seppo_fast.check import check
+
+            return check(config)
         from seppo_fast.train import train
 
-        config = configure(arguments.config, arguments.overrides)
-        if arguments.command == "check":
-            return check(config)
         train(config)
         return 0
     except (MemoryError, RuntimeError) as error:
