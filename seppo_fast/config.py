@@ -55,7 +55,7 @@ class ModelConfig(_Section):
         "bf16", description="compute dtype (autocast); errors are reduced in float32 always"
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="recompute activations: less memory, a third more time; null: with memory = low"
+        None, description="recompute activations: less memory, slower; null: with memory = low"
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field(
         "auto", description="of policy and reference alike; auto: the faster on a GPU, by measurement; sdpa on a CPU"

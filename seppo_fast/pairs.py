@@ -72,7 +72,10 @@ class Pairs:
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # What is there already cannot be pinned.
+    return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
 
 
 class PairMaker:

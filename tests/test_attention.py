@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import (
     Attention,
@@ -19,6 +18,7 @@ from peft import LoraConfig
 import seppo_fast.attention as attention
 from seppo_fast.attention import ChunkedAttention, attention_layers, choose_attention, set_attention
 from seppo_fast.errors import ConfigError
+from tests.tiny import tiny_unet
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LATENT, PROMPT, ROWS = (4, 8, 8), (7, 16), 3
@@ -26,17 +26,7 @@ LATENT, PROMPT, ROWS = (4, 8, 8), (7, 16), 3
 
 @pytest.fixture
 def unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).eval()
+    return tiny_unet(second_block="AttnDownBlock2D")
 
 
 def softmax_attention(query, key, value, attn_bias=None, op=None, scale=None):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import Downsample2D, Upsample2D
 from peft import LoraConfig
 from torch import nn
@@ -17,24 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 import seppo_fast.memory as memory
 from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
+from tests.tiny import tiny_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LATENT, PROMPT = (4, 16, 16), (7, 16)
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-def small_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).eval()
 
 
 def with_lora(unet, dtype):
@@ -48,7 +34,7 @@ def with_lora(unet, dtype):
 
 
 def unet_of(kind, dtype):
-    unet = small_unet()
+    unet = tiny_unet()
     if "lora" in kind:
         unet = with_lora(unet, dtype)
     if "channels_last" in kind:
@@ -116,7 +102,7 @@ def test_training_takes_what_is_counted(tmp_path, kind, dtype):
 
 @pytest.mark.parametrize(("guided", "dtype"), [(True, FP32), (True, BF16), (False, BF16)])
 def test_sampling_takes_what_is_counted(tmp_path, guided, dtype):
-    unet = small_unet()
+    unet = tiny_unet()
     footprint = sampling_footprint(unet, LATENT, PROMPT, dtype, CPU, guided)
 
     def sample(rows):
@@ -156,7 +142,7 @@ def test_training_on_a_gpu_takes_what_is_counted(kind, dtype):
 
 def test_rows_grow_with_pixels_not_with_their_square():
     """Attention is counted as a fused kernel; as an N x N matrix the factor would be well above 4."""
-    unet = small_unet()
+    unet = tiny_unet()
     small, large = (sampling_footprint(unet, (4, side, side), PROMPT, BF16, CUDA, False).per_row for side in (32, 64))
     assert large / small == pytest.approx(4, rel=0.02)
     trained = training_footprint(unet, (4, 32, 32), PROMPT, FP32, CPU).per_row

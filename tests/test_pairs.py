@@ -131,6 +131,14 @@ def test_labelled_losers_and_random_anchors(tmp_path):
     assert maker(tmp_path, objective="seppo").pairs(0, [1]).losers is None
 
 
+def test_pairs_are_sent_to_a_gpu_once():
+    """Sending again what is there leaves it alone: only host memory can be pinned. No GPU is needed to see that."""
+    latents = torch.empty(2, 4, 2, 2, device="meta")
+    pairs = Pairs((0, 1), latents, latents, torch.empty(2, device="meta"), latents, torch.empty(2, 2, 3, device="meta"))
+    again = pairs.to(torch.device("cuda"))
+    assert again.winners is pairs.winners and again.timesteps is pairs.timesteps and again.ref_error is None
+
+
 def test_micro_batches_keep_halves_together():
     pairs = Pairs(
         (0, 1, 2), torch.arange(3.0)[:, None], torch.arange(3.0)[:, None] + 10, torch.arange(3),

@@ -5,6 +5,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks.counters import count_flops
 from benchmarks.readme import fill
 from tests import test_drop_in
 
@@ -36,6 +40,21 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
 
 # Folders of one line: what is in them is listed in the folder's own docstring.
 FOLDERS = {"seppo_fast/data", "seppo_fast/shapes", "seppo_fast/evaluate"}
+
+
+def test_the_shares_of_a_pair_are_the_counted_ones():
+    """A guided step takes two forwards, the reference's errors two, the policy two with backward."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        inputs = torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 768)
+        with torch.no_grad():
+            forward = count_flops(lambda: unet(*inputs))
+        policy = 2 * count_flops(lambda: unet(*inputs).sample.sum().backward())
+    whole = {steps: 2 * steps * forward + 2 * forward + policy for steps in (20, 50)}
+    sampling = [f"{2 * steps * forward / whole[steps]:.0%}".rstrip("%") for steps in (20, 50)]
+    learning = [f"{policy / whole[steps]:.0%}".rstrip("%") for steps in (50, 20)]
+    assert f"{' to '.join(sampling)} % of a pair is the sampling" in README
+    assert f"{' to '.join(learning)} % the policy" in README
 
 
 def test_the_drop_in_diff_is_the_code_that_the_test_runs():

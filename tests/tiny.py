@@ -10,19 +10,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Writes a pipeline with latents of 4 x 8 x 8 for pictures of 16 pixels; returns `folder`."""
+def tiny_unet(seed: int = 0, second_block: str = "DownBlock2D") -> UNet2DConditionModel:
+    """Its UNet: attention in the first of two levels and in the middle, or in the second level too."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", second_block),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=8,
-    )
+    ).eval()
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Writes a pipeline with latents of 4 x 8 x 8 for pictures of 16 pixels; returns `folder`."""
+    unet = tiny_unet(seed)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
