@@ -1,16 +1,24 @@
-"""Denoising errors and the preference loss over them, forward and backward.
+"""The preference loss over denoising errors, with its gradient in the same pass.
 
 With predictions p (policy) and q (reference), target y, N elements a latent, winners' half first:
 
-    m = mean_N (p - y)^2    r = mean_N (q - y)^2    D = mean_N (p - q)(p + q - 2y), or m - r where only r is given
+    m = mean_N (p - y)^2    r = mean_N (q - y)^2    D = mean_N (p - q)((p - y) + (q - y)), or m - r if only r is given
     a = +1 where D_w <= tie_tol, else learn_sign
     logit = -(beta/2) omega (D_w - a D_l)           loss = mean_B softplus(-logit)
     dloss/dp = c (p - y),   c_w = (beta/2) omega sigmoid(-logit) 2 / (N B),   c_l = -a c_w
 
-Three launches: the sums of each row, the pairs, and the gradient. Every row is reduced by one program in a fixed order
-(float32 in each lane, float64 across lanes), so results repeat bit for bit, do not depend on the number of rows, and
-are the same whether a row's error is computed by itself (`denoising_errors`) or inside the loss. Shapes are named as in
-`eager.py`, the PyTorch twin.
+A program reads both halves of a pair, so a target that they share is read once. A latent of one chunk (see `errors.py`;
+16,384 elements) stays in registers until its gradient is written: one launch. A larger one is divided into chunks, one
+a program, and the gradient is a launch of its own. The program that finishes last takes the means over the pairs.
+
+Latents moved a pair, where the target is shared (if not, one more each time it is read); N x element size bytes each:
+
+                                       with ref_pred                             with ref_error
+    loss_and_grad, one chunk           p_w p_l q_w q_l y  ->  g_w g_l      7     p_w p_l y  ->  g_w g_l            5
+    loss_and_grad, chunks              the same, p_w p_l y once more      10     the same, p_w p_l y once more     8
+    through autograd                   the same, p_w p_l y once more      10     the same, p_w p_l y once more     8
+
+Shapes are named as in `eager.py`, the PyTorch twin.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,289 +33,334 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Fixed when the kernels below are defined: setting TRITON_INTERPRET later has no effect.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+from seppo_fast.kernels.errors import (
+    EXACT,
+    INTERPRETED,
+    by_four,
+    denoising_errors,
+    dense_like,
+    division,
+    layout,
+    load,
+    load_target,
+    write_gradient,
+)
+
+__all__ = ["INTERPRETED", "denoising_errors", "loss_and_grad", "preference"]
 
 PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-ELEMENTS_PER_BLOCK = 4096
-PAIRS_PER_BLOCK = 1024
+PAIR_LANES = 1024  # at most, in the means over the pairs
+_CHUNKED_PAIR_LANES = 256  # fewer, so that six sums a lane leave registers for several programs at a time
+SUMS = tl.constexpr(6)  # of m, r and D, on winner and loser each
 
 
 @triton.jit
-def _mean(lane_sums, count):
-    # A few float32 sums per lane are exact enough, their total is not: beta multiplies its rounding.
-    return (tl.sum(lane_sums.to(tl.float64), 0) / count).to(tl.float32)
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
-def _errors_fwd_kernel(
-    pred_ptr,
-    target_ptr,
-    ref_pred_ptr,
-    model_error_ptr,
-    ref_error_ptr,
-    difference_ptr,
-    size,
-    target_rows,
-    pred_stride,
-    target_stride,
-    ref_pred_stride,
-    HAS_REF: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """m, and with a reference prediction r and D, of the program's row."""
-    row = tl.program_id(0).to(tl.int64)
-    pred_ptr += row * pred_stride
-    target_ptr += row % target_rows * target_stride
-    ref_pred_ptr += row * ref_pred_stride
-    model_sum = tl.zeros([BLOCK], tl.float32)
-    ref_sum = tl.zeros([BLOCK], tl.float32)
-    difference_sum = tl.zeros([BLOCK], tl.float32)
-    for block in range(BLOCKS):
-        offsets = block * BLOCK + tl.arange(0, BLOCK)
-        mask = offsets < size
-        pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        residual = pred - target
-        model_sum += residual * residual
-        if HAS_REF:
-            ref_pred = tl.load(ref_pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            ref_residual = ref_pred - target
-            ref_sum += ref_residual * ref_residual
-            difference_sum += (pred - ref_pred) * (pred + ref_pred - 2.0 * target)
-    tl.store(model_error_ptr + row, _mean(model_sum, size))
+def _add6(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
+
+
+@triton.jit
+def _add_fold(sums, offsets, size, rows, HAS_REF: tl.constexpr, SHARED: tl.constexpr, LAYOUT: tl.constexpr):
+    """Adds some elements of a pair to its sums of m, r and D; also returns the policy's residuals p - y."""
+    m_w, m_l, r_w, r_l, d_w, d_l = sums
+    target_w = load_target(rows[2], offsets, size, LAYOUT)
+    target_l = target_w if SHARED else load_target(rows[3], offsets, size, LAYOUT)
+    pred_w, pred_l = load(rows[0], offsets, size), load(rows[1], offsets, size)
+    residual_w, residual_l = pred_w - target_w, pred_l - target_l
+    m_w += by_four(residual_w * residual_w)
+    m_l += by_four(residual_l * residual_l)
     if HAS_REF:
-        tl.store(ref_error_ptr + row, _mean(ref_sum, size))
-        tl.store(difference_ptr + row, _mean(difference_sum, size))
+        ref_w, ref_l = load(rows[4], offsets, size), load(rows[5], offsets, size)
+        ref_residual_w, ref_residual_l = ref_w - target_w, ref_l - target_l
+        r_w += by_four(ref_residual_w * ref_residual_w)
+        r_l += by_four(ref_residual_l * ref_residual_l)
+        d_w += by_four((pred_w - ref_w) * (residual_w + ref_residual_w))
+        d_l += by_four((pred_l - ref_l) * (residual_l + ref_residual_l))
+    return (m_w, m_l, r_w, r_l, d_w, d_l), residual_w, residual_l
 
 
 @triton.jit
-def _pairs_fwd_kernel(
-    model_error_ptr,
-    ref_error_ptr,
-    difference_ptr,
-    weights_ptr,
-    loss_ptr,
-    reject_ptr,
-    logit_ptr,
-    coefficient_ptr,
-    aaf_rate_ptr,
-    implicit_acc_ptr,
-    pairs,
-    half_beta,
-    learn_sign,
-    tie_tol,
-    grad_scale,
-    HAS_REF: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Flipper, logit, loss, statistics and gradient coefficients of all pairs; one program.
+def _softplus_and_sigmoid(x):
+    decay = tl.exp(-tl.abs(x))
+    # log1p(decay): log(u) carries the rounding of u = 1 + decay, and decay / (u - 1) takes it out again.
+    u = 1.0 + decay
+    log1p = tl.where(u == 1.0, decay, tl.log(u) * tl.div_rn(decay, tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0) + log1p, tl.div_rn(tl.where(x >= 0.0, 1.0, decay), u)
 
-    The three means are taken in float64: the mean of B equal numbers is then that number for every B.
-    """
-    loss_sum = tl.zeros([BLOCK], tl.float64)
-    reject_sum = tl.zeros([BLOCK], tl.float64)
-    correct_sum = tl.zeros([BLOCK], tl.float64)
-    for block in range(BLOCKS):
-        winner = block * BLOCK + tl.arange(0, BLOCK)
-        mask = winner < pairs
-        loser = winner + pairs
+
+@triton.jit
+def _judge(pair, mask, sums, pairs, size, options, results, HAS_REF: tl.constexpr):
+    """Flipper, logit and coefficients of some pairs from their float64 sums; stored with the mean errors."""
+    m_w, m_l, r_w, r_l, d_w, d_l = sums
+    weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale = options
+    reject_ptr, logit_ptr, model_error_ptr, ref_error_ptr, coefficient_ptr = results
+    loser = pair + pairs
+    error_w, error_l = (m_w / size).to(tl.float32), (m_l / size).to(tl.float32)
+    tl.store(model_error_ptr + pair, error_w, mask=mask)
+    tl.store(model_error_ptr + loser, error_l, mask=mask)
+    if HAS_REF:
+        tl.store(ref_error_ptr + pair, (r_w / size).to(tl.float32), mask=mask)
+        tl.store(ref_error_ptr + loser, (r_l / size).to(tl.float32), mask=mask)
+        difference_w, difference_l = (d_w / size).to(tl.float32), (d_l / size).to(tl.float32)
+    else:
+        difference_w = error_w - tl.load(ref_error_ptr + pair, mask=mask, other=0.0)
+        difference_l = error_l - tl.load(ref_error_ptr + loser, mask=mask, other=0.0)
+
+    reject = difference_w <= tie_tol
+    flip = tl.where(reject, 1.0, learn_sign)
+    slope = tl.zeros_like(difference_w) + half_beta
+    if weights_ptr is not None:
+        slope *= tl.load(weights_ptr + pair, mask=mask, other=0.0)
+    negative_logit = slope * (difference_w - flip * difference_l)
+    _, sigmoid = _softplus_and_sigmoid(negative_logit)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr)
+    coefficient_w = scale * slope * sigmoid
+    coefficient_l = -flip * coefficient_w
+    tl.store(reject_ptr + pair, reject, mask=mask)
+    tl.store(logit_ptr + pair, -negative_logit, mask=mask)
+    tl.store(coefficient_ptr + pair, coefficient_w, mask=mask)
+    tl.store(coefficient_ptr + loser, coefficient_l, mask=mask)
+    return negative_logit, reject, coefficient_w, coefficient_l
+
+
+@triton.jit
+def _chunk_sums(partials_ptr, pair, mask, HAS_REF: tl.constexpr, CHUNKS: tl.constexpr):
+    """The sums of some pairs over their chunks, first to last."""
+    zeros = tl.zeros_like(pair).to(tl.float64)
+    m_w, m_l, r_w, r_l, d_w, d_l = zeros, zeros, zeros, zeros, zeros, zeros
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=2):
+        # Past the L1 cache, since other programs wrote them.
+        place = partials_ptr + (pair * CHUNKS + chunk) * SUMS
+        m_w += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+        m_l += tl.load(place + 1, mask=mask, other=0.0, cache_modifier=".cg")
         if HAS_REF:
-            difference_w = tl.load(difference_ptr + winner, mask=mask, other=0.0)
-            difference_l = tl.load(difference_ptr + loser, mask=mask, other=0.0)
-        else:
-            difference_w = tl.load(model_error_ptr + winner, mask=mask, other=0.0)
-            difference_l = tl.load(model_error_ptr + loser, mask=mask, other=0.0)
-            difference_w -= tl.load(ref_error_ptr + winner, mask=mask, other=0.0)
-            difference_l -= tl.load(ref_error_ptr + loser, mask=mask, other=0.0)
-        reject = difference_w <= tie_tol
-        flip = tl.where(reject, 1.0, learn_sign)
-        slope = tl.zeros([BLOCK], tl.float32) + half_beta
-        if HAS_WEIGHTS:
-            slope *= tl.load(weights_ptr + winner, mask=mask, other=0.0)
-        negative_logit = slope * (difference_w - flip * difference_l)
-
-        decay = tl.exp(-tl.abs(negative_logit))
-        # log1p(decay): log(u) carries the rounding of u = 1 + decay, and decay / (u - 1) takes it out again.
-        u = 1.0 + decay
-        log1p = tl.where(u == 1.0, decay, tl.log(u) * tl.div_rn(decay, tl.where(u == 1.0, 1.0, u - 1.0)))
-        loss = tl.maximum(negative_logit, 0.0) + log1p
-        sigmoid = tl.div_rn(tl.where(negative_logit >= 0.0, 1.0, decay), u)
-        coefficient = grad_scale * slope * sigmoid
-
-        invalid = negative_logit != negative_logit
-        loss_sum += tl.where(mask, loss, 0.0).to(tl.float64)
-        reject_sum += tl.where(mask & invalid, float("nan"), (mask & reject).to(tl.float64))
-        correct_sum += tl.where(mask & invalid, float("nan"), (mask & (negative_logit < 0.0)).to(tl.float64))
-        tl.store(reject_ptr + winner, reject, mask=mask)
-        tl.store(logit_ptr + winner, -negative_logit, mask=mask)
-        tl.store(coefficient_ptr + winner, coefficient, mask=mask)
-        tl.store(coefficient_ptr + loser, -flip * coefficient, mask=mask)
-    tl.store(loss_ptr, _mean(loss_sum, pairs))
-    tl.store(aaf_rate_ptr, _mean(reject_sum, pairs))
-    tl.store(implicit_acc_ptr, _mean(correct_sum, pairs))
+            r_w += tl.load(place + 2, mask=mask, other=0.0, cache_modifier=".cg")
+            r_l += tl.load(place + 3, mask=mask, other=0.0, cache_modifier=".cg")
+            d_w += tl.load(place + 4, mask=mask, other=0.0, cache_modifier=".cg")
+            d_l += tl.load(place + 5, mask=mask, other=0.0, cache_modifier=".cg")
+    return m_w, m_l, r_w, r_l, d_w, d_l
 
 
 @triton.jit
-def _errors_bwd_kernel(
-    pred_ptr,
-    target_ptr,
-    coefficient_ptr,
-    grad_ptr,
-    size,
-    target_rows,
-    pred_stride,
-    target_stride,
-    BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """grad = c (p - y), one block of one row a program."""
+def _means(
+    loss_ptr, rates_ptr, partials_ptr, pairs, size, options, results,
+    HAS_REF: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Loss, aaf_rate and implicit_acc over all pairs, which are judged here where they came in chunks.
+
+    In float64: the mean of B equal numbers is then that number for every B.
+    """
+    loss_sum = tl.zeros([LANES], tl.float64)
+    reject_sum = tl.zeros([LANES], tl.float64)
+    correct_sum = tl.zeros([LANES], tl.float64)
+    for block in range(BLOCKS):
+        pair = block * LANES + tl.arange(0, LANES).to(tl.int64)
+        mask = pair < pairs
+        if CHUNKS == 1:
+            reject = tl.load(results[0] + pair, mask=mask, other=0, cache_modifier=".cg") != 0
+            negative_logit = -tl.load(results[1] + pair, mask=mask, other=0.0, cache_modifier=".cg")
+        else:
+            sums = _chunk_sums(partials_ptr, pair, mask, HAS_REF, CHUNKS)
+            negative_logit, reject, _, _ = _judge(pair, mask, sums, pairs, size, options, results, HAS_REF)
+        loss, _ = _softplus_and_sigmoid(negative_logit)
+        invalid = mask & (negative_logit != negative_logit)
+        loss_sum += tl.where(mask, loss, 0.0).to(tl.float64)
+        reject_sum += tl.where(invalid, float("nan"), (mask & reject).to(tl.float64))
+        correct_sum += tl.where(invalid, float("nan"), (mask & (negative_logit < 0.0)).to(tl.float64))
+    loss_sum, reject_sum, correct_sum = tl.reduce((loss_sum, reject_sum, correct_sum), 0, _add3)
+    tl.store(loss_ptr, (loss_sum / pairs).to(tl.float32))
+    tl.store(rates_ptr, (reject_sum / pairs).to(tl.float32))
+    tl.store(rates_ptr + 1, (correct_sum / pairs).to(tl.float32))
+
+
+# Not compiled anew for each number of pairs, nor where a vector happens to begin.
+@triton.jit(do_not_specialize=["pairs", "ref_error_ptr", "weights_ptr", "scale_ptr"])
+def _preference_fwd_kernel(
+    pred_ptr, target_ptr, ref_pred_ptr, ref_error_ptr, weights_ptr, scale_ptr,
+    loss_ptr, reject_ptr, statistics_ptr, grad_ptr, partials_ptr, ticket_ptr,
+    size, pairs, pred_stride, target_stride, ref_pred_stride, grad_stride,
+    half_beta, learn_sign, tie_tol, scale,
+    LAYOUT: tl.constexpr, SHARED: tl.constexpr, CHUNKS: tl.constexpr, FOLDS: tl.constexpr, LANES: tl.constexpr,
+    PAIR_BLOCKS: tl.constexpr, PAIR_LANES: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one pair; with `grad`, for which a pair must be one chunk, the gradient; the last one the means."""
+    HAS_REF: tl.constexpr = ref_pred_ptr is not None
     program = tl.program_id(0)
-    row = (program // BLOCKS).to(tl.int64)
-    offsets = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
-    pred = tl.load(pred_ptr + row * pred_stride + offsets, mask=mask, other=0.0).to(tl.float32)
-    target = tl.load(target_ptr + row % target_rows * target_stride + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(coefficient_ptr + row) * (pred - target)
-    tl.store(grad_ptr + row * size + offsets, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    winner = (program // CHUNKS).to(tl.int64)
+    loser = winner + pairs
+    start = program % CHUNKS * (FOLDS * LANES)
+    rows = (
+        pred_ptr + winner * pred_stride, pred_ptr + loser * pred_stride,
+        target_ptr + winner * target_stride, target_ptr + loser * target_stride,
+        ref_pred_ptr + winner * ref_pred_stride if HAS_REF else None,
+        ref_pred_ptr + loser * ref_pred_stride if HAS_REF else None,
+    )  # fmt: skip
+    options = (weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale)
+    logit_ptr = statistics_ptr + 2
+    model_error_ptr = logit_ptr + pairs
+    results = (reject_ptr, logit_ptr, model_error_ptr, ref_error_ptr, model_error_ptr + 2 * pairs)
+
+    zeros = tl.zeros([LANES // 4], tl.float32)
+    sums = (zeros, zeros, zeros, zeros, zeros, zeros)
+    residuals_w, residuals_l = (), ()
+    if grad_ptr is None:
+        for fold in range(FOLDS):
+            offsets = start + fold * LANES + tl.arange(0, LANES)
+            sums, _, _ = _add_fold(sums, offsets, size, rows, HAS_REF, SHARED, LAYOUT)
+    else:
+        for fold in tl.static_range(FOLDS):
+            offsets = start + fold * LANES + tl.arange(0, LANES)
+            sums, residual_w, residual_l = _add_fold(sums, offsets, size, rows, HAS_REF, SHARED, LAYOUT)
+            residuals_w = residuals_w + (residual_w,)  # type: ignore[assignment]
+            residuals_l = residuals_l + (residual_l,)  # type: ignore[assignment]
+    m_w, m_l, r_w, r_l, d_w, d_l = sums
+    sums = (
+        m_w.to(tl.float64), m_l.to(tl.float64), r_w.to(tl.float64),
+        r_l.to(tl.float64), d_w.to(tl.float64), d_l.to(tl.float64),
+    )  # fmt: skip
+    sums = tl.reduce(sums, 0, _add6)
+
+    if CHUNKS == 1:
+        pair = winner + tl.arange(0, 1)
+        _, _, coefficient_w, coefficient_l = _judge(pair, pair >= 0, sums, pairs, size, options, results, HAS_REF)
+        if grad_ptr is not None:
+            for fold in tl.static_range(FOLDS):
+                offsets = fold * LANES + tl.arange(0, LANES)
+                mask = offsets < size
+                grad_w = (coefficient_w * residuals_w[fold]).to(grad_ptr.dtype.element_ty)
+                grad_l = (coefficient_l * residuals_l[fold]).to(grad_ptr.dtype.element_ty)
+                tl.store(grad_ptr + winner * grad_stride + offsets, grad_w, mask=mask)
+                tl.store(grad_ptr + loser * grad_stride + offsets, grad_l, mask=mask)
+    else:
+        mine = partials_ptr + program.to(tl.int64) * SUMS
+        tl.store(mine, sums[0])
+        tl.store(mine + 1, sums[1])
+        if HAS_REF:
+            tl.store(mine + 2, sums[2])
+            tl.store(mine + 3, sums[3])
+            tl.store(mine + 4, sums[4])
+            tl.store(mine + 5, sums[5])
+
+    tl.debug_barrier()  # all that this program's threads stored comes before its ticket, which releases and acquires
+    if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1:
+        tl.store(ticket_ptr, 0)  # for the next launch
+        _means(
+            loss_ptr, statistics_ptr, partials_ptr, pairs, size, options, results,
+            HAS_REF, CHUNKS, PAIR_BLOCKS, PAIR_LANES,
+        )  # fmt: skip
 
 
-def _blocks(size: int, largest: int) -> dict[str, int]:
-    block = min(largest, triton.next_power_of_2(size))
-    return {"BLOCKS": triton.cdiv(size, block), "BLOCK": block}
+_tickets: dict[tuple[int | None, int], Tensor] = {}
 
 
-def _errors(pred: Tensor, target: Tensor, ref_pred: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """m, r and D, each (R,) float32; r and D are None where there is no reference prediction."""
+def _ticket(device: torch.device) -> Tensor:
+    """A counter that is zero and is left at zero: one for each stream, within which launches never overlap."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        # A graph's own, since it may be replayed beside this stream; zeroed at each replay.
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def forward(
+    pred: Tensor,
+    target: Tensor,
+    ref_pred: Tensor | None,
+    ref_error: Tensor | None,
+    weights: Tensor | None,
+    beta: float,
+    learn_sign: float,
+    tie_tol: float,
+    grad_scale: float | Tensor = 1.0,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), reject (B,) and statistics; writes `grad_scale dloss/dp` to `grad`, where it is given.
+
+    Statistics are aaf_rate, implicit_acc, B logits, 2B errors of the policy, 2B coefficients of the gradient and, where
+    `ref_pred` is given, 2B errors of the reference: one piece of memory, one argument of the launch.
+    """
     rows, size = pred.shape
-    assert all(x is None or x.stride(1) == 1 or size == 1 for x in (pred, target, ref_pred))
-    assert rows % target.shape[0] == 0 and size < 2**31
-    model_error = torch.empty(rows, dtype=torch.float32, device=pred.device)
-    ref_error = None if ref_pred is None else torch.empty_like(model_error)
-    difference = None if ref_pred is None else torch.empty_like(model_error)
-    reference = pred if ref_pred is None else ref_pred
+    pairs = rows // 2
+    assert all(x is None or x.stride(1) == 1 or size == 1 for x in (pred, ref_pred, grad))
+    assert size < 2**31
+    device = pred.device
+    target, places = layout(target)
+    parts = division(size)
+    programs = pairs * parts["CHUNKS"]
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    reject = torch.empty(pairs, dtype=torch.bool, device=device)
+    statistics = torch.empty(statistics_size(pairs, ref_pred is not None), dtype=torch.float32, device=device)
+    partials = None
+    if programs > pairs:
+        partials = torch.empty(SUMS.value * programs, dtype=torch.float64, device=device)
+    written = grad if programs == pairs else None
+    scale, on_device = 2 / (size * pairs), isinstance(grad_scale, Tensor)
+    most = PAIR_LANES if programs == pairs else min(PAIR_LANES, _CHUNKED_PAIR_LANES)
+    pair_lanes = min(most, max(16, triton.next_power_of_2(pairs)))
     with torch.cuda.device_of(pred):
-        _errors_fwd_kernel[(rows,)](
-            pred,
-            target,
-            reference,
-            model_error,
-            ref_error,
-            difference,
-            size,
-            target.shape[0],
-            pred.stride(0),
-            target.stride(0),
-            reference.stride(0),
-            HAS_REF=ref_pred is not None,
-            **_blocks(size, ELEMENTS_PER_BLOCK),
-            num_warps=8,
-        )
-    return model_error, ref_error, difference
+        _preference_fwd_kernel[(programs,)](
+            pred, target, ref_pred, statistics[2 + 5 * pairs :] if ref_error is None else ref_error,
+            weights, grad_scale if on_device else None,
+            loss, reject, statistics, written, partials, _ticket(device),
+            size, pairs, pred.stride(0), target.stride(0),
+            0 if ref_pred is None else ref_pred.stride(0), 0 if written is None else written.stride(0),
+            0.5 * beta, learn_sign, tie_tol, scale if on_device else scale * grad_scale,
+            LAYOUT=places, SHARED=len(target) == pairs, **parts,
+            PAIR_BLOCKS=triton.cdiv(pairs, pair_lanes), PAIR_LANES=pair_lanes, **EXACT,
+        )  # fmt: skip
+    if grad is not None and written is None:
+        write_gradient(pred, target, coefficients(statistics, pairs), 1.0, grad)
+    return loss, reject, statistics
 
 
-def _errors_backward(pred: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
-    rows, size = pred.shape
-    grad = torch.empty((rows, size), dtype=pred.dtype, device=pred.device)
-    blocks = _blocks(size, ELEMENTS_PER_BLOCK)
-    with torch.cuda.device_of(pred):
-        _errors_bwd_kernel[(rows * blocks["BLOCKS"],)](
-            pred,
-            target,
-            coefficient,
-            grad,
-            size,
-            target.shape[0],
-            pred.stride(0),
-            target.stride(0),
-            **blocks,
-            num_warps=8,
-        )
-    return grad
+def statistics_size(pairs: int, has_ref: bool) -> int:
+    """Elements of `statistics`, see `forward`."""
+    return 2 + (7 if has_ref else 5) * pairs
 
 
-class _DenoisingErrors(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(pred, target)
-        return _errors(pred, target, None)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor, None]:
-        pred, target = ctx.saved_tensors
-        return _errors_backward(pred, target, grad_error * (2 / pred.shape[1])), None
+def coefficients(statistics: Tensor, pairs: int) -> Tensor:
+    """The part of `statistics` that holds c, (2B,)."""
+    return statistics[2 + 3 * pairs : 2 + 5 * pairs]
 
 
 class _Preference(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        target: Tensor,
-        ref_pred: Tensor | None,
-        ref_error: Tensor | None,
-        weights: Tensor | None,
-        beta: float,
-        learn_sign: float,
-        tie_tol: float,
-    ) -> tuple[Tensor | None, ...]:
-        rows, size = pred.shape
-        pairs = rows // 2
-        model_error, ref_error_here, difference = _errors(pred, target, ref_pred)
-        loss, aaf_rate, implicit_acc = (torch.empty((), dtype=torch.float32, device=pred.device) for _ in range(3))
-        reject = torch.empty(pairs, dtype=torch.bool, device=pred.device)
-        logit = torch.empty(pairs, dtype=torch.float32, device=pred.device)
-        coefficient = torch.empty_like(model_error)
-        with torch.cuda.device_of(pred):
-            _pairs_fwd_kernel[(1,)](
-                model_error,
-                ref_error if ref_pred is None else ref_error_here,
-                difference,
-                weights,
-                loss,
-                reject,
-                logit,
-                coefficient,
-                aaf_rate,
-                implicit_acc,
-                pairs,
-                0.5 * beta,
-                learn_sign,
-                tie_tol,
-                2 / (size * pairs),
-                HAS_REF=ref_pred is not None,
-                HAS_WEIGHTS=weights is not None,
-                **_blocks(pairs, PAIRS_PER_BLOCK),
-                num_warps=4,
-            )
-        ctx.save_for_backward(pred, target, coefficient)
-        statistics = (reject, logit, model_error, ref_error_here, aaf_rate, implicit_acc)
-        ctx.mark_non_differentiable(*(x for x in statistics if x is not None))
-        return loss, *statistics
+    def forward(ctx: Any, pred: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, reject, statistics = forward(pred, target, *rest)
+        ctx.save_for_backward(pred, target, coefficients(statistics, len(reject)))
+        ctx.mark_non_differentiable(reject, statistics)
+        ctx.set_materialize_grads(False)  # else each output without a gradient costs a launch for its zeros
+        return loss, reject, statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         pred, target, coefficient = ctx.saved_tensors
-        return _errors_backward(pred, target, coefficient * grad_loss), *[None] * 7
+        grad = None if grad_loss is None else write_gradient(pred, target, coefficient, grad_loss, dense_like(pred))
+        return grad, *[None] * 7
 
 
-def denoising_errors(pred_RN: Tensor, target_SN: Tensor) -> Tensor:
-    """`m = mean_N (p - y)^2` of each row: (R,) float32, differentiable in the prediction.
-
-    Rows may lie at any stride; the elements of a row lie side by side.
-    """
-    return _DenoisingErrors.apply(pred_RN, target_SN)
+def named(loss: Tensor, reject: Tensor, statistics: Tensor, ref_error: Tensor | None) -> PreferenceTensors:
+    """As `eager.preference` returns them."""
+    pairs = reject.shape[0]
+    sizes = [2, pairs, 2 * pairs, 2 * pairs] + ([2 * pairs] if ref_error is None else [])
+    rates, logit, model_error, _, *made = statistics.detach().split(sizes)
+    aaf_rate, implicit_acc = rates.unbind()
+    return loss, reject, logit, model_error, ref_error if ref_error is not None else made[0], aaf_rate, implicit_acc
 
 
 def preference(
     pred_RN: Tensor,
-    target_SN: Tensor,
+    target: Tensor,
     ref_pred_RN: Tensor | None,
     ref_error_R: Tensor | None,
     weights_B: Tensor | None,
@@ -317,11 +370,27 @@ def preference(
 ) -> PreferenceTensors:
     """The loss with arguments and results as `eager.preference`; `weights_B` and `ref_error_R` are dense float32.
 
-    Rows may lie at any stride; the elements of a row lie side by side.
+    Rows of predictions may lie at any stride; the elements of a row lie side by side.
     """
-    options = (weights_B, beta, learn_sign, tie_tol)
-    outputs = _Preference.apply(pred_RN, target_SN, ref_pred_RN, ref_error_R, *options)
-    loss, reject, logit, model_error, ref_error, aaf_rate, implicit_acc = outputs
-    if ref_error_R is not None:
-        ref_error = ref_error_R
-    return loss, reject, logit, model_error, ref_error, aaf_rate, implicit_acc
+    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, beta, learn_sign, tie_tol)
+    tracked = torch.is_grad_enabled() and pred_RN.requires_grad
+    loss, reject, statistics = _Preference.apply(*inputs) if tracked else forward(*inputs)
+    return named(loss, reject, statistics, ref_error_R)
+
+
+def loss_and_grad(
+    pred_RN: Tensor,
+    target: Tensor,
+    ref_pred_RN: Tensor | None,
+    ref_error_R: Tensor | None,
+    weights_B: Tensor | None,
+    beta: float,
+    learn_sign: float,
+    tie_tol: float,
+    grad_scale: float | Tensor,
+    grad_RN: Tensor | None,
+) -> tuple[PreferenceTensors, Tensor]:
+    """Loss and gradient, as `eager.loss_and_grad`."""
+    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, beta, learn_sign, tie_tol)
+    grad = dense_like(pred_RN) if grad_RN is None else grad_RN
+    return named(*forward(*inputs, grad_scale, grad), ref_error_R), grad

@@ -6,31 +6,25 @@ With per-sample errors m (policy) and r (reference), each the mean squared error
     loss = mean softplus(-logit)
 
 (SePPO, arXiv 2410.05255, eq. 8-10 and appendix B.2; with a = +1 throughout it is Diffusion-DPO.) A batch of B pairs is
-stacked winners first: `(2B, *latent)`. This file needs torch and `seppo_fast.kernels` alone; triton is imported when it
-is used.
+stacked winners first: `(2B, *latent)`. It needs torch alone; triton is imported when it is used.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from dataclasses import dataclass
-from numbers import Real
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-import seppo_fast.kernels.eager as eager
+import seppo_fast.loss_arguments as arguments
+from seppo_fast.loss_arguments import Backend
 
-Backend = Literal["auto", "triton", "torch"]
 Flipper = Literal["adaptive", "indicator", "never"]
 
 # `a` of the pairs that fail the anchor test, by flipper.
 LEARN_SIGN: dict[str, float] = {"adaptive": -1.0, "indicator": 0.0, "never": 1.0}
-BACKENDS = ("auto", "triton", "torch")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -81,9 +75,9 @@ def preference_loss(
     with `ref_error` too, if that came from `denoising_errors` with the same backend, shapes, dtypes and memory format.
     A tie rejects (appendix B.2), so a batch of ties has loss ln 2.
 
-    Gradients flow to `model_pred` alone. Any number of latent dims; any dense memory format that the inputs share
-    (channels_last) is read in place, and an input in another one is copied to that of `model_pred`. Nothing syncs with
-    the host.
+    Gradients flow to `model_pred` alone. Any number of latent dims. Predictions are read in place in any dense memory
+    format (channels_last) that they share, targets in any format whatever; what is not (gaps between the elements of a
+    row) is copied first. Nothing syncs with the host.
 
     Args:
         model_pred: (2B, *latent), float16, bfloat16, float32 or float64: the policy's predictions, winners first.
@@ -105,24 +99,71 @@ def preference_loss(
         ValueError: an odd or empty batch, shapes or devices that differ, a dtype that is not one of the above, a `beta`
             or `tie_tol` that is negative or not finite, an unknown flipper or backend, neither or both references.
     """
-    _check_prediction("model_pred", model_pred)
-    if len(model_pred) % 2:
-        raise ValueError(f"model_pred: an even number of rows (2B, winners first) is needed, got {len(model_pred)}")
-    _check_target(target, "model_pred", model_pred)
-    _check_reference(ref_pred, ref_error, model_pred)
-    _check_number("beta", beta)
-    _check_number("tie_tol", tie_tol)
-    if flipper not in LEARN_SIGN:
-        raise ValueError(f"flipper: {flipper!r} is unknown, use one of {', '.join(LEARN_SIGN)}")
-    if weights is not None:
-        _check_vector("weights", weights, len(model_pred) // 2, DTYPES, model_pred.device)
-    kernels = _kernels(backend, model_pred.device)
+    kernels, inputs = _inputs(model_pred, target, ref_pred, ref_error, weights, beta, flipper, tie_tol, backend)
+    return PreferenceLoss(*kernels.preference(*inputs))
 
-    pred, target, *reference = _rows(model_pred, target.detach(), *([] if ref_pred is None else [ref_pred.detach()]))
-    ref_error = None if ref_error is None else ref_error.detach().contiguous()
-    weights = None if weights is None else weights.detach().float().contiguous()
-    inputs = (pred, target, reference[0] if reference else None, ref_error, weights)
-    return PreferenceLoss(*kernels.preference(*inputs, float(beta), LEARN_SIGN[flipper], float(tie_tol)))
+
+def loss_and_grad(
+    model_pred: Tensor,
+    target: Tensor,
+    ref_pred: Tensor | None = None,
+    *,
+    ref_error: Tensor | None = None,
+    beta: float = 2000.0,
+    flipper: Flipper = "adaptive",
+    tie_tol: float = 0.0,
+    weights: Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
+    overwrite: bool = False,
+    backend: Backend = "auto",
+) -> tuple[PreferenceLoss, Tensor]:
+    """The loss of `preference_loss` and `grad_scale * dloss/dmodel_pred` at once, without autograd.
+
+    With Triton that is one launch for latents of up to 16,384 elements, two for larger ones. In a trainer:
+
+        result, grad = loss_and_grad(model_pred, target, ref_error=ref_error, grad_scale=1 / accumulation)
+        model_pred.backward(grad)
+
+    Args:
+        model_pred: as in `preference_loss`, like all that is not explained here.
+        target: likewise.
+        ref_pred: likewise.
+        ref_error: likewise.
+        beta: likewise.
+        flipper: likewise.
+        tie_tol: likewise.
+        weights: likewise.
+        grad_scale: multiplies the gradient before that is rounded to its dtype, and not the loss: a number, or a
+            float32 tensor of one element on the device (a gradient scaler's factor, which so never visits the host).
+        overwrite: whether the gradient is written over `model_pred`, which is gone then. Autograd is told: an operation
+            that had kept `model_pred` for its own backward raises there.
+        backend: likewise.
+
+    Returns:
+        Loss and statistics, none of which carries a gradient, and the gradient: shape and dtype of `model_pred`, and
+        its memory format.
+
+    Raises:
+        ValueError: as `preference_loss`; a `grad_scale` that is neither; `overwrite` where elements of `model_pred`
+            share their memory.
+    """
+    kernels, inputs = _inputs(model_pred, target, ref_pred, ref_error, weights, beta, flipper, tie_tol, backend)
+    arguments.check_scale("grad_scale", grad_scale, model_pred.device)
+    if overwrite:
+        arguments.check_writable("overwrite", model_pred)
+    pred, *rest = inputs
+    pred = pred.detach()
+    in_place = overwrite and arguments.rows_are_dense(model_pred)  # else `pred` is a copy
+    outputs, grad = kernels.loss_and_grad(pred, *rest, grad_scale, pred if in_place else None)
+    result = PreferenceLoss(*outputs)
+    if not overwrite:
+        return result, arguments.from_rows(grad, model_pred)
+    written = model_pred.detach()
+    if not in_place:
+        written.copy_(arguments.from_rows(grad, model_pred))
+    elif not (torch.compiler.is_compiling() or model_pred.is_inference()):
+        torch.autograd.graph.increment_version(model_pred)
+    return result, written
 
 
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = 2000.0) -> PreferenceLoss:
@@ -160,92 +201,43 @@ def denoising_errors(pred: Tensor, target: Tensor, backend: Backend = "auto") ->
     Raises:
         ValueError: no rows, shapes or devices that differ, a dtype that is not one of the above, an unknown backend.
     """
-    _check_prediction("pred", pred)
-    _check_target(target, "pred", pred)
-    kernels = _kernels(backend, pred.device)
-    return kernels.denoising_errors(*_rows(pred, target.detach()))
+    arguments.check_prediction("pred", pred)
+    arguments.check_target(target, "pred", pred)
+    kernels = arguments.kernels(backend, pred.device)
+    return kernels.denoising_errors(arguments.rows(pred, pred), arguments.ordered(target.detach(), pred))
 
 
-def _rows(pred: Tensor, *others: Tensor) -> list[Tensor]:
-    """Each tensor as (rows, N) in the memory order of a latent of `pred`: views, where that order is dense."""
-    order = [0, *sorted(range(1, pred.ndim), key=pred.stride, reverse=True)]
-    flat = [x.permute(order).flatten(1) for x in (pred, *others)]
-    # Slices with gaps and expanded latents can flatten to a view with another step than 1.
-    return [x if x.stride(1) == 1 else x.contiguous() for x in flat]
-
-
-def _kernels(backend: str, device: torch.device) -> ModuleType:
-    """`kernels/preference.py` or its twin `kernels/eager.py`, which offer the same functions."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is unknown, use one of {', '.join(BACKENDS)}")
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return eager
-    if importlib.util.find_spec("triton") is None:
-        if backend == "auto":
-            return eager
-        raise ValueError("backend: 'triton' needs triton (pip install 'triton>=3.6'); 'torch' works without")
-    import seppo_fast.kernels.preference as preference
-
-    if device.type != "cuda" and not preference.INTERPRETED:
-        raise ValueError(
-            f"backend: 'triton' needs CUDA tensors, got {device.type} (there only under triton's interpreter, with "
-            "TRITON_INTERPRET=1 set before the process starts); use 'torch' or 'auto'"
-        )
-    return preference
-
-
-def _check_prediction(name: str, pred: Tensor) -> None:
-    if pred.ndim < 2 or pred.numel() == 0:
-        raise ValueError(f"{name}: a batch (rows, *latent), nowhere empty, is needed, got {_shape(pred)}")
-    _check_dtype(name, pred, DTYPES)
-
-
-def _check_target(target: Tensor, name: str, pred: Tensor) -> None:
-    rows, latent = len(pred), pred.shape[1:]
-    shared = rows % 2 == 0 and target.shape == (rows // 2, *latent)
-    if target.shape != pred.shape and not shared:
-        raise ValueError(f"target: {_shape(pred)} as {name}, or half its rows, is needed, got {_shape(target)}")
-    _check_dtype("target", target, DTYPES)
-    _check_device("target", target, pred.device)
-
-
-def _check_reference(ref_pred: Tensor | None, ref_error: Tensor | None, model_pred: Tensor) -> None:
-    if (ref_pred is None) == (ref_error is None):
-        given = "neither" if ref_pred is None else "both"
-        raise ValueError(f"ref_pred, ref_error: exactly one of them is needed, got {given}")
-    if ref_pred is not None:
-        if ref_pred.shape != model_pred.shape:
-            raise ValueError(f"ref_pred: {_shape(model_pred)} as model_pred is needed, got {_shape(ref_pred)}")
-        _check_dtype("ref_pred", ref_pred, DTYPES)
-        _check_device("ref_pred", ref_pred, model_pred.device)
-    if ref_error is not None:
-        # Half-precision reference errors are what turns the anchor test into a coin flip.
-        _check_vector("ref_error", ref_error, len(model_pred), (torch.float32,), model_pred.device)
-
-
-def _check_vector(name: str, x: Tensor, rows: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if x.shape != (rows,):
-        raise ValueError(f"{name}: shape ({rows},) is needed, got {_shape(x)}")
-    _check_dtype(name, x, dtypes)
-    _check_device(name, x, device)
-
-
-def _check_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if x.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: dtype {allowed} is needed, got {str(x.dtype).removeprefix('torch.')}")
-
-
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: the device of the predictions, {device}, is needed, got {x.device}")
-
-
-def _check_number(name: str, value: object) -> None:
-    # A tensor is refused because reading it would wait for the device.
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}: a finite number >= 0 is needed, got {value!r}")
-
-
-def _shape(x: Tensor) -> str:
-    return str(tuple(x.shape))
+def _inputs(
+    model_pred: Tensor,
+    target: Tensor,
+    ref_pred: Tensor | None,
+    ref_error: Tensor | None,
+    weights: Tensor | None,
+    beta: float,
+    flipper: str,
+    tie_tol: float,
+    backend: str,
+) -> tuple[ModuleType, tuple[Any, ...]]:
+    """Checks everything once; the kernels to use and their arguments."""
+    arguments.check_prediction("model_pred", model_pred)
+    arguments.check_pairs("model_pred", model_pred)
+    arguments.check_target(target, "model_pred", model_pred)
+    arguments.check_reference(ref_pred, ref_error, model_pred)
+    arguments.check_number("beta", beta)
+    arguments.check_number("tie_tol", tie_tol)
+    if flipper not in LEARN_SIGN:
+        raise ValueError(f"flipper: {flipper!r} is unknown, use one of {', '.join(LEARN_SIGN)}")
+    if weights is not None:
+        arguments.check_vector("weights", weights, len(model_pred) // 2, arguments.DTYPES, model_pred.device)
+        weights = weights.detach().float().contiguous()
+    kernels = arguments.kernels(backend, model_pred.device)
+    return kernels, (
+        arguments.rows(model_pred, model_pred),
+        arguments.ordered(target.detach(), model_pred),
+        None if ref_pred is None else arguments.rows(ref_pred.detach(), model_pred),
+        None if ref_error is None else ref_error.detach().contiguous(),
+        weights,
+        float(beta),
+        LEARN_SIGN[flipper],
+        float(tie_tol),
+    )

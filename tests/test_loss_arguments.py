@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import seppo_fast.kernels.eager as eager
+import seppo_fast.loss_arguments as loss_arguments
 from seppo_fast.loss import denoising_errors, preference_loss
 
 X, R = torch.zeros(4, 3, 5), torch.zeros(4)
@@ -71,15 +74,29 @@ def test_bad_arguments_of_denoising_errors():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
 def test_triton_refuses_cpu_tensors():
     pytest.importorskip("triton")
-    with pytest.raises(ValueError, match=r"^backend: .*TRITON_INTERPRET=1.*use 'torch' or 'auto'"):
+    with pytest.raises(ValueError, match=r"^backend: .*TRITON_INTERPRET=1.*use 'torch', or 'auto'"):
         preference_loss(X, X, X, backend="triton")
 
 
 def test_triton_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(loss_arguments, "_HAS_TRITON", False)
     assert preference_loss(X, X, X).loss.item() == pytest.approx(math.log(2.0))
     with pytest.raises(ValueError, match="^backend: .*pip install 'triton>=3.6'"):
         preference_loss(X, X, X, backend="triton")
+
+
+@pytest.mark.parametrize("major", [7, 8])
+def test_gpus_that_are_too_old(major, monkeypatch):
+    gpu = SimpleNamespace(major=major, minor=5, name="Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    pytest.importorskip("triton")
+    device = torch.device("cuda", 0)
+    if major == 8:
+        assert loss_arguments.kernels("auto", device).__name__.endswith("preference")
+        return
+    assert loss_arguments.kernels("auto", device) is eager
+    with pytest.raises(ValueError, match=r"^backend: .*8\.0 or newer, got 7\.5 \(Tesla T4\); use 'torch'"):
+        loss_arguments.kernels("triton", device)
 
 
 def test_import_needs_torch_alone():

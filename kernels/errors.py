@@ -1,0 +1,193 @@
+"""Denoising errors `m = mean_N (p - y)^2` of predictions p against targets y, N elements a latent, and their gradient.
+
+    dm/dp = c (p - y),   c = 2 / N
+
+How a mean is taken here holds for every kernel of the package, so that an error has the same bits wherever it is made:
+a latent is divided into chunks of FOLDS x LANES elements; in float32 four neighbours are added, and these sums over the
+folds of a chunk, first to last; all else is added in float64, chunks first to last; the mean is rounded once.
+Products and sums are never contracted (`EXACT`), which the compiler would do otherwise from one kernel to the next.
+Shapes are named as in `eager.py`, the PyTorch twin.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Fixed when the kernels below are defined: setting TRITON_INTERPRET later has no effect.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+LANES = 2048  # at most; 8 warps of them give a thread eight neighbours: 16 bytes of bfloat16
+FOLDS = 8  # at most; the residuals of a pair of such chunks take half of a multiprocessor's registers
+EXACT = {"enable_fp_fusion": False}
+
+Layout = tuple[int, int, int, int, int]
+
+
+@triton.jit
+def load(ptr, offsets, size):
+    """Elements of a latent as float32; zeros behind its end."""
+    return tl.load(ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_target(ptr, offsets, size, LAYOUT: tl.constexpr):
+    """Elements of a target, as float32, by their place in the prediction's memory; see `layout`."""
+    places = offsets
+    if LAYOUT is not None:
+        outer = offsets // LAYOUT[1]
+        places = outer // LAYOUT[0] * LAYOUT[2] + outer % LAYOUT[0] * LAYOUT[3] + offsets % LAYOUT[1] * LAYOUT[4]
+    return tl.load(ptr + places, mask=offsets < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def by_four(lanes):
+    """Sums of four neighbours, which lie in one thread: a quarter of the registers and of the float64 conversions."""
+    QUARTER: tl.constexpr = lanes.shape[0] // 4
+    even, odd = tl.split(tl.reshape(lanes, (QUARTER, 2, 2)))
+    first, second = tl.split(even + odd)
+    return first + second
+
+
+@triton.jit
+def _errors_fwd_kernel(
+    pred_ptr, target_ptr, error_ptr,
+    size, target_rows, pred_stride, target_stride,
+    LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, FOLDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """m of the program's row."""
+    row = tl.program_id(0).to(tl.int64)
+    pred_ptr += row * pred_stride
+    target_ptr += row % target_rows * target_stride
+    total = tl.zeros([], tl.float64)
+    for chunk in range(CHUNKS):
+        quads = tl.zeros([LANES // 4], tl.float32)
+        for fold in tl.static_range(FOLDS):
+            offsets = (chunk * FOLDS + fold) * LANES + tl.arange(0, LANES)
+            residual = load(pred_ptr, offsets, size) - load_target(target_ptr, offsets, size, LAYOUT)
+            quads += by_four(residual * residual)
+        total += tl.sum(quads.to(tl.float64), 0)
+    tl.store(error_ptr + row, (total / size).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["target_rows", "coefficient_ptr", "factor_ptr"])
+def _errors_bwd_kernel(
+    pred_ptr, target_ptr, coefficient_ptr, factor_ptr, grad_ptr,
+    size, target_rows, pred_stride, target_stride, grad_stride, factor,
+    LAYOUT: tl.constexpr, HALVES: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """grad = factor c (p - y) on one block of a target's row, for both halves that share it."""
+    program = tl.program_id(0)
+    row = (program // BLOCKS).to(tl.int64)
+    offsets = program % BLOCKS * LANES + tl.arange(0, LANES)
+    target = load_target(target_ptr + row * target_stride, offsets, size, LAYOUT)
+    if factor_ptr is not None:
+        factor *= tl.load(factor_ptr)
+    for _half in tl.static_range(HALVES):
+        pred = load(pred_ptr + row * pred_stride, offsets, size)
+        grad = factor * tl.load(coefficient_ptr + row) * (pred - target)
+        tl.store(grad_ptr + row * grad_stride + offsets, grad.to(grad_ptr.dtype.element_ty), mask=offsets < size)
+        row += target_rows
+
+
+def division(size: int) -> dict[str, int]:
+    """Chunks, folds and lanes of a latent, and the warps of a program."""
+    lanes = min(LANES, max(16, triton.next_power_of_2(size)))
+    chunks = triton.cdiv(size, FOLDS * lanes)
+    return {"CHUNKS": chunks, "FOLDS": triton.cdiv(size, chunks * lanes), "LANES": lanes, "num_warps": warps(lanes)}
+
+
+def warps(lanes: int) -> int:
+    """As many as give each thread eight lanes."""
+    return max(1, lanes // 256)
+
+
+def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
+    """A target `(S, *dims)`, dims in the order of the prediction's memory, and where its elements lie.
+
+    That is None where they lie side by side, else the two inner sizes and the three strides of a latent of three dims.
+    One whose dims are not three, also after neighbours are merged, is copied.
+    """
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(target.shape[1:], target.stride()[1:], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 3:
+        return target.flatten(1), None
+    if not sizes or strides == [1]:
+        return target, None
+    sizes, strides = [1] * (3 - len(sizes)) + sizes, [0] * (3 - len(strides)) + strides
+    return target, (sizes[1], sizes[2], strides[0], strides[1], strides[2])
+
+
+def errors(pred: Tensor, target: Tensor) -> Tensor:
+    rows, size = pred.shape
+    assert pred.stride(1) == 1 or size == 1
+    assert rows % len(target) == 0 and size < 2**31
+    target, places = layout(target)
+    error = torch.empty(rows, dtype=torch.float32, device=pred.device)
+    with torch.cuda.device_of(pred):
+        _errors_fwd_kernel[(rows,)](
+            pred, target, error,
+            size, len(target), pred.stride(0), target.stride(0),
+            LAYOUT=places, **division(size), **EXACT,
+        )  # fmt: skip
+    return error
+
+
+def write_gradient(pred: Tensor, target: Tensor, coefficient: Tensor, factor: float | Tensor, grad: Tensor) -> Tensor:
+    """`factor c (p - y)` of each row, written to `grad` (R, N), which may be `pred` itself."""
+    rows, size = pred.shape
+    target, places = layout(target)
+    lanes = min(LANES, max(16, triton.next_power_of_2(size)))
+    blocks = triton.cdiv(size, lanes)
+    on_device = isinstance(factor, Tensor)
+    with torch.cuda.device_of(pred):
+        _errors_bwd_kernel[(len(target) * blocks,)](
+            pred, target, coefficient, factor if on_device else None, grad,
+            size, len(target), pred.stride(0), target.stride(0), grad.stride(0), 1.0 if on_device else factor,
+            LAYOUT=places, HALVES=rows // len(target), BLOCKS=blocks, LANES=lanes, num_warps=warps(lanes), **EXACT,
+        )  # fmt: skip
+    return grad
+
+
+class _DenoisingErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(pred, target)
+        return errors(pred, target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor, None]:
+        pred, target = ctx.saved_tensors
+        return write_gradient(pred, target, grad_error.contiguous(), 2 / pred.shape[1], dense_like(pred)), None
+
+
+def dense_like(pred: Tensor) -> Tensor:
+    """New memory of a prediction's shape and dtype."""
+    return torch.empty_like(pred, memory_format=torch.contiguous_format)
+
+
+def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
+    """`m = mean_N (p - y)^2` of each row: (R,) float32, differentiable in the prediction.
+
+    Args:
+        pred_RN: rows at any stride; the elements of a row lie side by side.
+        target: (S, *dims), S = R or R / 2, dims in the order of the prediction's memory, at any strides.
+    """
+    return _DenoisingErrors.apply(pred_RN, target)
