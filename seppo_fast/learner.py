@@ -83,11 +83,14 @@ class Learner:
         """Gradients of the mean loss over the pairs of all ranks; sums of what is logged, in one host sync."""
         train = self._config.train
         batches = list(pairs.micro_batches(self._micro_batch))
+        scale = self._scaler.scale(torch.ones((), device=self._accelerator.device))  # a tensor: it stays on the device
         steps: list[dict[str, torch.Tensor]] = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self._accelerator.no_sync(self._model):
                 prediction, target, ref_error = self._errors(self._model, batch)
+                # DDP averages over ranks, so each rank's share is scaled up by their number.
+                share = len(batch) * self._accelerator.num_processes / train.pairs_per_update
                 step = step_loss(
                     self._objective,
                     prediction,
@@ -95,12 +98,11 @@ class Learner:
                     ref_error,
                     beta=train.beta,
                     tie_tol=train.tie_tol,
+                    grad_scale=scale * share,
                     backend=train.backend,
                 )
-                # DDP averages over ranks, so each rank's share is scaled up by their number.
-                share = len(batch) * self._accelerator.num_processes / train.pairs_per_update
-                self._scaler.scale(step.loss * share).backward()
-            steps.append(step.sums)  # not its loss, which holds the micro-batch's whole graph
+                prediction.backward(step.grad)
+            steps.append(step.sums)
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))

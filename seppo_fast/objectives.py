@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, preference_loss
+from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, loss_and_grad
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ OBJECTIVES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one micro-batch of b pairs and the numbers worth logging, each a sum over its pairs.
+    """What one micro-batch of b pairs gives.
 
     Attributes:
-        loss: scalar float32, differentiable in the prediction: the mean over the b pairs.
-        sums: name to scalar float32 tensor on the device; nothing here syncs with the host.
+        grad: of the mean loss over the b pairs to the prediction, scaled as asked; what `model_pred.backward` takes.
+        sums: name to scalar float32 tensor on the device, each a sum over the pairs; nothing here syncs with the host.
     """
 
-    loss: Tensor
+    grad: Tensor
     sums: dict[str, Tensor]
 
 
@@ -74,9 +74,10 @@ def step_loss(
     *,
     beta: float,
     tie_tol: float,
+    grad_scale: float | Tensor,
     backend: Backend,
 ) -> StepLoss:
-    """The objective's loss on one micro-batch.
+    """The objective's loss on one micro-batch, and its gradient, without a graph of its own.
 
     Args:
         objective: a row of `OBJECTIVES`.
@@ -85,36 +86,42 @@ def step_loss(
         ref_error: `(2b,)` float32 errors of the reference on the same noised inputs; None for SFT.
         beta: multiplies a mean over latent elements.
         tie_tol: |D_w| up to this counts as a tie.
+        grad_scale: multiplies the gradient; a number or one float32 on the device.
         backend: of the loss, `auto`, `triton` or `torch`.
     """
     if ref_error is None:
-        errors = denoising_errors(model_pred, target, backend=backend)
-        return StepLoss(errors.mean(), {"loss": errors.detach().sum(), "winner_error": errors.detach().sum()})
-    result = preference_loss(
+        leaf = model_pred.detach().requires_grad_()
+        errors = denoising_errors(leaf, target, backend=backend)
+        scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=errors.device)
+        (grad,) = torch.autograd.grad(errors.mean(), leaf, scale)
+        loss = errors.detach().sum()
+        return StepLoss(grad, {"loss": loss, "winner_error": loss})
+    result, grad = loss_and_grad(
         model_pred,
         target,
         ref_error=ref_error,
         beta=beta,
         flipper=objective.flipper,
         tie_tol=tie_tol,
+        grad_scale=grad_scale,
         backend=backend,
     )
-    return StepLoss(result.loss, _sums(result, beta))
+    return StepLoss(grad, _sums(result, beta))
 
 
 def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
-    winner, loser = result.model_error.detach().chunk(2)
+    winner, loser = result.model_error.chunk(2)
     ref_winner, ref_loser = result.ref_error.chunk(2)
-    reject, correct = result.reject.float(), (result.logit.detach() > 0).float()
+    reject, correct = result.reject.float(), (result.logit > 0).float()
     return {
-        "loss": result.loss.detach() * len(winner),
+        "loss": result.loss * len(winner),
         "winner_error": winner.sum(),
         "loser_error": loser.sum(),
         "ref_winner_error": ref_winner.sum(),
         "ref_loser_error": ref_loser.sum(),
         "reject": reject.sum(),
-        "margin": result.logit.detach().sum() * (-2 / beta),
-        "logit_abs": result.logit.detach().abs().sum(),
+        "margin": result.logit.sum() * (-2 / beta),
+        "logit_abs": result.logit.abs().sum(),
         "correct": correct.sum(),
         "correct_and_reject": (correct * reject).sum(),
     }

@@ -7,6 +7,7 @@ import torch
 
 from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 
+OPTIONS = {"beta": 500.0, "tie_tol": 0.0, "backend": "torch"}
 ANCHOR = {"adaptive": -1.0, "indicator": 0.0, "never": 1.0}
 
 
@@ -21,8 +22,7 @@ def batch(pairs=5, latent=(4, 3, 5)):
 def test_each_row_is_its_formula(name):
     objective = OBJECTIVES[name]
     pred, target, ref_error = batch()
-    step = step_loss(objective, pred, target, ref_error, beta=500.0, tie_tol=0.0, backend="torch")
-    (gradient,) = torch.autograd.grad(step.loss, pred)
+    step = step_loss(objective, pred, target, ref_error, **OPTIONS, grad_scale=3.0)
 
     p = pred.detach().double().requires_grad_()
     difference = (p - target.double()).square().flatten(1).mean(1) - ref_error.double()
@@ -31,8 +31,7 @@ def test_each_row_is_its_formula(name):
     logit = -250 * (winner - a * loser)
     loss = torch.nn.functional.softplus(-logit).mean()
     (expected,) = torch.autograd.grad(loss, p)
-    torch.testing.assert_close(step.loss.double(), loss.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(step.grad.double(), 3 * expected, rtol=1e-3, atol=1e-6)
     assert 0 < (winner <= 0).sum() < 5  # both branches were taken
 
     means = averages({key: value.item() for key, value in step.sums.items()}, 5)
@@ -49,11 +48,11 @@ def test_sft_is_the_mean_squared_error_on_winners():
     generator = torch.Generator().manual_seed(0)
     pred, target = torch.randn(2, 3, 4, 5, 5, generator=generator).unbind()
     pred.requires_grad_()
-    step = step_loss(OBJECTIVES["sft"], pred, target, None, beta=2000.0, tie_tol=0.0, backend="torch")
-    (gradient,) = torch.autograd.grad(step.loss, pred)
     difference = pred.detach().double() - target.double()
-    torch.testing.assert_close(step.loss.double(), difference.square().mean(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient.double(), 2 * difference / difference.numel(), rtol=1e-5, atol=1e-9)
+    for scale in (3.0, torch.tensor(3.0)):
+        step = step_loss(OBJECTIVES["sft"], pred, target, None, **OPTIONS, grad_scale=scale)
+        torch.testing.assert_close(step.sums["loss"].double(), 3 * difference.square().mean(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(step.grad.double(), 6 * difference / difference.numel(), rtol=1e-5, atol=1e-9)
 
 
 def test_micro_batches_add_up():
@@ -61,13 +60,16 @@ def test_micro_batches_add_up():
     objective = OBJECTIVES["seppo"]
 
     def step(rows):
-        return step_loss(objective, pred[rows], target[rows], ref_error[rows], beta=500.0, tie_tol=0.0, backend="torch")
+        share = len(rows) / 12
+        return step_loss(objective, pred[rows], target[rows], ref_error[rows], **OPTIONS, grad_scale=share)
 
     whole = step(list(range(12)))
     parts = [step([0, 1, 2, 3, 6, 7, 8, 9]), step([4, 5, 10, 11])]
     for name, value in total([part.sums for part in parts]).items():
         torch.testing.assert_close(value, whole.sums[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close((parts[0].loss * 4 + parts[1].loss * 2) / 6, whole.loss)
+    pieces = [part.grad.chunk(2) for part in parts]
+    gradient = torch.cat([winners for winners, _ in pieces] + [losers for _, losers in pieces])
+    torch.testing.assert_close(gradient, whole.grad)
 
 
 def test_a_group_without_pairs_is_left_out():
