@@ -13,6 +13,7 @@ Shapes are named as in `eager.py`, the PyTorch twin.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,14 +100,19 @@ def _errors_bwd_kernel(
 
 def division(size: int) -> dict[str, int]:
     """Chunks, folds and lanes of a latent, and the warps of a program."""
-    lanes = min(LANES, max(16, triton.next_power_of_2(size)))
-    chunks = triton.cdiv(size, FOLDS * lanes)
-    return {"CHUNKS": chunks, "FOLDS": triton.cdiv(size, chunks * lanes), "LANES": lanes, "num_warps": warps(lanes)}
+    return _division(size, LANES, FOLDS)
 
 
-def warps(lanes: int) -> int:
-    """As many as give each thread eight lanes."""
-    return max(1, lanes // 256)
+@cache  # Triton's own arithmetic takes 4 us a call, as long as a launch
+def _division(size: int, most_lanes: int, most_folds: int) -> dict[str, int]:
+    lanes = min(most_lanes, max(16, triton.next_power_of_2(size)))
+    chunks = triton.cdiv(size, most_folds * lanes)
+    return {
+        "CHUNKS": chunks,
+        "FOLDS": triton.cdiv(size, chunks * lanes),
+        "LANES": lanes,
+        "num_warps": max(1, lanes // 256),
+    }
 
 
 def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
@@ -115,6 +121,8 @@ def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
     That is None where they lie side by side, else the two inner sizes and the three strides of a latent of three dims.
     One whose dims are not three, also after neighbours are merged, is copied.
     """
+    if target.is_contiguous():
+        return target, None
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(target.shape[1:], target.stride()[1:], strict=True):
@@ -153,14 +161,15 @@ def write_gradient(pred: Tensor, target: Tensor, coefficient: Tensor, factor: fl
     """`factor c (p - y)` of each row, written to `grad` (R, N), which may be `pred` itself."""
     rows, size = pred.shape
     target, places = layout(target)
-    lanes = min(LANES, max(16, triton.next_power_of_2(size)))
-    blocks = triton.cdiv(size, lanes)
+    parts = division(size)
+    lanes, warps = parts["LANES"], parts["num_warps"]
+    blocks = -(-size // lanes)
     on_device = isinstance(factor, Tensor)
     with torch.cuda.device_of(pred):
         _errors_bwd_kernel[(len(target) * blocks,)](
             pred, target, coefficient, factor if on_device else None, grad,
             size, len(target), pred.stride(0), target.stride(0), grad.stride(0), 1.0 if on_device else factor,
-            LAYOUT=places, HALVES=rows // len(target), BLOCKS=blocks, LANES=lanes, num_warps=warps(lanes), **EXACT,
+            LAYOUT=places, HALVES=rows // len(target), BLOCKS=blocks, LANES=lanes, num_warps=warps, **EXACT,
         )  # fmt: skip
     return grad
 

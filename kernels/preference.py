@@ -305,7 +305,7 @@ def forward(
     written = grad if programs == pairs else None
     scale, on_device = 2 / (size * pairs), isinstance(grad_scale, Tensor)
     most = PAIR_LANES if programs == pairs else min(PAIR_LANES, _CHUNKED_PAIR_LANES)
-    pair_lanes = min(most, max(16, triton.next_power_of_2(pairs)))
+    pair_lanes = min(most, max(16, 1 << (pairs - 1).bit_length()))
     with torch.cuda.device_of(pred):
         _preference_fwd_kernel[(programs,)](
             pred, target, ref_pred, statistics[2 + 5 * pairs :] if ref_error is None else ref_error,
@@ -315,7 +315,7 @@ def forward(
             0 if ref_pred is None else ref_pred.stride(0), 0 if written is None else written.stride(0),
             0.5 * beta, learn_sign, tie_tol, scale if on_device else scale * grad_scale,
             LAYOUT=places, SHARED=len(target) == pairs, **parts,
-            PAIR_BLOCKS=triton.cdiv(pairs, pair_lanes), PAIR_LANES=pair_lanes, **EXACT,
+            PAIR_BLOCKS=-(-pairs // pair_lanes), PAIR_LANES=pair_lanes, **EXACT,
         )  # fmt: skip
     if grad is not None and written is None:
         write_gradient(pred, target, coefficients(statistics, pairs), 1.0, grad)

@@ -152,15 +152,15 @@ def loss_and_grad(
     if overwrite:
         arguments.check_writable("overwrite", model_pred)
     pred, *rest = inputs
-    pred = pred.detach()
-    in_place = overwrite and arguments.rows_are_dense(model_pred)  # else `pred` is a copy
+    pred, order = pred.detach(), arguments.memory_order(model_pred)
+    in_place = overwrite and arguments.rows_are_dense(model_pred, order)  # else `pred` is a copy
     outputs, grad = kernels.loss_and_grad(pred, *rest, grad_scale, pred if in_place else None)
     result = PreferenceLoss(*outputs)
     if not overwrite:
-        return result, arguments.from_rows(grad, model_pred)
+        return result, arguments.from_rows(grad, model_pred, order)
     written = model_pred.detach()
     if not in_place:
-        written.copy_(arguments.from_rows(grad, model_pred))
+        written.copy_(arguments.from_rows(grad, model_pred, order))
     elif not (torch.compiler.is_compiling() or model_pred.is_inference()):
         torch.autograd.graph.increment_version(model_pred)
     return result, written
@@ -204,7 +204,8 @@ def denoising_errors(pred: Tensor, target: Tensor, backend: Backend = "auto") ->
     arguments.check_prediction("pred", pred)
     arguments.check_target(target, "pred", pred)
     kernels = arguments.kernels(backend, pred.device)
-    return kernels.denoising_errors(arguments.rows(pred, pred), arguments.ordered(target.detach(), pred))
+    order = arguments.memory_order(pred)
+    return kernels.denoising_errors(arguments.rows(pred, order), arguments.ordered(target.detach(), order))
 
 
 def _inputs(
@@ -231,10 +232,11 @@ def _inputs(
         arguments.check_vector("weights", weights, len(model_pred) // 2, arguments.DTYPES, model_pred.device)
         weights = weights.detach().float().contiguous()
     kernels = arguments.kernels(backend, model_pred.device)
+    order = arguments.memory_order(model_pred)
     return kernels, (
-        arguments.rows(model_pred, model_pred),
-        arguments.ordered(target.detach(), model_pred),
-        None if ref_pred is None else arguments.rows(ref_pred.detach(), model_pred),
+        arguments.rows(model_pred, order),
+        arguments.ordered(target.detach(), order),
+        None if ref_pred is None else arguments.rows(ref_pred.detach(), order),
         None if ref_error is None else ref_error.detach().contiguous(),
         weights,
         float(beta),

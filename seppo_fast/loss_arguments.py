@@ -21,37 +21,38 @@ OLDEST_GPU = 8  # compute capability: Ampere, the first with bfloat16
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def rows(x: Tensor, pred: Tensor) -> Tensor:
-    """(rows, N) in the memory order of `pred`: a view where the elements of each row lie side by side in it."""
-    flat = x.permute(_memory_order(pred)).flatten(1)
+def memory_order(pred: Tensor) -> list[int]:
+    """The dims of `pred`, rows first, the others from the farthest apart in memory to the nearest."""
+    return [0, *sorted(range(1, pred.ndim), key=pred.stride, reverse=True)]
+
+
+def ordered(x: Tensor, order: list[int]) -> Tensor:
+    """(rows, *dims) in this order: a view."""
+    return x if order == sorted(order) else x.permute(order)
+
+
+def rows(x: Tensor, order: list[int]) -> Tensor:
+    """(rows, N) in this order: a view where the elements of each row lie side by side in it, else a copy."""
+    flat = ordered(x, order).flatten(1)
     # Slices with gaps and expanded latents can flatten to a view with another step than 1.
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def ordered(target: Tensor, pred: Tensor) -> Tensor:
-    """(rows, *dims), dims in the memory order of `pred`: a view."""
-    return target.permute(_memory_order(pred))
-
-
-def from_rows(x: Tensor, pred: Tensor) -> Tensor:
+def from_rows(x: Tensor, pred: Tensor, order: list[int]) -> Tensor:
     """The way back from `rows`: a dense (rows, N) in the shape of `pred`; a view."""
-    order = _memory_order(pred)
-    inverse = sorted(range(pred.ndim), key=order.__getitem__)
-    return x.view([pred.shape[dim] for dim in order]).permute(inverse)
+    if order == sorted(order):
+        return x.view(pred.shape)
+    return x.view([pred.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(pred.ndim)])
 
 
-def rows_are_dense(pred: Tensor) -> bool:
+def rows_are_dense(pred: Tensor, order: list[int]) -> bool:
     """Whether the elements of each row lie side by side, so that `rows` is a view of `pred`."""
     step = 1
-    for dim in reversed(_memory_order(pred)[1:]):
+    for dim in reversed(order[1:]):
         if pred.shape[dim] != 1 and pred.stride(dim) != step:
             return False
         step *= pred.shape[dim]
     return True
-
-
-def _memory_order(pred: Tensor) -> list[int]:
-    return [0, *sorted(range(1, pred.ndim), key=pred.stride, reverse=True)]
 
 
 def kernels(backend: str, device: torch.device) -> ModuleType:
