@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import mmap
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,6 +80,19 @@ def free_bytes(
     groups = cgroup.read_text().splitlines() if cgroup.is_file() else []
     rooms = [room for group in groups for room in _cgroup_rooms(group, mounts)]
     return max(0, min([psutil.virtual_memory().available, *rooms]))
+
+
+def pinned_bytes(size: int) -> Tensor:
+    """Page-locked host memory, `(size,)` uint8, zeros: so many bytes, where PyTorch's allocator takes a power of two.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    slab = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    place = slab.data_ptr()
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(place, size, 0)))
+    weakref.finalize(slab, lambda: torch.cuda.cudart().cudaHostUnregister(place))
+    return slab
 
 
 def training_footprint(

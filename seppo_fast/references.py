@@ -1,81 +1,248 @@
-"""The past policies from which references are drawn."""
+"""The past policies from which references are drawn, kept wherever there is memory.
+
+    pool = ReferencePool(seed=0)
+    pool.add(module)                                  # checkpoint 0, the initial policy; more as training goes on
+    with pool.resident(module, pool.draw(number)):    # the module is a past policy
+        ...
+    pool.close()
+
+A checkpoint is one slab of bytes (see `slab`), wherever there is room (see `tiers`). The tensors of the one that is
+resident are views of one more slab on the device: a switch is one copy, and their addresses stay.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from seppo_fast.diffusion import keyed_rng
-from seppo_fast.policy import trainable
+from seppo_fast.errors import CheckpointError
+from seppo_fast.pool_files import Member, Tier, checked_members, map_member, save_members
+from seppo_fast.resident import Resident
+from seppo_fast.slab import Table, trained_state
+from seppo_fast.tiers import Budget, PoolFullError, Tiers
+
+Draw = Literal["uniform", "newest", "initial"]
 
 
 class ReferencePool:
-    """Checkpoints 0..k-1 of the trained weights, in host memory, raw (never the moving average).
+    """Checkpoints 0..k-1 of a module's trained parameters and buffers, raw (never a moving average).
 
     Args:
         seed: of the draws.
         draw: `uniform` over all checkpoints so far (Algorithm 1), the `newest`, or the `initial` one.
+        compute: the dtype of autocast under which references predict; see `slab.Table.of`.
+        budget: how much memory the checkpoints may take.
+        folder: where those go that no memory holds, in a folder of their own; None: where temporary files go.
     """
 
-    def __init__(self, seed: int, draw: Literal["uniform", "newest", "initial"]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        draw: Draw = "uniform",
+        *,
+        compute: torch.dtype = torch.float32,
+        budget: Budget | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self._seed = seed
         self._draw = draw
-        self._checkpoints: list[dict[str, Tensor]] = []
+        self._compute = compute
+        self._budget = budget or Budget()
+        self._folder = folder
+        self._tiers: Tiers | None = None  # made when the first checkpoint comes
+        self._slot: Resident | None = None  # made when a reference is asked for
+        self._bound: nn.Module | None = None
 
     def __len__(self) -> int:
-        return len(self._checkpoints)
+        return len(self._tiers.members) if self._tiers else 0
+
+    def __enter__(self) -> ReferencePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """Where each checkpoint is: `device`, `host` or `disk`."""
+        return [member.tier for member in self._tiers.members] if self._tiers else []
 
     def add(self, module: nn.Module) -> int:
-        """Copies the trained weights of `module`; returns the index of the new checkpoint."""
-        self._checkpoints.append(
-            {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(module).items()}
-        )
-        return len(self._checkpoints) - 1
+        """Copies the trained state of a module; returns the index of the new checkpoint.
 
-    def draw(self, number: int) -> int:
+        Raises:
+            ValueError: tensors that are not those of the checkpoints before; lists names and shapes.
+            PoolFullError: no tier has room for it, or the disk refuses; says how much is needed.
+        """
+        tiers = self._tiers
+        if tiers is None:
+            device = next((tensor.device for tensor in trained_state(module).values()), torch.device("cpu"))
+            tiers = Tiers(Table.of(module, self._compute), device, self._budget, self._folder)
+        tiers.table.check(module)
+        tiers.put(trained_state(module))
+        self._tiers = tiers
+        return len(self) - 1
+
+    def draw(self, number: int, checkpoints: int | None = None) -> int:
         """The index for draw `number`: a function of (seed, number, checkpoints so far), equal on every rank.
+
+        Args:
+            number: of the draw.
+            checkpoints: as if there were so many, to know a draw beforehand; None: those that there are.
 
         Raises:
             ValueError: the pool is empty.
         """
-        if not self._checkpoints:
+        count = len(self) if checkpoints is None else checkpoints
+        if not count:
             raise ValueError("draw: the pool is empty; add checkpoint 0, the initial policy, first")
         if self._draw == "initial":
             return 0
         if self._draw == "newest":
-            return len(self) - 1
-        return int(keyed_rng(self._seed, "reference", number).integers(len(self)))
+            return count - 1
+        return int(keyed_rng(self._seed, "reference", number).integers(count))
+
+    def prefetch(self, index: int) -> None:
+        """Starts bringing a checkpoint to the device while other work goes on there; a wrong guess does no harm.
+
+        Nothing to do for one that is there, or that is not in the pool (yet).
+        """
+        if 0 <= index < len(self):
+            self._resident().prefetch(index, self._member(index))
 
     def load_into(self, module: nn.Module, index: int) -> None:
-        """Writes checkpoint `index` into the trained weights of `module`, in place and bit for bit."""
-        checkpoint = self._checkpoints[index]
+        """Makes a module checkpoint `index`: by one copy where it is bound (see `bind`), else tensor by tensor.
+
+        Raises:
+            ValueError: no such checkpoint; tensors that are not those of the pool.
+        """
+        member = self._member(index)
+        if module is self._bound:
+            self._resident().switch(index, member)
+            return
+        views = self._known(module).table.views(member.slab)
         with torch.no_grad():
-            for name, weight in trainable(module).items():
-                weight.copy_(checkpoint[name])
+            for name, tensor in trained_state(module).items():
+                tensor.copy_(views[name])
+
+    def bind(self, module: nn.Module) -> None:
+        """From now on the module's trained tensors are views of the slab that `load_into` copies to, in its dtypes.
+
+        For a module that is never trained, one a pool.
+
+        Raises:
+            ValueError: tensors that are not those of the pool.
+        """
+        self._known(module)
+        _set(module, self._resident().views)
+        self._bound = module
 
     @contextmanager
     def resident(self, module: nn.Module, index: int, aside: torch.device | None = None) -> Iterator[nn.Module]:
-        """`module` is checkpoint `index` inside the block and the policy again after it, also on an error.
+        """`module` is checkpoint `index` inside the block and itself again after it, also on an error.
 
-        One set of weights is enough because a drawn reference is frozen: all that depends on it is made ahead of
-        the updates that use it. The storage of the weights stays where it is.
+        One module is enough because a drawn reference is frozen: all that depends on it is made ahead of the updates
+        that use it. Nothing is copied but the checkpoint; the module's own tensors stay where they are.
 
         Args:
-            module: the policy.
+            module: the policy. Nothing may train it inside the block.
             index: of the checkpoint.
-            aside: where the policy's weights wait; None: where they are.
+            aside: where the module's own tensors wait instead, to free the memory of its device; they come back to new
+                places, and the resident slab is given up. None, or its own device: they stay.
+
+        Raises:
+            ValueError: as `load_into`.
         """
-        policy = {
-            name: weight.detach().to(aside or weight.device, copy=True) for name, weight in trainable(module).items()
-        }
-        self.load_into(module, index)
+        member, device = self._member(index), self._known(module).device
+        own = {name: tensor.data for name, tensor in trained_state(module).items()}
+        moved = aside is not None and aside.type != device.type
+        if moved:
+            own = {name: tensor.to(aside) for name, tensor in own.items()}
+            _set(module, own)  # before the slab takes memory
         try:
+            self._resident().switch(index, member)
+            _set(module, self._resident().views)
             yield module
         finally:
-            with torch.no_grad():
-                for name, weight in trainable(module).items():
-                    weight.copy_(policy[name])
+            if moved:
+                self._give_up_resident()
+            _set(module, {name: tensor.to(device) for name, tensor in own.items()})
+
+    def save(self, folder: Path) -> None:
+        """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
+
+        Raises:
+            ValueError: the pool is empty.
+            CheckpointError: the disk refuses.
+        """
+        if not self._tiers or not len(self):
+            raise ValueError("save: the pool is empty")
+        save_members(folder, self._tiers.members, self._tiers.table)
+
+    def restore(self, folder: Path, device: torch.device) -> None:
+        """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
+
+        Args:
+            folder: that `save` wrote; nothing of it is needed afterwards.
+            device: of the modules that will be references.
+
+        Raises:
+            CheckpointError: checkpoints that are missing or damaged; names every one. The pool stays empty.
+            PoolFullError: no tier has room.
+        """
+        assert not len(self), "only an empty pool takes over another one"
+        members = [map_member(file) for file in checked_members(folder)]
+        if any(table != members[0][1] for _, table in members):
+            raise CheckpointError(f"{folder}: its checkpoints are of different modules")
+        if not members:
+            return
+        tiers = Tiers(members[0][1], device, self._budget, self._folder)
+        try:
+            for slab, _ in members:
+                tiers.put(slab)
+        except PoolFullError:
+            tiers.close()
+            raise
+        self._tiers = tiers
+
+    def close(self) -> None:
+        """Frees all memory and deletes the pool's files; it is empty then. A bound module keeps its tensors."""
+        self._give_up_resident()
+        self._bound = None
+        if self._tiers:
+            self._tiers.close()
+            self._tiers = None
+
+    def _member(self, index: int) -> Member:
+        if not self._tiers or not 0 <= index < len(self):
+            raise ValueError(f"index: {index} is not one of the {len(self)} checkpoints")
+        return self._tiers.members[index]
+
+    def _known(self, module: nn.Module) -> Tiers:
+        if not self._tiers:
+            raise ValueError("module: the pool is empty; add checkpoint 0, the initial policy, first")
+        self._tiers.table.check(module)
+        return self._tiers
+
+    def _resident(self) -> Resident:
+        assert self._tiers
+        if self._slot is None:
+            self._slot = Resident(self._tiers.table, self._tiers.device)
+        return self._slot
+
+    def _give_up_resident(self) -> None:
+        if self._slot is not None:
+            self._slot.close()
+            self._slot = None
+
+
+def _set(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The module's trained state becomes these tensors, which may have other dtypes."""
+    for name, tensor in trained_state(module).items():
+        tensor.data = tensors[name]

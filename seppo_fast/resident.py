@@ -1,0 +1,81 @@
+"""The slab of which a reference's tensors are views, and the checkpoint that comes up before it is needed."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from seppo_fast.pool_files import Member
+from seppo_fast.slab import Table
+
+
+class Resident:
+    """One slab on the device whose address never changes: a switch is one copy, and CUDA graphs stay valid.
+
+    Args:
+        table: of the slab.
+        device: where it lies.
+
+    Attributes:
+        views: its tensors by name.
+    """
+
+    def __init__(self, table: Table, device: torch.device) -> None:
+        self._slab = torch.zeros(table.size, dtype=torch.uint8, device=device)
+        self.views = table.views(self._slab)
+        self._index: int | None = None
+        self._ahead: Tensor | None = None
+        self._ahead_index: int | None = None
+        self._coming: Future[torch.cuda.Event | None] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="seppo-prefetch")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def prefetch(self, index: int, member: Member) -> None:
+        """Starts bringing a checkpoint up, into a second slab; the one that `switch` asks for may be another."""
+        near = member.tier == "device" or (self._stream is None and member.tier == "host")
+        if near or index in (self._index, self._ahead_index):
+            return
+        self._settle()
+        if self._ahead is None:
+            self._ahead = torch.empty_like(self._slab)
+        if self._stream is not None:
+            # The last switch may still read the second slab.
+            self._stream.wait_stream(torch.cuda.current_stream(self._slab.device))
+        self._ahead_index = index
+        self._coming = self._reader.submit(self._bring, member.slab)
+
+    def switch(self, index: int, member: Member) -> None:
+        """The slab becomes checkpoint `index`: one copy, or none where it is that already."""
+        if index == self._index:
+            return
+        source = member.slab
+        if index == self._ahead_index:
+            self._settle()
+            assert self._ahead is not None
+            source = self._ahead
+        self._index = None  # should the copy fail
+        self._slab.copy_(source, non_blocking=True)
+        self._index = index
+
+    def close(self) -> None:
+        """Ends what is still coming."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _bring(self, slab: Tensor) -> torch.cuda.Event | None:
+        assert self._ahead is not None
+        if self._stream is None:
+            self._ahead.copy_(slab)
+            return None
+        with torch.cuda.stream(self._stream):
+            self._ahead.copy_(slab, non_blocking=True)  # blocks this thread alone where the source is a mapped file
+            return self._stream.record_event()
+
+    def _settle(self) -> None:
+        """What is coming has come, for the host's reader and for the current stream."""
+        if self._coming is not None:
+            event = self._coming.result()
+            if event is not None:
+                event.wait(torch.cuda.current_stream(self._slab.device))
+            self._coming = None

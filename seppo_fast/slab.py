@@ -1,0 +1,173 @@
+"""A module's trained state as one piece of memory, in which a past policy is kept and copied at once.
+
+The state is the trained parameters and the buffers that belong to the module's `state_dict`. A `Table` says where each
+tensor lies in a slab, a plain tensor of bytes; tensors that are views of a slab follow it wherever it is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 128  # bytes: a cache line, so that kernels choose as they do for memory of their own
+# Of these, autocast casts the parameters before each use.
+_CAST = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies.
+
+    Attributes:
+        name: in the module.
+        shape: of the tensor.
+        stride: of the tensor in the slab; that of the module's own where this is dense.
+        dtype: in which it is kept, without `torch.`.
+        offset: bytes from the slab's beginning.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names, shapes and places of the tensors of a slab.
+
+    Attributes:
+        entries: in the order of the module.
+        size: bytes of a slab.
+    """
+
+    entries: tuple[Entry, ...]
+    size: int
+
+    @classmethod
+    def of(cls, module: nn.Module, compute: torch.dtype = torch.float32) -> Table:
+        """The table of a module's state.
+
+        Args:
+            module: its trained parameters marked.
+            compute: of autocast. Where that is half precision, float32 parameters that autocast casts before each use
+                (of linear and convolutional layers, and of no other layer besides) are kept as it casts them: the
+                same predictions bit for bit from half the bytes.
+        """
+        cast = _cast_by_autocast(module) if compute in (torch.float16, torch.bfloat16) else set()
+        entries, offset = [], 0
+        for name, tensor in trained_state(module).items():
+            dtype = compute if id(tensor) in cast and tensor.dtype == torch.float32 else tensor.dtype
+            stride = torch.empty_like(tensor, device="meta").stride()
+            entries.append(Entry(name, tuple(tensor.shape), tuple(stride), str(dtype).removeprefix("torch."), offset))
+            used = offset + tensor.numel() * dtype.itemsize
+            offset = -(-used // _ALIGNMENT) * _ALIGNMENT
+        return cls(tuple(entries), offset)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Table:
+        """What `to_json` made.
+
+        Raises:
+            ValueError, KeyError, TypeError: a tree that is no table, or entries that leave its slab.
+        """
+        entries = tuple(
+            Entry(str(e["name"]), _numbers(e["shape"]), _numbers(e["stride"]), str(e["dtype"]), int(e["offset"]))
+            for e in tree["entries"]
+        )
+        table = cls(entries, int(tree["size"]))
+        table.views(torch.empty(table.size, dtype=torch.uint8, device="meta"))
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, strings and lists only."""
+        return {"size": self.size, "entries": [asdict(entry) for entry in self.entries]}
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the tensors alone."""
+        return sum(_bytes(entry) for entry in self.entries)
+
+    def views(self, slab: Tensor) -> dict[str, Tensor]:
+        """The tensors that lie in a slab, by name.
+
+        Args:
+            slab: `(size,)` uint8, dense, on any device.
+
+        Raises:
+            ValueError: an entry that leaves the slab, or a dtype that torch does not know.
+        """
+        return {entry.name: _view(slab, entry) for entry in self.entries}
+
+    @torch.no_grad()
+    def fill(self, slab: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors to their places in a slab, rounded to the dtypes in which they are kept."""
+        for name, view in self.views(slab).items():
+            view.copy_(tensors[name])
+
+    def check(self, module: nn.Module) -> None:
+        """Compares names and shapes with a module's.
+
+        Raises:
+            ValueError: they differ; it lists where, ten lines at most.
+        """
+        ours = {entry.name: entry.shape for entry in self.entries}
+        theirs = {name: tuple(tensor.shape) for name, tensor in trained_state(module).items()}
+        if ours == theirs:
+            return
+        lines = [f"{name}: {shape} is not in the module" for name, shape in ours.items() if name not in theirs]
+        lines += [f"{name}: {shape} is not in the pool" for name, shape in theirs.items() if name not in ours]
+        lines += [
+            f"{name}: {shape} in the pool, {theirs[name]} in the module"
+            for name, shape in ours.items()
+            if name in theirs and theirs[name] != shape
+        ]
+        more = f"\n... and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError("module: its tensors are not those of the pool\n" + "\n".join(lines[:10]) + more)
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters and buffers by name, live; a tensor with several names (tied weights) has its first."""
+    kept = set(module.state_dict(keep_vars=True))
+    parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    return parameters | {name: value for name, value in module.named_buffers() if name in kept}
+
+
+def _cast_by_autocast(module: nn.Module) -> set[int]:
+    """Ids of parameters of which every owner is a layer whose parameters autocast casts."""
+    owned: set[int] = set()
+    other: set[int] = set()
+    for layer in module.modules():
+        places = owned if type(layer) in _CAST else other
+        places.update(id(parameter) for parameter in layer.parameters(recurse=False))
+    return owned - other
+
+
+def _bytes(entry: Entry) -> int:
+    return torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize
+
+
+def _view(slab: Tensor, entry: Entry) -> Tensor:
+    dtype = getattr(torch, entry.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{entry.name}: {entry.dtype!r} is no dtype")
+    end = entry.offset + _bytes(entry)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(entry.shape, entry.stride, strict=True))
+    if not 0 <= entry.offset <= end <= len(slab) or entry.offset % _ALIGNMENT or reach > max(1, _count(entry)):
+        raise ValueError(f"{entry.name}: leaves the slab of {len(slab)} bytes")
+    return slab[entry.offset : end].view(dtype).as_strided(entry.shape, entry.stride)
+
+
+def _count(entry: Entry) -> int:
+    return torch.Size(entry.shape).numel()
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
