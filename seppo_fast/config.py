@@ -114,6 +114,15 @@ class ReferenceConfig(_Section):
     park: bool | None = Field(
         None, description="optimizer and policy wait in host memory during a rollout; null: where memory is short"
     )
+    gpu_gib: float | None = Field(
+        None, ge=0, description="GPU memory for past policies; null: all of the run, up to 0.15 of what is free"
+    )
+    host_gib: float | None = Field(
+        None, ge=0, description="host memory for those beyond; null: half of what is free, shared by the processes"
+    )
+    disk_gib: float | None = Field(
+        None, ge=0, description="disk, beside data.cache, for those beyond; null: nine tenths of what is free"
+    )
     pairs_gib: float | None = Field(
         None, ge=0, description="host memory for samples that wait, the rest on disk; null: a quarter of what is free"
     )

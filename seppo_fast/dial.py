@@ -20,6 +20,7 @@ from seppo_fast.data.cache import LatentCache
 from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, trainable
+from seppo_fast.slab import Table
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ DIAL = {
 }
 # Beside the optimizer's state at least so many samples should fit, or the state is parked.
 _FEW_SAMPLES = 16
+# Of a GPU's free memory, for past policies.
+_POOL_SHARE = 0.15
 # A CPU is busy with a few rows; more only leave its caches.
 _CPU_ROWS = 32
 
@@ -67,7 +70,7 @@ def turn_dial(config: Config, device: torch.device) -> Config:
 
 
 def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCache, accelerator: Accelerator) -> Config:
-    """Fills in micro-batch, sampling batch, parking and attention, which take the model and the machine to know.
+    """Fills in the pool's place on a GPU, batches, parking and attention, which take model and machine to know.
 
     Args:
         config: of the run, through `turn_dial`.
@@ -84,6 +87,8 @@ def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCach
         "dtype": DTYPES[config.model.precision],
         "device": accelerator.device,
     }
+    if config.reference.gpu_gib is None and accelerator.device.type == "cuda":
+        config = _with_pool(config, unet, accelerator)
     if config.train.micro_batch is None:
         config = _with_micro_batch(config, unet, training_footprint(unet, **shapes), accelerator)
     if config.reference.park is None and (DIAL[config.memory].park or accelerator.device.type != "cuda"):
@@ -105,13 +110,18 @@ def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCach
     return _filled(config, model={"attention": attention})
 
 
+def _with_pool(config: Config, unet: UNet2DConditionModel, accelerator: Accelerator) -> Config:
+    slab = Table.of(unet, DTYPES[config.model.precision]).size
+    most = int(_POOL_SHARE * free_bytes(accelerator.device)) // slab
+    mine = torch.tensor([min(most, _checkpoints(config))], device=accelerator.device)
+    return _filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
+
+
 def _with_micro_batch(
     config: Config, unet: UNet2DConditionModel, footprint: Footprint, accelerator: Accelerator
 ) -> Config:
     setting = DIAL[config.memory]
-    beside = _learner_bytes(config, unet)
-    if config.reference.errors == "apart" and config.model.train == "full":
-        beside += _trained_bytes(unet)  # the second UNet
+    beside = _learner_bytes(config, unet) + _pool_bytes(config, unet, accelerator.device)
     most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
     return _filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
 
@@ -119,14 +129,15 @@ def _with_micro_batch(
 def _with_batch(config: Config, unet: UNet2DConditionModel, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
     average = _trained_bytes(unet) if config.train.ema_decay else 0
-    beside = _learner_bytes(config, unet) + _trained_bytes(unet)
+    pool = _pool_bytes(config, unet, accelerator.device)
+    beside = _learner_bytes(config, unet) + pool
     most = config.sampler.batch or setting.batch
     park = config.reference.park
     if park is None:
         park = _fitting(setting, footprint, beside, most, accelerator) < min(most, _FEW_SAMPLES)
     batch = config.sampler.batch
     if batch is None:
-        batch = _fitting(setting, footprint, average if park else beside, most, accelerator)
+        batch = _fitting(setting, footprint, average + pool if park else beside, most, accelerator)
     return _filled(config, sampler={"batch": batch}, reference={"park": park})
 
 
@@ -141,6 +152,24 @@ def _fitting(setting: Setting, footprint: Footprint, beside: int, most: int, acc
 
 def _trained_bytes(unet: UNet2DConditionModel) -> int:
     return sum(weight.numel() * weight.element_size() for weight in trainable(unet).values())
+
+
+def _checkpoints(config: Config) -> int:
+    """Of the whole run."""
+    draw = OBJECTIVES[config.objective].draw
+    if draw in (None, "initial"):
+        return 1 if draw else 0
+    return -(-config.train.updates // config.train.updates_per_iteration)
+
+
+def _pool_bytes(config: Config, unet: UNet2DConditionModel, device: torch.device) -> int:
+    """Of the device's memory: past policies that stay there, the one that is resident, one that comes up."""
+    checkpoints = _checkpoints(config)
+    if not checkpoints:
+        return 0
+    slab = Table.of(unet, DTYPES[config.model.precision]).size
+    kept = int((config.reference.gpu_gib or 0) * 2**30) if device.type == "cuda" else 0
+    return kept + slab + (slab if device.type == "cuda" and kept < checkpoints * slab else 0)
 
 
 def _learner_bytes(config: Config, unet: UNet2DConditionModel) -> int:

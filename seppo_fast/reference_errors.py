@@ -65,10 +65,10 @@ class Ahead(ReferenceErrors):
         self._unet = unet
         self._micro_batch = config.train.micro_batch
         self._backend: Backend = config.train.backend
-        self._aside = torch.device("cpu") if config.reference.park else forward.device
+        self._aside = torch.device("cpu") if config.reference.park else None
 
     def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
-        """The one UNet, with the policy's weights put aside."""
+        """The one UNet, whose weights are the reference's meanwhile."""
         return references.resident(self._unet, index, self._aside)
 
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor:
@@ -103,10 +103,14 @@ class Apart(ReferenceErrors):
         self._backend: Backend = config.train.backend
         frozen = {id(weight): weight for weight in unet.parameters() if not weight.requires_grad}
         self._reference = copy.deepcopy(unet, frozen)
+        self._bound = False
 
     @contextmanager
     def drawn(self, references: ReferencePool, index: int) -> Iterator[nn.Module]:
         """The second module; it keeps the weights until the next draw."""
+        if not self._bound:
+            references.bind(self._reference)  # its own copies of the trained weights are free then
+            self._bound = True
         references.load_into(self._reference, index)
         yield self._reference
 

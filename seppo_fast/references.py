@@ -89,6 +89,11 @@ class ReferencePool:
         self._tiers = tiers
         return len(self) - 1
 
+    def discard_newest(self) -> None:
+        """Takes the last `add` back."""
+        assert self._tiers and len(self), "there is none"
+        self._tiers.discard_newest()
+
     def draw(self, number: int, checkpoints: int | None = None) -> int:
         """The index for draw `number`: a function of (seed, number, checkpoints so far), equal on every rank.
 

@@ -96,6 +96,7 @@ class Rollout:
         if self._references is not None and update not in self._waiting:
             window, started = self.window(update), time.perf_counter()
             self._waiting = self._roll_out(window)
+            self._prefetch(window)
             self._window_share = (time.perf_counter() - started) / len(window)
         started = time.perf_counter()
         samples, errors = self._waiting.pop(update, (None, None))
@@ -118,10 +119,23 @@ class Rollout:
         end = first + ((update - first) // ahead + 1) * ahead
         return range(update, min(end, first + length, config.train.updates))
 
+    def _prefetch(self, window: range) -> None:
+        """The next draw's weights come up while the learner works, if it is of a policy that is there already."""
+        config, references = self._config, self._references
+        assert references is not None
+        after, length = window[-1] + 1, config.train.updates_per_iteration
+        drawn_next = config.reference.redraw == "update" or after % length == 0
+        if drawn_next and after < config.train.updates and not config.reference.park:
+            grows = after % length == 0 and OBJECTIVES[config.objective].draw != "initial"
+            references.prefetch(references.draw(self._draw_number(after), len(references) + grows))
+
+    def _draw_number(self, update: int) -> int:
+        by_iteration = self._config.reference.redraw == "iteration"
+        return update // self._config.train.updates_per_iteration if by_iteration else update
+
     def _roll_out(self, window: range) -> dict[int, tuple[Tensor | None, Tensor | None]]:
         assert self._references is not None
-        by_iteration = self._config.reference.redraw == "iteration"
-        number = window[0] // self._config.train.updates_per_iteration if by_iteration else window[0]
+        number = self._draw_number(window[0])
         ids = {update: self._maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
         with self._making_room(), self._errors.drawn(self._references, self._references.draw(number)) as reference:

@@ -83,6 +83,13 @@ class Tiers:
         self.members.append(self._written(slab) if tier == "disk" else Member(tier, slab))
         self._rooms[tier] -= size
 
+    def discard_newest(self) -> None:
+        """The last slab and its file are gone."""
+        member = self.members.pop()
+        self._rooms[member.tier] += self.table.size
+        if member.file is not None:
+            member.file.unlink()
+
     def close(self) -> None:
         """Frees all memory and deletes the files."""
         self.members.clear()

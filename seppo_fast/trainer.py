@@ -16,7 +16,7 @@ from seppo_fast.data.cache import LatentCache, open_or_build
 from seppo_fast.data.examples import Source
 from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
-from seppo_fast.errors import CheckpointError
+from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.files import disk_message, staged_folder
@@ -30,6 +30,7 @@ from seppo_fast.preflight import preflight
 from seppo_fast.reference_errors import WAYS
 from seppo_fast.references import ReferencePool
 from seppo_fast.rollout import Rollout
+from seppo_fast.tiers import Budget, PoolFullError
 
 
 class Trainer:
@@ -71,7 +72,7 @@ class Trainer:
         set_attention(self.unet, config.model.attention)
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
-        self.references = ReferencePool(config.seed, self.objective.draw) if self.objective.draw else None
+        self.references = open_pool(config, world) if self.objective.draw else None
         errors = WAYS[config.reference.errors](self.forward, self.unet, config)
         if config.model.compile:
             compile_blocks(self.unet, config.model.attention)
@@ -99,8 +100,23 @@ class Trainer:
 
     def add_checkpoint(self) -> None:
         """The policy as it is now becomes a reference that later draws may pick."""
-        if self.references is not None and not (len(self.references) and self.objective.draw == "initial"):
-            self.references.add(self.unet)
+        pool = self.references
+        if pool is None or (len(pool) and self.objective.draw == "initial"):
+            return
+        problem = None
+        try:
+            pool.add(self.unet)
+        except PoolFullError as error:
+            problem = str(error)
+        mine = torch.tensor([problem is None], device=self.accelerator.device)
+        if self.accelerator.gather(mine).all():
+            return
+        if problem is None:
+            problem = "another process had no room for it"
+            pool.discard_newest()  # draws are over the same checkpoints on every rank
+        if not len(pool):
+            raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}")
+        self._warn(f"this policy is not kept, draws go on among the {len(pool)} before it: {problem}")
 
     def report(self, updates: int, stats: dict[str, float]) -> None:
         """Writes the log after `updates` finished updates, and a picture of samples where one is due."""
@@ -140,6 +156,25 @@ class Trainer:
             return None
         prompts = self.config.log.sample_prompts or tuple(dict.fromkeys(self.cache.prompts))[:4]
         return FixedPrompts(self.family, self.forward, self.sampler, prompts, self.config.data.resolution)
+
+
+def open_pool(config: Config, world: int) -> ReferencePool:
+    """The empty pool of past policies of a configuration."""
+    draw = OBJECTIVES[config.objective].draw
+    assert draw is not None
+
+    def share(gib: float | None) -> int | None:
+        return None if gib is None else int(gib * 2**30 / world)
+
+    reference = config.reference
+    gpu = None if reference.gpu_gib is None else int(reference.gpu_gib * 2**30)
+    return ReferencePool(
+        config.seed,
+        draw,
+        compute=DTYPES[config.model.precision],
+        budget=Budget(gpu, share(reference.host_gib), share(reference.disk_gib)),
+        folder=Path(config.data.cache),
+    )
 
 
 def load_family(config: Config, device: torch.device) -> StableDiffusion:
