@@ -114,6 +114,14 @@ class ReferenceConfig(_Section):
     park: bool | None = Field(
         None, description="optimizer and policy wait in host memory during a rollout; null: where memory is short"
     )
+    keep: int | None = Field(
+        None,
+        ge=2,
+        description="past policies kept, the initial one among them; null: all (SD-1.5 in bf16: 1.6 GiB each)",
+    )
+    keep_rule: Literal["newest", "spread", "reservoir"] = Field(
+        "reservoir", description="which: reservoir keeps draws uniform over all past policies, the others change them"
+    )
     gpu_gib: float | None = Field(
         None, ge=0, description="GPU memory for past policies; null: all of the run, up to 0.15 of what is free"
     )

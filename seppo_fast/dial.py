@@ -155,11 +155,12 @@ def _trained_bytes(unet: UNet2DConditionModel) -> int:
 
 
 def _checkpoints(config: Config) -> int:
-    """Of the whole run."""
+    """That are kept at the end of the run."""
     draw = OBJECTIVES[config.objective].draw
     if draw in (None, "initial"):
         return 1 if draw else 0
-    return -(-config.train.updates // config.train.updates_per_iteration)
+    made = -(-config.train.updates // config.train.updates_per_iteration)
+    return min(made, 2 if draw == "newest" else config.reference.keep or made)
 
 
 def _pool_bytes(config: Config, unet: UNet2DConditionModel, device: torch.device) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,59 +77,72 @@ def map_member(file: Path) -> tuple[Tensor, Table]:
     return slab, table
 
 
-def save_members(folder: Path, members: Sequence[Member], table: Table) -> None:
+def save_members(folder: Path, members: Mapping[int, Member], table: Table, count: int) -> None:
     """Writes all checkpoints and their manifest into a folder that appears whole or not at all.
 
     Args:
         folder: must not exist yet.
-        members: in order; one that is a file already is linked, not written again, where the file system can.
+        members: by number; one that is a file already is linked, not written again, where the file system can.
         table: of them all.
+        count: of the checkpoints so far, with those that were dropped.
 
     Raises:
         CheckpointError: the disk refuses.
     """
     with staged_folder(folder, CheckpointError) as staging:
         rows = []
-        for index, member in enumerate(members):
-            name = member_name(index)
+        for number, member in members.items():
+            name = member_name(number)
             if member.file is None:
                 write_member(staging / name, member.slab.cpu(), table)
             else:
                 _link(member.file, staging / name)
-            rows.append({"file": name, "size": (staging / name).stat().st_size, "sha256": digest(staging / name)})
-        tree = {"format": FORMAT, "members": rows}
+            rows.append(
+                {
+                    "number": number,
+                    "file": name,
+                    "size": (staging / name).stat().st_size,
+                    "sha256": digest(staging / name),
+                }
+            )
+        tree = {"format": FORMAT, "count": count, "members": rows}
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def checked_members(folder: Path) -> list[Path]:
-    """The files of a saved pool, in order, each compared with its size and checksum.
+def checked_members(folder: Path) -> tuple[dict[int, Path], int]:
+    """The files of a saved pool by number, each compared with its size and checksum, and the count of checkpoints.
 
     Raises:
-        CheckpointError: a manifest that cannot be read or is of a newer format; a file that is missing or damaged. It
-            names them all.
+        CheckpointError: a manifest that cannot be read or is of a newer format; files that are missing or damaged, all
+            of them named.
     """
     manifest = folder / MANIFEST
     try:
         tree: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         if int(tree["format"]) > FORMAT:
             raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
-        rows = [(str(row["file"]), int(row["size"]), str(row["sha256"])) for row in tree["members"]]
+        rows = {int(row["number"]): (int(row["size"]), str(row["sha256"])) for row in tree["members"]}
+        count = int(tree["count"])
+        if not rows or not all(0 <= number < count for number in rows):
+            raise ValueError(f"checkpoints {sorted(rows)} of {count}")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
-    damaged = []
-    for index, (name, size, checksum) in enumerate(rows):
-        file = folder / name
-        if name != member_name(index):  # also keeps paths inside the folder
-            damaged.append(f"{name}: {member_name(index)} is expected")
-        elif not file.is_file():
-            damaged.append(f"{name}: missing")
-        elif file.stat().st_size != size:
-            damaged.append(f"{name}: {file.stat().st_size} bytes, {size} were written")
-        elif digest(file) != checksum:
-            damaged.append(f"{name}: damaged, its checksum differs")
+    files = {number: folder / member_name(number) for number in rows}
+    found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
+    damaged = [f"{name} {what}" for name, what in found.items() if what]
     if damaged:
-        raise CheckpointError(f"{folder}: {len(damaged)} of {len(rows)} checkpoints: " + "; ".join(damaged))
-    return [folder / name for name, _, _ in rows]
+        raise CheckpointError(
+            f"{folder}: of {len(rows)} checkpoints {len(damaged)} cannot be used: " + "; ".join(damaged)
+        )
+    return files, count
+
+
+def _damage(file: Path, size: int, checksum: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, {size} were written"
+    return None if digest(file) == checksum else "is damaged: its checksum differs"
 
 
 def member_name(index: int) -> str:

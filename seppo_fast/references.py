@@ -24,6 +24,7 @@ from seppo_fast.diffusion import keyed_rng
 from seppo_fast.errors import CheckpointError
 from seppo_fast.pool_files import Member, Tier, checked_members, map_member, save_members
 from seppo_fast.resident import Resident
+from seppo_fast.retention import Rule, makes_way
 from seppo_fast.slab import Table, trained_state
 from seppo_fast.tiers import Budget, PoolFullError, Tiers
 
@@ -36,6 +37,8 @@ class ReferencePool:
     Args:
         seed: of the draws.
         draw: `uniform` over all checkpoints so far (Algorithm 1), the `newest`, or the `initial` one.
+        keep: how many checkpoints stay, the initial one always among them, at least 2; None: all.
+        rule: which; see `retention.makes_way`.
         compute: the dtype of autocast under which references predict; see `slab.Table.of`.
         budget: how much memory the checkpoints may take.
         folder: where those go that no memory holds, in a folder of their own; None: where temporary files go.
@@ -46,12 +49,17 @@ class ReferencePool:
         seed: int,
         draw: Draw = "uniform",
         *,
+        keep: int | None = None,
+        rule: Rule = "reservoir",
         compute: torch.dtype = torch.float32,
         budget: Budget | None = None,
         folder: Path | None = None,
     ) -> None:
         self._seed = seed
         self._draw = draw
+        self._keep = keep
+        self._rule = rule
+        self._count = 0
         self._compute = compute
         self._budget = budget or Budget()
         self._folder = folder
@@ -60,7 +68,8 @@ class ReferencePool:
         self._bound: nn.Module | None = None
 
     def __len__(self) -> int:
-        return len(self._tiers.members) if self._tiers else 0
+        """Checkpoints so far, with those that a bounded pool has dropped."""
+        return self._count
 
     def __enter__(self) -> ReferencePool:
         return self
@@ -69,12 +78,12 @@ class ReferencePool:
         self.close()
 
     @property
-    def tiers(self) -> list[Tier]:
-        """Where each checkpoint is: `device`, `host` or `disk`."""
-        return [member.tier for member in self._tiers.members] if self._tiers else []
+    def tiers(self) -> dict[int, Tier]:
+        """Where each checkpoint that is kept is: `device`, `host` or `disk`."""
+        return {number: member.tier for number, member in self._tiers.members.items()} if self._tiers else {}
 
     def add(self, module: nn.Module) -> int:
-        """Copies the trained state of a module; returns the index of the new checkpoint.
+        """Copies the trained state of a module; returns the index of the new checkpoint, kept or not.
 
         Raises:
             ValueError: tensors that are not those of the checkpoints before; lists names and shapes.
@@ -85,40 +94,56 @@ class ReferencePool:
             device = next((tensor.device for tensor in trained_state(module).values()), torch.device("cpu"))
             tiers = Tiers(Table.of(module, self._compute), device, self._budget, self._folder)
         tiers.table.check(module)
-        tiers.put(trained_state(module))
+        number, goes = self._count, None
+        if self._keep is not None:
+            goes = makes_way(self._rule, list(tiers.members), number, self._keep, self._seed)
+        if goes is not None and goes != number:
+            tiers.discard(goes)
+        if goes != number:
+            tiers.put(number, trained_state(module))
         self._tiers = tiers
-        return len(self) - 1
+        self._count += 1
+        return number
 
     def discard_newest(self) -> None:
         """Takes the last `add` back."""
-        assert self._tiers and len(self), "there is none"
-        self._tiers.discard_newest()
+        assert self._tiers and self._count, "there is none"
+        self._count -= 1
+        if self._count in self._tiers.members:
+            self._tiers.discard(self._count)
 
     def draw(self, number: int, checkpoints: int | None = None) -> int:
         """The index for draw `number`: a function of (seed, number, checkpoints so far), equal on every rank.
 
+        A bounded pool draws the initial policy with its probability among all so far, 1/k; the others share the rest
+        evenly.
+
         Args:
             number: of the draw.
-            checkpoints: as if there were so many, to know a draw beforehand; None: those that there are.
+            checkpoints: as if there were so many, to know a draw beforehand; None: those that there are. For a bounded
+                pool that is a guess: what it will drop is not known.
 
         Raises:
             ValueError: the pool is empty.
         """
-        count = len(self) if checkpoints is None else checkpoints
+        count = self._count if checkpoints is None else checkpoints
         if not count:
             raise ValueError("draw: the pool is empty; add checkpoint 0, the initial policy, first")
         if self._draw == "initial":
             return 0
         if self._draw == "newest":
             return count - 1
-        return int(keyed_rng(self._seed, "reference", number).integers(count))
+        rng = keyed_rng(self._seed, "reference", number)
+        index, others = int(rng.integers(count)), list(self.tiers)[1:]
+        dropped = index and index < self._count and index not in others
+        return others[int(rng.integers(len(others)))] if dropped else index
 
     def prefetch(self, index: int) -> None:
         """Starts bringing a checkpoint to the device while other work goes on there; a wrong guess does no harm.
 
         Nothing to do for one that is there, or that is not in the pool (yet).
         """
-        if 0 <= index < len(self):
+        if index in self.tiers:
             self._resident().prefetch(index, self._member(index))
 
     def load_into(self, module: nn.Module, index: int) -> None:
@@ -186,9 +211,9 @@ class ReferencePool:
             ValueError: the pool is empty.
             CheckpointError: the disk refuses.
         """
-        if not self._tiers or not len(self):
+        if not self._tiers or not self._count:
             raise ValueError("save: the pool is empty")
-        save_members(folder, self._tiers.members, self._tiers.table)
+        save_members(folder, self._tiers.members, self._tiers.table, self._count)
 
     def restore(self, folder: Path, device: torch.device) -> None:
         """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
@@ -201,32 +226,32 @@ class ReferencePool:
             CheckpointError: checkpoints that are missing or damaged; names every one. The pool stays empty.
             PoolFullError: no tier has room.
         """
-        assert not len(self), "only an empty pool takes over another one"
-        members = [map_member(file) for file in checked_members(folder)]
-        if any(table != members[0][1] for _, table in members):
+        assert not self._count, "only an empty pool takes over another one"
+        files, count = checked_members(folder)
+        members = {number: map_member(file) for number, file in files.items()}
+        table = next(iter(members.values()))[1]
+        if any(other != table for _, other in members.values()):
             raise CheckpointError(f"{folder}: its checkpoints are of different modules")
-        if not members:
-            return
-        tiers = Tiers(members[0][1], device, self._budget, self._folder)
+        tiers = Tiers(table, device, self._budget, self._folder)
         try:
-            for slab, _ in members:
-                tiers.put(slab)
+            for number, (slab, _) in members.items():
+                tiers.put(number, slab)
         except PoolFullError:
             tiers.close()
             raise
-        self._tiers = tiers
+        self._tiers, self._count = tiers, count
 
     def close(self) -> None:
         """Frees all memory and deletes the pool's files; it is empty then. A bound module keeps its tensors."""
         self._give_up_resident()
-        self._bound = None
+        self._bound, self._count = None, 0
         if self._tiers:
             self._tiers.close()
             self._tiers = None
 
     def _member(self, index: int) -> Member:
-        if not self._tiers or not 0 <= index < len(self):
-            raise ValueError(f"index: {index} is not one of the {len(self)} checkpoints")
+        if not self._tiers or index not in self._tiers.members:
+            raise ValueError(f"index: {index} is not one of the checkpoints that are kept, {sorted(self.tiers)}")
         return self._tiers.members[index]
 
     def _known(self, module: nn.Module) -> Tiers:

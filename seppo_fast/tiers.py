@@ -41,10 +41,10 @@ class PoolFullError(Exception):
 
 
 class Tiers:
-    """Puts slabs where there is room; one that has its place keeps it.
+    """Puts slabs where there is room; one that has its place keeps it, and what one leaves the next one takes.
 
     Attributes:
-        members: so far.
+        members: by number, in the order in which they came.
 
     Args:
         table: of all slabs.
@@ -59,58 +59,67 @@ class Tiers:
         self._parent = folder or Path(tempfile.gettempdir())
         self._folder: Path | None = None
         self._rooms = self._measured(budget)
-        self.members: list[Member] = []
+        self.members: dict[int, Member] = {}
+        self._left: list[tuple[Tier, Tensor]] = []  # memory that is taken, and free
 
-    def put(self, tensors: Mapping[str, Tensor] | Tensor) -> None:
+    def put(self, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
         """One more slab, in the first tier that has room.
 
         Args:
+            number: of the checkpoint.
             tensors: what goes into it: the tensors of the table by name, or a slab.
 
         Raises:
-            PoolFullError: no tier has, or the disk refuses; says how much is needed.
+            PoolFullError: no tier has room, or the disk refuses; says how much is needed.
         """
+        tier, slab = self._left.pop() if self._left else self._new()
+        if isinstance(tensors, Tensor):
+            slab.copy_(tensors)
+        else:
+            self.table.fill(slab, tensors)
+        self.members[number] = self._written(number, slab) if tier == "disk" else Member(tier, slab)
+
+    def discard(self, number: int) -> None:
+        """A slab makes way; its file is gone, its memory is for the next one."""
+        member = self.members.pop(number)
+        if member.file is None:
+            self._left.append((member.tier, member.slab))
+        else:
+            member.file.unlink(missing_ok=True)
+            self._rooms["disk"] += self.table.size
+
+    def close(self) -> None:
+        """Frees all memory and deletes the files."""
+        self.members.clear()
+        self._left.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _new(self) -> tuple[Tier, Tensor]:
+        """The first tier with room and a slab for it: zeros, so that the gaps between tensors are alike in all."""
         size = self.table.size
         tier = next((tier for tier, room in self._rooms.items() if room >= size), None)
         if tier is None:
             rooms = ", ".join(f"{tier} {room / 2**30:.3g}" for tier, room in self._rooms.items())
             raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; left are (GiB) {rooms}")
-        slab = self._new(tier)
-        if isinstance(tensors, Tensor):
-            slab.copy_(tensors)
-        else:
-            self.table.fill(slab, tensors)
-        self.members.append(self._written(slab) if tier == "disk" else Member(tier, slab))
-        self._rooms[tier] -= size
-
-    def discard_newest(self) -> None:
-        """The last slab and its file are gone."""
-        member = self.members.pop()
-        self._rooms[member.tier] += self.table.size
-        if member.file is not None:
-            member.file.unlink()
-
-    def close(self) -> None:
-        """Frees all memory and deletes the files."""
-        self.members.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _new(self, tier: Tier) -> Tensor:
-        """Zeros, so that the gaps between tensors are the same in every copy."""
         if tier == "host" and self.device.type == "cuda":
-            return pinned_bytes(self.table.size)
-        return torch.zeros(self.table.size, dtype=torch.uint8, device=self.device if tier == "device" else "cpu")
+            slab = pinned_bytes(size)
+        else:
+            slab = torch.zeros(size, dtype=torch.uint8, device=self.device if tier == "device" else "cpu")
+        if tier != "disk":
+            self._rooms[tier] -= size
+        return tier, slab
 
-    def _written(self, slab: Tensor) -> Member:
+    def _written(self, number: int, slab: Tensor) -> Member:
         try:
             if self._folder is None:
                 self._parent.mkdir(parents=True, exist_ok=True)
                 self._folder = Path(tempfile.mkdtemp(prefix="seppo-references-", dir=self._parent))
-            file = self._folder / member_name(len(self.members))
+            file = self._folder / member_name(number)
             write_member(file, slab, self.table)
         except (OSError, SafetensorError) as problem:
             raise PoolFullError(disk_message(self._folder or self._parent, problem)) from problem
+        self._rooms["disk"] -= self.table.size
         return Member("disk", map_member(file)[0], file)
 
     def _measured(self, budget: Budget) -> dict[Tier, int]:

@@ -168,9 +168,12 @@ def open_pool(config: Config, world: int) -> ReferencePool:
 
     reference = config.reference
     gpu = None if reference.gpu_gib is None else int(reference.gpu_gib * 2**30)
+    newest = draw == "newest"  # no other one will ever be drawn
     return ReferencePool(
         config.seed,
         draw,
+        keep=2 if newest else reference.keep,
+        rule="newest" if newest else reference.keep_rule,
         compute=DTYPES[config.model.precision],
         budget=Budget(gpu, share(reference.host_gib), share(reference.disk_gib)),
         folder=Path(config.data.cache),
