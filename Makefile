@@ -44,10 +44,11 @@ bench: setup
 	$(PY) -m benchmarks.run --quick --suite sampling
 	$(PY) -m benchmarks.run --quick --suite step
 	$(PY) -m benchmarks.run --quick --suite endtoend
+	$(PY) -m benchmarks.run --quick --suite kernels
 
 ablation: setup
 	$(PY) -m benchmarks.ablation
 
 # runs/ stays: it holds results.
 clean:
-	rm -rf $(VENV) build dist seppo_fast.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist seppo_fast.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

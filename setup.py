@@ -62,7 +62,8 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],  # earlier ones pin one torch version each
         "8bit": ["bitsandbytes>=0.49"],
-        "test": ["pytest>=8", "setuptools>=77"],  # setuptools: the packaging tests build a wheel without isolation
+        # setuptools: the packaging tests build a wheel without isolation.
+        "test": ["pytest>=8", "pytest-benchmark>=5", "setuptools>=77"],
         # One minor version each, since the next one brings new findings and another format.
         "dev": ["mypy==2.4.*", "ruff==0.17.*", "types-PyYAML"],
     },

@@ -18,6 +18,8 @@ from seppo_fast import shapes
 from seppo_fast.config import ModelConfig
 from seppo_fast.policy import make_trainable
 
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # its UNet; all else is diffusers' default
+
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # the CUDA calls' own names, in the profiler's list
 
 

@@ -234,7 +234,7 @@ def rows(machine: Machine) -> list[Row]:
         for number in range(1, size.rounds + 1):
             for key, runner in runners.items():
                 watches[key].append(runner.loop.update(number))
-        bench.measure_matmul(_MATMUL_ROUNDS)
+        bench.measure_limit(_MATMUL_ROUNDS)
     exact = {NAIVE: (NAIVE, False), OURS: (OURS, False)}
     fast_mode = {NAIVE: (NAIVE, False), NAIVE_FAST: (NAIVE, True), OURS: (OURS, True)}
     name = f"fast (another distribution): DPM-Solver++ {size.fast_steps} steps, {size.uses} draws a sample"

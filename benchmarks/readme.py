@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.census import census_table
+from benchmarks.exactness import exactness_table
 from benchmarks.speed import phase_chart, projection, speed_table
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +92,14 @@ def suite_rows(on_cpu: bool) -> list[dict[str, Any]]:
 def tables() -> dict[str, str]:
     """Every table of the README by its name; one without a committed result says so."""
     made = {}
-    for name, make in {"demo": demo_table, "ablation": ablation_table, "full-size": full_size_table}.items():
+    makers = {
+        "demo": demo_table,
+        "ablation": ablation_table,
+        "full-size": full_size_table,
+        "census": census_table,
+        "exactness": exactness_table,
+    }
+    for name, make in makers.items():
         file = RESULTS / f"{name}.json"
         made[name] = make(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
     on_gpu = suite_rows(on_cpu=False)

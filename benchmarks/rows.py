@@ -19,7 +19,7 @@ SEPARATOR = " / "
 
 @dataclass(frozen=True)
 class Row:
-    """One provider of one case. Times are per unit: a sample, or a pair. None: not measured.
+    """One provider of one case. Times are per unit: a sample, a pair, or a call on all pairs. None: not measured.
 
     Attributes:
         suite: of the driver.
@@ -30,17 +30,17 @@ class Row:
         p20_ms: milliseconds a unit, quantiles over the rounds.
         p50_ms: the median.
         p80_ms: the slow end.
-        graph_p50_ms: the median when replayed in a CUDA graph.
+        graph_p50_ms: the median of a unit when replayed in a CUDA graph.
         ratio: the baseline's p50 over this one's; None where the values differ.
-        launches: of kernels, by the profiler: in a solver step, or in a training step.
+        launches: of kernels, by the profiler: in a solver step, a training step, or a call.
         host_syncs: waits for the device, counted alike.
         peak_allocated_bytes: of device memory, with all that the provider holds.
-        limit: the name of the limit.
+        limit: the name of the limit: `matmul` or `copy`.
         limit_fraction: share of the limit that was reached.
         mfu: counted FLOP over time and the nominal dense peak of the device.
-        pairs_per_s: units a second: samples or pairs.
-        gb_per_s: bytes moved, for what is bound by memory.
-        share_of_step: of the provider's own time for a whole unit.
+        pairs_per_s: samples or pairs a second.
+        gb_per_s: 10^9 bytes moved a second, by a model of them, for what is bound by memory.
+        share_of_step: of the provider's own time for a whole unit; of a loss, that its time is of a training step's.
     """
 
     suite: str
@@ -86,12 +86,17 @@ def records(rows: list[Row], device: str) -> list[dict[str, Any]]:
     return [asdict(row) | {"device": device, "versions": versions, "commit": commit()} for row in rows]
 
 
-_HEADINGS = ("", "ms", "p20-p80", "ratio", "values", "/s", "share", "of matmul", "MFU", "GB", "launches", "syncs")
+_HEADINGS = (
+    "", "ms", "p20-p80", "graph ms", "ratio", "values", "/s", "share", "of limit", "GB/s", "MFU", "GB",
+    "launches", "syncs",
+)  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
     """The rows for a terminal, a line each under a line for their case; a column without a value is left out."""
-    cells = [_HEADINGS, *[_cells(row) for row in rows]]
+    limits = dict.fromkeys(row.limit for row in rows if row.limit)
+    headings = tuple(f"of {', '.join(limits)}" if name == "of limit" else name for name in _HEADINGS)
+    cells = [headings, *[_cells(row) for row in rows]]
     kept = [column for column in range(len(_HEADINGS)) if any(line[column] for line in cells[1:])]
     widths = [max(len(line[column]) for line in cells) for column in kept]
 
@@ -99,7 +104,7 @@ def table(rows: list[Row]) -> str:
         padded = [row[column].rjust(width) for column, width in zip(kept, widths, strict=True)]
         return "  ".join(["  " + row[0].ljust(widths[0]), *padded[1:]]).rstrip()
 
-    lines, case = [line(_HEADINGS)], ""
+    lines, case = [line(headings)], ""
     for row, texts in zip(rows, cells[1:], strict=True):
         if row.case != case:
             case = row.case
@@ -117,11 +122,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.provider,
         number(row.p50_ms, ".4g"),
         spread,
+        number(row.graph_p50_ms, ".4g"),
         "" if row.ratio is None else f"{row.ratio:.2f} x",
         "ok" if row.value_ok else "DIFFER",
         number(row.pairs_per_s, ".3g"),
         number(row.share_of_step, ".1%"),
         number(row.limit_fraction, ".1%"),
+        number(row.gb_per_s, ".4g"),
         number(row.mfu, ".1%"),
         number(row.peak_allocated_bytes, ".2f", 1e-9),
         number(row.launches, ".0f"),

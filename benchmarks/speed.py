@@ -12,8 +12,12 @@ from typing import Any
 from benchmarks.rows import NAIVE, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
-_SUITES = ("endtoend", "sampling", "step")
-_HEADINGS = ("ms", "x baseline", "per second", "MFU", "of matmul", "peak GB", "launches", "host syncs")
+_SUITES = ("endtoend", "sampling", "step", "kernels")
+_FOLDED = ("step", "kernels")
+_LIMIT = "of limit"
+_HEADINGS = (
+    "ms", "in a graph", "x baseline", "per second", "MFU", _LIMIT, "of a step", "peak GB", "launches", "host syncs",
+)  # fmt: skip
 
 Rows = Sequence[dict[str, Any]]
 
@@ -21,20 +25,22 @@ Rows = Sequence[dict[str, Any]]
 def speed_table(rows: Rows) -> str:
     """A table for each suite in markdown: every case and provider, phases left out, with where the numbers are from.
 
-    A column in which nothing was measured is left out, and so is a case's name where the line above has it. The longest
-    suite, `step`, is folded.
+    A column in which nothing was measured is left out, and so is a case's name where the line above has it. Long suites
+    are folded.
     """
     parts = [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in _SUITES]
     return "\n\n".join(part for part in parts if part) or "Not measured yet."
 
 
 def _suite_table(suite: str, rows: Rows) -> str:
-    chosen = [row for row in rows if row["provider"] != "matmul" and SEPARATOR not in row["case"]]
+    chosen = [row for row in rows if row["provider"] != row["limit"] and SEPARATOR not in row["case"]]
     if not chosen:
         return ""
     cells = [_cells(row) for row in chosen]
     kept = [column for column in range(len(_HEADINGS)) if any(line[column] for line in cells)]
-    lines = [_markdown([suite, "", *[_HEADINGS[column] for column in kept]]), "|---" * (2 + len(kept)) + "|"]
+    limits = ", ".join(dict.fromkeys(row["limit"] for row in chosen if row["limit"]))
+    headings = [f"of {limits}" if name == _LIMIT else name for name in _HEADINGS]
+    lines = [_markdown([suite, "", *[headings[column] for column in kept]]), "|---" * (2 + len(kept)) + "|"]
     before = None
     for row, line in zip(chosen, cells, strict=True):
         case = row["case"] if row["case"] != before else ""
@@ -44,7 +50,12 @@ def _suite_table(suite: str, rows: Rows) -> str:
     for device, torch, commit in origins:
         lines += ["", f"`python -m benchmarks.run --suite {suite}`: {device}, torch {torch}, commit {commit}."]
     table = "\n".join(lines)
-    return f"<details><summary>Suite {suite}</summary>\n\n{table}\n\n</details>" if suite == "step" else table
+    return f"<details><summary>Suite {suite}</summary>\n\n{table}\n\n</details>" if suite in _FOLDED else table
+
+
+def three_digits(value: float) -> str:
+    """A number to three significant digits, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _markdown(cells: Sequence[str]) -> str:
@@ -57,11 +68,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
     return [
         number("p50_ms", ".4g"),
+        number("graph_p50_ms", ".4g"),
         number("ratio", ".2f") if row["value_ok"] else "values differ",
-        number("pairs_per_s", ".3g"),
+        "" if row["pairs_per_s"] is None else three_digits(row["pairs_per_s"]),
         number("mfu", ".1%"),
         number("limit_fraction", ".1%"),
-        number("peak_allocated_bytes", ".1f", 1e-9),
+        number("share_of_step", ".2%") if row["suite"] == "kernels" else "",  # of a phase: in the picture
+        number("peak_allocated_bytes", ".3g", 1e-9),
         number("launches", ".0f"),
         number("host_syncs", ".2g"),
     ]

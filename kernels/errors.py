@@ -119,7 +119,7 @@ def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
     """A target `(S, *dims)`, dims in the order of the prediction's memory, and where its elements lie.
 
     That is None where they lie side by side, else the two inner sizes and the three strides of a latent of three dims.
-    One whose dims are not three, also after neighbours are merged, is copied.
+    One of more dims, after neighbours are merged, or with places beyond 32 bits is copied.
     """
     if target.is_contiguous():
         return target, None
@@ -134,7 +134,8 @@ def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
         else:
             sizes.append(size)
             strides.append(stride)
-    if len(sizes) > 3:
+    reach = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if len(sizes) > 3 or reach >= 2**31:
         return target.flatten(1), None
     if not sizes or strides == [1]:
         return target, None
@@ -142,7 +143,7 @@ def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
     return target, (sizes[1], sizes[2], strides[0], strides[1], strides[2])
 
 
-def errors(pred: Tensor, target: Tensor) -> Tensor:
+def _errors(pred: Tensor, target: Tensor) -> Tensor:
     rows, size = pred.shape
     assert pred.stride(1) == 1 or size == 1
     assert rows % len(target) == 0 and size < 2**31
@@ -178,7 +179,7 @@ class _DenoisingErrors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
         ctx.save_for_backward(pred, target)
-        return errors(pred, target)
+        return _errors(pred, target)
 
     @staticmethod
     @once_differentiable

@@ -1,12 +1,33 @@
-"""The preference loss and its gradient in float64, written out by hand: what both backends are compared with."""
+"""The preference loss and its gradient in float64, written out by hand: what both backends are compared with.
+
+Beside it what the tests of the loss share: where they run, inputs, tolerances.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from seppo_fast.loss import PreferenceLoss
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Backend and device. Triton needs a GPU, or a process of its own: tests/test_kernels.py starts that.
+PLACES = (
+    [("triton", "cpu")]
+    if INTERPRETED
+    else [("torch", "cpu")] + [("torch", "cuda"), ("triton", "cuda")] * torch.cuda.is_available()
+)
+SHAPES = [(2, 1), (4, 3), (6, 3, 5, 7), (10, 4, 9, 11), (2, 4, 64, 64), (4, 4, 3, 5, 6), (2, 1, 2, 2051)]
+# Relative RMS of a gradient rounded once to the dtype. Triton's interpreter truncates to bfloat16 where a GPU rounds.
+ROUNDING = {
+    torch.float64: 2e-6,
+    torch.float32: 2e-6,
+    torch.bfloat16: 6e-3 if INTERPRETED else 3e-3,
+    torch.float16: 5e-4,
+}
 LEARN = {"adaptive": -1.0, "indicator": 0.0, "never": 1.0}
 
 
@@ -58,6 +79,19 @@ def reference(
 
 def close(actual: Tensor, expected: Tensor, rtol: float, atol: float = 0.0) -> None:
     torch.testing.assert_close(actual.detach().cpu().double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def assert_matches(result: PreferenceLoss, expected: Reference, atol: float) -> None:
+    """Loss and statistics, the logit within `atol` and float32's rounding."""
+    close(result.logit, expected.logit, rtol=2e-6, atol=atol)
+    close(result.loss, expected.loss, rtol=1e-6, atol=atol)
+    close(result.model_error, expected.model_error, rtol=4e-7)
+    close(result.ref_error, expected.ref_error, rtol=4e-7)
+    close(result.aaf_rate, expected.aaf_rate, rtol=1e-7)
+    close(result.implicit_acc, expected.implicit_acc, rtol=1e-7)
+    assert torch.equal(result.reject.cpu(), expected.reject)
+    for field in ("loss", "logit", "model_error", "ref_error", "aaf_rate", "implicit_acc"):
+        assert getattr(result, field).dtype == torch.float32
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:

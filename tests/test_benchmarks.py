@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import counters, endtoend, run, sampling, speed, step
-from benchmarks.measure import Bench, Machine, Provider, Stopwatch, distance, interleaved
+from benchmarks import counters, endtoend, kernels, losses, run, sampling, speed, step
+from benchmarks.measure import Bench, Machine, Provider, Stopwatch, captured, copy_limit, distance, interleaved
 from benchmarks.models import Workplace
 from benchmarks.naive import NaiveLoop
 from benchmarks.rows import KEYS, NAIVE, NAIVE_FAST, OURS, PHASES, SEPARATOR, Row, table, with_ratios
@@ -26,6 +28,14 @@ def smallest(monkeypatch):
     monkeypatch.setitem(sampling.SIZES, "quick", (sampling.Case(1, 2, 1), sampling.Case(3, 2, 1)))
     monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (1, 2)}, rounds=1))
     monkeypatch.setitem(endtoend.SIZES, "quick", endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2))
+    smallest_kernels(monkeypatch)
+
+
+def smallest_kernels(monkeypatch):
+    """Two cases, compiled without a C++ compiler."""
+    cases = (losses.Case(1, losses.EMBEDDED), losses.Case(3, losses.EMBEDDED, ahead=True))
+    monkeypatch.setitem(kernels.SIZES, "quick", kernels.Size(cases, rounds=1, seconds=1e-3))
+    monkeypatch.setattr(losses, "COMPILER", "aot_eager")
 
 
 def driven(suite, tmp_path):
@@ -62,11 +72,20 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
         assert row["value_ok"] and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["device"].startswith("CPU") and row["versions"]["torch"] == torch.__version__
         assert row["launches"] is row["host_syncs"] is row["peak_allocated_bytes"] is row["mfu"] is None
+        assert row["graph_p50_ms"] is None and (row["gb_per_s"] is None) == (row["limit"] != "copy")
         (baseline,) = [other for other in rows if other["case"] == row["case"] and other["provider"] == row["baseline"]]
         assert row["ratio"] == pytest.approx(baseline["p50_ms"] / row["p50_ms"])
         assert row["case"] in printed and row["provider"] in printed
     if suite == "endtoend":
         assert phases_add_up(rows) == 2
+    if suite == "kernels":
+        assert [row["provider"] for row in rows] == ["copy", *2 * WAYS]
+        assert [row["share_of_step"] is None for row in rows] == [True, *6 * [False], *6 * [True]]  # 1 pair, 3
+
+
+WAYS = [
+    losses.B2, losses.B2_COMPILED, losses.TWIN_COMPILED, losses.AUTOGRAD, losses.ONE_PASS, losses.OVERWRITING,
+]  # fmt: skip
 
 
 def phases_add_up(rows):
@@ -141,6 +160,42 @@ def test_calls_take_turns_and_time_is_per_unit():
     assert row.pairs_per_s == pytest.approx(4 / 0.3)
     matmul = bench.rows[0]
     assert row.limit_fraction == pytest.approx(8e6 / 0.3 * matmul.p50_ms / 1e3 / (2 * 1024**3))
+    assert row.gb_per_s is row.graph_p50_ms is None
+
+
+def test_bytes_a_second_are_those_of_the_graph_where_there_is_one():
+    """Calls of 4 units of 2 pairs and 6 MB each, replays of 3 units."""
+    work = copy_limit(MACHINE)
+    bench = Bench(MACHINE, "kernels", work)
+    limit = bench.rows[0]
+    assert (limit.limit_fraction, limit.gb_per_s) == pytest.approx((1, work.work / limit.p50_ms / 1e6))
+    provider = Provider("ours", list, units=4, pairs=2, replay=list, replayed=3, moved_bytes=6e6)
+    row = bench.row("case", provider, "ours", [0.04] * 3)
+    assert (row.p50_ms, row.pairs_per_s, row.gb_per_s) == pytest.approx((10, 200, 0.6))
+    row = bench.row("case", provider, "ours", [0.04] * 3, [0.006] * 3)
+    assert (row.p50_ms, row.graph_p50_ms, row.gb_per_s) == pytest.approx((10, 2, 3))
+    assert row.limit_fraction == pytest.approx(3 / limit.gb_per_s) and row.mfu is None
+    bench.case("case", [provider], 2)
+    assert bench.rows[1].graph_p50_ms > 0
+
+
+def test_a_graph_takes_its_inputs_in_turn_and_says_where_there_is_none(monkeypatch, capsys):
+    """The CUDA that this needs is played here."""
+    replayed = []
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    seen = []
+    captured("case", seen.append, ["a", "b", "c"], 7, None)()
+    assert seen == list("abcabca") and len(replayed) == 2
+
+    def refused(inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA error")
+
+    assert captured("case, ours", refused, ["a"], 1, None) is None
+    assert capsys.readouterr().out == "case, ours: no CUDA graph, operation not permitted when stream is capturing\n"
 
 
 def test_a_stopwatch_adds_up_what_a_phase_takes():
@@ -204,6 +259,24 @@ def test_the_projection_says_that_it_is_one_and_takes_right_values_on_a_gpu_alon
     nothing = "No projection of the paper's whole run"
     assert speed.projection([]).startswith(nothing)
     assert speed.projection([row | {"device": "CPU, 2 threads"} for row in ROWS]).startswith(nothing)
+
+
+def test_the_table_of_the_kernels():
+    """What is measured on a GPU alone has its columns where a GPU has measured it."""
+    measured = {"p50_ms": 0.05, "graph_p50_ms": 0.0123, "ratio": 3.0, "pairs_per_s": 123456.0, "launches": 1.0}
+    measured |= {"limit": "copy", "limit_fraction": 0.912, "gb_per_s": 4000.0, "share_of_step": 0.00123}
+    rows = [
+        dict.fromkeys(KEYS) | {"case": "1 pair", "value_ok": True, **where, **mine}
+        for where in [
+            {"suite": "kernels", "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "commit": "abc1234"}
+        ]
+        for mine in [{"provider": "copy", "limit": "copy"}, {"provider": losses.ONE_PASS, **measured}]
+    ]
+    lines = speed.speed_table(rows).splitlines()
+    assert lines[0] == "<details><summary>Suite kernels</summary>"
+    assert lines[2] == "| kernels | | ms | in a graph | x baseline | per second | of copy | of a step | launches |"
+    assert lines[4] == "| 1 pair | ours, loss_and_grad | 0.05 | 0.0123 | 3.00 | 123,000 | 91.2% | 0.12% | 1 |"
+    assert len(lines) == 9
 
 
 def test_the_picture_needs_every_phase(tmp_path):

@@ -1,4 +1,6 @@
-"""Runs the tests of the Triton kernels under Triton's interpreter, which needs a process of its own."""
+"""Runs the tests of the Triton kernels under Triton's interpreter, which needs processes of its own."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -8,15 +10,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+OF_THE_LOSS = [
+    f"tests/test_{name}.py" for name in ("loss", "loss_and_grad", "loss_layouts", "loss_compiled", "exactness")
+]
+PARTS = {"kernels": ["tests/kernels"], "loss": [*OF_THE_LOSS, "-k", "triton-cpu"]}
 
 
-@pytest.mark.parametrize("options", [["tests/kernels"], ["tests/test_loss.py", "-k", "triton-cpu"]], ids=lambda x: x[0])
-def test_under_the_interpreter(options):
+@pytest.fixture(scope="module")
+def interpreted():
+    """All parts at once, a core each."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr  # 5 where nothing was collected
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    options = {
+        "cwd": ROOT,
+        "env": {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    running = {name: subprocess.Popen([*command, *part], **options) for name, part in PARTS.items()}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_under_the_interpreter(interpreted, name):
+    output, _ = interpreted[name].communicate()
+    assert interpreted[name].returncode == 0, output  # 5 where nothing was collected
 
 
 def test_kernels_is_no_package():

@@ -1,59 +1,206 @@
-"""The kernels compile for GPUs that are not here."""
+"""The machine code of the kernels, compiled for GPUs that are not here from the arguments of real launches."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 import pytest
+import torch
+from triton.backends.compiler import GPUTarget
 
-triton = pytest.importorskip("triton")
-GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
-ASTSource = pytest.importorskip("triton.compiler").ASTSource
-preference = pytest.importorskip("seppo_fast.kernels.preference")
+import seppo_fast.kernels.errors as errors
+import seppo_fast.kernels.preference as preference
+from tests.kernels.offline import Code, compiled
 
-INTEGERS = {"size", "target_rows", "pairs"}
-NUMBERS = {"half_beta", "learn_sign", "tie_tol", "grad_scale"}
-LATENTS = {"pred_ptr", "target_ptr", "ref_pred_ptr", "grad_ptr"}
-
-
-def _compile(kernel, capability, dtype="fp32", **constants):
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in NUMBERS:
-            signature[name] = "fp32"
-        elif name in LATENTS:
-            signature[name] = f"*{dtype}"
-        elif name == "reject_ptr":
-            signature[name] = "*i1"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32"
-        else:
-            signature[name] = "i32" if name in INTEGERS else "i64"
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+CAPABILITIES = (80, 90, 100)
+PAIRS = 1000  # so many that the means take their widest blocks; memory that nobody touches costs nothing
+ONE_CHUNK, CHUNKS = 16_384, 65_536
+NUMBERS = (2000.0, -1.0, 0.0)  # beta, learn_sign, tie_tol
 
 
-def _check(compiled, capability):
-    ptx = compiled.asm["ptx"]
-    assert f".target sm_{capability}" in ptx
-    assert "st.global" in ptx
-    assert "atom" not in ptx
-    assert len(compiled.asm["cubin"]) > 0
+def _latents(dtype, size=ONE_CHUNK, shared=True, target_dtype=None):
+    pred = torch.empty(2 * PAIRS, size, dtype=dtype)
+    return pred, torch.empty(PAIRS if shared else 2 * PAIRS, size, dtype=target_dtype or dtype), torch.empty_like(pred)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
-def test_latent_kernels_compile(capability, dtype):
-    blocks = {"BLOCKS": 4, "BLOCK": preference.ELEMENTS_PER_BLOCK}
-    # None is how a launch passes a pointer that is not there.
-    absent = {"ref_error_ptr": None, "difference_ptr": None}
-    _check(_compile(preference._errors_fwd_kernel, capability, dtype, HAS_REF=True, **blocks), capability)
-    _check(_compile(preference._errors_fwd_kernel, capability, dtype, HAS_REF=False, **absent, **blocks), capability)
-    _check(_compile(preference._errors_bwd_kernel, capability, dtype, **blocks), capability)
+def _at_once(dtype, **options):
+    pred, target, ref_pred = _latents(dtype, **options)
+    preference.loss_and_grad(pred, target, ref_pred, None, None, *NUMBERS, 1.0, None)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("absent", ["difference_ptr", "weights_ptr"])
-def test_pairs_kernel_compiles(capability, absent):
-    options = {"HAS_REF": absent != "difference_ptr", "HAS_WEIGHTS": absent != "weights_ptr", absent: None}
-    _check(_compile(preference._pairs_fwd_kernel, capability, BLOCKS=2, BLOCK=1024, **options), capability)
+def _at_once_from_errors(dtype):
+    pred, target, _ = _latents(dtype)
+    inputs = (pred, target, None, torch.empty(2 * PAIRS), torch.empty(PAIRS))
+    preference.loss_and_grad(*inputs, *NUMBERS, torch.empty(()), None)
+
+
+def _at_once_from_contiguous_target(dtype):
+    """Predictions are channels_last, so a contiguous target comes with its dims in their order."""
+    pred, target, ref_pred = _latents(dtype)
+    ordered = target.view(PAIRS, 4, 64, 64).permute(0, 2, 3, 1)
+    preference.loss_and_grad(pred, ordered, ref_pred, None, None, *NUMBERS, 1.0, None)
+
+
+def _forward(dtype, **options):
+    pred, target, ref_pred = _latents(dtype, **options)
+    preference.forward(pred, target, ref_pred, None, None, *NUMBERS)
+
+
+def _gradient(dtype):
+    pred, target, grad = _latents(dtype)
+    errors.write_gradient(pred, target, torch.empty(2 * PAIRS), torch.empty(()), grad)
+
+
+def _errors(dtype):
+    errors.denoising_errors(*_latents(dtype, shared=False)[:2])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch and what its program should hold.
+
+    Attributes:
+        call: makes it, for latents of a dtype.
+        loaded: latents that a chunk's program loads, of the byte model.
+        stored: latents that it stores.
+        numbers: 4-byte loads outside the means: factors, reference errors, weights.
+        results: 4-byte stores: loss, two rates, ticket, and of both halves errors, coefficients, a logit.
+        registers: of a thread, at most.
+    """
+
+    call: Callable[[torch.dtype], None]
+    loaded: int
+    stored: int
+    numbers: int
+    results: int
+    registers: int
+
+
+CASES = {
+    # A thread keeps 8 elements x 8 folds x 2 halves of residuals; a program of 256 has a multiprocessor to itself.
+    "at once, shared": Case(_at_once, 5, 2, 0, 11, 224),
+    "at once, separate": Case(lambda dtype: _at_once(dtype, shared=False), 6, 2, 0, 11, 224),
+    "at once, ref_error": Case(_at_once_from_errors, 3, 2, 4, 9, 224),
+    # Two programs or more at a time.
+    "forward": Case(_forward, 5, 0, 0, 11, 96),
+    "forward, chunks": Case(lambda dtype: _forward(dtype, size=CHUNKS), 5, 0, 0, 11, 96),
+    # Four or more.
+    "gradient": Case(_gradient, 3, 2, 3, 0, 64),
+    "errors": Case(_errors, 2, 0, 0, 1, 64),
+}
+# Code for float16 differs from that for bfloat16 in the conversions alone, so the dearest three show it.
+COMPILED = [(torch.bfloat16, case) for case in CASES] + [
+    (torch.float16, case) for case in ("at once, shared", "at once, ref_error", "gradient")
+]
+
+
+@cache
+def _code(capability: int, case: str, dtype: torch.dtype) -> Code:
+    (code,) = compiled(GPUTarget("cuda", capability, 32), lambda: CASES[case].call(dtype))
+    return code
+
+
+def _no_memory_of_its_own(code: Code) -> bool:
+    """Whether no register was spilled, and nothing else is kept on a stack."""
+    return code.usage["STACK"] == code.usage["LOCAL"] == 0 and not code.count("LDL") and not code.count("STL")
+
+
+@pytest.mark.parametrize(("dtype", "case"), COMPILED, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_spills_and_few_registers(capability, dtype, case):
+    code = _code(capability, case, dtype)
+    assert f".target sm_{capability}" in code.ptx
+    assert _no_memory_of_its_own(code)
+    assert code.usage["REG"] <= CASES[case].registers
+
+
+def _check_traffic(code: Code, case: str, dtype: torch.dtype) -> None:
+    """16 bytes at a time, each latent once: as tests/kernels/test_traffic_interpreter.py counts the elements."""
+    expected = CASES[case]
+    folds = code.launch.arguments.get("FOLDS", 1)
+    at_a_time = 8 * dtype.itemsize // 16  # instructions for a thread's eight elements of a fold
+    loads, stores = code.count("LDG"), code.count("STG")
+    # A loop over the folds is unrolled by a divisor of them.
+    unrolled, rest = divmod(loads[".E.128"], expected.loaded * at_a_time)
+    assert rest == 0 and unrolled > 0 and folds % unrolled == 0
+    assert unrolled == folds or not expected.stored
+    assert stores[".E.128"] == expected.stored * at_a_time * folds
+    # The rest is numbers: no latent goes by another width.
+    assert loads[".E"] == expected.numbers
+    assert set(loads) <= {".E.128", ".E", ".E.STRONG.GPU", ".E.U8.STRONG.GPU", ".E.64.STRONG.GPU"}
+    assert stores[".E"] == expected.results
+    assert set(stores) <= {".E.128", ".E", ".E.U8", ".E.64"}
+    assert stores[".E.64"] == (6 if case.endswith("chunks") else 0)  # partial sums
+
+
+@pytest.mark.parametrize(("dtype", "case"), COMPILED, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_latents_go_16_bytes_at_a_time_and_as_often_as_the_byte_model_says(capability, dtype, case):
+    _check_traffic(_code(capability, case, dtype), case, dtype)
+
+
+@pytest.mark.parametrize("case", ["at once, shared", "gradient"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_float32_keeps_the_byte_model_and_shows_its_spills(capability, case, record_property):
+    code = _code(capability, case, torch.float32)
+    _check_traffic(code, case, torch.float32)
+    print(f"sm_{capability} {case}: {code.usage['REG']} registers, {code.usage['STACK']} bytes of stack")
+    record_property("stack", code.usage["STACK"])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("at once", "forward"))])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_last_program_is_found_by_one_integer(capability, case):
+    code = _code(capability, case, torch.bfloat16)
+    assert re.findall(r"\b(?:atom|red)\.global\S*", code.ptx) in (
+        ["atom.global.gpu.acq_rel.add.u32"],
+        ["atom.global.gpu.acq_rel.add.s32"],
+    )
+    assert list(code.count("ATOMG")) == [".E.ADD.STRONG.GPU"]
+    assert not code.count("RED") and not code.count("ATOM")
+    # A barrier and a fence come between the program's last store and the ticket, a barrier between that and the means.
+    ticket = code.operations.index("ATOMG.E.ADD.STRONG.GPU")
+    places = {
+        name: [place for place, x in enumerate(code.operations) if x.startswith(name)]
+        for name in ("STG", "LDG", "BAR.SYNC", "MEMBAR")
+    }
+    last_store = max(place for place in places["STG"] if place < ticket)
+    first_load = min(place for place in places["LDG"] if place > ticket)
+    assert any(last_store < place < ticket for place in places["BAR.SYNC"])
+    assert any(last_store < place < ticket for place in places["MEMBAR"])
+    assert any(ticket < place < first_load for place in places["BAR.SYNC"])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[1:])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: _at_once(torch.bfloat16, target_dtype=torch.float32),
+        lambda: _at_once_from_contiguous_target(torch.bfloat16),
+    ],
+    ids=["float32 target", "target in another memory format"],
+)
+def test_no_spills_whatever_the_target_is(capability, call):
+    (code,) = compiled(GPUTarget("cuda", capability, 32), call)
+    assert _no_memory_of_its_own(code)
+    folds = code.launch.arguments["FOLDS"]
+    assert code.count("LDG")[".E.128"] >= 4 * folds  # the predictions
+    assert code.count("STG")[".E.128"] == 2 * folds
+
+
+@pytest.mark.parametrize(
+    "call", [_at_once, lambda dtype: _forward(dtype, size=CHUNKS), _gradient], ids=["at once", "forward", "gradient"]
+)
+def test_amd(call):
+    (code,) = compiled(GPUTarget("hip", "gfx942", 64), lambda: call(torch.bfloat16))
+    text = code.launch.result.asm["amdgcn"]
+    for kept in ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"):
+        assert re.findall(rf"{kept}:\s*(\d+)", text) == ["0"]
+    assert not re.search(r"\bscratch_(load|store)", text)
+    # A wavefront is twice as wide, so a thread has four elements of a fold: 8 bytes.
+    assert re.search(r"\b(buffer|global)_load_dwordx2\b", text)
+    assert not re.search(r"\b(buffer|global)_(load|store)_(short|ushort)", text)
+    assert len(code.launch.result.asm["hsaco"]) > 0

@@ -1,14 +1,21 @@
-"""The Triton kernels under the interpreter, beside their twin. tests/test_kernels.py starts the process for it."""
+"""The Triton kernels under the interpreter, divided smaller than on a GPU; tests/test_kernels.py starts the process."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from itertools import pairwise
+
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 import seppo_fast.kernels.eager as eager
+import seppo_fast.kernels.errors as errors
 import seppo_fast.kernels.preference as preference
-from seppo_fast.loss import denoising_errors, preference_loss
-from tests.preference_reference import close, predictions, reference, relative_rms
+from seppo_fast.loss import PreferenceLoss, denoising_errors, loss_and_grad, preference_loss
+from tests.kernels.launches import launches
+from tests.preference_reference import assert_matches, predictions, reference, relative_rms
 
 
 @pytest.fixture
@@ -21,52 +28,127 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of two folds of 16 elements, and pairs two at a time."""
+    _divide(monkeypatch, lanes=16, folds=2, pair_lanes=2)
+
+
+def _divide(monkeypatch, lanes, folds, pair_lanes):
+    monkeypatch.setattr(errors, "LANES", lanes)
+    monkeypatch.setattr(errors, "FOLDS", folds)
+    monkeypatch.setattr(preference, "PAIR_LANES", pair_lanes)
+
+
+def _values(result):
+    return tuple(getattr(result, field.name) for field in dataclasses.fields(PreferenceLoss))
+
+
+def _all_results(model_pred, target, ref, **options):
+    """Loss, statistics and gradient through autograd and at once, apart and over the prediction."""
+    through = preference_loss(model_pred, target, **ref, **options, backend="triton")
+    results = [(through, *torch.autograd.grad(through.loss, model_pred))]
+    for overwrite in (False, True):
+        pred = model_pred.detach().clone()
+        results.append(loss_and_grad(pred, target, **ref, **options, overwrite=overwrite, backend="triton"))
+    return results
+
+
+def _references(ref_pred, target):
+    return {"ref_pred": ref_pred}, {"ref_error": denoising_errors(ref_pred, target, "triton")}
+
+
+def _check(shape, shared, dtype=torch.float32):
+    model_pred, target, ref_pred = predictions(shape, dtype, shared=shared)
+    options = {"beta": 20.0, "weights": torch.linspace(0.5, 1.5, shape[0] // 2)}
+    for ref in _references(ref_pred, target):
+        kept = {name: x.float() for name, x in ref.items()}
+        expected = reference(model_pred.float(), target.float(), **kept, **options)
+        for result, grad in _all_results(model_pred, target, ref, **options):
+            assert_matches(result, expected, atol=2e-6)
+            assert relative_rms(grad, expected.grad) < (2e-6 if dtype == torch.float32 else 5e-4)
+
+
 def test_this_process_interprets():
     assert preference.INTERPRETED
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (6, 4, 5, 7), (14, 31)], ids=str)
+# One chunk and several, one block of pairs and several, odd and even numbers of both.
+@pytest.mark.parametrize("shape", [(2, 1), (6, 4, 5, 7), (14, 31), (10, 33), (4, 129)], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
-def test_many_small_blocks(shape, shared, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(preference, "ELEMENTS_PER_BLOCK", 16)
-    monkeypatch.setattr(preference, "PAIRS_PER_BLOCK", 2)
-    model_pred, target, ref_pred = predictions(shape, shared=shared)
-    weights = torch.linspace(0.5, 1.5, shape[0] // 2)
-    for ref in ({"ref_pred": ref_pred}, {"ref_error": denoising_errors(ref_pred, target, "triton")}):
-        options = {"beta": 20.0, "weights": weights}
-        result = preference_loss(model_pred, target, **ref, **options, backend="triton")
-        (grad,) = torch.autograd.grad(result.loss, model_pred)
-        expected = reference(model_pred, target, **ref, **options)
-        close(result.logit, expected.logit, rtol=2e-6, atol=2e-6)
-        close(result.loss, expected.loss, rtol=2e-6)
-        close(result.model_error, expected.model_error, rtol=4e-7)
-        close(result.ref_error, expected.ref_error, rtol=4e-7)
-        close(result.aaf_rate, expected.aaf_rate, rtol=1e-7)
-        close(result.implicit_acc, expected.implicit_acc, rtol=1e-7)
-        assert torch.equal(result.reject, expected.reject)
-        assert relative_rms(grad, expected.grad) < 2e-6
+def test_many_small_chunks_and_blocks_of_pairs(shape, shared, small, poisoned_memory):
+    _check(shape, shared)
 
 
-@pytest.mark.parametrize("size", [4095, 4096, 4097, 8193])
-def test_nothing_unwritten_is_returned(size, poisoned_memory):
-    model_pred, target, ref_pred = predictions((4, size), torch.float16)
-    for ref in ({"ref_pred": ref_pred}, {"ref_error": torch.full((4,), 0.2)}):
-        result = preference_loss(model_pred, target, **ref, backend="triton")
-        (grad,) = torch.autograd.grad(result.loss, model_pred)
-        values = (result.loss, result.logit, result.model_error, result.ref_error, result.aaf_rate, result.implicit_acc)
-        assert all(value.isfinite().all() for value in (*values, grad))
-        assert torch.equal(result.reject, reference(model_pred, target, **ref).reject)
+@pytest.mark.parametrize("size", [15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97])
+def test_borders_of_folds_and_chunks(size, small, poisoned_memory):
+    _check((2, size), shared=True)
 
 
-def test_same_bits_twice_and_alone():
-    model_pred, target, ref_pred = predictions((6, 4097), torch.bfloat16)
-    runs = []
-    for _ in range(2):
-        result = preference_loss(model_pred, target, ref_pred, backend="triton")
-        runs.append((result.loss, result.logit, result.model_error, *torch.autograd.grad(result.loss, model_pred)))
-    assert all(torch.equal(first, second) for first, second in zip(*runs))
-    alone = [denoising_errors(model_pred[i : i + 1], target[i : i + 1], "triton") for i in range(6)]
-    assert torch.equal(torch.cat(alone), runs[0][2])
+@pytest.mark.parametrize("size", [2047, 2049, 4097, 16_383, 16_384, 16_385])
+def test_borders_at_the_sizes_of_a_gpu(size, poisoned_memory):
+    _check((2, size), shared=True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "folds", "shape"),
+    [(2048, 8, (2, 17_000)), (64, 8, (4, 1100)), (16, 2, (6, 100)), (16, 3, (6, 100)), (16, 2, (6, 30))],
+    ids=str,
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+def test_an_error_has_the_same_bits_wherever_it_is_made(lanes, folds, shape, shared, monkeypatch):
+    _divide(monkeypatch, lanes, folds, pair_lanes=4)
+    model_pred, target, ref_pred = predictions(shape, torch.bfloat16, shared=shared)
+    whole = denoising_errors(model_pred, target, "triton"), denoising_errors(ref_pred, target, "triton")
+    both = torch.cat([target, target]) if shared else target
+    for rows, error in ((model_pred, whole[0]), (ref_pred, whole[1])):
+        alone = [denoising_errors(rows[i : i + 1], both[i : i + 1], "triton") for i in range(len(rows))]
+        assert torch.equal(torch.cat(alone), error)
+    for ref in _references(ref_pred, target):
+        for result, _ in _all_results(model_pred, target, ref):
+            assert torch.equal(result.model_error, whole[0])
+            assert torch.equal(result.ref_error, whole[1])
+
+
+@pytest.mark.parametrize("size", [30, 150], ids=["one chunk", "chunks"])
+def test_same_bits_twice_and_by_either_way(size, small):
+    model_pred, target, ref_pred = predictions((6, size), torch.bfloat16)
+    for ref in _references(ref_pred, target):
+        runs = [x for _ in range(2) for x in _all_results(model_pred, target, ref)]
+        for (first, grad), (second, again) in pairwise(runs):
+            assert torch.equal(grad, again)
+            assert all(torch.equal(x, y) for x, y in zip(_values(first), _values(second)))
+
+
+@pytest.mark.parametrize("size", [20, 80], ids=["one chunk", "chunks"])
+def test_programs_may_end_in_any_order(size, small, poisoned_memory, monkeypatch):
+    model_pred, target, ref_pred = predictions((14, size))
+    expected = _all_results(model_pred, target, {"ref_pred": ref_pred})
+    original = interpreter_builder.set_grid_idx
+    for step in (-1, 11):  # backwards; every eleventh, which visits all
+
+        def elsewhere(x, y, z, step=step):
+            programs = interpreter_builder.grid_dim[0]
+            assert math.gcd(step, programs) == 1
+            original(step * x % programs, y, z)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(interpreter_builder, "set_grid_idx", elsewhere)
+            found = _all_results(model_pred, target, {"ref_pred": ref_pred})
+        for (first, grad), (second, again) in zip(expected, found):
+            assert torch.equal(grad, again)
+            assert all(torch.equal(x, y) for x, y in zip(_values(first), _values(second)))
+
+
+def test_a_ticket_serves_launch_after_launch(small, monkeypatch):
+    ticket = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(preference, "_ticket", lambda device: ticket)
+    for shape in ((14, 31), (2, 100), (10, 40), (2, 1)):
+        with launches() as made:
+            _check(shape, shared=False)
+            assert ticket.item() == 0
+        counted = [launch for launch in made if launch.kernel == "_preference_fwd_kernel"]
+        assert counted and all(launch.arguments["ticket_ptr"] is ticket for launch in counted)
 
 
 def test_kernel_and_twin_offer_the_same():
@@ -75,8 +157,11 @@ def test_kernel_and_twin_offer_the_same():
     for ref in ((ref_pred, None), (None, torch.full((6,), 0.2))):
         for learn_sign in (-1.0, 0.0, 1.0):
             args = (model_pred, target, *ref, weights, 20.0, learn_sign, 1e-3)
-            for ours, twin in zip(preference.preference(*args), eager.preference(*args)):
+            for ours, twin in zip(preference.preference(*args), eager.preference(*args), strict=True):
                 torch.testing.assert_close(ours, twin, rtol=2e-6, atol=2e-6)
+            for scale in (3.0, torch.tensor(3.0)):
+                ours, twin = (kernels.loss_and_grad(*args, scale, None) for kernels in (preference, eager))
+                torch.testing.assert_close((*ours[0], ours[1]), (*twin[0], twin[1]), rtol=2e-6, atol=2e-6)
 
 
 def test_short_run_follows_the_torch_backend():
@@ -89,12 +174,18 @@ def test_short_run_follows_the_torch_backend():
         frozen.load_state_dict(policy.state_dict())
         optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
         losses[backend] = []
-        for _ in range(6):
+        for step in range(6):
             with torch.no_grad():
                 ref_error = denoising_errors(frozen(noisy), target, backend)
-            result = preference_loss(policy(noisy), target, ref_error=ref_error, beta=50.0, backend=backend)
+            options = {"ref_error": ref_error, "beta": 50.0, "backend": backend}
             optimizer.zero_grad()
-            result.loss.backward()
+            model_pred = policy(noisy)
+            if step % 2:
+                result = preference_loss(model_pred, target, **options)
+                result.loss.backward()
+            else:
+                result, grad = loss_and_grad(model_pred, target, **options, overwrite=True)
+                model_pred.backward(grad)
             optimizer.step()
             losses[backend].append(result.loss.item())
         weights[backend] = policy.weight.detach()

@@ -1,0 +1,154 @@
+"""What a call moves and launches: the byte model of kernels/preference.py, counted element by element."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder
+
+import seppo_fast.kernels.errors as errors
+from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
+from tests.kernels.launches import launches
+from tests.preference_reference import predictions
+
+FORWARD, BACKWARD, ERRORS = "_preference_fwd_kernel", "_errors_bwd_kernel", "_errors_fwd_kernel"
+CHUNK = 64  # elements, here
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(errors, "LANES", 16)
+    monkeypatch.setattr(errors, "FOLDS", CHUNK // 16)
+
+
+class _Traffic:
+    """Addresses that kernels loaded and stored."""
+
+    def __init__(self):
+        self.loaded, self.stored = [], []
+
+    @contextmanager
+    def watched(self):
+        """Records what is moved meanwhile; lanes that are masked away move nothing."""
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def watched_load(builder, pointers, mask, *rest):
+            self.loaded.append(pointers.data[mask.data])
+            return load(builder, pointers, mask, *rest)
+
+        def watched_store(builder, pointers, value, mask, *rest):
+            self.stored.append(pointers.data[mask.data])
+            return store(builder, pointers, value, mask, *rest)
+
+        with (
+            mock.patch.object(InterpreterBuilder, "create_masked_load", watched_load),
+            mock.patch.object(InterpreterBuilder, "create_masked_store", watched_store),
+        ):
+            yield self
+
+    def times(self, moved, tensor):
+        """How often each element of a dense tensor was moved: a number, the same for all of them."""
+        addresses = np.concatenate([x.ravel() for x in moved])
+        places = (addresses - np.uint64(tensor.data_ptr())) // np.uint64(tensor.element_size())
+        counts = np.bincount(places[places < tensor.numel()].astype(np.int64), minlength=tensor.numel())
+        assert counts.min() == counts.max()
+        return int(counts[0])
+
+
+# Latents moved a pair, where the target is shared; each time that it is not, one more.
+MODEL = {
+    ("at once", "one chunk"): {"ref_pred": 7, "ref_error": 5},
+    ("at once", "chunks"): {"ref_pred": 10, "ref_error": 8},
+    ("autograd", "one chunk"): {"ref_pred": 10, "ref_error": 8},
+    ("autograd", "chunks"): {"ref_pred": 10, "ref_error": 8},
+}
+
+
+@pytest.mark.parametrize(("way", "division"), MODEL, ids=str)
+@pytest.mark.parametrize("kind", ["ref_pred", "ref_error"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+def test_each_byte_moves_as_often_as_the_byte_model_says(way, division, kind, shared):
+    pairs, size = 3, (CHUNK - 3 if division == "one chunk" else 2 * CHUNK + 5)
+    model_pred, target, ref_pred = predictions((2 * pairs, size), torch.bfloat16, shared=shared)
+    ref = {kind: ref_pred if kind == "ref_pred" else torch.full((2 * pairs,), 0.2)}
+    with _Traffic().watched() as traffic, launches() as made:
+        if way == "at once":
+            _, grad = loss_and_grad(model_pred, target, **ref, backend="triton")
+        else:
+            (grad,) = torch.autograd.grad(preference_loss(model_pred, target, **ref, backend="triton").loss, model_pred)
+
+    alone = way == "at once" and division == "one chunk"
+    assert [launch.kernel for launch in made] == [FORWARD] if alone else [FORWARD, BACKWARD]
+    reads = {
+        "pred": traffic.times(traffic.loaded, model_pred),
+        "target": traffic.times(traffic.loaded, target),
+        "ref_pred": traffic.times(traffic.loaded, ref_pred),
+    }
+    assert reads == {"pred": len(made), "target": len(made), "ref_pred": int(kind == "ref_pred")}
+    assert traffic.times(traffic.stored, grad) == 1
+    rows = 2 * reads["pred"] + (1 if shared else 2) * reads["target"] + 2 * reads["ref_pred"] + 2
+    assert rows == MODEL[way, division][kind] + (0 if shared else len(made))
+
+
+def test_overwriting_moves_no_more():
+    model_pred, target, ref_pred = (x.detach() for x in predictions((6, CHUNK), torch.float16, shared=True))
+    with _Traffic().watched() as traffic:
+        loss_and_grad(model_pred, target, ref_pred, overwrite=True, backend="triton")
+    assert traffic.times(traffic.loaded, model_pred) == 1
+    assert traffic.times(traffic.stored, model_pred) == 1
+
+
+class _Operations(TorchDispatchMode):
+    """Names of torch's operations, but for what the interpreter does to launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.launching = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.launching:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def around(self, run):
+        """Does a launch unseen."""
+        self.launching = True
+        result = run()
+        self.launching = False
+        return result
+
+
+# None of them starts anything on a GPU.
+ON_THE_HOST = {"empty", "empty_like", "new_empty", "detach", "view", "split", "split_with_sizes", "unbind", "slice"}
+
+
+@pytest.mark.parametrize("size", [CHUNK, CHUNK + 1], ids=["one chunk", "chunks"])
+def test_nothing_but_kernels_is_launched(size):
+    model_pred, target, ref_pred = predictions((4, size))
+    through = preference_loss(model_pred, target, ref_pred, backend="triton").loss
+    upstream, each = torch.tensor(0.5), torch.ones(4)
+    over = {"grad_scale": upstream, "overwrite": True}
+    at_once = [FORWARD] if size == CHUNK else [FORWARD, BACKWARD]
+    calls = [
+        ([FORWARD], lambda: preference_loss(model_pred, target, ref_pred, backend="triton")),
+        ([BACKWARD], lambda: torch.autograd.grad(through, model_pred, upstream)),
+        (at_once, lambda: loss_and_grad(model_pred, target, ref_pred, backend="triton")),
+        (at_once, lambda: loss_and_grad(model_pred.detach(), target, ref_pred, **over, backend="triton")),
+        ([ERRORS], lambda: denoising_errors(ref_pred, target, "triton")),
+        (
+            [ERRORS, BACKWARD],
+            lambda: torch.autograd.grad(denoising_errors(model_pred, target, "triton"), model_pred, each),
+        ),
+    ]
+    for expected, call in calls:
+        with _Operations() as operations, launches(around=operations.around) as made:
+            call()
+        assert [launch.kernel for launch in made] == expected
+        # The ticket is zeroed for each launch here, once on a GPU.
+        assert set(operations.names) - {"zeros"} <= ON_THE_HOST
+        assert operations.names.count("zeros") == expected.count(FORWARD)

@@ -1,0 +1,185 @@
+"""What the suite `kernels` compares, against autograd in float64, and what it leaves out and refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import kernels, losses
+from benchmarks.losses import EMBEDDED, LATENTS, SD, Case, Truth, make_inputs
+from benchmarks.measure import Machine
+from seppo_fast.memory import _LiveBytes
+from tests.test_benchmarks import MACHINE, driven, smallest_kernels
+from tests.test_drop_in import seppo_before
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def smallest(monkeypatch):
+    """The suite at a size of a second."""
+    smallest_kernels(monkeypatch)
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Few pairs at once, so that the last piece is a smaller one."""
+    monkeypatch.setattr(losses, "_AT_ONCE", 2 * 4 * 8 * 8)
+
+
+def by_autograd(case, inputs):
+    """Loss and gradient in float64 of B.2's differences; `ref_error` in the place of the reference's errors."""
+    pred = inputs.pred.detach().double().requires_grad_()
+    target = inputs.target.double().repeat(2, 1, 1, 1)
+    ref_error = inputs.ref_error
+    if ref_error is None:
+        ref_error = (inputs.ref_pred.double() - target).square().mean((1, 2, 3))
+    winner, loser = ((pred - target).square().mean((1, 2, 3)) - ref_error.double()).chunk(2)
+    sign = torch.where(winner > 0, 1.0, -1.0)
+    loss = torch.nn.functional.softplus(losses.BETA / 2 * (winner + sign * loser)).mean()
+    return loss.detach(), torch.autograd.grad(loss, pred)[0]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_truth_is_autograds_in_float64(ahead, pieces):
+    case = Case(5, EMBEDDED, ahead)
+    inputs = make_inputs(case, CPU, 3)
+    truth, (loss, grad) = Truth(case, inputs), by_autograd(case, inputs)
+    assert truth.loss == pytest.approx(float(loss), rel=1e-9)
+    gaps = truth.gaps(loss * 1.5, grad)
+    assert gaps["loss"] == pytest.approx(0.5) and gaps["gradient"] < 1e-9
+    wrong = grad.clone()
+    wrong[4] *= -1  # the half of one pair
+    assert truth.gaps(loss, wrong)["gradient"] > 0.2
+    assert truth.gaps(loss, torch.full_like(grad, torch.nan))["gradient"] != pytest.approx(0)
+
+
+def test_inputs_are_no_ties_and_of_both_kinds(pieces):
+    case = Case(6, EMBEDDED)
+    inputs = make_inputs(case, CPU, 0)
+    error, reference = (
+        (x.double() - inputs.repeated.double()).square().flatten(1).mean(1)
+        for x in (inputs.pred.detach(), inputs.ref_pred)
+    )
+    difference = error - reference
+    assert (0.1 < reference).all() and (reference < 0.3).all()
+    assert (difference.abs() > 5e-5).all() and (difference[:6] > 0).tolist() == 3 * [False, True]
+    assert torch.equal(inputs.scratch, inputs.pred) and inputs.pred.requires_grad
+    assert losses.set_bytes(case) == inputs.nbytes(("pred", "target", "repeated", "ref_pred", "scratch"))
+    errors = make_inputs(Case(6, EMBEDDED, ahead=True), CPU, 0)
+    assert losses.set_bytes(Case(6, EMBEDDED, ahead=True)) == errors.nbytes(("pred", "target", "repeated", "scratch"))
+    torch.testing.assert_close(errors.ref_error, reference.float())
+    assert not torch.equal(make_inputs(case, CPU, 1).pred, inputs.pred)
+
+
+def test_the_baseline_is_the_papers(pieces):
+    inputs = make_inputs(Case(5, EMBEDDED), CPU, 0)
+    before = seppo_before(inputs.pred, inputs.ref_pred, inputs.repeated, losses.BETA)
+    after = losses.appendix_b2(inputs.pred, inputs.repeated, inputs.ref_pred, None)
+    assert torch.equal(torch.stack(before), torch.stack(after))
+    errors = (inputs.ref_pred.float() - inputs.repeated.float()).pow(2).mean(dim=[1, 2, 3])
+    assert torch.equal(torch.stack(before), torch.stack(losses.appendix_b2(inputs.pred, inputs.repeated, None, errors)))
+
+
+@pytest.mark.parametrize(
+    ("latent", "ahead", "autograd", "one_pass"),
+    [(SD, False, 10, 7), (SD, True, 8, 5), ("SDXL 1024 px", False, 10, 10), ("video 16 x 512 px", True, 8, 8)],
+)
+def test_the_byte_model(latent, ahead, autograd, one_pass):
+    assert losses.transfers(Case(4, latent, ahead)) == (autograd, one_pass)
+
+
+def test_inputs_take_turns_over_the_cache():
+    class OnGpu(Machine):
+        cache_bytes = 2**20
+
+    case = Case(1, SD)
+    sets = losses.input_sets(case, OnGpu(CPU, quick=False))
+    assert (len(sets) - 1) * losses.set_bytes(case) < 2 * 2**20 <= len(sets) * losses.set_bytes(case)
+    called = []
+    call, calls = kernels.in_turn(MACHINE, called.append, sets, seconds=1e-9)
+    assert calls == 1
+    del called[:]
+    for _ in range(len(sets) + 1):
+        call()
+    assert list(map(id, called)) == list(map(id, [*sets, sets[0]]))
+
+
+def test_a_wrong_gradient_gets_no_ratio(smallest, tmp_path, monkeypatch, capsys):
+    right = losses.loss_and_grad
+
+    def wrong(pred, *others, overwrite, **options):
+        result, grad = right(pred, *others, overwrite=overwrite, **options)
+        return result, grad if overwrite else grad * 1.5
+
+    monkeypatch.setattr(losses, "loss_and_grad", wrong)
+    code, rows = driven("kernels", tmp_path)
+    assert code == 1
+    for row in rows:
+        assert row["value_ok"] == (row["ratio"] is not None) == (row["provider"] != losses.ONE_PASS)
+    out = capsys.readouterr().out
+    assert "1 pair, embedded 32 px, ref_pred, ours, loss_and_grad: the gradient is off by 0.5 " in out
+
+
+def test_where_nothing_compiles_its_rows_are_left_out(smallest, tmp_path, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(losses, "COMPILER", broken)
+    code, rows = driven("kernels", tmp_path)
+    assert code == 0
+    assert {row["provider"] for row in rows} & {losses.B2_COMPILED, losses.TWIN_COMPILED} == set()
+    out = capsys.readouterr().out
+    assert out.count("torch.compile does not work here") == 1 and "no C++ compiler" in out
+
+
+def test_what_does_not_fit_is_left_out_and_said(smallest, tmp_path, monkeypatch, capsys):
+    small, large = kernels.SIZES["quick"].cases
+    needed = losses.set_bytes(large) + 26 * large.elements
+    monkeypatch.setattr(kernels, "free_bytes", lambda device: needed - 1)
+    code, rows = driven("kernels", tmp_path)
+    assert code == 0
+    assert {row["case"] for row in rows[1:]} == {str(small)}
+    assert f"{large}: left out, " in capsys.readouterr().out
+
+
+def test_the_bytes_of_a_case_are_those_that_pytorch_takes():
+    """At most, and nearly, for each provider that is not compiled, beside its inputs; on fake tensors."""
+    peaks = {}
+    with FakeTensorMode():
+        for ahead in (False, True):
+            case = Case(64, SD, ahead)
+            inputs = make_inputs(case, CPU, 0)
+            held = torch.nn.ParameterDict({name: x for name, x in vars(inputs).items() if x is not None})
+            for name, way in losses.ways(case, MACHINE, compiled=False).items():
+                with _LiveBytes(held) as live:
+                    way.run(inputs)
+                peaks[name, ahead] = live.peak / case.elements
+    assert max(peaks.values()) == pytest.approx(kernels._TEMPORARY_BYTES["cpu"], rel=0.01)
+    assert peaks[losses.B2, False] + 2 == pytest.approx(kernels._TEMPORARY_BYTES["cuda"], rel=0.01)
+
+
+def test_the_same_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "--benchmark-disable",
+        "-k",
+        "embedded and not compiled",
+        "benchmarks/test_kernels.py",
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
+
+
+def test_sizes_name_known_latents():
+    for size in kernels.SIZES.values():
+        assert {case.latent for case in size.cases} <= set(LATENTS)
+        assert len(set(map(str, size.cases))) == len(size.cases)
