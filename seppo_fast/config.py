@@ -126,7 +126,7 @@ class ReferenceConfig(_Section):
         None, ge=0, description="GPU memory for past policies; null: all of the run, up to 0.15 of what is free"
     )
     host_gib: float | None = Field(
-        None, ge=0, description="host memory for those beyond; null: half of what is free, shared by the processes"
+        None, ge=0, description="host memory of a machine for those beyond; null: half of what is free"
     )
     disk_gib: float | None = Field(
         None, ge=0, description="disk, beside data.cache, for those beyond; null: nine tenths of what is free"

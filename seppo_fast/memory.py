@@ -82,17 +82,21 @@ def free_bytes(
     return max(0, min([psutil.virtual_memory().available, *rooms]))
 
 
-def pinned_bytes(size: int) -> Tensor:
-    """Page-locked host memory, `(size,)` uint8, zeros: so many bytes, where PyTorch's allocator takes a power of two.
+def host_bytes(size: int) -> Tensor:
+    """Host memory `(size,)` uint8, zeros: exactly so many bytes, where PyTorch's pinned ones are a power of two."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+def page_locked(memory: Tensor) -> Tensor:
+    """The same host memory, registered with the driver for as long as this tensor object lives.
 
     Raises:
         RuntimeError: the driver refuses.
     """
-    slab = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-    place = slab.data_ptr()
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(place, size, 0)))
-    weakref.finalize(slab, lambda: torch.cuda.cudart().cudaHostUnregister(place))
-    return slab
+    place = memory.data_ptr()
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(place, memory.nbytes, 0)))
+    weakref.finalize(memory, lambda: torch.cuda.cudart().cudaHostUnregister(place))
+    return memory
 
 
 def training_footprint(

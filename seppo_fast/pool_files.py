@@ -38,12 +38,10 @@ class Member:
     Attributes:
         tier: where it is.
         slab: `(size,)` uint8; on disk, mapped, to be read only.
-        file: on disk, its file.
     """
 
     tier: Tier
     slab: Tensor
-    file: Path | None = None
 
 
 def write_member(file: Path, slab: Tensor, table: Table) -> None:
@@ -77,34 +75,33 @@ def map_member(file: Path) -> tuple[Tensor, Table]:
     return slab, table
 
 
-def save_members(folder: Path, members: Mapping[int, Member], table: Table, count: int) -> None:
+def save_members(
+    folder: Path, members: Mapping[int, Member], table: Table, count: int, previous: Path | None = None
+) -> None:
     """Writes all checkpoints and their manifest into a folder that appears whole or not at all.
 
     Args:
         folder: must not exist yet.
-        members: by number; one that is a file already is linked, not written again, where the file system can.
+        members: by number.
         table: of them all.
         count: of the checkpoints so far, with those that were dropped.
+        previous: a folder that was saved before of the same pool; what it holds is linked, not written again.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: the disk refuses, or `previous` is no saved pool.
     """
+    before = {} if previous is None else _manifest(previous)[0]
     with staged_folder(folder, CheckpointError) as staging:
         rows = []
         for number, member in members.items():
-            name = member_name(number)
-            if member.file is None:
-                write_member(staging / name, member.slab.cpu(), table)
+            file = staging / member_name(number)
+            if previous is not None and number in before:
+                _link(previous / file.name, file)
+                size, checksum = before[number]
             else:
-                _link(member.file, staging / name)
-            rows.append(
-                {
-                    "number": number,
-                    "file": name,
-                    "size": (staging / name).stat().st_size,
-                    "sha256": digest(staging / name),
-                }
-            )
+                write_member(file, member.slab.cpu(), table)
+                size, checksum = file.stat().st_size, digest(file)
+            rows.append({"number": number, "file": file.name, "size": size, "sha256": checksum})
         tree = {"format": FORMAT, "count": count, "members": rows}
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
@@ -116,6 +113,19 @@ def checked_members(folder: Path) -> tuple[dict[int, Path], int]:
         CheckpointError: a manifest that cannot be read or is of a newer format; files that are missing or damaged, all
             of them named.
     """
+    rows, count = _manifest(folder)
+    files = {number: folder / member_name(number) for number in rows}
+    found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
+    damaged = [f"{name} {what}" for name, what in found.items() if what]
+    if damaged:
+        raise CheckpointError(
+            f"{folder}: of {len(rows)} checkpoints {len(damaged)} cannot be used: " + "; ".join(damaged)
+        )
+    return files, count
+
+
+def _manifest(folder: Path) -> tuple[dict[int, tuple[int, str]], int]:
+    """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST
     try:
         tree: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
@@ -127,14 +137,7 @@ def checked_members(folder: Path) -> tuple[dict[int, Path], int]:
             raise ValueError(f"checkpoints {sorted(rows)} of {count}")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
-    files = {number: folder / member_name(number) for number in rows}
-    found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
-    damaged = [f"{name} {what}" for name, what in found.items() if what]
-    if damaged:
-        raise CheckpointError(
-            f"{folder}: of {len(rows)} checkpoints {len(damaged)} cannot be used: " + "; ".join(damaged)
-        )
-    return files, count
+    return rows, count
 
 
 def _damage(file: Path, size: int, checksum: str) -> str | None:

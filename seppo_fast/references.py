@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from seppo_fast.diffusion import keyed_rng
 from seppo_fast.errors import CheckpointError
+from seppo_fast.node import Node
 from seppo_fast.pool_files import Member, Tier, checked_members, map_member, save_members
 from seppo_fast.resident import Resident
 from seppo_fast.retention import Rule, makes_way
@@ -41,7 +42,8 @@ class ReferencePool:
         rule: which; see `retention.makes_way`.
         compute: the dtype of autocast under which references predict; see `slab.Table.of`.
         budget: how much memory the checkpoints may take.
-        folder: where those go that no memory holds, in a folder of their own; None: where temporary files go.
+        folder: where those go that no memory holds, as files without names; None: where temporary files go.
+        node: the processes of this machine, which keep one copy; `add`, `restore` and `close` are then for all of them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ReferencePool:
         compute: torch.dtype = torch.float32,
         budget: Budget | None = None,
         folder: Path | None = None,
+        node: Node | None = None,
     ) -> None:
         self._seed = seed
         self._draw = draw
@@ -63,6 +66,7 @@ class ReferencePool:
         self._compute = compute
         self._budget = budget or Budget()
         self._folder = folder
+        self._node = node or Node()
         self._tiers: Tiers | None = None  # made when the first checkpoint comes
         self._slot: Resident | None = None  # made when a reference is asked for
         self._bound: nn.Module | None = None
@@ -92,7 +96,7 @@ class ReferencePool:
         tiers = self._tiers
         if tiers is None:
             device = next((tensor.device for tensor in trained_state(module).values()), torch.device("cpu"))
-            tiers = Tiers(Table.of(module, self._compute), device, self._budget, self._folder)
+            tiers = Tiers(Table.of(module, self._compute), device, self._budget, self._folder, self._node)
         tiers.table.check(module)
         number, goes = self._count, None
         if self._keep is not None:
@@ -104,13 +108,6 @@ class ReferencePool:
         self._tiers = tiers
         self._count += 1
         return number
-
-    def discard_newest(self) -> None:
-        """Takes the last `add` back."""
-        assert self._tiers and self._count, "there is none"
-        self._count -= 1
-        if self._count in self._tiers.members:
-            self._tiers.discard(self._count)
 
     def draw(self, number: int, checkpoints: int | None = None) -> int:
         """The index for draw `number`: a function of (seed, number, checkpoints so far), equal on every rank.
@@ -204,8 +201,12 @@ class ReferencePool:
                 self._give_up_resident()
             _set(module, {name: tensor.to(device) for name, tensor in own.items()})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, previous: Path | None = None) -> None:
         """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
+
+        Args:
+            folder: must not exist yet.
+            previous: a folder that this pool was saved to before: what it holds is linked, not written again.
 
         Raises:
             ValueError: the pool is empty.
@@ -213,7 +214,7 @@ class ReferencePool:
         """
         if not self._tiers or not self._count:
             raise ValueError("save: the pool is empty")
-        save_members(folder, self._tiers.members, self._tiers.table, self._count)
+        save_members(folder, self._tiers.members, self._tiers.table, self._count, previous)
 
     def restore(self, folder: Path, device: torch.device) -> None:
         """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
@@ -232,7 +233,7 @@ class ReferencePool:
         table = next(iter(members.values()))[1]
         if any(other != table for _, other in members.values()):
             raise CheckpointError(f"{folder}: its checkpoints are of different modules")
-        tiers = Tiers(table, device, self._budget, self._folder)
+        tiers = Tiers(table, device, self._budget, self._folder, self._node)
         try:
             for number, (slab, _) in members.items():
                 tiers.put(number, slab)
@@ -242,7 +243,7 @@ class ReferencePool:
         self._tiers, self._count = tiers, count
 
     def close(self) -> None:
-        """Frees all memory and deletes the pool's files; it is empty then. A bound module keeps its tensors."""
+        """Frees all memory and files; the pool is empty then. A bound module keeps its tensors."""
         self._give_up_resident()
         self._bound, self._count = None, 0
         if self._tiers:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from seppo_fast.files import disk_message
-from seppo_fast.memory import free_bytes, pinned_bytes
+from seppo_fast.memory import free_bytes, host_bytes, page_locked
+from seppo_fast.node import Node
 from seppo_fast.pool_files import Member, Tier, map_member, member_name, write_member
 from seppo_fast.slab import Table
 
@@ -43,6 +44,9 @@ class PoolFullError(Exception):
 class Tiers:
     """Puts slabs where there is room; one that has its place keeps it, and what one leaves the next one takes.
 
+    All processes of a run hold the same slabs. Those in host memory and in files are one copy a machine, written by one
+    process; so `put` and `discard` are called by all processes, with the same arguments.
+
     Attributes:
         members: by number, in the order in which they came.
 
@@ -50,17 +54,19 @@ class Tiers:
         table: of all slabs.
         device: on which references compute.
         budget: of each tier.
-        folder: under which files go, in a folder of their own; None: where temporary files go.
+        folder: in which files go; None: where temporary files go. They lose their names as soon as they are mapped, so
+            they are gone with the last process that maps them, however that ends.
+        node: the processes of this machine.
     """
 
-    def __init__(self, table: Table, device: torch.device, budget: Budget, folder: Path | None) -> None:
+    def __init__(self, table: Table, device: torch.device, budget: Budget, folder: Path | None, node: Node) -> None:
         self.table = table
         self.device = device
-        self._parent = folder or Path(tempfile.gettempdir())
-        self._folder: Path | None = None
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._node = node
         self._rooms = self._measured(budget)
         self.members: dict[int, Member] = {}
-        self._left: list[tuple[Tier, Tensor]] = []  # memory that is taken, and free
+        self._left: list[Member] = []  # memory that is taken, and free
 
     def put(self, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
         """One more slab, in the first tier that has room.
@@ -72,64 +78,94 @@ class Tiers:
         Raises:
             PoolFullError: no tier has room, or the disk refuses; says how much is needed.
         """
-        tier, slab = self._left.pop() if self._left else self._new()
+        member = self._left.pop() if self._left else self._new()
+        if member is None:
+            self.members[number] = self._written(tensors)
+            return
+        self._settle()  # another process may still read what the slab held
+        if member.tier == "device" or self._node.owns:
+            self._fill(member.slab, tensors)
+        self._settle()
+        self.members[number] = member
+
+    def discard(self, number: int) -> None:
+        """A slab makes way; its memory is for the next one."""
+        member = self.members.pop(number)
+        if member.tier == "disk":
+            self._rooms["disk"] += self.table.size
+        else:
+            self._left.append(member)
+
+    def close(self) -> None:
+        """Frees all memory and files."""
+        self.members.clear()
+        self._left.clear()
+
+    def _new(self) -> Member | None:
+        """Memory for a slab in the first tier with room; None where that is the disk."""
+        size = self.table.size
+        for tier, room in self._rooms.items():
+            if room < size:
+                continue
+            if tier == "disk":
+                return None
+            slab = self._memory(tier)
+            self._rooms[tier] = room - size if slab is not None else 0
+            if slab is not None:
+                return Member(tier, slab)
+        rooms = ", ".join(f"{tier} {room / 2**30:.3g}" for tier, room in self._rooms.items())
+        raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; left are (GiB) {rooms}")
+
+    def _memory(self, tier: Tier) -> Tensor | None:
+        """Zeros, so that the gaps between tensors are alike in every copy."""
+        size = self.table.size
+        if tier == "device":
+            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+        slab = host_bytes(size) if self._node.size == 1 else self._node.shared_bytes(size)
+        return page_locked(slab) if slab is not None and self.device.type == "cuda" else slab
+
+    def _written(self, tensors: Mapping[str, Tensor] | Tensor) -> Member:
+        problem, file = None, None
+        if self._node.owns:
+            slab = torch.zeros(self.table.size, dtype=torch.uint8)
+            self._fill(slab, tensors)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = Path(tempfile.mkdtemp(prefix=".seppo-reference-", dir=self._folder)) / member_name(0)
+                write_member(file, slab, self.table)
+            except (OSError, SafetensorError) as error:
+                problem = disk_message(self._folder, error)
+        problem, place = self._node.agree(problem), self._node.from_owner(file)
+        mapped = None if problem else map_member(place)[0]
+        self._node.wait()
+        if file is not None:
+            shutil.rmtree(file.parent, ignore_errors=True)
+        if mapped is None:
+            raise PoolFullError(problem)
+        self._rooms["disk"] -= self.table.size
+        return Member("disk", mapped)
+
+    def _fill(self, slab: Tensor, tensors: Mapping[str, Tensor] | Tensor) -> None:
         if isinstance(tensors, Tensor):
             slab.copy_(tensors)
         else:
             self.table.fill(slab, tensors)
-        self.members[number] = self._written(number, slab) if tier == "disk" else Member(tier, slab)
 
-    def discard(self, number: int) -> None:
-        """A slab makes way; its file is gone, its memory is for the next one."""
-        member = self.members.pop(number)
-        if member.file is None:
-            self._left.append((member.tier, member.slab))
-        else:
-            member.file.unlink(missing_ok=True)
-            self._rooms["disk"] += self.table.size
-
-    def close(self) -> None:
-        """Frees all memory and deletes the files."""
-        self.members.clear()
-        self._left.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _new(self) -> tuple[Tier, Tensor]:
-        """The first tier with room and a slab for it: zeros, so that the gaps between tensors are alike in all."""
-        size = self.table.size
-        tier = next((tier for tier, room in self._rooms.items() if room >= size), None)
-        if tier is None:
-            rooms = ", ".join(f"{tier} {room / 2**30:.3g}" for tier, room in self._rooms.items())
-            raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; left are (GiB) {rooms}")
-        if tier == "host" and self.device.type == "cuda":
-            slab = pinned_bytes(size)
-        else:
-            slab = torch.zeros(size, dtype=torch.uint8, device=self.device if tier == "device" else "cpu")
-        if tier != "disk":
-            self._rooms[tier] -= size
-        return tier, slab
-
-    def _written(self, number: int, slab: Tensor) -> Member:
-        try:
-            if self._folder is None:
-                self._parent.mkdir(parents=True, exist_ok=True)
-                self._folder = Path(tempfile.mkdtemp(prefix="seppo-references-", dir=self._parent))
-            file = self._folder / member_name(number)
-            write_member(file, slab, self.table)
-        except (OSError, SafetensorError) as problem:
-            raise PoolFullError(disk_message(self._folder or self._parent, problem)) from problem
-        self._rooms["disk"] -= self.table.size
-        return Member("disk", map_member(file)[0], file)
+    def _settle(self) -> None:
+        """All processes have done what they began with the slabs."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._node.wait()
 
     def _measured(self, budget: Budget) -> dict[Tier, int]:
-        existing = next(place for place in (self._parent, *self._parent.absolute().parents) if place.exists())
+        """Bytes by tier, the same in all processes."""
+        existing = next(place for place in (self._folder, *self._folder.absolute().parents) if place.exists())
         rooms: dict[Tier, int] = {}
         if self.device.type == "cuda":
             rooms["device"] = _room("device", budget.device, lambda: free_bytes(self.device))
         rooms["host"] = _room("host", budget.host, lambda: free_bytes(torch.device("cpu")))
         rooms["disk"] = _room("disk", budget.disk, lambda: shutil.disk_usage(existing).free)
-        return rooms
+        return {tier: self._node.least(room) for tier, room in rooms.items()}
 
 
 def _room(tier: Tier, given: int | None, free: Callable[[], int]) -> int:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 
 from seppo_fast.attention import set_attention
 from seppo_fast.config import Config, to_yaml
@@ -23,6 +25,7 @@ from seppo_fast.files import disk_message, staged_folder
 from seppo_fast.forward import Forward
 from seppo_fast.journal import Journal
 from seppo_fast.learner import Learner
+from seppo_fast.node import Node
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.pairs import PairMaker
 from seppo_fast.policy import DTYPES, compile_blocks, lora_weights, make_trainable, trainable
@@ -72,7 +75,7 @@ class Trainer:
         set_attention(self.unet, config.model.attention)
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
-        self.references = open_pool(config, world) if self.objective.draw else None
+        self.references = open_pool(config, self.accelerator) if self.objective.draw else None
         errors = WAYS[config.reference.errors](self.forward, self.unet, config)
         if config.model.compile:
             compile_blocks(self.unet, config.model.attention)
@@ -103,20 +106,12 @@ class Trainer:
         pool = self.references
         if pool is None or (len(pool) and self.objective.draw == "initial"):
             return
-        problem = None
         try:
             pool.add(self.unet)
-        except PoolFullError as error:
-            problem = str(error)
-        mine = torch.tensor([problem is None], device=self.accelerator.device)
-        if self.accelerator.gather(mine).all():
-            return
-        if problem is None:
-            problem = "another process had no room for it"
-            pool.discard_newest()  # draws are over the same checkpoints on every rank
-        if not len(pool):
-            raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}")
-        self._warn(f"this policy is not kept, draws go on among the {len(pool)} before it: {problem}")
+        except PoolFullError as problem:
+            if not len(pool):
+                raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}") from problem
+            self._warn(f"this policy is not kept; draws go on among the {len(pool)} before it: {problem}")
 
     def report(self, updates: int, stats: dict[str, float]) -> None:
         """Writes the log after `updates` finished updates, and a picture of samples where one is due."""
@@ -158,16 +153,18 @@ class Trainer:
         return FixedPrompts(self.family, self.forward, self.sampler, prompts, self.config.data.resolution)
 
 
-def open_pool(config: Config, world: int) -> ReferencePool:
+def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
     """The empty pool of past policies of a configuration."""
     draw = OBJECTIVES[config.objective].draw
     assert draw is not None
 
-    def share(gib: float | None) -> int | None:
-        return None if gib is None else int(gib * 2**30 / world)
+    def size(gib: float | None) -> int | None:
+        return None if gib is None else int(gib * 2**30)
+
+    def gather(value: Any) -> list[Any]:
+        return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
     reference = config.reference
-    gpu = None if reference.gpu_gib is None else int(reference.gpu_gib * 2**30)
     newest = draw == "newest"  # no other one will ever be drawn
     return ReferencePool(
         config.seed,
@@ -175,8 +172,9 @@ def open_pool(config: Config, world: int) -> ReferencePool:
         keep=2 if newest else reference.keep,
         rule="newest" if newest else reference.keep_rule,
         compute=DTYPES[config.model.precision],
-        budget=Budget(gpu, share(reference.host_gib), share(reference.disk_gib)),
+        budget=Budget(size(reference.gpu_gib), size(reference.host_gib), size(reference.disk_gib)),
         folder=Path(config.data.cache),
+        node=Node(gather, accelerator.process_index),
     )
 
 

@@ -87,8 +87,8 @@ def test_redraw_each_update(tiny, tmp_path):
 
     def observe(trainer, updates):
         if updates == 0:
-            draw = trainer.references.draw
-            trainer.references.draw = lambda number: numbers.append(number) or draw(number)
+            roll_out, number = trainer.rollout._roll_out, trainer.rollout._draw_number
+            trainer.rollout._roll_out = lambda window: numbers.append(number(window[0])) or roll_out(window)
 
     train(config, observe)
     assert numbers == [0, 1, 2, 3]
