@@ -4,6 +4,7 @@
     python -m benchmarks.run --suite endtoend --quick    # on a CPU, in seconds, to see that it runs
     python -m benchmarks.run --suite step --json FILE    # also writes the rows
     python -m benchmarks.run --suite kernels             # the loss alone, up to 8192 pairs on a GPU
+    python -m benchmarks.run --suite cache               # switches between past policies, in every tier
 
 On a GPU the model is SD-1.5's architecture with random weights (859.5 M parameters, bf16, 64 x 64 latents), on a CPU
 the pipeline that ships with the package, in float32. Where a provider's values differ from the baseline's (in
@@ -24,7 +25,7 @@ from seppo_fast.quiet import quiet_libraries
 
 quiet_libraries()
 
-SUITES = ("sampling", "step", "endtoend", "kernels")
+SUITES = ("sampling", "step", "endtoend", "kernels", "cache")
 
 
 def main(words: list[str] | None = None) -> int:

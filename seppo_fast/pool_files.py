@@ -68,7 +68,7 @@ def map_member(file: Path) -> tuple[Tensor, Table]:
         with safe_open(file, framework="pt") as opened:
             slab = opened.get_tensor(_SLAB)
             table = Table.from_json(json.loads((opened.metadata() or {})[_TABLE]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise CheckpointError(f"{file}: no checkpoint of a reference pool ({problem})") from problem
     if slab.dtype != torch.uint8 or slab.shape != (table.size,):
         raise CheckpointError(f"{file}: holds {tuple(slab.shape)} {slab.dtype}, not a slab of {table.size} bytes")
@@ -114,7 +114,7 @@ def checked_members(folder: Path) -> tuple[dict[int, Path], int]:
             of them named.
     """
     rows, count = _manifest(folder)
-    files = {number: folder / member_name(number) for number in rows}
+    files = {number: folder / member_name(number) for number in sorted(rows)}
     found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
     damaged = [f"{name} {what}" for name, what in found.items() if what]
     if damaged:
@@ -133,9 +133,10 @@ def _manifest(folder: Path) -> tuple[dict[int, tuple[int, str]], int]:
             raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
         rows = {int(row["number"]): (int(row["size"]), str(row["sha256"])) for row in tree["members"]}
         count = int(tree["count"])
-        if not rows or not all(0 <= number < count for number in rows):
+        # Checkpoint 0 always stays.
+        if min(rows, default=None) != 0 or max(rows) >= count:
             raise ValueError(f"checkpoints {sorted(rows)} of {count}")
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
     return rows, count
 
@@ -145,7 +146,10 @@ def _damage(file: Path, size: int, checksum: str) -> str | None:
         return "is missing"
     if file.stat().st_size != size:
         return f"has {file.stat().st_size} bytes, {size} were written"
-    return None if digest(file) == checksum else "is damaged: its checksum differs"
+    try:
+        return None if digest(file) == checksum else "is damaged: its checksum differs"
+    except OSError as problem:
+        return f"cannot be read: {problem}"
 
 
 def member_name(index: int) -> str:

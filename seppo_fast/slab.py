@@ -6,6 +6,8 @@ tensor lies in a slab, a plain tensor of bytes; tensors that are views of a slab
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -76,14 +78,17 @@ class Table:
         """What `to_json` made.
 
         Raises:
-            ValueError, KeyError, TypeError: a tree that is no table, or entries that leave its slab.
+            ValueError, KeyError, TypeError: a tree that is no table, or entries that leave its slab or share its bytes.
         """
         entries = tuple(
-            Entry(str(e["name"]), _numbers(e["shape"]), _numbers(e["stride"]), str(e["dtype"]), int(e["offset"]))
+            Entry(str(e["name"]), _numbers(e["shape"]), _numbers(e["stride"]), str(e["dtype"]), _number(e["offset"]))
             for e in tree["entries"]
         )
-        table = cls(entries, int(tree["size"]))
+        table = cls(entries, _number(tree["size"]))
         table.views(torch.empty(table.size, dtype=torch.uint8, device="meta"))
+        for entry, following in itertools.pairwise(entries):
+            if entry.offset + _bytes(entry) > following.offset:
+                raise ValueError(f"{following.name}: begins before {entry.name} ends")
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -145,29 +150,33 @@ def _cast_by_autocast(module: nn.Module) -> set[int]:
     owned: set[int] = set()
     other: set[int] = set()
     for layer in module.modules():
-        places = owned if type(layer) in _CAST else other
-        places.update(id(parameter) for parameter in layer.parameters(recurse=False))
+        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
+            # Other names are of a norm of the weights, say, that is computed from them in float32.
+            cast = type(layer) in _CAST and name in ("weight", "bias")
+            (owned if cast else other).add(id(parameter))
     return owned - other
 
 
 def _bytes(entry: Entry) -> int:
-    return torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize
+    return math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
 
 
 def _view(slab: Tensor, entry: Entry) -> Tensor:
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{entry.name}: {entry.dtype!r} is no dtype")
-    end = entry.offset + _bytes(entry)
+    end, count = entry.offset + _bytes(entry), math.prod(entry.shape)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(entry.shape, entry.stride, strict=True))
-    if not 0 <= entry.offset <= end <= len(slab) or entry.offset % _ALIGNMENT or reach > max(1, _count(entry)):
+    if end > len(slab) or entry.offset % _ALIGNMENT or (count and reach != count):
         raise ValueError(f"{entry.name}: leaves the slab of {len(slab)} bytes")
     return slab[entry.offset : end].view(dtype).as_strided(entry.shape, entry.stride)
 
 
-def _count(entry: Entry) -> int:
-    return torch.Size(entry.shape).numel()
-
-
 def _numbers(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
+    return tuple(_number(value) for value in values)
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no size, stride or offset")
+    return value

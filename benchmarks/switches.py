@@ -1,0 +1,231 @@
+"""What the suite `cache` compares: the ways in which a module becomes another past policy, and whether they are right."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.counters import SD15
+from benchmarks.measure import Machine
+from seppo_fast import shapes
+from seppo_fast.config import ModelConfig
+from seppo_fast.policy import DTYPES, make_trainable
+from seppo_fast.pool_files import Tier
+from seppo_fast.references import ReferencePool
+from seppo_fast.slab import Table, trained_state
+from seppo_fast.tiers import Budget
+
+COPY = "plain copy"
+LOAD, READ = "load_state_dict", "load_state_dict, from a file"
+SWITCH, IN_PLACE = "switch", "switch, in place"
+ALONE, AHEAD = "no switch", "switch, prefetched"
+
+
+class Subject:
+    """A policy, a second module for its past selves, and random weights for both.
+
+    Args:
+        machine: where; on a GPU they are SD-1.5's UNet.
+        train: `full` or `lora`.
+        precision: of the computation.
+        pairs: of a training step; halved until one fits into memory.
+
+    Attributes:
+        policy: float32 where it is trained.
+        reference: the second module; of a LoRA it shares the frozen weights.
+        table: of a checkpoint.
+        nbytes: of its tensors in float32.
+    """
+
+    def __init__(self, machine: Machine, train: str, precision: str, pairs: int) -> None:
+        torch.manual_seed(0)
+        if machine.device.type == "cuda":
+            with machine.device:
+                unet = UNet2DConditionModel(**SD15)
+        else:
+            unet = UNet2DConditionModel.from_pretrained(shapes.PIPELINE, subfolder="unet")
+        make_trainable(unet, ModelConfig(train=train, precision=precision), 0)
+        self.name = f"{train} {precision}"
+        self.machine = machine
+        self.compute = DTYPES[precision]
+        self.policy = unet.to(machine.device, memory_format=torch.channels_last)
+        frozen = {id(weight): weight for weight in unet.parameters() if not weight.requires_grad}
+        self.reference = copy.deepcopy(unet, frozen)
+        self.table = Table.of(unet, self.compute)
+        self.nbytes = sum(tensor.nbytes for tensor in trained_state(unet).values())
+        self.pairs = pairs
+        self._expected: Tensor | None = None  # prediction of checkpoint 0
+        self._inputs = self._random_inputs()
+        while not self._fits():
+            self.pairs //= 2
+            print(f"{self.name}: more than {self.pairs} pairs a step do not fit into memory")
+            self._inputs = self._random_inputs()
+
+    def weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and float32 tensors of checkpoint `index`, a function of it; sized as an initialisation sizes them."""
+        generator = torch.Generator(self.machine.device).manual_seed(index)
+        for name, tensor in trained_state(self.policy).items():
+            drawn = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+            yield name, drawn * math.sqrt(len(tensor) / tensor.numel())
+
+    @torch.no_grad()
+    def become(self, index: int) -> None:
+        """The policy is checkpoint `index`."""
+        own = trained_state(self.policy)
+        for name, tensor in self.weights(index):
+            own[name].copy_(tensor)
+
+    def holds(self, module: nn.Module, index: int) -> bool:
+        """Whether a module is checkpoint `index`, bit for bit in the dtypes that its tensors have."""
+        own = trained_state(module)
+        return all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in self.weights(index))
+
+    @torch.no_grad()
+    def is_right(self, way: str, module: nn.Module) -> bool:
+        """Whether a module is checkpoint 0 and predicts what the first one asked did; a line says what differs."""
+        prediction = self._predict(module, *(part[:2] for part in self._inputs[:3]))
+        self._expected = prediction if self._expected is None else self._expected
+        same = {"tensors": self.holds(module, 0), "predictions": torch.equal(prediction, self._expected)}
+        wrong = [what for what, right in same.items() if not right]
+        if wrong:
+            print(f"{self.name}, {way}: {' and '.join(wrong)} are not those of the checkpoint")
+        return not wrong
+
+    def step(self) -> None:
+        """The policy's forward and backward; its weights stay."""
+        *inputs, grad = self._inputs
+        self._predict(self.policy, *inputs).backward(grad)
+        self.policy.zero_grad(set_to_none=True)
+
+    def _predict(self, module: nn.Module, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        with torch.autocast(self.machine.device.type, self.compute, enabled=self.compute != torch.float32):
+            return module(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+
+    def _random_inputs(self) -> tuple[Tensor, ...]:
+        """Latents, timesteps, embeddings and the gradient of the prediction."""
+        config, device, rows = self.policy.config, self.machine.device, 2 * self.pairs
+        shape = rows, config.in_channels, config.sample_size, config.sample_size
+        latents, grad = (torch.randn(shape, device=device) for _ in range(2))
+        embeds = torch.randn(rows, 77, config.cross_attention_dim, device=device)
+        return latents, torch.randint(1000, (rows,), device=device), embeds, grad.to(self.compute)
+
+    def _fits(self) -> bool:
+        try:
+            self.step()
+        except torch.OutOfMemoryError:
+            if self.pairs == 1:
+                raise
+            return False
+        return True
+
+
+class StateDicts:
+    """The baselines: checkpoints as a user keeps them, in host memory and in files, float32.
+
+    Args:
+        subject: whose.
+        count: how many; they take turns.
+        folder: of the files.
+    """
+
+    def __init__(self, subject: Subject, count: int, folder: Path) -> None:
+        self._module = subject.policy
+        states, files = [], []
+        for index in range(count):
+            subject.become(index)
+            live = trained_state(self._module).items()
+            states.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in live})
+            files.append(folder / f"{index}.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in states[-1].items()}, files[-1])
+        self._states, self._files = itertools.cycle(states), itertools.cycle(files)
+        self.right = {}
+        for way, call in ((LOAD, self.load), (READ, self.read)):
+            call()  # the first of them, once the module is another
+            self.right[way] = subject.is_right(way, self._module)
+            subject.become(count)
+
+    def load(self) -> None:
+        """The next one from host memory."""
+        self._module.load_state_dict(next(self._states), strict=False)  # a LoRA's frozen weights are not in it
+
+    def read(self) -> None:
+        """The next one from a file."""
+        self._module.load_state_dict(load_file(next(self._files)), strict=False)
+
+
+class Kept:
+    """A pool whose checkpoints are all in one tier, and the module that becomes one after another.
+
+    Args:
+        subject: whose past selves they are.
+        tier: where they are.
+        room: for how many.
+        folder: for files.
+
+    Attributes:
+        pool: open until it is closed.
+        index: of the checkpoint that was asked for last.
+        host_bytes: by which this process's own memory has grown.
+    """
+
+    def __init__(self, subject: Subject, tier: Tier, room: int, folder: Path) -> None:
+        budget = {kind: 0 for kind in ("device", "host", "disk")} | {tier: room * subject.table.size}
+        self.pool = ReferencePool(0, compute=subject.compute, budget=Budget(**budget), folder=folder)
+        self.index = 0
+        self.host_bytes = 0
+        self._subject = subject
+        self._tier = tier
+
+    def grow(self, count: int) -> None:
+        """More checkpoints, up to `count`."""
+        for index in range(len(self.pool), count):
+            self._subject.become(index)
+            before = host_memory()
+            self.pool.add(self._subject.policy)
+            self.host_bytes += host_memory() - before
+        assert set(self.pool.tiers.values()) == {self._tier}
+        self.pool.bind(self._subject.reference)
+
+    def switch(self) -> None:
+        """The bound module becomes the next checkpoint, which it never is already."""
+        self.pool.load_into(self._subject.reference, self._following())
+
+    def switch_in_place(self) -> None:
+        """The policy becomes the next checkpoint, and itself again."""
+        with self.pool.resident(self._subject.policy, self._following()):
+            pass
+
+    def prefetch(self) -> None:
+        """The next checkpoint starts to come up."""
+        self.pool.prefetch((self.index + 1) % len(self.pool))
+
+    def are_right(self) -> dict[str, bool]:
+        """Whether each kind of switch gives checkpoint 0; see `Subject.is_right`."""
+        subject, right = self._subject, {}
+        self.pool.load_into(subject.reference, 1)  # so that the next is a switch
+        self.pool.load_into(subject.reference, 0)
+        right[SWITCH] = subject.is_right(SWITCH, subject.reference)
+        self.pool.load_into(subject.reference, 1)
+        with self.pool.resident(subject.policy, 0) as reference:
+            right[IN_PLACE] = subject.is_right(IN_PLACE, reference)
+        self.index = 0
+        return right
+
+    def _following(self) -> int:
+        self.index = (self.index + 1) % len(self.pool)
+        return self.index
+
+
+def host_memory() -> int:
+    """Bytes of this process's own memory, private and shared, that are there; the system's cache of files is not."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":") for line in lines)
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
