@@ -45,6 +45,7 @@ bench: setup
 	$(PY) -m benchmarks.run --quick --suite step
 	$(PY) -m benchmarks.run --quick --suite endtoend
 	$(PY) -m benchmarks.run --quick --suite kernels
+	$(PY) -m benchmarks.run --quick --suite cache
 
 ablation: setup
 	$(PY) -m benchmarks.ablation

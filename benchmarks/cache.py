@@ -7,7 +7,7 @@ memory, or within its own where the checkpoints lie there. Its rate in the same 
 checkpoint's bytes once. All take turns over random checkpoints; files are in the system's cache, a LoRA's in a GPU's.
 
 Checked before anything is timed, bit for bit: the tensors, rounded to the dtypes in which they are kept, and the
-predictions against those after `load_state_dict`.
+predictions against those of the policy with the same weights in float32.
 
 `share_of_step` is the time of a switch over that of the learner's forward and backward, measured in the same run, on
 all pairs between two draws: 2048 an update on one GPU, and 30 updates where a reference is drawn per iteration. The
@@ -26,9 +26,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,29 +97,39 @@ def _tier_rows(subject: Subject, step_seconds: float, loads: list[Provider], tie
         print(f"{where}: left out, there is room for {room} checkpoints")
         return []
     calls = min(room, *size.kept.values(), math.ceil(_CALL_BYTES / subject.table.size))
-    copies = repeated(plain_copy(subject, tier), calls)
-    bench = Bench(machine, "cache", Limit("copy", where, copies, calls * subject.table.size))
-    with closing(Kept(subject, tier, room, folder)) as kept:
+    plain = repeated(plain_copy(subject, tier), calls)
+    bench = Bench(machine, "cache", Limit("copy", where, plain, calls * subject.table.size))
+    kept = Kept(subject, tier, room, folder)
+    with kept.pool:
         for redraw, asked in size.kept.items():
             count = min(asked, room)
             if count < asked:
                 print(f"{where}: {count} checkpoints instead of {asked}, there is no room for more")
             kept.grow(count)
-            case = f"{where}, {count} checkpoints, a draw per {redraw}"
-            before = len(bench.rows)
-            bench.case(case, [*loads, *_switches(subject, kept, tier, copies, calls)], size.rounds)
+            providers = [*loads, Provider(COPY, plain, calls, moved_bytes=subject.table.size)]
+            case, before = f"{where}, {count} checkpoints, a draw per {redraw}", len(bench.rows)
+            bench.case(case, [*providers, *_switches(subject, kept, tier, calls)], size.rounds)
             learning = pairs_between(redraw) / subject.pairs * step_seconds
-            shared = [replace(row, share_of_step=(row.p50_ms or 0) / 1e3 / learning) for row in bench.rows[before:]]
-            bench.rows[before:] = shared
-            payload = count * subject.table.payload
-            share = next(row.share_of_step for row in shared if row.provider == SWITCH)
-            print(
-                f"{case}: {payload / 1e6:.4g} MB of tensors, host memory grew by {kept.host_bytes / payload:.3f} of that; "
-                f"a switch takes {share:.2g} of the learning's time"
-            )
-        if tier != "device" and (tier == "disk" or machine.device.type == "cuda"):  # else nothing is to be brought up
-            bench.case(f"{where}, steps of {subject.pairs} pairs", _steps(subject, kept, tier), size.rounds)
+            bench.rows[before:] = with_shares(bench.rows[before:], learning)
+            switch = next(row for row in bench.rows[before:] if row.provider == SWITCH)
+            print(f"{case}: {_in_words(subject, kept, switch)}")
+        if tier == "disk" or (tier == "host" and machine.device.type == "cuda"):  # else nothing needs to come up
+            bench.case(f"{where}, steps of {subject.pairs} pairs", _steps(subject, kept), size.rounds)
     return bench.rows[1:]  # the limit is a provider of each case
+
+
+def with_shares(rows: list[Row], learning: float) -> list[Row]:
+    """Rows whose `share_of_step` is their time's share of so many seconds of learning."""
+    return [replace(row, share_of_step=None if row.p50_ms is None else row.p50_ms / 1e3 / learning) for row in rows]
+
+
+def _in_words(subject: Subject, kept: Kept, switch: Row) -> str:
+    """What the table does not show."""
+    payload = len(kept.pool) * subject.table.payload
+    return (
+        f"{payload / 1e6:.4g} MB of tensors, host memory grew by {kept.host_bytes / payload:.4f} of that; "
+        f"a switch takes {switch.share_of_step:.2g} of the learning's time"
+    )
 
 
 def room_for(subject: Subject, tier: Tier, folder: Path) -> int:
@@ -160,7 +168,7 @@ def repeated(once: Callable[[], object], calls: int) -> Callable[[], None]:
 
 
 def _turns(subject: Subject, nbytes: int) -> int:
-    """How many sources of so many bytes take turns, so that none is still in the cache; as many as checkpoints at most."""
+    """How many sources of so many bytes take turns: as many as leave none in the cache, or as checkpoints."""
     most = max(SIZES[subject.machine.size].kept.values())
     return min(most, max(2, math.ceil(2 * subject.machine.cache_bytes / nbytes)))
 
@@ -173,13 +181,12 @@ def _baselines(subject: Subject, folder: Path) -> list[Provider]:
     return [_provider(subject, way, once, 1, nbytes, nbytes, states.right[way]) for way, once in ways.items()]
 
 
-def _switches(subject: Subject, kept: Kept, tier: Tier, copies: Callable[[], None], calls: int) -> list[Provider]:
-    """The plain copy and both kinds of switch, `calls` of them at a time."""
+def _switches(subject: Subject, kept: Kept, tier: Tier, calls: int) -> list[Provider]:
+    """Both kinds of switch, `calls` of them at a time."""
     size, right = subject.table.size, kept.are_right()
     held = size + (len(kept.pool) * size if tier == "device" else 0)
     ways = {SWITCH: kept.switch, IN_PLACE: kept.switch_in_place}
-    made = [_provider(subject, way, once, calls, size, held, right[way]) for way, once in ways.items()]
-    return [Provider(COPY, copies, units=calls, moved_bytes=size), *made]
+    return [_provider(subject, way, once, calls, size, held, right[way]) for way, once in ways.items()]
 
 
 def _provider(
@@ -219,19 +226,22 @@ def copies(call: Callable[[], object]) -> int:
     return sum(event.name.startswith("Memcpy") for event in profiler.events())
 
 
-def _steps(subject: Subject, kept: Kept, tier: Tier) -> list[Provider]:
+def _steps(subject: Subject, kept: Kept) -> list[Provider]:
     """Training steps: alone, with a switch after each, with the next checkpoint coming up during each."""
-    ways: dict[str, tuple[Callable[[], object], ...]] = {
-        ALONE: (subject.step,),
-        SWITCH: (subject.step, kept.switch),
-        AHEAD: (kept.prefetch, subject.step, kept.switch),
-    }
+
+    def with_switch() -> None:
+        subject.step()
+        kept.switch()
+
+    def with_prefetch() -> None:
+        kept.prefetch()
+        with_switch()
+
     steps, made = SIZES[subject.machine.size].steps, []
-    for way, parts in ways.items():
-        call = repeated(partial(_in_turn, parts), steps)
+    for way, once in {ALONE: subject.step, SWITCH: with_switch, AHEAD: with_prefetch}.items():
+        call = repeated(once, steps)
         call()
-        right = way == ALONE or subject.holds(subject.reference, kept.index)
-        if not right:
-            print(f"{subject.name} in {_PLACES[tier]}, {way}: tensors are not those of the checkpoint")
+        prediction = subject.prediction(kept.index)
+        right = way == ALONE or subject.is_right(f"training, {way}", subject.reference, kept.index, prediction)
         made.append(Provider(way, call, units=steps, pairs=subject.pairs, value_ok=right))
     return made

@@ -12,11 +12,12 @@ from typing import Any
 from benchmarks.rows import NAIVE, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
-_SUITES = ("endtoend", "sampling", "step", "kernels")
-_FOLDED = ("step", "kernels")
-_LIMIT = "of limit"
+_SUITES = ("endtoend", "sampling", "step", "kernels", "cache")
+_FOLDED = ("step", "kernels", "cache")
+_LIMIT, _SHARE = "of limit", "share"
+_SHARES = {"kernels": "of a step", "cache": "of the learning"}  # in `endtoend` those of phases: they are in the picture
 _HEADINGS = (
-    "ms", "in a graph", "x baseline", "per second", "MFU", _LIMIT, "of a step", "peak GB", "launches", "host syncs",
+    "ms", "in a graph", "x baseline", "per second", "MFU", "GB/s", _LIMIT, _SHARE, "peak GB", "launches", "host syncs",
 )  # fmt: skip
 
 Rows = Sequence[dict[str, Any]]
@@ -39,7 +40,8 @@ def _suite_table(suite: str, rows: Rows) -> str:
     cells = [_cells(row) for row in chosen]
     kept = [column for column in range(len(_HEADINGS)) if any(line[column] for line in cells)]
     limits = ", ".join(dict.fromkeys(row["limit"] for row in chosen if row["limit"]))
-    headings = [f"of {limits}" if name == _LIMIT else name for name in _HEADINGS]
+    named = {_LIMIT: f"of {limits}", _SHARE: _SHARES.get(suite, "")}
+    headings = [named.get(name, name) for name in _HEADINGS]
     lines = [_markdown([suite, "", *[headings[column] for column in kept]]), "|---" * (2 + len(kept)) + "|"]
     before = None
     for row, line in zip(chosen, cells, strict=True):
@@ -72,12 +74,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number("ratio", ".2f") if row["value_ok"] else "values differ",
         "" if row["pairs_per_s"] is None else three_digits(row["pairs_per_s"]),
         number("mfu", ".1%"),
+        number("gb_per_s", ".3g") if row["suite"] == "cache" else "",
         number("limit_fraction", ".1%"),
-        number("share_of_step", ".2%") if row["suite"] == "kernels" else "",  # of a phase: in the picture
+        _share(row["share_of_step"]) if row["suite"] in _SHARES else "",
         number("peak_allocated_bytes", ".3g", 1e-9),
         number("launches", ".0f"),
         number("host_syncs", ".2g"),
     ]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else "< 0.01%" if value < 5e-5 else f"{value:.2%}"
 
 
 def phase_chart(rows: Rows, file: Path) -> None:

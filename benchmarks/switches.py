@@ -1,11 +1,13 @@
-"""What the suite `cache` compares: the ways in which a module becomes another past policy, and whether they are right."""
+"""What the suite `cache` compares: the ways in which a module becomes another past policy, and if they are right."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,7 +64,6 @@ class Subject:
         self.table = Table.of(unet, self.compute)
         self.nbytes = sum(tensor.nbytes for tensor in trained_state(unet).values())
         self.pairs = pairs
-        self._expected: Tensor | None = None  # prediction of checkpoint 0
         self._inputs = self._random_inputs()
         while not self._fits():
             self.pairs //= 2
@@ -88,15 +89,20 @@ class Subject:
         own = trained_state(module)
         return all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in self.weights(index))
 
-    @torch.no_grad()
-    def is_right(self, way: str, module: nn.Module) -> bool:
-        """Whether a module is checkpoint 0 and predicts what the first one asked did; a line says what differs."""
-        prediction = self._predict(module, *(part[:2] for part in self._inputs[:3]))
-        self._expected = prediction if self._expected is None else self._expected
-        same = {"tensors": self.holds(module, 0), "predictions": torch.equal(prediction, self._expected)}
+    def prediction(self, index: int) -> Tensor:
+        """What checkpoint `index` predicts of two latents; the policy is it from now on."""
+        self.become(index)
+        return self._predicted(self.policy)
+
+    def is_right(self, way: str, module: nn.Module, index: int, prediction: Tensor) -> bool:
+        """Whether a module is checkpoint `index` and predicts so, bit for bit; where not, a line says what differs."""
+        same = {
+            "tensors": self.holds(module, index),
+            "predictions": torch.equal(self._predicted(module), prediction),
+        }
         wrong = [what for what, right in same.items() if not right]
         if wrong:
-            print(f"{self.name}, {way}: {' and '.join(wrong)} are not those of the checkpoint")
+            print(f"{self.name}, {way}: {' and '.join(wrong)} are not those of checkpoint {index}")
         return not wrong
 
     def step(self) -> None:
@@ -104,6 +110,10 @@ class Subject:
         *inputs, grad = self._inputs
         self._predict(self.policy, *inputs).backward(grad)
         self.policy.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _predicted(self, module: nn.Module) -> Tensor:
+        return self._predict(module, *(part[:2] for part in self._inputs[:3]))
 
     def _predict(self, module: nn.Module, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         with torch.autocast(self.machine.device.type, self.compute, enabled=self.compute != torch.float32):
@@ -134,6 +144,9 @@ class StateDicts:
         subject: whose.
         count: how many; they take turns.
         folder: of the files.
+
+    Attributes:
+        right: whether each way gives what was kept.
     """
 
     def __init__(self, subject: Subject, count: int, folder: Path) -> None:
@@ -147,10 +160,11 @@ class StateDicts:
             save_file({name: tensor.contiguous() for name, tensor in states[-1].items()}, files[-1])
         self._states, self._files = itertools.cycle(states), itertools.cycle(files)
         self.right = {}
-        for way, call in ((LOAD, self.load), (READ, self.read)):
-            call()  # the first of them, once the module is another
-            self.right[way] = subject.is_right(way, self._module)
+        for way, load in ((LOAD, self.load), (READ, self.read)):
+            prediction = subject.prediction(0)
             subject.become(count)
+            load()  # the first of them
+            self.right[way] = subject.is_right(way, self._module, 0, prediction)
 
     def load(self) -> None:
         """The next one from host memory."""
@@ -177,8 +191,8 @@ class Kept:
     """
 
     def __init__(self, subject: Subject, tier: Tier, room: int, folder: Path) -> None:
-        budget = {kind: 0 for kind in ("device", "host", "disk")} | {tier: room * subject.table.size}
-        self.pool = ReferencePool(0, compute=subject.compute, budget=Budget(**budget), folder=folder)
+        budget = replace(Budget(device=0, host=0, disk=0), **{tier: room * subject.table.size})
+        self.pool = ReferencePool(0, compute=subject.compute, budget=budget, folder=folder)
         self.index = 0
         self.host_bytes = 0
         self._subject = subject
@@ -186,6 +200,7 @@ class Kept:
 
     def grow(self, count: int) -> None:
         """More checkpoints, up to `count`."""
+        gc.collect()  # what is freed in between would be missing from the growth
         for index in range(len(self.pool), count):
             self._subject.become(index)
             before = host_memory()
@@ -208,15 +223,17 @@ class Kept:
         self.pool.prefetch((self.index + 1) % len(self.pool))
 
     def are_right(self) -> dict[str, bool]:
-        """Whether each kind of switch gives checkpoint 0; see `Subject.is_right`."""
+        """Whether the next switch of each kind is right, and leaves the policy alone."""
         subject, right = self._subject, {}
-        self.pool.load_into(subject.reference, 1)  # so that the next is a switch
-        self.pool.load_into(subject.reference, 0)
-        right[SWITCH] = subject.is_right(SWITCH, subject.reference)
-        self.pool.load_into(subject.reference, 1)
-        with self.pool.resident(subject.policy, 0) as reference:
-            right[IN_PLACE] = subject.is_right(IN_PLACE, reference)
-        self.index = 0
+        prediction = subject.prediction((self.index + 1) % len(self.pool))
+        self.switch()
+        right[SWITCH] = subject.is_right(SWITCH, subject.reference, self.index, prediction)
+        before, after = self.index, self._following()
+        prediction = subject.prediction(after)
+        subject.become(before)
+        with self.pool.resident(subject.policy, after) as reference:
+            placed = subject.is_right(IN_PLACE, reference, after, prediction)
+        right[IN_PLACE] = placed and subject.holds(subject.policy, before)
         return right
 
     def _following(self) -> int:

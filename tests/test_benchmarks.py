@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import counters, endtoend, kernels, losses, run, sampling, speed, step
+from benchmarks import cache, counters, endtoend, kernels, losses, run, sampling, speed, step, switches
 from benchmarks.measure import Bench, Machine, Provider, Stopwatch, captured, copy_limit, distance, interleaved
 from benchmarks.models import Workplace
 from benchmarks.naive import NaiveLoop
@@ -29,6 +29,7 @@ def smallest(monkeypatch):
     monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (1, 2)}, rounds=1))
     monkeypatch.setitem(endtoend.SIZES, "quick", endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2))
     smallest_kernels(monkeypatch)
+    smallest_cache(monkeypatch)
 
 
 def smallest_kernels(monkeypatch):
@@ -36,6 +37,12 @@ def smallest_kernels(monkeypatch):
     cases = (losses.Case(1, losses.EMBEDDED), losses.Case(3, losses.EMBEDDED, ahead=True))
     monkeypatch.setitem(kernels.SIZES, "quick", kernels.Size(cases, rounds=1, seconds=1e-3))
     monkeypatch.setattr(losses, "COMPILER", "aot_eager")
+
+
+def smallest_cache(monkeypatch):
+    """All weights kept in bf16, and a LoRA in float32; a call copies each checkpoint once."""
+    models, kept = (("full", "bf16"), ("lora", "fp32")), {"iteration": 2, "update": 3}
+    monkeypatch.setitem(cache.SIZES, "quick", cache.Size(models, kept, rounds=1, pairs=1, steps=2))
 
 
 def driven(suite, tmp_path):
@@ -81,11 +88,18 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
     if suite == "kernels":
         assert [row["provider"] for row in rows] == ["copy", *2 * WAYS]
         assert [row["share_of_step"] is None for row in rows] == [True, *6 * [False], *6 * [True]]  # 1 pair, 3
+    if suite == "cache":
+        switched, stepped = 2 * SWITCHES, [switches.ALONE, switches.SWITCH, switches.AHEAD]
+        assert [row["provider"] for row in rows] == 2 * [*2 * switched, *stepped]
+        assert all((row["share_of_step"] is None) == ("steps of" in row["case"]) for row in rows)
 
 
 WAYS = [
     losses.B2, losses.B2_COMPILED, losses.TWIN_COMPILED, losses.AUTOGRAD, losses.ONE_PASS, losses.OVERWRITING,
 ]  # fmt: skip
+
+
+SWITCHES = [switches.LOAD, switches.READ, switches.COPY, switches.SWITCH, switches.IN_PLACE]
 
 
 def phases_add_up(rows):
