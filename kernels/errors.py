@@ -146,7 +146,7 @@ def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
 def _errors(pred: Tensor, target: Tensor) -> Tensor:
     rows, size = pred.shape
     assert pred.stride(1) == 1 or size == 1
-    assert rows % len(target) == 0 and size < 2**31
+    assert rows % len(target) == 0 and size + FOLDS * LANES < 2**31
     target, places = layout(target)
     error = torch.empty(rows, dtype=torch.float32, device=pred.device)
     with torch.cuda.device_of(pred):

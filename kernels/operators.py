@@ -59,7 +59,7 @@ def _preference(
     learn_sign: float,
     tie_tol: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels.forward(pred, target, ref_pred, ref_error, weights, beta, learn_sign, tie_tol)
+    return kernels.forward(pred, target, ref_pred, ref_error, weights, beta, learn_sign, tie_tol, own_ticket=True)
 
 
 @_preference.register_fake
@@ -97,7 +97,7 @@ def _loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = errors.dense_like(pred)
     options = (beta, learn_sign, tie_tol, grad_scale if scale_tensor is None else scale_tensor)
-    return *kernels.forward(pred, target, ref_pred, ref_error, weights, *options, grad), grad
+    return *kernels.forward(pred, target, ref_pred, ref_error, weights, *options, grad, own_ticket=True), grad
 
 
 @_loss_and_grad.register_fake

@@ -35,7 +35,9 @@ from torch.autograd.function import once_differentiable
 
 from seppo_fast.kernels.errors import (
     EXACT,
+    FOLDS,
     INTERPRETED,
+    LANES,
     by_four,
     denoising_errors,
     dense_like,
@@ -260,9 +262,12 @@ def _preference_fwd_kernel(
 _tickets: dict[tuple[int | None, int], Tensor] = {}
 
 
-def _ticket(device: torch.device) -> Tensor:
-    """A counter that is zero and is left at zero: one for each stream, within which launches never overlap."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+def _ticket(device: torch.device, own: bool) -> Tensor:
+    """A counter that is zero and is left at zero: one for each stream, within which launches never overlap.
+
+    With `own` it is new: a compiled step may run on memory that is its graphs' own.
+    """
+    if own or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # A graph's own, since it may be replayed beside this stream; zeroed at each replay.
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
@@ -282,6 +287,8 @@ def forward(
     tie_tol: float,
     grad_scale: float | Tensor = 1.0,
     grad: Tensor | None = None,
+    *,
+    own_ticket: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), reject (B,) and statistics; writes `grad_scale dloss/dp` to `grad`, where it is given.
 
@@ -291,7 +298,7 @@ def forward(
     rows, size = pred.shape
     pairs = rows // 2
     assert all(x is None or x.stride(1) == 1 or size == 1 for x in (pred, ref_pred, grad))
-    assert size < 2**31
+    assert size + FOLDS * LANES < 2**31  # offsets are of 32 bits, also those behind the end
     device = pred.device
     target, places = layout(target)
     parts = division(size)
@@ -310,7 +317,7 @@ def forward(
         _preference_fwd_kernel[(programs,)](
             pred, target, ref_pred, statistics[2 + 5 * pairs :] if ref_error is None else ref_error,
             weights, grad_scale if on_device else None,
-            loss, reject, statistics, written, partials, _ticket(device),
+            loss, reject, statistics, written, partials, _ticket(device, own_ticket),
             size, pairs, pred.stride(0), target.stride(0),
             0 if ref_pred is None else ref_pred.stride(0), 0 if written is None else written.stride(0),
             0.5 * beta, learn_sign, tie_tol, scale if on_device else scale * grad_scale,

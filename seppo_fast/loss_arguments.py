@@ -174,9 +174,12 @@ def check_scale(name: str, value: object, device: torch.device) -> None:
 
 
 def check_writable(name: str, pred: Tensor) -> None:
-    """No two elements in one place."""
-    if any(size > 1 and stride == 0 for size, stride in zip(pred.shape, pred.stride(), strict=True)):
-        raise ValueError(f"{name}: elements of model_pred share their memory (it is expanded), so none can be written")
+    """No two elements in one place, as far as strides alone tell."""
+    reach = 0
+    for stride, size in sorted(zip(pred.stride(), pred.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{name}: elements of model_pred share memory (it is expanded), so it is not written")
+        reach += (size - 1) * stride
 
 
 def _shape(x: Tensor) -> str:
