@@ -276,7 +276,7 @@ def census_table(result: dict[str, Any]) -> str:
     whole = [_percent(max(sum(row[key][mode] for row in rows) for rows in small for mode in MODES)) for key in _SHARES]
     lines += [
         "",
-        f"`{result['command']}`: {SAMPLES} samples or {PAIRS} pairs at once; MB, GFLOP and floor (at "
+        f"`{result['command']}`: a LoRA trained, {SAMPLES} samples or {PAIRS} pairs at once; MB, GFLOP and floor (at "
         f"{FLOPS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e12:.1f} TB/s) of one; torch {result['torch']}, commit "
         f"{result['commit']}. Guidance, a solver's step and noising take at most {most[0]} of a pair's time each and "
         f"{whole[0]} together, {most[1]} of its launches each and {whole[1]} together, also where all weights are "

@@ -7,6 +7,7 @@ equal to it. Every recipe gets the same numbers, and the truth is those numbers'
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from torch import Tensor
 from benchmarks.provenance import provenance
 from seppo_fast.loss import denoising_errors, preference_loss
 
-RESULT = Path(__file__).parent / "results" / "exactness.json"
 BETA = 2000.0
 LATENT = (4, 64, 64)
 APART = (1e-2, 1e-3, 0.0)
@@ -142,10 +142,14 @@ def exactness_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, prints the table and writes the result file."""
+    """Measures, prints the table and writes the result where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args()
     result = exactness(count=2048)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(exactness_table(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

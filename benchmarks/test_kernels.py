@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'seppo_fast[test]'")
+pytest.importorskip("pytest_benchmark", reason="pip install '.[test]'")
 
 from benchmarks.kernels import SIZES, missing
 from benchmarks.losses import (

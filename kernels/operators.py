@@ -27,12 +27,15 @@ def _(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("seppo_fast::scaled_residual", mutates_args=())
-def _scaled_residual(pred: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
-    return errors.write_gradient(pred, target, coefficient, 1.0, errors.dense_like(pred))
+def _scaled_residual(
+    pred: Tensor, target: Tensor, coefficient: Tensor, factor: float, factor_tensor: Tensor | None
+) -> Tensor:
+    scale = factor if factor_tensor is None else factor_tensor
+    return errors.write_gradient(pred, target, coefficient, scale, errors.dense_like(pred))
 
 
 @_scaled_residual.register_fake
-def _(pred: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
+def _(pred: Tensor, *_: Any) -> Tensor:
     return errors.dense_like(pred)
 
 
@@ -42,7 +45,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _errors_backward(ctx: Any, grad_error: Tensor) -> tuple[Tensor, None]:
     pred, target = ctx.saved_tensors
-    return _scaled_residual(pred, target, grad_error * (2 / pred.shape[1])), None
+    return _scaled_residual(pred, target, grad_error.contiguous(), 2 / pred.shape[1], None), None
 
 
 _denoising_errors.register_autograd(_errors_backward, setup_context=_save_inputs)
@@ -59,7 +62,7 @@ def _preference(
     learn_sign: float,
     tie_tol: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels.forward(pred, target, ref_pred, ref_error, weights, beta, learn_sign, tie_tol)
+    return kernels.forward(pred, target, ref_pred, ref_error, weights, beta, learn_sign, tie_tol, own_ticket=True)
 
 
 @_preference.register_fake
@@ -75,8 +78,8 @@ def _save_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _preference_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     pred, target, statistics = ctx.saved_tensors
-    coefficient = kernels.coefficients(statistics, pred.shape[0] // 2) * grad_loss
-    return _scaled_residual(pred, target, coefficient), *[None] * 7
+    coefficient = kernels.coefficients(statistics, pred.shape[0] // 2)
+    return _scaled_residual(pred, target, coefficient, 1.0, grad_loss), *[None] * 7
 
 
 _preference.register_autograd(_preference_backward, setup_context=_save_coefficients)
@@ -97,7 +100,7 @@ def _loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = errors.dense_like(pred)
     options = (beta, learn_sign, tie_tol, grad_scale if scale_tensor is None else scale_tensor)
-    return *kernels.forward(pred, target, ref_pred, ref_error, weights, *options, grad), grad
+    return *kernels.forward(pred, target, ref_pred, ref_error, weights, *options, grad, own_ticket=True), grad
 
 
 @_loss_and_grad.register_fake

@@ -9,7 +9,8 @@ With predictions p (policy) and q (reference), target y, N elements a latent, wi
 
 A program reads both halves of a pair, so a target that they share is read once. A latent of one chunk (see `errors.py`;
 16,384 elements) stays in registers until its gradient is written: one launch. A larger one is divided into chunks, one
-a program, and the gradient is a launch of its own. The program that finishes last takes the means over the pairs.
+a program, and the gradient is a launch of its own. The program that finishes last takes the means over the pairs. (A
+step that is compiled or captured in a graph also sets the four bytes that count the programs to zero.)
 
 Latents moved a pair, where the target is shared (if not, one more each time it is read); N x element size bytes each:
 
@@ -35,7 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from seppo_fast.kernels.errors import (
     EXACT,
-    INTERPRETED,
+    FOLDS,
+    LANES,
     by_four,
     denoising_errors,
     dense_like,
@@ -45,19 +47,14 @@ from seppo_fast.kernels.errors import (
     load_target,
     write_gradient,
 )
+from seppo_fast.kernels.pairs import SUMS, judge, means
 
-__all__ = ["INTERPRETED", "denoising_errors", "loss_and_grad", "preference"]
+__all__ = ["denoising_errors", "loss_and_grad", "preference"]
 
 PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 PAIR_LANES = 1024  # at most, in the means over the pairs
-_CHUNKED_PAIR_LANES = 256  # fewer, so that six sums a lane leave registers for several programs at a time
-SUMS = tl.constexpr(6)  # of m, r and D, on winner and loser each
-
-
-@triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
+CHUNKED_PAIR_LANES = 256  # fewer, so that six sums a lane leave registers for several programs at a time
 
 
 @triton.jit
@@ -83,101 +80,6 @@ def _add_fold(sums, offsets, size, rows, HAS_REF: tl.constexpr, SHARED: tl.const
         d_w += by_four((pred_w - ref_w) * (residual_w + ref_residual_w))
         d_l += by_four((pred_l - ref_l) * (residual_l + ref_residual_l))
     return (m_w, m_l, r_w, r_l, d_w, d_l), residual_w, residual_l
-
-
-@triton.jit
-def _softplus_and_sigmoid(x):
-    decay = tl.exp(-tl.abs(x))
-    # log1p(decay): log(u) carries the rounding of u = 1 + decay, and decay / (u - 1) takes it out again.
-    u = 1.0 + decay
-    log1p = tl.where(u == 1.0, decay, tl.log(u) * tl.div_rn(decay, tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p, tl.div_rn(tl.where(x >= 0.0, 1.0, decay), u)
-
-
-@triton.jit
-def _judge(pair, mask, sums, pairs, size, options, results, HAS_REF: tl.constexpr):
-    """Flipper, logit and coefficients of some pairs from their float64 sums; stored with the mean errors."""
-    m_w, m_l, r_w, r_l, d_w, d_l = sums
-    weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale = options
-    reject_ptr, logit_ptr, model_error_ptr, ref_error_ptr, coefficient_ptr = results
-    loser = pair + pairs
-    error_w, error_l = (m_w / size).to(tl.float32), (m_l / size).to(tl.float32)
-    tl.store(model_error_ptr + pair, error_w, mask=mask)
-    tl.store(model_error_ptr + loser, error_l, mask=mask)
-    if HAS_REF:
-        tl.store(ref_error_ptr + pair, (r_w / size).to(tl.float32), mask=mask)
-        tl.store(ref_error_ptr + loser, (r_l / size).to(tl.float32), mask=mask)
-        difference_w, difference_l = (d_w / size).to(tl.float32), (d_l / size).to(tl.float32)
-    else:
-        difference_w = error_w - tl.load(ref_error_ptr + pair, mask=mask, other=0.0)
-        difference_l = error_l - tl.load(ref_error_ptr + loser, mask=mask, other=0.0)
-
-    reject = difference_w <= tie_tol
-    flip = tl.where(reject, 1.0, learn_sign)
-    slope = tl.zeros_like(difference_w) + half_beta
-    if weights_ptr is not None:
-        slope *= tl.load(weights_ptr + pair, mask=mask, other=0.0)
-    negative_logit = slope * (difference_w - flip * difference_l)
-    _, sigmoid = _softplus_and_sigmoid(negative_logit)
-    if scale_ptr is not None:
-        scale *= tl.load(scale_ptr)
-    coefficient_w = scale * slope * sigmoid
-    coefficient_l = -flip * coefficient_w
-    tl.store(reject_ptr + pair, reject, mask=mask)
-    tl.store(logit_ptr + pair, -negative_logit, mask=mask)
-    tl.store(coefficient_ptr + pair, coefficient_w, mask=mask)
-    tl.store(coefficient_ptr + loser, coefficient_l, mask=mask)
-    return negative_logit, reject, coefficient_w, coefficient_l
-
-
-@triton.jit
-def _chunk_sums(partials_ptr, pair, mask, HAS_REF: tl.constexpr, CHUNKS: tl.constexpr):
-    """The sums of some pairs over their chunks, first to last."""
-    zeros = tl.zeros_like(pair).to(tl.float64)
-    m_w, m_l, r_w, r_l, d_w, d_l = zeros, zeros, zeros, zeros, zeros, zeros
-    for chunk in tl.range(CHUNKS, loop_unroll_factor=2):
-        # Past the L1 cache, since other programs wrote them.
-        place = partials_ptr + (pair * CHUNKS + chunk) * SUMS
-        m_w += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
-        m_l += tl.load(place + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        if HAS_REF:
-            r_w += tl.load(place + 2, mask=mask, other=0.0, cache_modifier=".cg")
-            r_l += tl.load(place + 3, mask=mask, other=0.0, cache_modifier=".cg")
-            d_w += tl.load(place + 4, mask=mask, other=0.0, cache_modifier=".cg")
-            d_l += tl.load(place + 5, mask=mask, other=0.0, cache_modifier=".cg")
-    return m_w, m_l, r_w, r_l, d_w, d_l
-
-
-@triton.jit
-def _means(
-    loss_ptr, rates_ptr, partials_ptr, pairs, size, options, results,
-    HAS_REF: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Loss, aaf_rate and implicit_acc over all pairs, which are judged here where they came in chunks.
-
-    In float64: the mean of B equal numbers is then that number for every B.
-    """
-    loss_sum = tl.zeros([LANES], tl.float64)
-    reject_sum = tl.zeros([LANES], tl.float64)
-    correct_sum = tl.zeros([LANES], tl.float64)
-    for block in range(BLOCKS):
-        pair = block * LANES + tl.arange(0, LANES).to(tl.int64)
-        mask = pair < pairs
-        if CHUNKS == 1:
-            reject = tl.load(results[0] + pair, mask=mask, other=0, cache_modifier=".cg") != 0
-            negative_logit = -tl.load(results[1] + pair, mask=mask, other=0.0, cache_modifier=".cg")
-        else:
-            sums = _chunk_sums(partials_ptr, pair, mask, HAS_REF, CHUNKS)
-            negative_logit, reject, _, _ = _judge(pair, mask, sums, pairs, size, options, results, HAS_REF)
-        loss, _ = _softplus_and_sigmoid(negative_logit)
-        invalid = mask & (negative_logit != negative_logit)
-        loss_sum += tl.where(mask, loss, 0.0).to(tl.float64)
-        reject_sum += tl.where(invalid, float("nan"), (mask & reject).to(tl.float64))
-        correct_sum += tl.where(invalid, float("nan"), (mask & (negative_logit < 0.0)).to(tl.float64))
-    loss_sum, reject_sum, correct_sum = tl.reduce((loss_sum, reject_sum, correct_sum), 0, _add3)
-    tl.store(loss_ptr, (loss_sum / pairs).to(tl.float32))
-    tl.store(rates_ptr, (reject_sum / pairs).to(tl.float32))
-    tl.store(rates_ptr + 1, (correct_sum / pairs).to(tl.float32))
 
 
 # Not compiled anew for each number of pairs, nor where a vector happens to begin.
@@ -229,7 +131,7 @@ def _preference_fwd_kernel(
 
     if CHUNKS == 1:
         pair = winner + tl.arange(0, 1)
-        _, _, coefficient_w, coefficient_l = _judge(pair, pair >= 0, sums, pairs, size, options, results, HAS_REF)
+        _, _, coefficient_w, coefficient_l = judge(pair, pair >= 0, sums, pairs, size, options, results, HAS_REF)
         if grad_ptr is not None:
             for fold in tl.static_range(FOLDS):
                 offsets = fold * LANES + tl.arange(0, LANES)
@@ -251,7 +153,7 @@ def _preference_fwd_kernel(
     tl.debug_barrier()  # all that this program's threads stored comes before its ticket, which releases and acquires
     if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1:
         tl.store(ticket_ptr, 0)  # for the next launch
-        _means(
+        means(
             loss_ptr, statistics_ptr, partials_ptr, pairs, size, options, results,
             HAS_REF, CHUNKS, PAIR_BLOCKS, PAIR_LANES,
         )  # fmt: skip
@@ -260,14 +162,20 @@ def _preference_fwd_kernel(
 _tickets: dict[tuple[int | None, int], Tensor] = {}
 
 
-def _ticket(device: torch.device) -> Tensor:
-    """A counter that is zero and is left at zero: one for each stream, within which launches never overlap."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+def _ticket(device: torch.device, own: bool) -> Tensor:
+    """A counter that is zero and is left at zero: one for each stream, within which launches never overlap.
+
+    With `own` it is new: a compiled step may run on memory that is its graphs' own.
+    """
+    if own or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # A graph's own, since it may be replayed beside this stream; zeroed at each replay.
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        if type(ticket) is not Tensor:  # a fake one, of a run without data
+            return ticket
+        _tickets[key] = ticket
     return _tickets[key]
 
 
@@ -282,6 +190,8 @@ def forward(
     tie_tol: float,
     grad_scale: float | Tensor = 1.0,
     grad: Tensor | None = None,
+    *,
+    own_ticket: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), reject (B,) and statistics; writes `grad_scale dloss/dp` to `grad`, where it is given.
 
@@ -291,7 +201,7 @@ def forward(
     rows, size = pred.shape
     pairs = rows // 2
     assert all(x is None or x.stride(1) == 1 or size == 1 for x in (pred, ref_pred, grad))
-    assert size < 2**31
+    assert size + FOLDS * LANES < 2**31  # offsets are of 32 bits, also those behind the end
     device = pred.device
     target, places = layout(target)
     parts = division(size)
@@ -304,13 +214,13 @@ def forward(
         partials = torch.empty(SUMS.value * programs, dtype=torch.float64, device=device)
     written = grad if programs == pairs else None
     scale, on_device = 2 / (size * pairs), isinstance(grad_scale, Tensor)
-    most = PAIR_LANES if programs == pairs else min(PAIR_LANES, _CHUNKED_PAIR_LANES)
+    most = min(PAIR_LANES if programs == pairs else CHUNKED_PAIR_LANES, 256 * parts["num_warps"])
     pair_lanes = min(most, max(16, 1 << (pairs - 1).bit_length()))
     with torch.cuda.device_of(pred):
         _preference_fwd_kernel[(programs,)](
             pred, target, ref_pred, statistics[2 + 5 * pairs :] if ref_error is None else ref_error,
             weights, grad_scale if on_device else None,
-            loss, reject, statistics, written, partials, _ticket(device),
+            loss, reject, statistics, written, partials, _ticket(device, own_ticket),
             size, pairs, pred.stride(0), target.stride(0),
             0 if ref_pred is None else ref_pred.stride(0), 0 if written is None else written.stride(0),
             0.5 * beta, learn_sign, tie_tol, scale if on_device else scale * grad_scale,
@@ -336,7 +246,8 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, reject, statistics = forward(pred, target, *rest)
-        ctx.save_for_backward(pred, target, coefficients(statistics, len(reject)))
+        # `.data`: what a caller does to a statistic in place is nothing to the gradient.
+        ctx.save_for_backward(pred, target, coefficients(statistics.data, len(reject)))
         ctx.mark_non_differentiable(reject, statistics)
         ctx.set_materialize_grads(False)  # else each output without a gradient costs a launch for its zeros
         return loss, reject, statistics

@@ -40,7 +40,7 @@ class PreferenceLoss:
         reject: (B,) bool, the anchor test D_w <= tie_tol, whatever the flipper.
         logit: (B,), -(beta/2) omega (D_w - a D_l).
         model_error: (2B,), the policy's mean squared errors, winners first.
-        ref_error: (2B,), the reference's.
+        ref_error: (2B,), the reference's; where they were given, the very tensor.
         aaf_rate: (), mean of `reject`: the share of pairs on which the policy beats the reference on its anchor.
         implicit_acc: (), share of logits > 0 over all pairs. On learned pairs (not rejected) that is no preference
             accuracy.
@@ -77,7 +77,8 @@ def preference_loss(
 
     Gradients flow to `model_pred` alone. Any number of latent dims. Predictions are read in place in any dense memory
     format (channels_last) that they share, targets in any format whatever; what is not (gaps between the elements of a
-    row) is copied first. Nothing syncs with the host.
+    row) is copied first. Nothing syncs with the host. It can be differentiated once, in reverse mode, from inputs that
+    have not changed since.
 
     Args:
         model_pred: (2B, *latent), float16, bfloat16, float32 or float64: the policy's predictions, winners first.
@@ -124,20 +125,14 @@ def loss_and_grad(
         result, grad = loss_and_grad(model_pred, target, ref_error=ref_error, grad_scale=1 / accumulation)
         model_pred.backward(grad)
 
+    The other arguments are those of `preference_loss`.
+
     Args:
-        model_pred: as in `preference_loss`, like all that is not explained here.
-        target: likewise.
-        ref_pred: likewise.
-        ref_error: likewise.
-        beta: likewise.
-        flipper: likewise.
-        tie_tol: likewise.
-        weights: likewise.
         grad_scale: multiplies the gradient before that is rounded to its dtype, and not the loss: a number, or a
-            float32 tensor of one element on the device (a gradient scaler's factor, which so never visits the host).
+            float32 tensor of one element on the device (a gradient scaler's factor, which so never visits the host;
+            and in a compiled step a new value is no reason to compile anew).
         overwrite: whether the gradient is written over `model_pred`, which is gone then. Autograd is told: an operation
-            that had kept `model_pred` for its own backward raises there.
-        backend: likewise.
+            that had kept `model_pred` for its own backward raises there. In a compiled step it is copied there.
 
     Returns:
         Loss and statistics, none of which carries a gradient, and the gradient: shape and dtype of `model_pred`, and
@@ -203,7 +198,7 @@ def denoising_errors(pred: Tensor, target: Tensor, backend: Backend = "auto") ->
     """
     arguments.check_prediction("pred", pred)
     arguments.check_target(target, "pred", pred)
-    kernels = arguments.kernels(backend, pred.device)
+    kernels = arguments.kernels_for(backend, pred.device)
     order = arguments.memory_order(pred)
     return kernels.denoising_errors(arguments.rows(pred, order), arguments.ordered(target.detach(), order))
 
@@ -226,12 +221,12 @@ def _inputs(
     arguments.check_reference(ref_pred, ref_error, model_pred)
     arguments.check_number("beta", beta)
     arguments.check_number("tie_tol", tie_tol)
-    if flipper not in LEARN_SIGN:
+    if flipper not in tuple(LEARN_SIGN):
         raise ValueError(f"flipper: {flipper!r} is unknown, use one of {', '.join(LEARN_SIGN)}")
     if weights is not None:
         arguments.check_vector("weights", weights, len(model_pred) // 2, arguments.DTYPES, model_pred.device)
         weights = weights.detach().float().contiguous()
-    kernels = arguments.kernels(backend, model_pred.device)
+    kernels = arguments.kernels_for(backend, model_pred.device)
     order = arguments.memory_order(model_pred)
     return kernels, (
         arguments.rows(model_pred, order),

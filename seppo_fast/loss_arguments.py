@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from numbers import Real
 from types import ModuleType
 from typing import Literal
 
@@ -18,12 +16,19 @@ BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OLDEST_GPU = 8  # compute capability: Ampere, the first with bfloat16
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def memory_order(pred: Tensor) -> list[int]:
     """The dims of `pred`, rows first, the others from the farthest apart in memory to the nearest."""
-    return [0, *sorted(range(1, pred.ndim), key=pred.stride, reverse=True)]
+    order = [0]
+    for dim in range(1, pred.ndim):  # `sorted` takes no strides that torch.compile keeps open
+        place = len(order)
+        while place > 1 and pred.stride(order[place - 1]) < pred.stride(dim):
+            place -= 1
+        order.insert(place, dim)
+    return order
 
 
 def ordered(x: Tensor, order: list[int]) -> Tensor:
@@ -55,7 +60,7 @@ def rows_are_dense(pred: Tensor, order: list[int]) -> bool:
     return True
 
 
-def kernels(backend: str, device: torch.device) -> ModuleType:
+def kernels_for(backend: str, device: torch.device) -> ModuleType:
     """`kernels/preference.py`, its twin `eager.py` or, in a step that is compiled, its `operators.py`: same functions.
 
     Raises:
@@ -98,8 +103,16 @@ def _obstacle(device: torch.device) -> str | None:
     )
 
 
+def check_tensor(name: str, x: object) -> None:
+    """A dense tensor, whatever it holds."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        what = f"a tensor of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: a dense torch tensor is needed, got {what}")
+
+
 def check_prediction(name: str, pred: Tensor) -> None:
     """A batch of latents, nowhere empty, of a dtype that the kernels read."""
+    check_tensor(name, pred)
     if pred.ndim < 2 or pred.numel() == 0:
         raise ValueError(f"{name}: a batch (rows, *latent), nowhere empty, is needed, got {_shape(pred)}")
     _check_dtype(name, pred, DTYPES)
@@ -113,6 +126,7 @@ def check_pairs(name: str, pred: Tensor) -> None:
 
 def check_target(target: Tensor, name: str, pred: Tensor) -> None:
     """Rows as `pred`, or half of them, on its device."""
+    check_tensor("target", target)
     rows, latent = len(pred), pred.shape[1:]
     shared = rows % 2 == 0 and target.shape == (rows // 2, *latent)
     if target.shape != pred.shape and not shared:
@@ -127,6 +141,7 @@ def check_reference(ref_pred: Tensor | None, ref_error: Tensor | None, model_pre
         given = "neither" if ref_pred is None else "both"
         raise ValueError(f"ref_pred, ref_error: exactly one of them is needed, got {given}")
     if ref_pred is not None:
+        check_tensor("ref_pred", ref_pred)
         if ref_pred.shape != model_pred.shape:
             raise ValueError(f"ref_pred: {_shape(model_pred)} as model_pred is needed, got {_shape(ref_pred)}")
         _check_dtype("ref_pred", ref_pred, DTYPES)
@@ -138,6 +153,7 @@ def check_reference(ref_pred: Tensor | None, ref_error: Tensor | None, model_pre
 
 def check_vector(name: str, x: Tensor, rows: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     """One number a row."""
+    check_tensor(name, x)
     if x.shape != (rows,):
         raise ValueError(f"{name}: shape ({rows},) is needed, got {_shape(x)}")
     _check_dtype(name, x, dtypes)
@@ -158,7 +174,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 def check_number(name: str, value: object) -> None:
     """A finite number that is not negative."""
     # A tensor is refused because reading it would wait for the device.
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+    if not isinstance(value, int | float) or not 0 <= value <= _FLOAT32_MAX:
         raise ValueError(f"{name}: a finite number >= 0 is needed, got {value!r}")
 
 
@@ -169,14 +185,17 @@ def check_scale(name: str, value: object, device: torch.device) -> None:
             what = f"{str(value.dtype).removeprefix('torch.')} {_shape(value)}"
             raise ValueError(f"{name}: a number or a float32 tensor of one element is needed, got {what}")
         _check_device(name, value, device)
-    elif not isinstance(value, Real) or not math.isfinite(value):
+    elif not isinstance(value, int | float) or not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
         raise ValueError(f"{name}: a finite number or a float32 tensor of one element is needed, got {value!r}")
 
 
 def check_writable(name: str, pred: Tensor) -> None:
-    """No two elements in one place."""
-    if any(size > 1 and stride == 0 for size, stride in zip(pred.shape, pred.stride(), strict=True)):
-        raise ValueError(f"{name}: elements of model_pred share their memory (it is expanded), so none can be written")
+    """No two elements in one place, as far as strides alone tell."""
+    reach = 0
+    for stride, size in sorted(zip(pred.stride(), pred.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{name}: elements of model_pred share their memory (expanded?), so it is not written")
+        reach += (size - 1) * stride
 
 
 def _shape(x: Tensor) -> str:

@@ -11,7 +11,6 @@ from benchmarks.exactness import (
     APART,
     BETA,
     RECIPES,
-    RESULT,
     TIE,
     anchor_and_logit,
     exactness_table,
@@ -21,6 +20,7 @@ from benchmarks.exactness import (
     public_recipe,
     truth,
 )
+from benchmarks.readme import RESULTS
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
 from tests.preference_reference import INTERPRETED, PLACES, close, predictions, reference
 
@@ -119,7 +119,7 @@ def test_a_row_is_what_it_says():
 
 
 def test_table_has_a_line_for_every_recipe():
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "exactness.json").read_text(encoding="utf-8"))
     assert {(row["recipe"], row["apart"]) for row in result["rows"]} == {
         (name, apart) for name in RECIPES for apart in APART
     }

@@ -272,3 +272,12 @@ def test_drop_in_spellings():
         for field in dataclasses.fields(PreferenceLoss):
             assert torch.equal(getattr(result, field.name), getattr(expected, field.name))
         assert torch.equal(short(model_pred, ref_pred, target).loss, short(model_pred, ref_pred, target, 2000.0).loss)
+
+
+def test_what_is_done_to_a_statistic_leaves_the_gradient_alone(place):
+    backend, device = place
+    model_pred, target, ref_pred = predictions((4, 3, 5), device=device)
+    plain, changed = (preference_loss(model_pred, target, ref_pred, beta=20.0, backend=backend) for _ in range(2))
+    changed.logit.neg_()
+    changed.aaf_rate.add_(1)
+    assert torch.equal(*(torch.autograd.grad(result.loss, model_pred)[0] for result in (plain, changed)))

@@ -25,6 +25,14 @@ BAD = [
     ({"model_pred": torch.zeros(4)}, "model_pred", r"\(4,\)"),
     ({"model_pred": X.long()}, "model_pred", "float32.*int64"),
     ({"model_pred": X.cfloat()}, "model_pred", "float32.*complex64"),
+    ({"model_pred": None}, "model_pred", "tensor is needed, got NoneType"),
+    ({"model_pred": X.to_sparse()}, "model_pred", "dense torch tensor.*sparse_coo"),
+    ({"target": X.numpy()}, "target", "tensor is needed, got ndarray"),
+    ({"ref_pred": [1.0]}, "ref_pred", "tensor is needed, got list"),
+    ({"weights": 1.0}, "weights", "tensor is needed, got float"),
+    ({"flipper": []}, "flipper", "unknown"),
+    ({"beta": 10**400}, "beta", "finite"),
+    ({"beta": 1e39}, "beta", "finite"),
     ({"target": torch.zeros(4, 3, 6)}, "target", r"\(4, 3, 5\).*\(4, 3, 6\)"),
     ({"target": torch.zeros(1, 3, 5)}, "target", r"\(1, 3, 5\)"),
     ({"target": torch.zeros(4, 15)}, "target", r"\(4, 15\)"),
@@ -92,11 +100,11 @@ def test_gpus_that_are_too_old(major, monkeypatch):
     pytest.importorskip("triton")
     device = torch.device("cuda", 0)
     if major == 8:
-        assert loss_arguments.kernels("auto", device).__name__.endswith("preference")
+        assert loss_arguments.kernels_for("auto", device).__name__.endswith("preference")
         return
-    assert loss_arguments.kernels("auto", device) is eager
+    assert loss_arguments.kernels_for("auto", device) is eager
     with pytest.raises(ValueError, match=r"^backend: .*8\.0 or newer, got 7\.5 \(Tesla T4\); use 'torch'"):
-        loss_arguments.kernels("triton", device)
+        loss_arguments.kernels_for("triton", device)
 
 
 def test_import_needs_torch_alone():

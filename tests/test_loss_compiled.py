@@ -149,3 +149,26 @@ def test_graph_holds_the_operators_and_no_part_of_a_kernel(place):
     names = ("preference", "loss_and_grad", "denoising_errors")
     assert ours == [f"seppo_fast.{name}.default" for name in names] * (backend == "triton")
     assert any("softplus" in name for name in called) == (backend == "torch")
+
+
+def test_one_compiled_function_takes_any_size_and_number(place):
+    backend, device = place
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(model_pred, target, ref_error, scale):
+        result, grad = loss_and_grad(model_pred, target, ref_error=ref_error, grad_scale=scale, backend=backend)
+        return result.loss, grad, preference_loss(model_pred, target, ref_error=ref_error, backend=backend).loss
+
+    for number, shape in enumerate([(6, 3, 5, 4), (4, 3, 5, 4), (8, 3, 8, 9), (2, 3, 7, 6)]):
+        target = torch.randn(shape, device=device)
+        model_pred = (target + 0.4).contiguous(memory_format=torch.channels_last)
+        scale = torch.tensor(1.0 + number, device=device)
+        ref_error = denoising_errors(target + 0.39, target, backend)
+        loss, grad, again = step(model_pred, target, ref_error, scale)
+        expected, expected_grad = loss_and_grad(
+            model_pred, target, ref_error=ref_error, grad_scale=scale, backend=backend
+        )
+        for ours, theirs in ((loss, expected.loss), (again, expected.loss), (grad, expected_grad)):
+            _same(ours, theirs)
+    assert counter.frame_count <= 4

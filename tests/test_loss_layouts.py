@@ -170,8 +170,8 @@ def test_whatever_is_not_read_in_place_gives_the_same_values(place):
     model_pred, target, ref_pred = (x.detach() for x in predictions((4, 3, 2, 6, 5), device=device))
     expected = reference(model_pred, target, ref_pred, beta=50.0)
     lay_outs = (_plain, _channels_last, _gaps, _reversed)
-    for first, second, third in itertools.product(lay_outs, lay_outs, (_plain, _gaps)):
-        gradients, logit, _ = _three_gradients([first(model_pred.clone()), second(target), third(ref_pred)], backend)
+    for first, second in itertools.product(lay_outs, lay_outs):
+        gradients, logit, _ = _three_gradients([first(model_pred.clone()), second(target), second(ref_pred)], backend)
         close(logit, expected.logit, rtol=2e-6, atol=1e-6)
         assert all(relative_rms(grad, expected.grad) < 1e-6 for grad in gradients)
 

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tests.kernels.launches import Launch, launches
+from tests.kernels.launches import launches
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -43,14 +43,16 @@ class Code:
     """A compiled kernel.
 
     Attributes:
-        launch: what it was compiled for; `result` is Triton's compiled kernel.
+        kernel: Triton's, with the text of every stage.
+        folds: that a program was compiled for.
     """
 
-    launch: Launch
+    kernel: Any
+    folds: int
 
     @cached_property
     def ptx(self) -> str:
-        return self.launch.result.asm["ptx"]
+        return self.kernel.asm["ptx"]
 
     @cached_property
     def usage(self) -> dict[str, int]:
@@ -70,7 +72,7 @@ class Code:
 
     def _tool(self, name: str, option: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.launch.result.asm["cubin"])
+            file.write(self.kernel.asm["cubin"])
             file.flush()
             return subprocess.run([_TOOLS / name, option, file.name], check=True, capture_output=True, text=True).stdout
 
@@ -79,4 +81,4 @@ def compiled(target: GPUTarget, call: Callable[[], Any]) -> list[Code]:
     """The kernels that `call` launches, compiled for the target with what that launch specialises to, and not run."""
     with mock.patch.object(driver, "_active", _Driver(target)), launches(warmup=True) as made:
         call()
-    return [Code(launch) for launch in made]
+    return [Code(launch.result, launch.arguments.get("FOLDS", 1)) for launch in made]

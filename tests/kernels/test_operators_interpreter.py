@@ -36,7 +36,8 @@ def test_operators_of_errors_pass_torchs_checks(shared):
     pred, target, *_ = _inputs((4, 35), "ref_pred", shared)
     torch.library.opcheck(operators._denoising_errors, (pred, target))
     torch.library.opcheck(operators._denoising_errors, (pred.detach(), target))
-    torch.library.opcheck(operators._scaled_residual, (pred.detach(), target, torch.rand(4)))
+    for factor in (None, torch.tensor(0.5)):
+        torch.library.opcheck(operators._scaled_residual, (pred.detach(), target, torch.rand(4), 2.0, factor))
 
 
 def test_operators_take_strided_rows_and_targets_of_three_dims():

@@ -38,6 +38,7 @@ def _divide(monkeypatch, lanes, folds, pair_lanes):
     monkeypatch.setattr(errors, "LANES", lanes)
     monkeypatch.setattr(errors, "FOLDS", folds)
     monkeypatch.setattr(preference, "PAIR_LANES", pair_lanes)
+    monkeypatch.setattr(preference, "CHUNKED_PAIR_LANES", pair_lanes)
 
 
 def _values(result):
@@ -70,7 +71,7 @@ def _check(shape, shared, dtype=torch.float32):
 
 
 def test_this_process_interprets():
-    assert preference.INTERPRETED
+    assert errors.INTERPRETED
 
 
 # One chunk and several, one block of pairs and several, odd and even numbers of both.
@@ -142,7 +143,7 @@ def test_programs_may_end_in_any_order(size, small, poisoned_memory, monkeypatch
 
 def test_a_ticket_serves_launch_after_launch(small, monkeypatch):
     ticket = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(preference, "_ticket", lambda device: ticket)
+    monkeypatch.setattr(preference, "_ticket", lambda device, own: ticket)
     for shape in ((14, 31), (2, 100), (10, 40), (2, 1)):
         with launches() as made:
             _check(shape, shared=False)
