@@ -40,7 +40,8 @@ class Row:
         mfu: counted FLOP over time and the nominal dense peak of the device.
         pairs_per_s: samples or pairs a second.
         gb_per_s: 10^9 bytes moved a second, by a model of them, for what is bound by memory.
-        share_of_step: of the provider's own time for a whole unit; of a loss, that its time is of a training step's.
+        share_of_step: of the provider's own time for a whole unit; of a loss, that its time is of
+            a training step's; of a switch, of the learning between two draws.
     """
 
     suite: str

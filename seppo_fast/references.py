@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from seppo_fast.diffusion import keyed_rng
 from seppo_fast.errors import CheckpointError
+from seppo_fast.exchange import exchange, put_aside, take_back
 from seppo_fast.node import Node
 from seppo_fast.pool_files import Member, Tier, checked_members, map_member, save_members
 from seppo_fast.resident import Resident
@@ -58,6 +59,12 @@ class ReferencePool:
         folder: Path | None = None,
         node: Node | None = None,
     ) -> None:
+        if draw not in get_args(Draw):
+            raise ValueError(f"draw: {draw!r} is unknown, use one of {', '.join(get_args(Draw))}")
+        if rule not in get_args(Rule):
+            raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(Rule))}")
+        if keep is not None and keep < 2:
+            raise ValueError(f"keep: at least 2 is needed, the initial policy and another one, got {keep}")
         self._seed = seed
         self._draw = draw
         self._keep = keep
@@ -70,6 +77,7 @@ class ReferencePool:
         self._tiers: Tiers | None = None  # made when the first checkpoint comes
         self._slot: Resident | None = None  # made when a reference is asked for
         self._bound: nn.Module | None = None
+        self._inside: nn.Module | None = None
 
     def __len__(self) -> int:
         """Checkpoints so far, with those that a bounded pool has dropped."""
@@ -90,21 +98,26 @@ class ReferencePool:
         """Copies the trained state of a module; returns the index of the new checkpoint, kept or not.
 
         Raises:
-            ValueError: tensors that are not those of the checkpoints before; lists names and shapes.
+            ValueError: no tensors, or not those of the checkpoints before (lists names and shapes); a module that is a
+                reference just now.
             PoolFullError: no tier has room for it, or the disk refuses; says how much is needed.
         """
+        self._refuse_resident(module)
         tiers = self._tiers
         if tiers is None:
-            device = next((tensor.device for tensor in trained_state(module).values()), torch.device("cpu"))
+            state = trained_state(module)
+            if not state:
+                raise ValueError("module: it has no trained parameters and no buffers")
+            device = next(iter(state.values())).device
             tiers = Tiers(Table.of(module, self._compute), device, self._budget, self._folder, self._node)
-        tiers.table.check(module)
+        state = tiers.table.check(module)
         number, goes = self._count, None
         if self._keep is not None:
             goes = makes_way(self._rule, list(tiers.members), number, self._keep, self._seed)
-        if goes is not None and goes != number:
-            tiers.discard(goes)
-        if goes != number:
-            tiers.put(number, trained_state(module))
+        if goes is None:
+            tiers.put(number, state)
+        elif goes != number:
+            tiers.replace(goes, number, state)
         self._tiers = tiers
         self._count += 1
         return number
@@ -147,15 +160,17 @@ class ReferencePool:
         """Makes a module checkpoint `index`: by one copy where it is bound (see `bind`), else tensor by tensor.
 
         Raises:
-            ValueError: no such checkpoint; tensors that are not those of the pool.
+            ValueError: no such checkpoint; tensors that are not those of the pool; a module that is resident.
         """
+        self._refuse_resident(module)
         member = self._member(index)
         if module is self._bound:
             self._resident().switch(index, member)
             return
-        views = self._known(module).table.views(member.slab)
+        tiers, state = self._known(module)
+        views = tiers.table.views(member.slab)
         with torch.no_grad():
-            for name, tensor in trained_state(module).items():
+            for name, tensor in state.items():
                 tensor.copy_(views[name])
 
     def bind(self, module: nn.Module) -> None:
@@ -164,10 +179,12 @@ class ReferencePool:
         For a module that is never trained, one a pool.
 
         Raises:
-            ValueError: tensors that are not those of the pool.
+            ValueError: tensors that are not those of the pool; another module is bound.
         """
-        self._known(module)
-        _set(module, self._resident().views)
+        if self._bound not in (None, module):
+            raise ValueError("module: another one is bound to this pool")
+        _, state = self._known(module)
+        _set(state, self._resident().views)
         self._bound = module
 
     @contextmanager
@@ -175,31 +192,40 @@ class ReferencePool:
         """`module` is checkpoint `index` inside the block and itself again after it, also on an error.
 
         One module is enough because a drawn reference is frozen: all that depends on it is made ahead of the updates
-        that use it. Nothing is copied but the checkpoint; the module's own tensors stay where they are.
+        that use it. Nothing is copied but the checkpoint; the module's own parameters are taken out meanwhile, with
+        their gradients, hooks and memory.
 
         Args:
             module: the policy. Nothing may train it inside the block.
             index: of the checkpoint.
-            aside: where the module's own tensors wait instead, to free the memory of its device; they come back to new
-                places, and the resident slab is given up. None, or its own device: they stay.
+            aside: where the data of its own tensors wait, to free the memory of their device, and that of the slab
+                after the block; None, or a device of the same kind: they stay where they are.
 
         Raises:
-            ValueError: as `load_into`.
+            ValueError: as `load_into`; another module is resident.
         """
-        member, device = self._member(index), self._known(module).device
-        own = {name: tensor.data for name, tensor in trained_state(module).items()}
-        moved = aside is not None and aside.type != device.type
-        if moved:
-            own = {name: tensor.to(aside) for name, tensor in own.items()}
-            _set(module, own)  # before the slab takes memory
+        if self._inside is not None:
+            raise ValueError("module: another reference of this pool is resident")
+        member, (tiers, state) = self._member(index), self._known(module)
+        copies: dict[str, Tensor] = {}
+        if aside is not None and aside.type != tiers.device.type:
+            copies = put_aside(state, aside)
+        stand_ins: dict[str, Tensor] = {}
+        self._inside = module
         try:
-            self._resident().switch(index, member)
-            _set(module, self._resident().views)
+            resident = self._resident()
+            resident.switch(index, member)
+            stand_ins = resident.stand_ins(state)
+            exchange(module, state, stand_ins)
             yield module
         finally:
-            if moved:
+            if stand_ins:
+                exchange(module, stand_ins, state)
+            if copies:
+                stand_ins.clear()
                 self._give_up_resident()
-            _set(module, {name: tensor.to(device) for name, tensor in own.items()})
+                take_back(state, copies)
+            self._inside = None
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
         """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
@@ -255,11 +281,14 @@ class ReferencePool:
             raise ValueError(f"index: {index} is not one of the checkpoints that are kept, {sorted(self.tiers)}")
         return self._tiers.members[index]
 
-    def _known(self, module: nn.Module) -> Tiers:
+    def _refuse_resident(self, module: nn.Module) -> None:
+        if module is self._inside:
+            raise ValueError("module: it is resident, a reference of this pool")
+
+    def _known(self, module: nn.Module) -> tuple[Tiers, dict[str, Tensor]]:
         if not self._tiers:
             raise ValueError("module: the pool is empty; add checkpoint 0, the initial policy, first")
-        self._tiers.table.check(module)
-        return self._tiers
+        return self._tiers, self._tiers.table.check(module)
 
     def _resident(self) -> Resident:
         assert self._tiers
@@ -273,7 +302,7 @@ class ReferencePool:
             self._slot = None
 
 
-def _set(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The module's trained state becomes these tensors, which may have other dtypes."""
-    for name, tensor in trained_state(module).items():
+def _set(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """A module's live tensors become these, which may have other dtypes."""
+    for name, tensor in state.items():
         tensor.data = tensors[name]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seppo_fast.pool_files import Member
 from seppo_fast.slab import Table
@@ -26,11 +27,21 @@ class Resident:
         self._slab = torch.zeros(table.size, dtype=torch.uint8, device=device)
         self.views = table.views(self._slab)
         self._index: int | None = None
+        self._version = 0
+        self._stand_ins: dict[str, Tensor] = {}
         self._ahead: Tensor | None = None
         self._ahead_index: int | None = None
         self._coming: Future[torch.cuda.Event | None] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="seppo-prefetch")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def stand_ins(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each of a module's trained parameters and buffers one of its kind, a view of the slab."""
+        if not self._stand_ins:
+            for name, tensor in state.items():
+                view = self.views[name]
+                self._stand_ins[name] = nn.Parameter(view) if isinstance(tensor, nn.Parameter) else view
+        return self._stand_ins
 
     def prefetch(self, index: int, member: Member) -> None:
         """Starts bringing a checkpoint up, into a second slab; the one that `switch` asks for may be another."""
@@ -48,7 +59,7 @@ class Resident:
 
     def switch(self, index: int, member: Member) -> None:
         """The slab becomes checkpoint `index`: one copy, or none where it is that already."""
-        if index == self._index:
+        if index == self._index and self._slab._version == self._version:
             return
         source = member.slab
         if index == self._ahead_index:
@@ -57,7 +68,7 @@ class Resident:
             source = self._ahead
         self._index = None  # should the copy fail
         self._slab.copy_(source, non_blocking=True)
-        self._index = index
+        self._index, self._version = index, self._slab._version  # a module may write to its buffers
 
     def close(self) -> None:
         """Ends what is still coming."""

@@ -117,16 +117,17 @@ class Table:
         for name, view in self.views(slab).items():
             view.copy_(tensors[name])
 
-    def check(self, module: nn.Module) -> None:
-        """Compares names and shapes with a module's.
+    def check(self, module: nn.Module) -> dict[str, Tensor]:
+        """A module's state, its names and shapes compared with the table's.
 
         Raises:
             ValueError: they differ; it lists where, ten lines at most.
         """
         ours = {entry.name: entry.shape for entry in self.entries}
-        theirs = {name: tuple(tensor.shape) for name, tensor in trained_state(module).items()}
+        state = trained_state(module)
+        theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if ours == theirs:
-            return
+            return state
         lines = [f"{name}: {shape} is not in the module" for name, shape in ours.items() if name not in theirs]
         lines += [f"{name}: {shape} is not in the pool" for name, shape in theirs.items() if name not in ours]
         lines += [

@@ -88,13 +88,19 @@ class Tiers:
         self._settle()
         self.members[number] = member
 
-    def discard(self, number: int) -> None:
-        """A slab makes way; its memory is for the next one."""
-        member = self.members.pop(number)
+    def replace(self, gone: int, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
+        """`put`, with one slab making way for it; that stays where there is no room after all."""
+        member = self.members.pop(gone)
         if member.tier == "disk":
             self._rooms["disk"] += self.table.size
         else:
             self._left.append(member)
+        try:
+            self.put(number, tensors)
+        except PoolFullError:
+            self._rooms["disk"] -= self.table.size  # memory that is left over never refuses
+            self.members = dict(sorted({**self.members, gone: member}.items()))
+            raise
 
     def close(self) -> None:
         """Frees all memory and files."""

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seppo_fast.references import ReferencePool
+
 KEPT = (
-    "half", "brain", "double", "complex", "transposed", "gappy", "empty", "hollow", "scalar", "embedding.weight",
+    "fp16", "bf16", "fp64", "complex", "transposed", "gappy", "empty", "hollow", "scalar", "embedding.weight",
     "head.bias", "conv.weight", "conv.bias", "norm.weight", "norm.bias", "mask", "steps", "bytes", "norm.running_mean",
     "norm.running_var", "norm.num_batches_tracked",
 )  # fmt: skip
@@ -16,9 +18,9 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.half = nn.Parameter(torch.zeros(7, dtype=torch.float16))
-        self.brain = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
-        self.double = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.fp16 = nn.Parameter(torch.zeros(7, dtype=torch.float16))
+        self.bf16 = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
+        self.fp64 = nn.Parameter(torch.zeros(3, dtype=torch.float64))
         self.complex = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
         self.transposed = nn.Parameter(torch.zeros(3, 5).t())
         self.gappy = nn.Parameter(torch.zeros(4, 6)[:, ::2])
@@ -64,6 +66,24 @@ def same(module: nn.Module, expected: dict[str, Tensor], names: tuple[str, ...] 
     """Whether the module's tensors of these names are bit for bit the expected ones."""
     found = contents(module)
     return all(bits(found[name]) == bits(expected[name]) for name in names)
+
+
+def filled(checkpoints: int = 3, **settings) -> tuple[ReferencePool, dict[int, dict[str, Tensor]]]:
+    """A pool of random bits with these settings, and what each checkpoint must be."""
+    pool, module, expected = ReferencePool(0, **settings), Odd(), {}
+    for seed in range(checkpoints):
+        tensors = scrambled(module, seed)
+        expected[pool.add(module)] = tensors
+    return pool, expected
+
+
+def assert_holds(pool: ReferencePool, expected: dict[int, dict[str, Tensor]]) -> None:
+    """All that the pool keeps is what it must be."""
+    module = Odd()
+    for number in pool.tiers:
+        scrambled(module, 99)
+        pool.load_into(module, number)
+        assert same(module, expected[number]), number
 
 
 class Copies(TorchDispatchMode):

@@ -1,0 +1,57 @@
+"""A module that computes with other tensors for a while.
+
+Its own `Parameter` objects are taken out, not written to: an optimizer, hooks and the reducer of distributed training
+hold on to these, and assigning to `.data` would make autograd forget the hooks where dtype or device change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def exchange(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Puts `others` in the places of `own`, by name; a tensor with several places (tied weights) leaves them all.
+
+    Args:
+        module: holds `own`.
+        own: parameters and buffers.
+        others: for each a tensor of its kind.
+    """
+    replaced = {id(tensor): others[name] for name, tensor in own.items()}
+    for layer in module.modules():
+        places = (
+            *layer.named_parameters(recurse=False, remove_duplicate=False),
+            *layer.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for leaf, tensor in places:
+            if id(tensor) in replaced:
+                setattr(layer, leaf, replaced[id(tensor)])
+
+
+@torch.no_grad()
+def put_aside(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies tensors to a device and gives their own memory back; the tensors stay, without data.
+
+    One that shares its memory with others, or whose memory is a mapped file's, is left as it is and not in the result.
+    On a CPU whoever reads a tensor without data meanwhile crashes the process.
+    """
+    copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items() if _is_alone(tensor)}
+    for name in copies:
+        tensors[name].untyped_storage().resize_(0)
+    return copies
+
+
+@torch.no_grad()
+def take_back(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+    """Undoes `put_aside`; the data may lie elsewhere afterwards."""
+    for name, copy in copies.items():
+        tensors[name].untyped_storage().resize_(copy.untyped_storage().nbytes())
+        tensors[name].copy_(copy)
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage()
+    return storage.resizable() and storage.nbytes() == tensor.numel() * tensor.element_size()
