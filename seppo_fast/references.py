@@ -63,6 +63,8 @@ class ReferencePool:
             raise ValueError(f"draw: {draw!r} is unknown, use one of {', '.join(get_args(Draw))}")
         if rule not in get_args(Rule):
             raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(Rule))}")
+        if draw == "newest" and keep is not None and rule != "newest":
+            raise ValueError(f"rule: a bounded pool whose newest is drawn must keep it, got {rule!r}")
         if keep is not None and keep < 2:
             raise ValueError(f"keep: at least 2 is needed, the initial policy and another one, got {keep}")
         self._seed = seed
@@ -165,6 +167,8 @@ class ReferencePool:
         self._refuse_resident(module)
         member = self._member(index)
         if module is self._bound:
+            if self._inside is not None:
+                raise ValueError("module: another reference of this pool is resident")
             self._resident().switch(index, member)
             return
         tiers, state = self._known(module)
@@ -184,7 +188,7 @@ class ReferencePool:
         if self._bound not in (None, module):
             raise ValueError("module: another one is bound to this pool")
         _, state = self._known(module)
-        _set(state, self._resident().views)
+        exchange(module, state, self._resident().stand_ins(state))
         self._bound = module
 
     @contextmanager
@@ -193,7 +197,7 @@ class ReferencePool:
 
         One module is enough because a drawn reference is frozen: all that depends on it is made ahead of the updates
         that use it. Nothing is copied but the checkpoint; the module's own parameters are taken out meanwhile, with
-        their gradients, hooks and memory.
+        their gradients, hooks and memory. A bound module becomes the same checkpoint.
 
         Args:
             module: the policy. Nothing may train it inside the block.
@@ -300,9 +304,3 @@ class ReferencePool:
         if self._slot is not None:
             self._slot.close()
             self._slot = None
-
-
-def _set(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """A module's live tensors become these, which may have other dtypes."""
-    for name, tensor in state.items():
-        tensor.data = tensors[name]

@@ -121,6 +121,11 @@ def test_what_runs_in_the_block_changes_no_checkpoint():
                 assert same(module, before, names)
                 module(torch.arange(12.0).view(4, 3))
         assert same(module, before, names)
+        pool.bind(module)
+        for _ in range(2):
+            pool.load_into(module, 0)
+            assert same(module, before, names)
+            module(torch.arange(12.0).view(4, 3))
 
 
 def test_a_bound_module_is_the_checkpoint_that_was_loaded(pool_of_odd):
@@ -285,3 +290,13 @@ def test_one_module_is_bound():
     with pytest.raises(ValueError, match="bound"):
         pool.bind(second)
     assert second.weight.item() == 9
+
+
+def test_a_bound_module_is_not_loaded_while_another_is_a_reference():
+    """Both read one slab."""
+    pool, policy, bound = filled_with_numbers(2), weight_of(9.0), weight_of(9.0)
+    pool.bind(bound)
+    with pool.resident(policy, 0):
+        with pytest.raises(ValueError, match="resident"):
+            pool.load_into(bound, 1)
+        assert policy.weight.item() == 0
