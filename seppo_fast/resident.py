@@ -71,8 +71,9 @@ class Resident:
         self._index, self._version = index, self._slab._version  # a module may write to its buffers
 
     def close(self) -> None:
-        """Ends what is still coming."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        """Waits for what is still coming, since its memory goes."""
+        self._settle()
+        self._reader.shutdown()
 
     def _bring(self, slab: Tensor) -> torch.cuda.Event | None:
         assert self._ahead is not None
