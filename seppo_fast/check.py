@@ -8,13 +8,14 @@ from diffusers import UNet2DConditionModel
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import truncation
 from seppo_fast.data.scan import scan
-from seppo_fast.dial import turn_dial
+from seppo_fast.dial import checkpoints, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import DataError
 from seppo_fast.memory import free_bytes, sampling_footprint, training_footprint
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, make_trainable, trainable
 from seppo_fast.preflight import preflight
+from seppo_fast.slab import Table
 from seppo_fast.trainer import load_family
 
 
@@ -59,6 +60,10 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+def _tier(gib: float | None) -> str:
+    return "what is free" if gib is None else _size(int(gib * 2**30))
+
+
 def _memory(
     config: Config,
     unet: UNet2DConditionModel,
@@ -72,22 +77,21 @@ def _memory(
     states = 2 * trained * (1 if config.train.optimizer == "adamw8bit" else 4)
     average = trained * 4 if config.train.ema_decay else 0
     parked = config.reference.park or (config.reference.park is None and config.memory == "low")
-    swapped = trained * 4  # the policy, while a reference has its place
-    draw = OBJECTIVES[config.objective].draw
-    iterations = -(-config.train.updates // config.train.updates_per_iteration)
-    checkpoints = {None: 0, "initial": 1}.get(draw, iterations)
+    references = checkpoints(config)
+    slab = Table.of(unet, DTYPES[config.model.precision]).size if references else 0
     shapes = (latent_shape, prompt_shape, DTYPES[config.model.precision], device)
     pair = training_footprint(unet, *shapes)
     sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1)
     return [
         f"trained: {trained:,} of {sum(parameter.numel() for parameter in unet.parameters()):,} weights",
-        f"device memory: {_size(weights + states + average + (0 if parked else swapped))} for weights, "
-        f"optimizer{'' if parked else ' and one swapped copy'}",
+        f"device memory: {_size(weights + states + average + (0 if parked else slab))} for weights, "
+        f"optimizer{' and a reference' if slab and not parked else ''}",
         f"  and while learning {_size(pair.fixed)} and {_size(pair.per_row)} a pair "
         f"(train.micro_batch = {config.train.micro_batch or 'what fits'})",
         f"  or while sampling {_size(sample.fixed)} and {_size(sample.per_row)} a sample "
         f"(sampler.batch = {config.sampler.batch or 'what fits'})",
         f"  of {_size(free_bytes(device))} free now on {device}",
-        f"host memory: {_size(checkpoints * trained * 4)} a process for {checkpoints} references"
-        + (f", {_size(states + swapped)} for what is parked" if parked else ""),
+        f"references: {references} of {_size(slab)}, in GPU memory, else in {_tier(config.reference.host_gib)} of the "
+        f"machine's memory, else on {_tier(config.reference.disk_gib)} of disk",
+        *([f"host memory: {_size(states + trained * 4)} a process for what is parked"] if parked else []),
     ]

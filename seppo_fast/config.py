@@ -117,10 +117,10 @@ class ReferenceConfig(_Section):
     keep: int | None = Field(
         None,
         ge=2,
-        description="past policies kept, the initial one among them; null: all (SD-1.5 in bf16: 1.6 GiB each)",
+        description="past policies kept, the initial one among them; null: all (all weights in bf16: 1.6 GiB each)",
     )
     keep_rule: Literal["newest", "spread", "reservoir"] = Field(
-        "reservoir", description="which: reservoir keeps draws uniform over all past policies, the others change them"
+        "reservoir", description="with keep: by reservoir each past policy is as likely to be drawn as without a bound"
     )
     gpu_gib: float | None = Field(
         None, ge=0, description="GPU memory for past policies; null: all of the run, up to 0.15 of what is free"
@@ -129,7 +129,7 @@ class ReferenceConfig(_Section):
         None, ge=0, description="host memory of a machine for those beyond; null: half of what is free"
     )
     disk_gib: float | None = Field(
-        None, ge=0, description="disk, beside data.cache, for those beyond; null: nine tenths of what is free"
+        None, ge=0, description="disk, in data.cache, for those beyond; null: nine tenths of what is free"
     )
     pairs_gib: float | None = Field(
         None, ge=0, description="host memory for samples that wait, the rest on disk; null: a quarter of what is free"
@@ -260,6 +260,10 @@ def refuse_contradictions(config: Config) -> None:
         raise ConfigError(
             "reference.errors = together needs model.train = lora: policy and reference share one forward only "
             "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
+        )
+    if config.reference.keep is not None and OBJECTIVES[config.objective].draw != "uniform":
+        raise ConfigError(
+            f"reference.keep: objective {config.objective!r} does not draw among its past policies; leave it out"
         )
     if config.reference.errors != "ahead" and OBJECTIVES[config.objective].draw is None:
         raise ConfigError(f"objective {config.objective!r} has no reference: leave out reference.errors")

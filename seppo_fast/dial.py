@@ -113,7 +113,7 @@ def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCach
 def _with_pool(config: Config, unet: UNet2DConditionModel, accelerator: Accelerator) -> Config:
     slab = Table.of(unet, DTYPES[config.model.precision]).size
     most = int(_POOL_SHARE * free_bytes(accelerator.device)) // slab
-    mine = torch.tensor([min(most, _checkpoints(config))], device=accelerator.device)
+    mine = torch.tensor([min(most, checkpoints(config))], device=accelerator.device)
     return _filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
 
 
@@ -154,8 +154,8 @@ def _trained_bytes(unet: UNet2DConditionModel) -> int:
     return sum(weight.numel() * weight.element_size() for weight in trainable(unet).values())
 
 
-def _checkpoints(config: Config) -> int:
-    """That are kept at the end of the run."""
+def checkpoints(config: Config) -> int:
+    """Past policies that a run keeps at its end."""
     draw = OBJECTIVES[config.objective].draw
     if draw in (None, "initial"):
         return 1 if draw else 0
@@ -165,12 +165,13 @@ def _checkpoints(config: Config) -> int:
 
 def _pool_bytes(config: Config, unet: UNet2DConditionModel, device: torch.device) -> int:
     """Of the device's memory: past policies that stay there, the one that is resident, one that comes up."""
-    checkpoints = _checkpoints(config)
-    if not checkpoints:
+    count = checkpoints(config)
+    if not count:
         return 0
     slab = Table.of(unet, DTYPES[config.model.precision]).size
     kept = int((config.reference.gpu_gib or 0) * 2**30) if device.type == "cuda" else 0
-    return kept + slab + (slab if device.type == "cuda" and kept < checkpoints * slab else 0)
+    comes_up = device.type == "cuda" and kept < count * slab and not config.reference.park
+    return kept + slab + (slab if comes_up else 0)
 
 
 def _learner_bytes(config: Config, unet: UNet2DConditionModel) -> int:

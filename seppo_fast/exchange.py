@@ -11,24 +11,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+Place = tuple[nn.Module, str, Tensor]
 
-def exchange(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+
+def exchange(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[Place]:
     """Puts `others` in the places of `own`, by name; a tensor with several places (tied weights) leaves them all.
 
     Args:
         module: holds `own`.
         own: parameters and buffers.
         others: for each a tensor of its kind.
+
+    Returns:
+        Layer, name and former tensor of each place, for `put_back`.
     """
     replaced = {id(tensor): others[name] for name, tensor in own.items()}
+    places = []
     for layer in module.modules():
-        places = (
+        found = (
             *layer.named_parameters(recurse=False, remove_duplicate=False),
             *layer.named_buffers(recurse=False, remove_duplicate=False),
         )
-        for leaf, tensor in places:
+        for leaf, tensor in found:
             if id(tensor) in replaced:
+                places.append((layer, leaf, tensor))
                 setattr(layer, leaf, replaced[id(tensor)])
+    return places
+
+
+def put_back(places: list[Place]) -> None:
+    """Undoes `exchange`, whatever stands in the places now."""
+    for layer, leaf, tensor in places:
+        setattr(layer, leaf, tensor)
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # names a machine; host names need not differ
 
 
 class Node:
@@ -20,16 +22,15 @@ class Node:
         rank: of this process.
 
     Attributes:
-        size: processes of the run on this machine.
+        world: processes of the run.
         owns: whether this process is the one that writes what they share.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]] = lambda value: [value], rank: int = 0) -> None:
         self._gather = gather
-        here = (socket.gethostname(), os.readlink("/proc/self/ns/pid")) if len(gather(rank)) > 1 else None
-        ranks = [other for other, place in enumerate(gather(here)) if place == here]
-        self._owner = ranks[0]
-        self.size = len(ranks)
+        self.world = len(gather(rank))
+        here = (_BOOT.read_text(), os.readlink("/proc/self/ns/pid")) if self.world > 1 else None
+        self._owner = gather(here).index(here)
         self.owns = rank == self._owner
 
     def wait(self) -> None:

@@ -75,8 +75,16 @@ def map_member(file: Path) -> tuple[Tensor, Table]:
     return slab, table
 
 
+Settings = Mapping[str, str | int | None]
+
+
 def save_members(
-    folder: Path, members: Mapping[int, Member], table: Table, count: int, previous: Path | None = None
+    folder: Path,
+    members: Mapping[int, Member],
+    table: Table,
+    count: int,
+    settings: Settings,
+    previous: Path | None = None,
 ) -> None:
     """Writes all checkpoints and their manifest into a folder that appears whole or not at all.
 
@@ -85,35 +93,36 @@ def save_members(
         members: by number.
         table: of them all.
         count: of the checkpoints so far, with those that were dropped.
-        previous: a folder that was saved before of the same pool; what it holds is linked, not written again.
+        settings: in which a pool that takes them over must agree.
+        previous: a folder that was saved before of the same pool; what it holds undamaged is linked, not written again.
 
     Raises:
-        CheckpointError: the disk refuses, or `previous` is no saved pool.
+        CheckpointError: the disk refuses, or `previous` is no saved pool of these settings.
     """
-    before = {} if previous is None else _manifest(previous)[0]
+    before = {} if previous is None else _manifest(previous, settings)[0]
     with staged_folder(folder, CheckpointError) as staging:
         rows = []
         for number, member in members.items():
             file = staging / member_name(number)
-            if previous is not None and number in before:
+            if previous is not None and number in before and not _damage(previous / file.name, *before[number]):
                 _link(previous / file.name, file)
                 size, checksum = before[number]
             else:
                 write_member(file, member.slab.cpu(), table)
                 size, checksum = file.stat().st_size, digest(file)
             rows.append({"number": number, "file": file.name, "size": size, "sha256": checksum})
-        tree = {"format": FORMAT, "count": count, "members": rows}
+        tree = {"format": FORMAT, "count": count, "settings": dict(settings), "members": rows}
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def checked_members(folder: Path) -> tuple[dict[int, Path], int]:
+def checked_members(folder: Path, settings: Settings) -> tuple[dict[int, Path], int]:
     """The files of a saved pool by number, each compared with its size and checksum, and the count of checkpoints.
 
     Raises:
-        CheckpointError: a manifest that cannot be read or is of a newer format; files that are missing or damaged, all
-            of them named.
+        CheckpointError: a manifest that cannot be read, is of a newer format or of other settings; files that are
+            missing or damaged, all of them named.
     """
-    rows, count = _manifest(folder)
+    rows, count = _manifest(folder, settings)
     files = {number: folder / member_name(number) for number in sorted(rows)}
     found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
     damaged = [f"{name} {what}" for name, what in found.items() if what]
@@ -124,7 +133,7 @@ def checked_members(folder: Path) -> tuple[dict[int, Path], int]:
     return files, count
 
 
-def _manifest(folder: Path) -> tuple[dict[int, tuple[int, str]], int]:
+def _manifest(folder: Path, settings: Settings) -> tuple[dict[int, tuple[int, str]], int]:
     """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST
     try:
@@ -132,12 +141,17 @@ def _manifest(folder: Path) -> tuple[dict[int, tuple[int, str]], int]:
         if int(tree["format"]) > FORMAT:
             raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
         rows = {int(row["number"]): (int(row["size"]), str(row["sha256"])) for row in tree["members"]}
-        count = int(tree["count"])
+        count, saved = int(tree["count"]), dict(tree["settings"])
         # Checkpoint 0 always stays.
         if min(rows, default=None) != 0 or max(rows) >= count:
             raise ValueError(f"checkpoints {sorted(rows)} of {count}")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
+    others = [
+        f"{key} = {saved.get(key)!r}, not {value!r}" for key, value in settings.items() if saved.get(key) != value
+    ]
+    if others:
+        raise CheckpointError(f"{folder}: saved by a pool with {', '.join(others)}")
     return rows, count
 
 

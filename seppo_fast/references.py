@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from seppo_fast.diffusion import keyed_rng
 from seppo_fast.errors import CheckpointError
-from seppo_fast.exchange import exchange, put_aside, take_back
+from seppo_fast.exchange import Place, exchange, put_aside, put_back, take_back
 from seppo_fast.node import Node
 from seppo_fast.pool_files import Member, Tier, checked_members, map_member, save_members
 from seppo_fast.resident import Resident
@@ -171,24 +171,24 @@ class ReferencePool:
                 raise ValueError("module: another reference of this pool is resident")
             self._resident().switch(index, member)
             return
-        tiers, state = self._known(module)
-        views = tiers.table.views(member.slab)
+        table = self._opened().table
+        tensors = table.find(module)
         with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(views[name])
+            for name, view in table.views(member.slab).items():
+                tensors[name].copy_(view)
 
     def bind(self, module: nn.Module) -> None:
         """From now on the module's trained tensors are views of the slab that `load_into` copies to, in its dtypes.
 
-        For a module that is never trained, one a pool.
+        For a module that is never trained, whether or not its parameters are marked so; one a pool.
 
         Raises:
             ValueError: tensors that are not those of the pool; another module is bound.
         """
         if self._bound not in (None, module):
             raise ValueError("module: another one is bound to this pool")
-        _, state = self._known(module)
-        exchange(module, state, self._resident().stand_ins(state))
+        tensors = self._opened().table.find(module)
+        exchange(module, tensors, self._resident().stand_ins(module, tensors))
         self._bound = module
 
     @contextmanager
@@ -210,29 +210,29 @@ class ReferencePool:
         """
         if self._inside is not None:
             raise ValueError("module: another reference of this pool is resident")
-        member, (tiers, state) = self._member(index), self._known(module)
+        member, tiers = self._member(index), self._opened()
+        state = tiers.table.check(module)
         copies: dict[str, Tensor] = {}
         if aside is not None and aside.type != tiers.device.type:
             copies = put_aside(state, aside)
-        stand_ins: dict[str, Tensor] = {}
+        places: list[Place] = []
         self._inside = module
         try:
-            resident = self._resident()
-            resident.switch(index, member)
-            stand_ins = resident.stand_ins(state)
-            exchange(module, state, stand_ins)
+            self._resident().switch(index, member)
+            places = exchange(module, state, self._resident().stand_ins(module, state))
             yield module
         finally:
-            if stand_ins:
-                exchange(module, stand_ins, state)
-            if copies:
-                stand_ins.clear()
-                self._give_up_resident()
-                take_back(state, copies)
             self._inside = None
+            put_back(places)
+            if copies:
+                if self._bound is None:
+                    self._give_up_resident()  # first: its memory is what the module's own may need
+                take_back(state, copies)
 
     def save(self, folder: Path, previous: Path | None = None) -> None:
         """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
+
+        For one process to call.
 
         Args:
             folder: must not exist yet.
@@ -244,7 +244,7 @@ class ReferencePool:
         """
         if not self._tiers or not self._count:
             raise ValueError("save: the pool is empty")
-        save_members(folder, self._tiers.members, self._tiers.table, self._count, previous)
+        save_members(folder, self._tiers.members, self._tiers.table, self._count, self._settings(), previous)
 
     def restore(self, folder: Path, device: torch.device) -> None:
         """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
@@ -257,12 +257,21 @@ class ReferencePool:
             CheckpointError: checkpoints that are missing or damaged; names every one. The pool stays empty.
             PoolFullError: no tier has room.
         """
-        assert not self._count, "only an empty pool takes over another one"
-        files, count = checked_members(folder)
-        members = {number: map_member(file) for number, file in files.items()}
-        table = next(iter(members.values()))[1]
-        if any(other != table for _, other in members.values()):
-            raise CheckpointError(f"{folder}: its checkpoints are of different modules")
+        if self._count:
+            raise ValueError("restore: only an empty pool takes over another one")
+        problem, count = None, 0
+        files: dict[int, Path] = {}
+        try:
+            files, count = checked_members(folder, self._settings())
+            members = {number: map_member(file) for number, file in files.items()}
+            table = next(iter(members.values()))[1]
+            if any(other != table for _, other in members.values()):
+                problem = f"{folder}: its checkpoints are of different modules"
+        except CheckpointError as error:
+            problem = str(error)
+        problem = self._node.agree(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
         tiers = Tiers(table, device, self._budget, self._folder, self._node)
         try:
             for number, (slab, _) in members.items():
@@ -280,6 +289,11 @@ class ReferencePool:
             self._tiers.close()
             self._tiers = None
 
+    def _settings(self) -> dict[str, str | int | None]:
+        """What a saved pool must agree in."""
+        compute = str(self._compute).removeprefix("torch.")
+        return {"seed": self._seed, "draw": self._draw, "keep": self._keep, "rule": self._rule, "compute": compute}
+
     def _member(self, index: int) -> Member:
         if not self._tiers or index not in self._tiers.members:
             raise ValueError(f"index: {index} is not one of the checkpoints that are kept, {sorted(self.tiers)}")
@@ -289,10 +303,10 @@ class ReferencePool:
         if module is self._inside:
             raise ValueError("module: it is resident, a reference of this pool")
 
-    def _known(self, module: nn.Module) -> tuple[Tiers, dict[str, Tensor]]:
+    def _opened(self) -> Tiers:
         if not self._tiers:
             raise ValueError("module: the pool is empty; add checkpoint 0, the initial policy, first")
-        return self._tiers, self._tiers.table.check(module)
+        return self._tiers
 
     def _resident(self) -> Resident:
         assert self._tiers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from seppo_fast.slab import Table
 
 class Resident:
     """One slab on the device whose address never changes: a switch is one copy, and CUDA graphs stay valid.
+
+    `prefetch` and `switch` belong on one CUDA stream, that of the forward.
 
     Args:
         table: of the slab.
@@ -28,20 +32,23 @@ class Resident:
         self.views = table.views(self._slab)
         self._index: int | None = None
         self._version = 0
-        self._stand_ins: dict[str, Tensor] = {}
+        self._stand_ins: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
         self._ahead: Tensor | None = None
         self._ahead_index: int | None = None
         self._coming: Future[torch.cuda.Event | None] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="seppo-prefetch")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def stand_ins(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For each of a module's trained parameters and buffers one of its kind, a view of the slab."""
-        if not self._stand_ins:
-            for name, tensor in state.items():
-                view = self.views[name]
-                self._stand_ins[name] = nn.Parameter(view) if isinstance(tensor, nn.Parameter) else view
-        return self._stand_ins
+    def stand_ins(self, module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each of a module's tensors one of its kind, a view of the slab; the same ones each time."""
+        if module not in self._stand_ins:
+            self._stand_ins[module] = {
+                name: nn.Parameter(self.views[name], tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else self.views[name]
+                for name, tensor in state.items()
+            }
+        return self._stand_ins[module]
 
     def prefetch(self, index: int, member: Member) -> None:
         """Starts bringing a checkpoint up, into a second slab; the one that `switch` asks for may be another."""
@@ -58,22 +65,27 @@ class Resident:
         self._coming = self._reader.submit(self._bring, member.slab)
 
     def switch(self, index: int, member: Member) -> None:
-        """The slab becomes checkpoint `index`: one copy, or none where it is that already."""
+        """The slab becomes checkpoint `index`: one copy, or none where it is that already.
+
+        What was written to its tensors meanwhile is noticed, but not through `.data`.
+        """
         if index == self._index and self._slab._version == self._version:
             return
         source = member.slab
-        if index == self._ahead_index:
-            self._settle()
+        if index == self._ahead_index and self._settle():
             assert self._ahead is not None
             source = self._ahead
         self._index = None  # should the copy fail
         self._slab.copy_(source, non_blocking=True)
         self._index, self._version = index, self._slab._version  # a module may write to its buffers
+        torch.clear_autocast_cache()  # else the casts of the last reference's weights would serve for this one's
 
     def close(self) -> None:
-        """Waits for what is still coming, since its memory goes."""
-        self._settle()
+        """Waits for all copies, since what they read and write goes."""
         self._reader.shutdown()
+        if self._stream is not None:
+            self._stream.synchronize()
+            torch.cuda.current_stream(self._slab.device).synchronize()
 
     def _bring(self, slab: Tensor) -> torch.cuda.Event | None:
         assert self._ahead is not None
@@ -84,10 +96,17 @@ class Resident:
             self._ahead.copy_(slab, non_blocking=True)  # blocks this thread alone where the source is a mapped file
             return self._stream.record_event()
 
-    def _settle(self) -> None:
-        """What is coming has come, for the host's reader and for the current stream."""
-        if self._coming is not None:
-            event = self._coming.result()
-            if event is not None:
-                event.wait(torch.cuda.current_stream(self._slab.device))
-            self._coming = None
+    def _settle(self) -> bool:
+        """What is coming has come, for the host's reader and for the current stream; False where it failed."""
+        coming, self._coming = self._coming, None
+        if coming is None:
+            return self._ahead_index is not None
+        try:
+            event = coming.result()
+        except (RuntimeError, OSError) as problem:
+            warnings.warn(f"a reference could not be brought up ahead of time: {problem}", RuntimeWarning, stacklevel=2)
+            self._ahead_index = None
+            return False
+        if event is not None:
+            event.wait(torch.cuda.current_stream(self._slab.device))
+        return True

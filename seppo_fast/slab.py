@@ -118,25 +118,38 @@ class Table:
             view.copy_(tensors[name])
 
     def check(self, module: nn.Module) -> dict[str, Tensor]:
-        """A module's state, its names and shapes compared with the table's.
+        """A module's trained state, its names and shapes compared with the table's.
 
         Raises:
             ValueError: they differ; it lists where, ten lines at most.
         """
-        ours = {entry.name: entry.shape for entry in self.entries}
         state = trained_state(module)
-        theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if ours == theirs:
-            return state
+        self._compare(state, state)
+        return state
+
+    def find(self, module: nn.Module) -> dict[str, Tensor]:
+        """A module's tensors of the table's names, trained or not.
+
+        Raises:
+            ValueError: one is not there or has another shape, as `check`.
+        """
+        tensors: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+        self._compare(tensors, {})
+        return {entry.name: tensors[entry.name] for entry in self.entries}
+
+    def _compare(self, tensors: Mapping[str, Tensor], all_of: Mapping[str, Tensor]) -> None:
+        ours = {entry.name: entry.shape for entry in self.entries}
+        theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         lines = [f"{name}: {shape} is not in the module" for name, shape in ours.items() if name not in theirs]
-        lines += [f"{name}: {shape} is not in the pool" for name, shape in theirs.items() if name not in ours]
+        lines += [f"{name}: {theirs[name]} is not in the pool" for name in all_of if name not in ours]
         lines += [
             f"{name}: {shape} in the pool, {theirs[name]} in the module"
             for name, shape in ours.items()
             if name in theirs and theirs[name] != shape
         ]
-        more = f"\n... and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise ValueError("module: its tensors are not those of the pool\n" + "\n".join(lines[:10]) + more)
+        if lines:
+            more = f"\n... and {len(lines) - 10} more" if len(lines) > 10 else ""
+            raise ValueError("module: its tensors are not those of the pool\n" + "\n".join(lines[:10]) + more)
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from seppo_fast.errors import CheckpointError
 from seppo_fast.files import disk_message
 from seppo_fast.memory import free_bytes, host_bytes, page_locked
 from seppo_fast.node import Node
@@ -45,7 +47,7 @@ class Tiers:
     """Puts slabs where there is room; one that has its place keeps it, and what one leaves the next one takes.
 
     All processes of a run hold the same slabs. Those in host memory and in files are one copy a machine, written by one
-    process; so `put` and `discard` are called by all processes, with the same arguments.
+    process; so `put` and `replace` are called by all processes, with the same arguments.
 
     Attributes:
         members: by number, in the order in which they came.
@@ -123,33 +125,60 @@ class Tiers:
         raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; left are (GiB) {rooms}")
 
     def _memory(self, tier: Tier) -> Tensor | None:
-        """Zeros, so that the gaps between tensors are alike in every copy."""
-        size = self.table.size
-        if tier == "device":
-            return torch.zeros(size, dtype=torch.uint8, device=self.device)
-        slab = host_bytes(size) if self._node.size == 1 else self._node.shared_bytes(size)
-        return page_locked(slab) if slab is not None and self.device.type == "cuda" else slab
+        """Zeros, so that the gaps between tensors are alike in every copy; None where any process is refused them."""
+        size, slab, problem = self.table.size, None, None
+        try:
+            if tier == "device":
+                slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            else:
+                # By the number of all processes, which every one of them knows alike.
+                slab = host_bytes(size) if self._node.world == 1 else self._node.shared_bytes(size)
+                if slab is None:
+                    problem = "no shared memory"
+                elif self.device.type == "cuda":
+                    slab = page_locked(slab)
+        except (OSError, RuntimeError) as error:
+            problem = str(error)
+        problem = self._node.agree(problem)
+        if problem is None:
+            return slab
+        warnings.warn(f"no {tier} memory for a past policy, the next tier takes it: {problem}", stacklevel=2)
+        return None
 
     def _written(self, tensors: Mapping[str, Tensor] | Tensor) -> Member:
-        problem, file = None, None
-        if self._node.owns:
-            slab = torch.zeros(self.table.size, dtype=torch.uint8)
-            self._fill(slab, tensors)
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                file = Path(tempfile.mkdtemp(prefix=".seppo-reference-", dir=self._folder)) / member_name(0)
-                write_member(file, slab, self.table)
-            except (OSError, SafetensorError) as error:
-                problem = disk_message(self._folder, error)
-        problem, place = self._node.agree(problem), self._node.from_owner(file)
-        mapped = None if problem else map_member(place)[0]
-        self._node.wait()
-        if file is not None:
-            shutil.rmtree(file.parent, ignore_errors=True)
-        if mapped is None:
+        problem, file, mapped = None, None, None
+        try:
+            if self._node.owns:
+                file = self._write(tensors)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            problem = disk_message(self._folder, error)
+        try:
+            problem, place = self._node.agree(problem), self._node.from_owner(file)
+            if problem is None:
+                try:
+                    mapped = map_member(place)[0]
+                except CheckpointError as error:
+                    problem = str(error)
+                problem = self._node.agree(problem)  # by then all have mapped it
+        finally:
+            if file is not None:
+                shutil.rmtree(file.parent, ignore_errors=True)
+        if problem is not None or mapped is None:
             raise PoolFullError(problem)
         self._rooms["disk"] -= self.table.size
         return Member("disk", mapped)
+
+    def _write(self, tensors: Mapping[str, Tensor] | Tensor) -> Path:
+        slab = torch.zeros(self.table.size, dtype=torch.uint8)
+        self._fill(slab, tensors)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".seppo-reference-", dir=self._folder))
+        try:
+            write_member(folder / member_name(0), slab, self.table)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder / member_name(0)
 
     def _fill(self, slab: Tensor, tensors: Mapping[str, Tensor] | Tensor) -> None:
         if isinstance(tensors, Tensor):

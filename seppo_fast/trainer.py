@@ -111,7 +111,7 @@ class Trainer:
         except PoolFullError as problem:
             if not len(pool):
                 raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}") from problem
-            self._warn(f"this policy is not kept; draws go on among the {len(pool)} before it: {problem}")
+            self.accelerator.print(f"this policy is not kept; draws go on among the {len(pool)} before it: {problem}")
 
     def report(self, updates: int, stats: dict[str, float]) -> None:
         """Writes the log after `updates` finished updates, and a picture of samples where one is due."""

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seppo_fast.exchange import exchange, put_aside, take_back
+from seppo_fast.exchange import exchange, put_aside, put_back, take_back
 from seppo_fast.slab import trained_state
 
 
@@ -25,11 +25,12 @@ def test_every_place_of_a_tied_tensor_has_the_other_one_and_all_come_back():
     others = {
         name: (nn.Parameter if isinstance(x, nn.Parameter) else lambda y: y)(x.detach() + 1) for name, x in own.items()
     }
-    exchange(module, own, others)
+    places = exchange(module, own, others)
     assert module.head.weight is module.embedding.weight is others["embedding.weight"]
     by_hand = (others["embedding.weight"][rows] @ others["embedding.weight"].T + others["head.bias"]) * 3.0
     torch.testing.assert_close(module(rows), by_hand)
-    exchange(module, others, own)
+    module.scale = module.scale + 1  # bound anew meanwhile
+    put_back(places)
     assert all(trained_state(module)[name] is tensor for name, tensor in own.items())
     assert torch.equal(module(rows), expected)
 

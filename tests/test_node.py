@@ -64,11 +64,11 @@ def segments():
 
 def test_alone_nothing_is_asked():
     node = Node()
-    assert (node.size, node.owns, node.least(3), node.agree(None), node.from_owner("x")) == (1, True, 3, None, "x")
+    assert (node.world, node.owns, node.least(3), node.agree(None), node.from_owner("x")) == (1, True, 3, None, "x")
 
 
 def share(rank, node, folder):
-    assert node.size == 2 and node.owns == (rank == 0)
+    assert node.world == 2 and node.owns == (rank == 0)
     assert node.least(5 + rank) == 5 and node.agree("no" if rank else None) == "no" and node.from_owner(rank) == 0
     pool = ReferencePool(0, keep=4, budget=Budget(host=2 * SIZE, disk=2 * SIZE), folder=folder, node=node)
     values = {}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from seppo_fast.errors import CheckpointError
 from seppo_fast.references import ReferencePool
 from seppo_fast.slab import Table, trained_state
 from seppo_fast.tiers import Budget
@@ -300,3 +301,38 @@ def test_a_bound_module_is_not_loaded_while_another_is_a_reference():
         with pytest.raises(ValueError, match="resident"):
             pool.load_into(bound, 1)
         assert policy.weight.item() == 0
+
+
+def test_one_autocast_around_two_references_serves_each_its_own_weights():
+    """Autocast keeps the casts of float32 parameters until its block ends."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+            self.head.weight = self.embedding.weight  # so it is kept in float32
+
+        def forward(self, x):
+            return self.head(x)
+
+    module, pool, found = Tied(), ReferencePool(0, compute=torch.bfloat16), []
+    for value in (1.0, 2.0):
+        nn.init.constant_(module.head.weight, value)
+        pool.add(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        for index in (0, 1, 0):
+            with pool.resident(module, index):
+                found.append(module(torch.ones(1, 4)).unique().tolist())
+    assert found == [[4.0], [8.0], [4.0]]
+
+
+def test_what_a_pool_was_saved_by_must_be_what_restores_it(tmp_path):
+    filled_with_numbers(3, keep=2).save(tmp_path / "pool")
+    for settings, words in (({"keep": 3}, "keep = 2, not 3"), ({"keep": 2, "rule": "spread"}, "rule = 'reservoir'")):
+        pool = ReferencePool(0, **settings)
+        with pytest.raises(CheckpointError, match=words):
+            pool.restore(tmp_path / "pool", torch.device("cpu"))
+        assert len(pool) == 0
+    whole = filled_with_numbers(1)
+    with pytest.raises(ValueError, match="only an empty pool"):
+        whole.restore(tmp_path / "pool", torch.device("cpu"))
