@@ -59,7 +59,7 @@ class Node:
             try:
                 handle = os.memfd_create("seppo-references")
                 os.posix_fallocate(handle, 0, size)  # else a page that is not there kills us when it is touched
-                place = f"/proc/{os.getpid()}/fd/{handle}"
+                place = f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino
             except OSError:
                 place = None
         place = self.from_owner(place)
@@ -68,7 +68,9 @@ class Node:
             if place is None:
                 raise OSError("no memory")
             if not self.owns:
-                handle = os.open(place, os.O_RDWR)
+                handle = os.open(place[0], os.O_RDWR)
+            if os.fstat(handle).st_ino != place[1]:
+                raise OSError("another process's file")
             memory = mmap.mmap(handle, size)
         except OSError as error:
             problem = str(error)

@@ -99,6 +99,8 @@ def save_members(
     Raises:
         CheckpointError: the disk refuses, or `previous` is no saved pool of these settings.
     """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already")
     before = {} if previous is None else _manifest(previous, settings)[0]
     with staged_folder(folder, CheckpointError) as staging:
         rows = []

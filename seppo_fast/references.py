@@ -56,7 +56,7 @@ class ReferencePool:
         rule: Rule = "reservoir",
         compute: torch.dtype = torch.float32,
         budget: Budget | None = None,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         node: Node | None = None,
     ) -> None:
         if draw not in get_args(Draw):
@@ -65,8 +65,8 @@ class ReferencePool:
             raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(Rule))}")
         if draw == "newest" and keep is not None and rule != "newest":
             raise ValueError(f"rule: a bounded pool whose newest is drawn must keep it, got {rule!r}")
-        if keep is not None and keep < 2:
-            raise ValueError(f"keep: at least 2 is needed, the initial policy and another one, got {keep}")
+        if keep is not None and (not isinstance(keep, int) or keep < 2):
+            raise ValueError(f"keep: at least 2 is needed, the initial policy and another one, got {keep!r}")
         self._seed = seed
         self._draw = draw
         self._keep = keep
@@ -74,7 +74,7 @@ class ReferencePool:
         self._count = 0
         self._compute = compute
         self._budget = budget or Budget()
-        self._folder = folder
+        self._folder = None if folder is None else Path(folder)
         self._node = node or Node()
         self._tiers: Tiers | None = None  # made when the first checkpoint comes
         self._slot: Resident | None = None  # made when a reference is asked for
@@ -136,8 +136,10 @@ class ReferencePool:
                 pool that is a guess: what it will drop is not known.
 
         Raises:
-            ValueError: the pool is empty.
+            ValueError: the pool is empty; a negative number.
         """
+        if number < 0:
+            raise ValueError(f"number: {number} is no number of a draw, which is 0 or more")
         count = self._count if checkpoints is None else checkpoints
         if not count:
             raise ValueError("draw: the pool is empty; add checkpoint 0, the initial policy, first")
@@ -229,7 +231,7 @@ class ReferencePool:
                     self._give_up_resident()  # first: its memory is what the module's own may need
                 take_back(state, copies)
 
-    def save(self, folder: Path, previous: Path | None = None) -> None:
+    def save(self, folder: str | Path, previous: str | Path | None = None) -> None:
         """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
 
         For one process to call.
@@ -244,9 +246,10 @@ class ReferencePool:
         """
         if not self._tiers or not self._count:
             raise ValueError("save: the pool is empty")
-        save_members(folder, self._tiers.members, self._tiers.table, self._count, self._settings(), previous)
+        before = None if previous is None else Path(previous)
+        save_members(Path(folder), self._tiers.members, self._tiers.table, self._count, self._settings(), before)
 
-    def restore(self, folder: Path, device: torch.device) -> None:
+    def restore(self, folder: str | Path, device: str | torch.device) -> None:
         """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
 
         Args:
@@ -259,6 +262,7 @@ class ReferencePool:
         """
         if self._count:
             raise ValueError("restore: only an empty pool takes over another one")
+        folder, device = Path(folder), torch.device(device)
         problem, count = None, 0
         files: dict[int, Path] = {}
         try:

@@ -38,6 +38,12 @@ class Budget:
     host: int | None = None
     disk: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses what is no number of bytes."""
+        for name, value in vars(self).items():
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}: a number of bytes >= 0 or None is needed, got {value!r}")
+
 
 class PoolFullError(Exception):
     """No tier has room for another checkpoint; the pool is as it was."""
@@ -56,8 +62,8 @@ class Tiers:
         table: of all slabs.
         device: on which references compute.
         budget: of each tier.
-        folder: in which files go; None: where temporary files go. They lose their names as soon as they are mapped, so
-            they are gone with the last process that maps them, however that ends.
+        folder: in which files go; None: where temporary files go, which on some systems is memory. They lose their
+            names as soon as they are mapped, so they are gone with the last process that maps them, however that ends.
         node: the processes of this machine.
     """
 
@@ -99,8 +105,11 @@ class Tiers:
             self._left.append(member)
         try:
             self.put(number, tensors)
-        except PoolFullError:
-            self._rooms["disk"] -= self.table.size  # memory that is left over never refuses
+        except BaseException:
+            if member.tier == "disk":
+                self._rooms["disk"] -= self.table.size
+            elif member in self._left:
+                self._left.remove(member)
             self.members = dict(sorted({**self.members, gone: member}.items()))
             raise
 

@@ -112,7 +112,7 @@ def test_a_folder_that_exists_is_left_alone(saved, tmp_path):
     pool, _ = filled(1)
     for previous, named in ((None, "pool"), (tmp_path / "none", "none")):
         with pytest.raises(CheckpointError, match=named):
-            pool.save(folder, previous)
+            pool.save(tmp_path / "new" if previous else folder, previous)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
     assert sorted(os.listdir(tmp_path)) == ["pool", "work"]
 
