@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub fails at once
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the trainer runs on the CPU here; what needs a GPU says so
+# torch.compile keeps compiled steps on disk and does not see when an operator's backward changes.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each fork after a first use warns
 # The order of CPU reductions depends on the number of threads: the same number on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
