@@ -113,35 +113,15 @@ def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
     return _denoising_errors(pred_RN, target)
 
 
-def preference(
-    pred_RN: Tensor,
-    target: Tensor,
-    ref_pred_RN: Tensor | None,
-    ref_error_R: Tensor | None,
-    weights_B: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
-) -> PreferenceTensors:
-    """See `preference.preference`."""
-    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, beta, learn_sign, tie_tol)
-    return kernels.named(*_preference(*inputs), ref_error_R)
+def preference(*inputs: Any) -> PreferenceTensors:
+    """See `preference.preference`, whose arguments these are."""
+    return kernels.named(*_preference(*inputs), ref_error=inputs[3])
 
 
-def loss_and_grad(
-    pred_RN: Tensor,
-    target: Tensor,
-    ref_pred_RN: Tensor | None,
-    ref_error_R: Tensor | None,
-    weights_B: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
-    grad_scale: float | Tensor,
-    grad_RN: Tensor | None,
-) -> tuple[PreferenceTensors, Tensor]:
-    """See `preference.loss_and_grad`."""
+def loss_and_grad(*inputs: Any) -> tuple[PreferenceTensors, Tensor]:
+    """See `preference.loss_and_grad`, whose arguments these are."""
+    *rest, grad_scale, grad_RN = inputs
     scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
-    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, beta, learn_sign, tie_tol, *scale)
-    *outputs, grad = _loss_and_grad(*inputs)
-    return kernels.named(*outputs, ref_error_R), grad if grad_RN is None else grad_RN.copy_(grad)
+    loss, reject, statistics, grad = _loss_and_grad(*rest, *scale)
+    named = kernels.named(loss, reject, statistics, ref_error=inputs[3])
+    return named, grad if grad_RN is None else grad_RN.copy_(grad)
