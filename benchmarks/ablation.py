@@ -24,9 +24,9 @@ import torch
 from benchmarks.provenance import provenance
 from seppo_fast.config import Config, parse_config, read_config
 from seppo_fast.data.sources import open_source
-from seppo_fast.demo import free_folder
 from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_pipeline, prompt_sets
 from seppo_fast.evaluate.paired import paired_difference
+from seppo_fast.files import free_name
 from seppo_fast.quiet import quiet_libraries
 from seppo_fast.train import train
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT, help="where to write the result")
     arguments = parser.parse_args()
     quiet_libraries()
-    output = arguments.output or str(free_folder(Path("runs/ablation")))
+    output = arguments.output or str(free_name(Path("runs/ablation")))
     result = ablation(output, arguments.updates, arguments.workers)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

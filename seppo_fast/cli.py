@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        print("seppo-fast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"seppo-fast: {interruption}" if str(interruption) else "seppo-fast: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except SeppoError as error:
         print(f"seppo-fast: {error}", file=sys.stderr)
@@ -85,7 +85,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _demo(output: Path | None) -> int:
     from seppo_fast.config import read_config
-    from seppo_fast.demo import demo, free_folder
+    from seppo_fast.demo import demo
+    from seppo_fast.files import free_name
 
-    demo(read_config("demo.yaml").model_copy(update={"output": str(output or free_folder(Path("runs/demo")))}))
+    demo(read_config("demo.yaml").model_copy(update={"output": str(output or free_name(Path("runs/demo")))}))
     return 0

@@ -145,6 +145,15 @@ class SamplerConfig(_Section):
     batch: int | None = Field(None, ge=1, description="samples generated at once; null: what fits in memory")
 
 
+class SaveConfig(_Section):
+    """What a run can go on from."""
+
+    minutes: float = Field(10.0, ge=0, description="between two saved states; 0: one after each update")
+    keep: int = Field(
+        2, ge=2, description="saved states that stay; of all SD-1.5 weights 10 GB each, without past policies"
+    )
+
+
 class LogConfig(_Section):
     """What a run shows."""
 
@@ -159,7 +168,7 @@ class Config(_Section):
 
     objective: str = Field("seppo", description="a row of the table of objectives: " + ", ".join(OBJECTIVES))
     seed: int = Field(0, ge=0, description="of order, timesteps, noise, prompt dropout, references and LoRA init")
-    output: str = Field("runs/seppo", description="folder of the run; must not hold another run")
+    output: str = Field("runs/seppo", description="folder of the run; the same command goes on with what is in it")
     memory: Literal["low", "balanced", "fast"] = Field(
         "balanced", description="one dial for batches, checkpointing and compilation; each can still be set by itself"
     )
@@ -168,6 +177,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     reference: ReferenceConfig = ReferenceConfig()
     sampler: SamplerConfig = SamplerConfig()
+    save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

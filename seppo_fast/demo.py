@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import time
@@ -111,9 +110,3 @@ def _curve(axes: Axes, title: str, x: Sequence[float], lines: dict[str, Sequence
     axes.set_xlabel("update")
     axes.legend()
     axes.grid(alpha=0.3)
-
-
-def free_folder(folder: Path) -> Path:
-    """`folder`, or `folder-2`, `folder-3`, ... : the first that does not exist."""
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(candidate for candidate in itertools.chain([folder], numbered) if not candidate.exists())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +29,15 @@ class Journal:
         self._updates = updates
         self._pairs = pairs_per_update
 
+    def resume(self, finished: int) -> None:
+        """Drops what was written of updates after `finished`, which will come again, and a line that broke off."""
+        if not self._file.exists():
+            return
+        kept = [json.dumps(entry) + "\n" for entry in _entries(self._file) if entry["update"] <= finished]
+        staging = self._file.with_name(".tmp-log.jsonl")
+        staging.write_text("".join(kept), encoding="utf-8")
+        os.replace(staging, self._file)
+
     def update(self, number: int, stats: dict[str, float]) -> None:
         """Records update `number` (from 1); `stats` holds the learner's means and the seconds of both phases."""
         stats["seconds"] = stats["rollout_seconds"] + stats["learn_seconds"]
@@ -40,7 +51,15 @@ class Journal:
 
 def read_journal(folder: Path) -> list[dict[str, float]]:
     """The updates of a run, in order."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list(_entries(folder / "log.jsonl"))
+
+
+def _entries(file: Path) -> Iterator[dict[str, float]]:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return  # a killed process wrote half of it
 
 
 def progress_line(number: int, updates: int, stats: dict[str, float]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,7 @@ from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import Config
 from seppo_fast.errors import NonFiniteError
+from seppo_fast.faults import fault
 from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 from seppo_fast.pairs import Pairs
 from seppo_fast.policy import make_ema, make_optimizer, trainable
@@ -28,15 +31,22 @@ class Learner:
         errors: the way to the reference's errors; it makes the policy's forward.
         config: of the run, its micro-batch chosen.
         accelerator: devices and processes.
+        check: called before each micro-batch; what it raises leaves the weights as the last update left them.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, errors: ReferenceErrors, config: Config, accelerator: Accelerator
+        self,
+        unet: UNet2DConditionModel,
+        errors: ReferenceErrors,
+        config: Config,
+        accelerator: Accelerator,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         assert config.train.micro_batch is not None, "the micro-batch is chosen before"
         self.unet = unet
         self.ema = make_ema(unet, config.train.ema_decay)
         self._errors = errors
+        self._check = check
         self._micro_batch = config.train.micro_batch
         self._config = config
         self._objective = OBJECTIVES[config.objective]
@@ -51,12 +61,13 @@ class Learner:
         """One update on this rank's share of the pairs.
 
         Returns:
-            Means over the pairs of all ranks (see `objectives.averages`), `grad_norm` before clipping, and
-            `skipped`: 1 where the gradient was not finite and the weights were left alone.
+            Means over the pairs of all ranks (see `objectives.averages`), `grad_norm` before clipping, `skipped`: 1
+            where the gradient was not finite and the weights were left alone, and `learn_seconds`.
 
         Raises:
             NonFiniteError: the third update in a row whose gradient is not finite.
         """
+        started = time.perf_counter()
         sums = self._accumulate(pairs)
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.unet).values())
@@ -77,7 +88,9 @@ class Learner:
                 f"last sample ids {list(pairs.sample_ids[:8])}. A lower train.learning_rate or another "
                 "model.precision are the first things to try"
             )
-        return averages(sums, self._config.train.pairs_per_update) | {"grad_norm": norm, "skipped": float(not finite)}
+        means = averages(sums, self._config.train.pairs_per_update)
+        took = time.perf_counter() - started
+        return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
 
     def _accumulate(self, pairs: Pairs) -> dict[str, float]:
         """Gradients of the mean loss over the pairs of all ranks; sums of what is logged, in one host sync."""
@@ -86,6 +99,8 @@ class Learner:
         scale = self._scaler.scale(torch.ones((), device=self._accelerator.device))  # a tensor: it stays on the device
         steps: list[dict[str, torch.Tensor]] = []
         for index, batch in enumerate(batches):
+            self._check()
+            fault("micro-batch")
             last = index == len(batches) - 1
             with nullcontext() if last else self._accelerator.no_sync(self._model):
                 prediction, target, ref_error = self._errors(self._model, batch)
@@ -106,6 +121,38 @@ class Learner:
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """What it holds beside the weights: live tensors by file and name, and what is no tensor."""
+        tensors: dict[str, torch.Tensor] = {}
+        plain: dict[str, Any] = {}
+        for name, parameter in trainable(self.unet).items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, torch.Tensor) else plain)[f"{key}/{name}"] = value
+        files = {"optimizer": tensors}
+        numbers = {"optimizer": plain, "scaler": self._scaler.state_dict(), "skipped": self._skipped}
+        if self.ema is not None:
+            files["average"] = dict(zip(trainable(self.unet), self.ema.shadow_params, strict=True))
+            numbers["average_step"] = self.ema.optimization_step
+        return files, numbers
+
+    def restore(self, files: Mapping[str, Mapping[str, torch.Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave, its tensors from the CPU."""
+        parameters = trainable(self.unet)
+        for place, value in [*files["optimizer"].items(), *numbers["optimizer"].items()]:
+            key, _, name = place.partition("/")
+            own = parameters[name]
+            if isinstance(value, torch.Tensor):
+                # Moments lie in memory as their parameter does, whatever the file's order.
+                like = torch.empty_like(own, dtype=value.dtype) if value.shape == own.shape else None
+                value = value.to(own.device) if like is None else like.copy_(value)
+            self._optimizer.state[own][key] = value
+        self._scaler.load_state_dict(numbers["scaler"])
+        self._skipped = numbers["skipped"]
+        if self.ema is not None:
+            for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
+                shadow.copy_(files["average"][name])
+            self.ema.optimization_step = numbers["average_step"]
 
     @contextmanager
     def parked(self) -> Iterator[None]:

@@ -22,12 +22,14 @@ class Node:
         rank: of this process.
 
     Attributes:
+        rank: of this process.
         world: processes of the run.
         owns: whether this process is the one that writes what they share.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]] = lambda value: [value], rank: int = 0) -> None:
         self._gather = gather
+        self.rank = rank
         self.world = len(gather(rank))
         here = (_BOOT.read_text(), os.readlink("/proc/self/ns/pid")) if self.world > 1 else None
         self._owner = gather(here).index(here)
@@ -44,6 +46,10 @@ class Node:
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
         return min(self._gather(value))
+
+    def from_first(self, value: Any) -> Any:
+        """The value of the process of rank 0."""
+        return self._gather(value)[0]
 
     def from_owner(self, value: Any) -> Any:
         """The value of the process of this machine that owns."""

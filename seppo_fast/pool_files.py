@@ -117,8 +117,12 @@ def save_members(
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def checked_members(folder: Path, settings: Settings) -> tuple[dict[int, Path], int]:
+def checked_members(folder: Path, settings: Settings | None = None) -> tuple[dict[int, Path], int]:
     """The files of a saved pool by number, each compared with its size and checksum, and the count of checkpoints.
+
+    Args:
+        folder: that `save_members` wrote.
+        settings: in which the pool that was saved must agree; None: whatever they are.
 
     Raises:
         CheckpointError: a manifest that cannot be read, is of a newer format or of other settings; files that are
@@ -135,7 +139,7 @@ def checked_members(folder: Path, settings: Settings) -> tuple[dict[int, Path], 
     return files, count
 
 
-def _manifest(folder: Path, settings: Settings) -> tuple[dict[int, tuple[int, str]], int]:
+def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[int, str]], int]:
     """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST
     try:
@@ -150,7 +154,9 @@ def _manifest(folder: Path, settings: Settings) -> tuple[dict[int, tuple[int, st
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
     others = [
-        f"{key} = {saved.get(key)!r}, not {value!r}" for key, value in settings.items() if saved.get(key) != value
+        f"{key} = {saved.get(key)!r}, not {value!r}"
+        for key, value in (settings or {}).items()
+        if saved.get(key) != value
     ]
     if others:
         raise CheckpointError(f"{folder}: saved by a pool with {', '.join(others)}")

@@ -11,8 +11,9 @@ import torch
 from seppo_fast.attention import require_xformers
 from seppo_fast.config import Config
 from seppo_fast.data.sources import Source, open_source
-from seppo_fast.errors import CheckpointError, ConfigError, DataError
+from seppo_fast.errors import ConfigError, DataError
 from seppo_fast.objectives import OBJECTIVES
+from seppo_fast.run_folder import refuse_occupied
 
 
 def preflight(config: Config, device: torch.device, processes: int) -> Source:
@@ -26,7 +27,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         CheckpointError: an output folder that cannot be written.
         DataError: no data; see `seppo_fast.data`.
     """
-    _check_output(Path(config.output))
+    refuse_occupied(Path(config.output))
     samples = config.train.pairs_per_update // config.reference.uses
     if samples < processes:
         raise ConfigError(
@@ -51,14 +52,6 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if not len(source) and not source.problems:
         raise DataError(f"data.source = {config.data.source!r}: no examples in it")
     return source
-
-
-def _check_output(folder: Path) -> None:
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ConfigError(f"output = {str(folder)!r} is not empty; choose another folder or remove it")
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(existing, os.W_OK):
-        raise CheckpointError(f"output = {str(folder)!r}: {existing} cannot be written")
 
 
 def _check_triton(device: torch.device) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from seppo_fast.config import Config
 from seppo_fast.diffusion import Sampler
 from seppo_fast.errors import CheckpointError
+from seppo_fast.faults import fault
 from seppo_fast.files import disk_message
 from seppo_fast.forward import Forward
 from seppo_fast.memory import free_bytes, is_out_of_memory
@@ -42,6 +43,7 @@ class Rollout:
     """Makes the pairs of each update, as many updates ahead as fill the sampling batches.
 
     Attributes:
+        batch: samples generated at once; halved where memory is short.
         seconds: that the last update's pairs took, an equal share of its window's.
 
     Args:
@@ -56,6 +58,7 @@ class Rollout:
         making_room: entered while a reference is resident, to free device memory that only the learner needs.
         report: takes a line on progress now and then.
         warn: takes a line on trouble.
+        check: called before each batch; what it raises leaves everything as it was.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Rollout:
         making_room: Callable[[], AbstractContextManager[None]] = nullcontext,
         report: Callable[[str], object] = print,
         warn: Callable[[str], object] = print,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
@@ -86,7 +90,8 @@ class Rollout:
         self._making_room = making_room
         self._report = report
         self._warn = warn
-        self._batch = config.sampler.batch
+        self._check = check
+        self.batch = config.sampler.batch
         self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
         self.seconds = 0.0
@@ -95,9 +100,9 @@ class Rollout:
         """This rank's pairs of an update; the first of a window rolls out all of it."""
         if self._references is not None and update not in self._waiting:
             window, started = self.window(update), time.perf_counter()
-            self._waiting = self._roll_out(window)
+            self._waiting = self._roll_out(window, update)
             self._prefetch(window)
-            self._window_share = (time.perf_counter() - started) / len(window)
+            self._window_share = (time.perf_counter() - started) / len(self._waiting)
         started = time.perf_counter()
         samples, errors = self._waiting.pop(update, (None, None))
         pairs = replace(self._maker.pairs(update, self._maker.sample_ids(update), samples), ref_error=errors)
@@ -105,19 +110,19 @@ class Rollout:
         return pairs
 
     def window(self, update: int) -> range:
-        """`update` and those after it that are rolled out with it: never beyond the next draw of a reference."""
+        """The updates that are rolled out with `update`: never beyond the next draw of a reference."""
         config = self._config
         if config.reference.redraw == "update":
             return range(update, update + 1)
         ahead = config.reference.window
         if ahead is None:
             mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
-            ahead = math.ceil(_FULL_BATCHES * self._batch / mine) if self._generates else 1
+            ahead = math.ceil(_FULL_BATCHES * self.batch / mine) if self._generates else 1
         length = config.train.updates_per_iteration
         first = update - update % length
-        # Windows lie on a grid that starts at the draw, so that they are the same wherever a run starts.
-        end = first + ((update - first) // ahead + 1) * ahead
-        return range(update, min(end, first + length, config.train.updates))
+        # A grid that starts at the draw, so that windows are the same wherever a run goes on.
+        start = first + (update - first) // ahead * ahead
+        return range(start, min(start + ahead, first + length, config.train.updates))
 
     def _prefetch(self, window: range) -> None:
         """The next draw's weights come up while the learner works, if it is of a policy that is there already."""
@@ -133,35 +138,43 @@ class Rollout:
         by_iteration = self._config.reference.redraw == "iteration"
         return update // self._config.train.updates_per_iteration if by_iteration else update
 
-    def _roll_out(self, window: range) -> dict[int, tuple[Tensor | None, Tensor | None]]:
+    def _roll_out(self, window: range, first: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
+        """Samples and errors of the window's updates from `first` on, which is not the window's where a run goes on."""
         assert self._references is not None
         number = self._draw_number(window[0])
         ids = {update: self._maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
+        done = sum(len(ids[update]) for update in range(window[0], first))
         with self._making_room(), self._errors.drawn(self._references, self._references.draw(number)) as reference:
-            samples = self._generate(reference, keys) if self._generates else None
+            samples = self._generate(reference, keys, done) if self._generates else None
             made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
-            for update in window:
+            for update in window[first - window[0] :]:
                 start = (update - window[0]) * len(ids[update])
                 own = None if samples is None else samples[start : start + len(ids[update])]
                 pairs = partial(self._maker.pairs, update, ids[update], own)
+                self._check()
                 made[update] = own, self._errors.ahead(reference, pairs)
         return made
 
-    def _generate(self, model: nn.Module, keys: list[tuple[int, int]]) -> Tensor:
-        """Samples `(len(keys), *latent)` for (update, sample id), in batches that halve where memory is short."""
+    def _generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int) -> Tensor:
+        """Samples `(len(keys), *latent)` for (update, sample id), in batches that halve where memory is short.
+
+        The first `done` are not asked for. Batches are those that make them all: rounding depends on a batch's size.
+        """
         samples: Tensor | None = None
-        start, began = 0, time.monotonic()
-        told = began
+        start, began = done - done % self.batch, time.monotonic()
+        told, skipped = began, start
         while start < len(keys):
-            noise, embeds = self._maker.generation(keys[start : start + self._batch])
+            self._check()
+            fault("sampling")
+            noise, embeds = self._maker.generation(keys[start : start + self.batch])
             try:
                 made = sample_latents(self._forward, model, self._sampler, noise, embeds, self._uncond_embeds)
             except (RuntimeError, MemoryError) as error:
                 if len(noise) == 1 or not is_out_of_memory(error):
                     raise
-                self._batch = len(noise) // 2
-                self._warn(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self._batch}")
+                self.batch = len(noise) // 2
+                self._warn(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self.batch}")
                 continue
             if samples is None:
                 samples = self._waiting_room((len(keys), *made.shape[1:]))
@@ -169,7 +182,9 @@ class Rollout:
             start += len(made)
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
-                self._report(f"rolled out {start}/{len(keys)} samples  {start / (told - began):.3g} samples/s")
+                self._report(
+                    f"rolled out {start}/{len(keys)} samples  {(start - skipped) / (told - began):.3g} samples/s"
+                )
         assert samples is not None
         return samples
 

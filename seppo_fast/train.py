@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,32 +13,37 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, observe: Callable[[Trainer, int], None] = lambda trainer, updates: None) -> Path:
-    """Algorithm 1: runs a whole training; weights, log and pictures go into `config.output`.
+    """Algorithm 1: runs a whole training, or goes on with it; weights, log and pictures go into `config.output`.
+
+    The state is saved now and then and on SIGINT, SIGTERM and SIGUSR1; the same call goes on from it.
 
     Args:
         config: of the run.
-        observe: called with the trainer and the number of finished updates: 0 before the first, then after each.
+        observe: called with the trainer and the number of finished updates: before the first, then after each.
 
     Returns:
         The folder with the weights: a diffusers pipeline for full weights, a LoRA otherwise.
 
     Raises:
         ConfigError, DataError, NonFiniteError, CheckpointError: see `seppo_fast.errors`.
+        Interrupted: by a signal, after the state was saved.
     """
-    from seppo_fast.trainer import Trainer  # here, so that the command line can quiet the libraries before they load
+    # Here, so that the command line can quiet the libraries before they load.
+    from seppo_fast.run_folder import claimed
+    from seppo_fast.trainer import Trainer, node_of, processes
 
-    trainer = Trainer(config)
-    observe(trainer, 0)
-    for update in range(config.train.updates):
-        if update % config.train.updates_per_iteration == 0:
-            trainer.add_checkpoint()  # the first is checkpoint 0, the initial policy
-        pairs = trainer.rollout.pairs(update)
-        started = time.perf_counter()
-        stats = trainer.learner.step(pairs, update)
-        stats["rollout_seconds"], stats["learn_seconds"] = trainer.rollout.seconds, time.perf_counter() - started
-        trainer.report(update + 1, stats)
-        observe(trainer, update + 1)
-    return trainer.save()
+    accelerator = processes()
+    with claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved:
+        trainer = Trainer(config, accelerator, saved)
+        observe(trainer, trainer.finished)
+        with trainer.running():
+            for update in range(trainer.finished, config.train.updates):
+                if update % config.train.updates_per_iteration == 0:
+                    trainer.add_checkpoint()  # the first is checkpoint 0, the initial policy
+                pairs = trainer.rollout.pairs(update)
+                trainer.report(trainer.learner.step(pairs, update))
+                observe(trainer, trainer.finished)
+            return trainer.save()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.evaluate.pictures import FixedPrompts
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.files import disk_message, staged_folder
+from seppo_fast.families.sd import StableDiffusion, digest
+from seppo_fast.faults import fault
+from seppo_fast.files import disk_message, free_name, staged_folder
 from seppo_fast.forward import Forward
+from seppo_fast.interrupt import Interrupted, Interruption
 from seppo_fast.journal import Journal
 from seppo_fast.learner import Learner
 from seppo_fast.node import Node
@@ -32,15 +35,27 @@ from seppo_fast.policy import DTYPES, compile_blocks, lora_weights, make_trainab
 from seppo_fast.preflight import preflight
 from seppo_fast.reference_errors import WAYS
 from seppo_fast.references import ReferencePool
+from seppo_fast.resume import refuse_other_content, resumed_config
 from seppo_fast.rollout import Rollout
+from seppo_fast.saved_state import REFERENCES, SavedState
+from seppo_fast.slab import trained_state
+from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy
 from seppo_fast.tiers import Budget, PoolFullError
+
+_STAMP = "seppo_fast.json"
 
 
 class Trainer:
     """Everything a run holds, set up in the order in which a user's mistakes are cheapest to find.
 
+    Args:
+        config: as it is asked for.
+        accelerator: see `processes`; None: made here.
+        saved: the state to go on from; None: a run from its beginning.
+
     Attributes:
         config: of the run, with all that was left to be chosen filled in.
+        finished: updates.
         family: the model; `unet` is its UNet, the policy.
         cache: the data.
         forward: the one forward of policy and reference.
@@ -50,15 +65,14 @@ class Trainer:
         learner: makes the updates.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator | None = None, saved: SavedState | None = None) -> None:
         self.objective = OBJECTIVES[config.objective]
-        # Autocast is ours, one for policy and reference. The others wait while the first fills the cache: hours.
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
-        # Gradients live in DDP's buckets: else it keeps a second copy of them.
-        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience, buckets])
+        self.accelerator = accelerator or processes()
         device, world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.output)
+        self._asked = config
+        if saved is not None:
+            config = resumed_config(config, saved)
         config = turn_dial(config, device)
         source = preflight(config, device, world)
         self.family = load_family(config, device)
@@ -66,6 +80,9 @@ class Trainer:
         schedule = NoiseSchedule(self.family.scheduler_config)
         with self.accelerator.main_process_first():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
+        self._fingerprints = {"model": digest(self.unet), "data": self.cache.fingerprint}
+        if saved is not None:
+            refuse_other_content(saved, self._fingerprints)
         make_trainable(self.unet, config.model, config.seed)
         # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise.
         plain = config.train.optimizer == "adamw8bit"
@@ -79,7 +96,8 @@ class Trainer:
         errors = WAYS[config.reference.errors](self.forward, self.unet, config)
         if config.model.compile:
             compile_blocks(self.unet, config.model.attention)
-        self.learner = Learner(self.unet, errors, config, self.accelerator)
+        self.interruption = Interruption(self._warn)
+        self.learner = Learner(self.unet, errors, config, self.accelerator, self.interruption.check)
         self.rollout = Rollout(
             config,
             PairMaker(config, self.cache, schedule.num_timesteps, rank=self.accelerator.process_index, world=world),
@@ -92,9 +110,14 @@ class Trainer:
             making_room=self.learner.parked if config.reference.park else nullcontext,
             report=self.accelerator.print,
             warn=self._warn,
+            check=self.interruption.check,
         )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
         self._samples = self._fixed_prompts()
+        self._saver = Saver(self.folder, config.save.minutes, config.save.keep, self._warn)
+        self.finished, self._added = 0, -1
+        if saved is not None:
+            self._restore(saved)  # last: the pictures of the base are made before
 
     def _warn(self, line: str) -> None:
         """Says it, whichever process it is of."""
@@ -102,31 +125,88 @@ class Trainer:
         print(f"process {self.accelerator.process_index}: {line}" if world > 1 else line, flush=True)
 
     def add_checkpoint(self) -> None:
-        """The policy as it is now becomes a reference that later draws may pick."""
+        """The policy as it is now becomes a reference that later draws may pick; once before an update."""
         pool = self.references
-        if pool is None or (len(pool) and self.objective.draw == "initial"):
+        if pool is None or (len(pool) and self.objective.draw == "initial") or self._added == self.finished:
             return
+        self._saver.wait()  # it reads the pool
         try:
             pool.add(self.unet)
         except PoolFullError as problem:
             if not len(pool):
                 raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}") from problem
             self.accelerator.print(f"this policy is not kept; draws go on among the {len(pool)} before it: {problem}")
+        self._added = self.finished
 
-    def report(self, updates: int, stats: dict[str, float]) -> None:
-        """Writes the log after `updates` finished updates, and a picture of samples where one is due."""
+    def report(self, stats: dict[str, float]) -> None:
+        """Counts an update as finished; writes the log, and where they are due a picture and the run's state."""
+        self.finished += 1
+        updates = self.finished
         if not self.accelerator.is_main_process:
             return
         if updates == 1:
-            self._open_folder()  # not before: a run that ends without an update leaves nothing
-        self._journal.update(updates, stats)
+            self._open_folder(0)  # not before: a run that ends without an update leaves nothing
+        self._journal.update(updates, stats | {"rollout_seconds": self.rollout.seconds})
         if self._samples is not None and updates % self.config.log.sample_every == 0:
             self._samples.write(self.folder / "samples" / f"update-{updates:06d}.png", f"update {updates}")
+        if self._saver.due():
+            self.save_state()
+
+    def save_state(self) -> None:
+        """Begins to write the run's state as the last finished update left it, for the same command to go on from.
+
+        Raises:
+            CheckpointError: the third one in a row that the disk refused.
+        """
+        if not self.finished or not self.accelerator.is_main_process:
+            return
+        files, numbers = self.learner.state()
+        files[POLICY] = trained_state(self.unet)
+        batch = self.config.sampler.model_copy(update={"batch": self.rollout.batch})
+        configs = {"asked": self._asked, "config": self.config.model_copy(update={"sampler": batch})}
+        numbers |= {"update": self.finished, "added": self._added, "fingerprints": self._fingerprints}
+        numbers |= {name: config.model_dump(mode="json") for name, config in configs.items()}
+        self._saver.save(self.finished, files, numbers, self.references)
+
+    def _restore(self, saved: SavedState) -> None:
+        load_policy(self.unet, saved)
+        names = [OPTIMIZER, *([AVERAGE] if self.learner.ema is not None else [])]
+        self.learner.restore({name: saved.tensors(name) for name in names}, saved.numbers)
+        if self.references is not None:
+            self.references.restore(saved.folder / REFERENCES, self.accelerator.device)
+        self.finished, self._added = saved.update, saved.numbers["added"]
+        if self.accelerator.is_main_process:
+            self._open_folder(self.finished)
+        self.accelerator.print(f"going on after update {self.finished} of {self.config.train.updates}")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block a signal ends the run between two micro-batches, its state saved; all is freed after it.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        try:
+            with self.interruption:
+                yield
+        except Interrupted:
+            self.save_state()
+            self._saver.wait()
+            where = f"after update {self.finished}; the same command goes on" if self.finished else "before an update"
+            raise Interrupted(f"interrupted {where}") from None
+        finally:
+            self._saver.wait()
+            if self.references is not None:
+                self.references.close()
 
     def save(self) -> Path:
-        """Writes the weights, the moving average where there is one, and says where they are."""
+        """Writes the run's state and its weights, the moving average where there is one; says where they are."""
         folder = self.folder / "weights"
-        if self.accelerator.is_main_process:
+        self.save_state()
+        self._saver.wait()
+        if self.accelerator.is_main_process and _update_of(folder) != self.finished:
+            if folder.exists():
+                folder.rename(free_name(folder.with_name("weights-before")))  # the run was made longer
             parameters = list(trainable(self.unet).values())
             if self.learner.ema is not None:
                 self.learner.ema.copy_to(parameters)
@@ -135,14 +215,17 @@ class Trainer:
                     self.family.save(staging)
                 else:
                     self.family.save_lora(staging, lora_weights(self.unet))
-            print(f"weights: {folder}", flush=True)
+                (staging / _STAMP).write_text(json.dumps({"update": self.finished}) + "\n", encoding="utf-8")
+            fault("weights")
+        self.accelerator.print(f"weights: {folder}")
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, finished: int) -> None:
         try:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            self._journal.resume(finished)
         except OSError as problem:
             raise CheckpointError(disk_message(self.folder, problem)) from problem
 
@@ -153,6 +236,32 @@ class Trainer:
         return FixedPrompts(self.family, self.forward, self.sampler, prompts, self.config.data.resolution)
 
 
+def _update_of(weights: Path) -> int | None:
+    """After which update a folder of weights was written."""
+    try:
+        return int(json.loads((weights / _STAMP).read_text(encoding="utf-8"))["update"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def processes() -> Accelerator:
+    """The device of this process and its ways to the others."""
+    # Autocast is ours, one for policy and reference. The others wait while the first fills the cache: hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    # Gradients live in DDP's buckets: else it keeps a second copy of them.
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision="no", kwargs_handlers=[patience, buckets])
+
+
+def node_of(accelerator: Accelerator) -> Node:
+    """The processes of a run as those of a machine see each other."""
+
+    def gather(value: Any) -> list[Any]:
+        return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+    return Node(gather, accelerator.process_index)
+
+
 def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
     """The empty pool of past policies of a configuration."""
     draw = OBJECTIVES[config.objective].draw
@@ -160,9 +269,6 @@ def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
 
     def size(gib: float | None) -> int | None:
         return None if gib is None else int(gib * 2**30)
-
-    def gather(value: Any) -> list[Any]:
-        return gather_object([value]) if accelerator.num_processes > 1 else [value]
 
     reference = config.reference
     newest = draw == "newest"  # no other one will ever be drawn
@@ -174,7 +280,7 @@ def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
         compute=DTYPES[config.model.precision],
         budget=Budget(size(reference.gpu_gib), size(reference.host_gib), size(reference.disk_gib)),
         folder=Path(config.data.cache),
-        node=Node(gather, accelerator.process_index),
+        node=node_of(accelerator),
     )
 
 

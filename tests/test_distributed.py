@@ -1,10 +1,6 @@
 """Two processes over gloo, under `accelerate launch`: the same sample ids, the same training."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import to_yaml
+from tests.launch import launch
 from tests.runs import log_of, tiny_config
-
-ROOT = Path(__file__).parents[1]
 
 # Runs the real trainer and writes down this rank's pairs: by sample id, what data and reference made of them.
 RECORDER = """
@@ -48,12 +43,6 @@ train(configure(sys.argv[1], sys.argv[3:]), observe)
 """
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("model", "errors"),
     [({}, "ahead"), ({"train": "lora"}, "ahead"), ({"train": "lora"}, "together")],
@@ -67,16 +56,10 @@ def test_two_processes_train_as_one(tiny, tmp_path, model, errors):
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     (tmp_path / "record.py").write_text(RECORDER)
     for processes in (1, 2):
-        launch = [
-            sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1",
-            "--num_processes", str(processes), "--main_process_port", free_port(), "--mixed_precision", "no",
-            # accelerate has no flag for several processes on a CPU without MPI: this one means torchrun.
-            "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else ["--cpu"]),
-            str(tmp_path / "record.py"), str(tmp_path / "run.yaml"), str(tmp_path),
-            "--output", str(tmp_path / f"world{processes}"),
-        ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = launch(
+            processes, tmp_path / "record.py", tmp_path / "run.yaml", tmp_path,
+            "--output", tmp_path / f"world{processes}", folder=tmp_path,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
 
     alone = json.loads((tmp_path / "rank0of1.json").read_text())

@@ -88,7 +88,7 @@ def test_redraw_each_update(tiny, tmp_path):
     def observe(trainer, updates):
         if updates == 0:
             roll_out, number = trainer.rollout._roll_out, trainer.rollout._draw_number
-            trainer.rollout._roll_out = lambda window: numbers.append(number(window[0])) or roll_out(window)
+            trainer.rollout._roll_out = lambda window, first: numbers.append(number(first)) or roll_out(window, first)
 
     train(config, observe)
     assert numbers == [0, 1, 2, 3]

@@ -159,9 +159,9 @@ class StableDiffusion:
         # How the last call padded and truncated is kept there too, and is not part of what the tokenizer is.
         tokenizer |= {"padding": None, "truncation": None, "max_length": self.pipe.tokenizer.model_max_length}
         return {
-            "vae": _digest(self.pipe.vae),
+            "vae": digest(self.pipe.vae),
             "scaling_factor": str(self.pipe.vae.config.scaling_factor),
-            "text_encoder": _digest(self.pipe.text_encoder),
+            "text_encoder": digest(self.pipe.text_encoder),
             "tokenizer": hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
             "dtype": str(self.dtype),
         }
@@ -222,7 +222,7 @@ def _contiguous(module: UNet2DConditionModel | AutoencoderKL) -> UNet2DCondition
     return copy
 
 
-def _digest(module: nn.Module) -> str:
+def digest(module: nn.Module) -> str:
     """sha256 of all names, shapes, dtypes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -1,0 +1,46 @@
+"""Fault points: named places at which a test can make a run fail; in use they do nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections import Counter
+
+_passed: Counter[str] = Counter()
+
+
+def fault(name: str) -> None:
+    """Fails here if the variable `SEPPO_FAULT` asks for it.
+
+    `NAME=kill` (SIGKILL), `NAME=term` (SIGTERM, as an interruption), `NAME=full` (no space left), `NAME=error` (a
+    RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process comes by; `NAME@3=...` the third time;
+    `NAME@3+=...` from then on.
+
+    Raises:
+        OSError, RuntimeError: as asked for.
+        ValueError: the variable asks for something else.
+    """
+    wanted = os.environ.get("SEPPO_FAULT")
+    if not wanted:
+        return
+    place, _, what = wanted.partition("=")
+    place, _, time_of = place.partition("@")
+    if place != name:
+        return
+    _passed[name] += 1
+    first = int(time_of.removesuffix("+") or 1)
+    if _passed[name] < first or (_passed[name] > first and not time_of.endswith("+")):
+        return
+    kind, _, seconds = what.partition(":")
+    if kind in ("kill", "term"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+    elif kind == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif kind == "error":
+        raise RuntimeError(f"fault {name}")
+    elif kind == "sleep":
+        time.sleep(float(seconds))
+    else:
+        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown, use kill, term, full, error or sleep:SECONDS")

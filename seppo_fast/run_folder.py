@@ -1,0 +1,100 @@
+"""A run's folder: one process writes it at a time, and the same command goes on with what is in it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from seppo_fast.errors import CheckpointError, ConfigError
+from seppo_fast.files import disk_message
+from seppo_fast.node import Node
+from seppo_fast.saved_state import SavedState, newest_state, saved_states
+
+LOCK = ".lock"
+# What a run writes before its first state.
+_BEGUN = {LOCK, "config.yaml", "log.jsonl", "samples", "state"}
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Passes a folder that is absent, empty or a run's that can go on.
+
+    Raises:
+        ConfigError: it holds something else.
+        CheckpointError: it cannot be written.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or (names - _BEGUN and not saved_states(folder)):
+        raise ConfigError(
+            f"output = {str(folder)!r} is not empty and holds no run that can go on; choose another folder or remove it"
+        )
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(f"output = {str(folder)!r}: {existing} cannot be written")
+
+
+@contextmanager
+def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterator[SavedState | None]:
+    """Holds a run's folder, so that no other run writes it meanwhile; gives the state that it was left in.
+
+    A lock of a process that is gone is no lock. A folder in which nothing was written in the end is removed again.
+
+    Args:
+        folder: of the run.
+        node: the processes of the run; the one of rank 0 holds the lock, all read the same state.
+        report: takes a line on states that are damaged.
+
+    Raises:
+        ConfigError: another run holds it; as `refuse_occupied`.
+        CheckpointError: it cannot be written; it holds saved states and none can be used.
+    """
+    handle, found, failed = None, None, None
+    try:
+        if node.rank == 0:
+            try:
+                refuse_occupied(folder)
+                handle = _locked(folder)
+                found = newest_state(folder, report)
+                if found is None and (folder / "log.jsonl").exists():
+                    report(f"{folder}: no state was saved before the run ended; it begins anew")
+            except (ConfigError, CheckpointError) as problem:
+                failed = problem
+        failed, found = node.from_first((failed, found))
+        if failed is not None:
+            raise failed
+        yield found
+    finally:
+        if handle is not None:
+            _release(folder, handle)
+
+
+def _locked(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as problem:
+        raise CheckpointError(disk_message(folder, problem)) from problem
+    try:
+        # A lock of the process, so that one that ends in any way lets go of it.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        os.close(handle)
+        if problem.errno in (errno.EAGAIN, errno.EACCES):
+            raise ConfigError(f"output = {str(folder)!r}: another run is writing there") from None
+        raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
+    return handle
+
+
+def _release(folder: Path, handle: int) -> None:
+    """Gives the folder back, and removes one in which nothing was written."""
+    try:
+        if {path.name for path in folder.iterdir()} == {LOCK}:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+    except OSError:
+        pass  # gone, or no longer ours to clean up
+    finally:
+        os.close(handle)

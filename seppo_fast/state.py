@@ -1,0 +1,132 @@
+"""What a run is besides its configuration: weights, optimizer, moving average, past policies and a few numbers.
+
+Everything else is a function of (seed, update, sample id), so a run that goes on from a state is the run that was
+never interrupted, bit for bit (with as many processes as before; else up to rounding).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seppo_fast.errors import CheckpointError
+from seppo_fast.faults import fault
+from seppo_fast.references import ReferencePool
+from seppo_fast.saved_state import REFERENCES, SavedState, prune, saved_states, state_folder, write_state
+from seppo_fast.slab import trained_state
+
+POLICY, OPTIMIZER, AVERAGE = "policy", "optimizer", "average"
+_MAX_FAILED = 3  # saves in a row that the disk refuses before the run stops
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, which nothing changes any more."""
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
+
+
+def load_policy(module: nn.Module, saved: SavedState) -> None:
+    """Makes a module's trained state the saved one, in place.
+
+    Raises:
+        CheckpointError: tensors that are not the module's; the module is as it was.
+    """
+    tensors, state = saved.tensors(POLICY), trained_state(module)
+    different = sorted(
+        name
+        for name in {*tensors, *state}
+        if name not in tensors or name not in state or tensors[name].shape != state[name].shape
+    )
+    if different:
+        raise CheckpointError(f"{saved.folder}: holds other weights than this model's: {', '.join(different[:5])} ...")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+class Saver:
+    """Writes states in a thread of its own while training goes on; for one process of the run.
+
+    Args:
+        run: the run's folder.
+        minutes: between two states; 0: each is due.
+        keep: states that stay.
+        warn: takes a line where a state could not be written.
+    """
+
+    def __init__(self, run: Path, minutes: float, keep: int, warn: Callable[[str], object]) -> None:
+        self._run, self._seconds, self._keep, self._warn = run, 60 * minutes, keep, warn
+        self._started = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+        self._failed = 0
+        self.stalled = 0.0
+
+    def due(self) -> bool:
+        """Whether enough time went by since the last state."""
+        return time.monotonic() - self._started >= self._seconds
+
+    def save(
+        self,
+        update: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        numbers: Mapping[str, Any],
+        references: ReferencePool | None,
+    ) -> None:
+        """Starts writing a state; nothing may change `files` any more, nor add to `references` before `wait`.
+
+        Raises:
+            CheckpointError: as `wait`.
+        """
+        self.wait()
+        if state_folder(self._run, update).exists():
+            return
+        self._started = time.monotonic()
+        copies = {name: on_cpu(tensors) for name, tensors in files.items()}
+        self._thread = threading.Thread(target=self._write, args=(update, copies, dict(numbers), references))
+        self._thread.start()
+        self.stalled += time.monotonic() - self._started
+
+    def wait(self) -> None:
+        """Until the state that is being written is there.
+
+        Raises:
+            CheckpointError: the third state in a row that could not be written.
+        """
+        if self._thread is None:
+            return
+        began = time.monotonic()
+        self._thread.join()
+        self._thread = None
+        self.stalled += time.monotonic() - began
+        problem, self._problem = self._problem, None
+        if problem is None:
+            self._failed = 0
+            return
+        self._failed += 1
+        if self._failed == _MAX_FAILED or not isinstance(problem, CheckpointError):
+            raise problem
+        self._warn(f"the run goes on, and its state could not be saved: {problem}")
+
+    def _write(
+        self,
+        update: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        numbers: Mapping[str, Any],
+        references: ReferencePool | None,
+    ) -> None:
+        try:
+            fault("save")
+            before = next(iter(saved_states(self._run)), None)
+            previous = None if before is None else before / REFERENCES
+            write_references = None if references is None else partial(references.save, previous=previous)
+            write_state(state_folder(self._run, update), files, numbers, write_references)
+            prune(self._run, self._keep)
+        except Exception as problem:  # for the thread that trains
+            self._problem = problem

@@ -1,0 +1,82 @@
+"""A run that was interrupted and goes on is the run that was not: weights, optimizer, average, references, log."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seppo_fast.saved_state import saved_states
+from seppo_fast.train import train
+from tests.runs import log_of, tiny_config
+
+UPDATES = 6
+TIMES = ("seconds", "memory_gib", "pairs_per_second")
+
+
+class Stop(Exception):
+    """Ends a run as a crash would."""
+
+
+def stop_at(*, update):
+    def observe(trainer, updates):
+        if updates == update:
+            raise Stop
+
+    return observe
+
+
+def content(run):
+    """All that a run computed: the tensors of its weights and of its last state, its references, its log."""
+    run = Path(run)
+    found = {}
+    for file in sorted([*run.rglob("weights/**/*.safetensors"), *saved_states(run)[0].rglob("*.safetensors")]):
+        tensors = load_file(file)
+        found |= {f"{file.relative_to(run)} {name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
+def log_without_times(config):
+    return [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in log_of(config)]
+
+
+def assert_same_run(first, second):
+    assert log_without_times(first) == log_without_times(second)
+    ours, theirs = content(first.output), content(second.output)
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), theirs[name].reshape(-1).view(torch.uint8)), name
+
+
+SETTINGS = {
+    "full": {},
+    "full, average": {"train": {"ema_decay": 0.9}, "reference": {"window": 3}},
+    "lora, bounded": {"model": {"train": "lora"}, "reference": {"keep": 2, "redraw": "update"}},
+    "lora, bf16, several uses": {
+        "model": {"train": "lora", "precision": "bf16"}, "reference": {"uses": 2, "window": 2},
+    },
+    "half, scaled": {"model": {"precision": "fp16"}, "train": {"warmup_updates": 4}},
+    "newest": {"objective": "spin"},
+    "no reference": {"objective": "sft"},
+    "apart": {"reference": {"errors": "apart"}},
+}  # fmt: skip
+
+
+def run_config(tiny, folder, name="run", **sections):
+    train_keys = {"updates": UPDATES, "updates_per_iteration": 4, "pairs_per_update": 6} | sections.pop("train", {})
+    return tiny_config(
+        tiny, folder, output=str(folder / name), train=train_keys, save={"minutes": 0}, sampler={"batch": 5}, **sections
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_that_stops_after_every_update_is_the_run_that_does_not(tiny, tmp_path, settings):
+    straight = run_config(tiny, tmp_path, "straight", **settings)
+    train(straight)
+    stopped = run_config(tiny, tmp_path, "stopped", **settings)
+    for update in range(1, UPDATES):
+        with pytest.raises(Stop):
+            train(stopped, stop_at(update=update))
+    train(stopped)
+    assert_same_run(straight, stopped)

@@ -1,0 +1,276 @@
+"""Kills, signals, damage and full disks through the real command line: the same command goes on, exactly."""
+
+import fcntl
+import hashlib
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from seppo_fast.config import to_yaml
+from seppo_fast.saved_state import saved_states
+from tests.forks import Forks
+from tests.runs import log_of, tiny_config
+from tests.test_resume import assert_same_run
+from tests.tiny import tiny_pipeline
+
+UPDATES = 6
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tiny):
+    return tmp_path_factory.mktemp("survival")
+
+
+def config_of(shared, tiny, output, **sections):
+    base = {
+        "train": {"updates": UPDATES, "updates_per_iteration": 4, "ema_decay": 0.9},
+        "model": {"train": "lora"}, "save": {"minutes": 0},
+    }  # fmt: skip
+    base = {key: value | sections.pop(key, {}) for key, value in base.items()}
+    return tiny_config(tiny, shared, output=str(output), **base, **sections)
+
+
+class Run:
+    """A run's folder and its command line."""
+
+    def __init__(self, forks, config, folder):
+        self.forks, self.config, self.output = forks, config, Path(config.output)
+        self.file = folder / "run.yaml"
+        self.file.write_text(to_yaml(config))
+
+    def train(self, *flags, fault=""):
+        return self.forks.run("train", self.file, *flags, fault=fault)
+
+
+@pytest.fixture
+def run(forks, shared, tiny, tmp_path):
+    return Run(forks, config_of(shared, tiny, tmp_path / "run"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def straight(forks, shared, tiny):
+    """The configuration of a run that nothing interrupted."""
+    run = Run(forks, config_of(shared, tiny, shared / "straight"), shared)
+    ended = run.train()
+    assert ended.code == 0, ended.err
+    return run.config
+
+
+POINTS = [
+    "sampling@1", "sampling@4", "micro-batch@1", "micro-batch@5", "save@1", "save@3", "save-policy@2",
+    "save-optimizer@2", "save-average@2", "save-references@3", "save-manifest@1", "save-manifest@4", "save-rename@3",
+    "save-done@2", "save-done@6", "prune@2", "weights@1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_a_point_the_same_command_finishes_the_run(run, straight, point):
+    killed = run.train(fault=f"{point}=kill")
+    assert killed.code == -signal.SIGKILL, "the point was never passed"
+    ended = run.train()
+    assert ended.code == 0, ended.err
+    assert_same_run(run.config, straight)
+    assert not list(run.output.rglob(".tmp-*"))
+
+
+def test_killed_again_and_again(run, straight):
+    """At random points, until a run gets through by itself."""
+    choose, kills = random.Random(1), 0
+    names = sorted({point.partition("@")[0] for point in POINTS})
+    while kills < 50:
+        ended = run.train(fault=f"{choose.choice(names)}@{choose.randint(1, 3)}=kill")
+        assert ended.code in (-signal.SIGKILL, 0), ended.err
+        kills += ended.code != 0
+        if ended.code == 0:
+            assert_same_run(run.config, straight)
+            shutil.rmtree(run.output)
+    assert run.train().code == 0
+    assert_same_run(run.config, straight)
+
+
+def test_a_signal_saves_the_last_finished_update(run, straight):
+    ended = run.train("--save.minutes", 60, fault="micro-batch@8=term")
+    assert ended.code == 130
+    assert "SIGTERM: ending at the next micro-batch" in ended.out
+    finished = len(log_of(run.config))
+    assert 0 < finished < UPDATES
+    assert f"interrupted after update {finished}" in ended.err
+    assert [path.name for path in saved_states(run.output)] == [f"update-{finished:06d}"]
+    ended = run.train()
+    assert ended.code == 0 and f"going on after update {finished} of {UPDATES}" in ended.out
+    assert_same_run(run.config, straight)
+
+
+def test_a_signal_during_sampling_and_before_an_update_leaves_nothing(run):
+    ended = run.train(fault="sampling@1=term")
+    assert ended.code == 130 and "interrupted before an update" in ended.err
+    assert not run.output.exists()
+
+
+def test_a_full_disk_while_saving_is_outlived_twice(run, straight):
+    ended = run.train(fault="save-manifest@2=full")
+    assert ended.code == 0, ended.err
+    assert "could not be saved" in ended.out and "no space left" in ended.out
+    assert_same_run(run.config, straight)
+
+
+def test_a_disk_that_stays_full_ends_the_run_after_three_saves(run):
+    ended = run.train(fault="save-manifest@2+=full")
+    assert ended.code == 6 and ended.out.count("could not be saved") == 2
+    assert "no space left" in ended.err
+    assert [path.name for path in saved_states(run.output)] == ["update-000001"]
+
+
+def half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def stopped(forks, shared, tiny):
+    """A run with two saved states, after updates 2 and 3, the third in a member of its own."""
+    run = Run(forks, config_of(shared, tiny, shared / "stopped", train={"updates_per_iteration": 2}), shared)
+    ended = run.train("--train.updates", 3)
+    assert ended.code == 0
+    assert [path.name for path in saved_states(run.output)] == ["update-000003", "update-000002"]
+    return run
+
+
+FILES = ["manifest.json", "numbers.json", "policy.safetensors", "optimizer.safetensors", "average.safetensors"]
+FILES += ["references/manifest.json", "references/checkpoint-000001.safetensors"]
+
+
+@pytest.fixture
+def damaged(stopped, tmp_path, forks):
+    """A copy of the run, in which the tests may damage what they like."""
+    shutil.copytree(stopped.output, tmp_path / "run")
+    return Run(forks, stopped.config.model_copy(update={"output": str(tmp_path / "run")}), tmp_path)
+
+
+@pytest.mark.parametrize("damage", [half, flip, Path.unlink], ids=["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_state_before_taken(damaged, stopped, name, damage):
+    newest = saved_states(damaged.output)[0]
+    file = newest / name
+    copy = file.read_bytes()  # members are linked: the older state's must stay what it is
+    file.unlink()
+    file.write_bytes(copy)
+    damage(file)
+    ended = damaged.train("--train.updates", 3)
+    assert ended.code == 0, ended.err
+    assert file.name in ended.out and "looking for an older state" in ended.out
+    assert "going on after update 2 of 3" in ended.out
+    assert_same_run(damaged.config, stopped.config)
+    assert (newest.parent / "damaged-update-000003").is_dir()
+
+
+def test_where_all_states_are_damaged_nothing_is_deleted_and_nothing_begun(damaged):
+    states = saved_states(damaged.output)
+    for folder in states:
+        flip(folder / "policy.safetensors")
+    before = {file: file.read_bytes() for file in damaged.output.rglob("*") if file.is_file()}
+    ended = damaged.train()
+    assert ended.code == 6 and "none of its 2 saved states can be used" in ended.err
+    assert before == {file: file.read_bytes() for file in before}
+    assert saved_states(damaged.output) == states
+
+
+def rewritten(folder, change):
+    """Changes a manifest and makes its own checksum right again."""
+    manifest = folder / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    change(tree)
+    tree["sha256"] = hashlib.sha256(json.dumps(tree["files"], sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(tree))
+
+
+def test_a_manifest_of_a_newer_format_or_one_that_leads_elsewhere_is_refused(damaged, tmp_path):
+    newest, older = saved_states(damaged.output)
+    (tmp_path / "secret").write_bytes(b"mine")
+
+    def escape(tree):
+        tree["files"]["../../../secret"] = {"size": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+
+    rewritten(newest, escape)
+    rewritten(older, lambda tree: tree.update(format=2))
+    ended = damaged.train()
+    assert ended.code == 6
+    assert "leads out of the folder" in ended.out and "format 2 is newer" in ended.out
+
+
+def test_an_extra_file_does_no_harm(damaged, stopped):
+    (saved_states(damaged.output)[0] / "notes.txt").write_text("mine")
+    assert damaged.train("--train.updates", 3).code == 0
+    assert_same_run(damaged.config, stopped.config)
+
+
+def test_settings_that_cannot_change_are_refused_with_both_values(damaged):
+    ended = damaged.train("--train.beta", 500, "--train.learning_rate", "1e-5")
+    assert ended.code == 2
+    assert "train.beta = 2000.0, not 500.0" in ended.err and "train.learning_rate = 0.001, not 1e-05" in ended.err
+    ended = damaged.train("--train.updates", 2)
+    assert ended.code == 2 and "has finished 3" in ended.err
+
+
+def test_settings_that_may_change_are_taken(damaged):
+    ended = damaged.train("--train.updates", 5, "--train.micro_batch", 2, "--save.keep", 3)
+    assert ended.code == 0, ended.err
+    assert [entry["update"] for entry in log_of(damaged.config)] == [1, 2, 3, 4, 5]
+    assert len(saved_states(damaged.output)) == 3
+    assert "micro_batch: 2" in (damaged.output / "config.yaml").read_text()
+    assert (damaged.output / "weights-before").is_dir()
+    assert json.loads((damaged.output / "weights" / "seppo_fast.json").read_text()) == {"update": 5}
+
+
+def test_a_finished_run_stays_as_it_is(damaged):
+    def files():
+        return {file: file.read_bytes() for file in (damaged.output / "weights").rglob("*.safetensors")}
+
+    before = files()
+    ended = damaged.train("--train.updates", 3)
+    assert ended.code == 0 and "weights:" in ended.out
+    assert files() == before and not (damaged.output / "weights-before").exists()
+
+
+def test_other_data_or_another_model_are_refused(damaged, tmp_path, shared, tiny):
+    ended = damaged.train("--data.source", "shapes:11:4")
+    assert ended.code == 2 and "the data changed since the run was begun" in ended.err
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    ended = damaged.train("--model.path", other)
+    assert ended.code == 2 and "the model" in ended.err
+    shutil.copytree(tiny, tmp_path / "moved")
+    ended = damaged.train("--model.path", tmp_path / "moved", "--train.updates", 3)
+    assert ended.code == 0, ended.err
+
+
+def test_two_runs_do_not_share_a_folder(damaged):
+    with (damaged.output / ".lock").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        ended = damaged.train()
+    assert ended.code == 2 and "another run is writing there" in ended.err
+    assert damaged.train("--train.updates", 3).code == 0
+
+
+def test_a_run_that_saved_nothing_begins_again(damaged):
+    """Killed before its first state: what it logged is not kept beside a second beginning."""
+    for name in ("state", "weights"):
+        shutil.rmtree(damaged.output / name)
+    ended = damaged.train("--train.updates", 2)
+    assert ended.code == 0, ended.err
+    assert "no state was saved" in ended.out
+    assert [entry["update"] for entry in log_of(damaged.config)] == [1, 2]
