@@ -245,7 +245,12 @@ def test_a_run_that_diverges_exits_5_and_writes_no_weights(config, tmp_path):
     done = run("train", config, "--learning-rate", "1e30", "--train.updates", "9", cwd=tmp_path)
     assert done.returncode == 5, done.stdout + done.stderr
     assert "not finite 3 times in a row" in done.stderr and "SKIPPED" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "log.jsonl", "samples"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "log.jsonl",
+        "samples",
+    ]
 
 
 def test_interrupt_exits_130_and_writes_no_weights(config, tmp_path):
