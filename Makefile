@@ -1,4 +1,4 @@
-# `make demo` and `make test` do the whole set-up in $(VENV) the first time.
+# `make demo`, `make demo-video` and `make test` do the whole set-up in $(VENV) the first time.
 # Another build of torch: make setup TORCH="torch==2.11.0 --index-url <as PyTorch's own page says>". Once it is there it is never
 # replaced; to change it, `make clean` first.
 
@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # Twice quiet: errors only.
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
-.PHONY: setup demo test lint bench ablation clean
+.PHONY: setup demo demo-video test lint bench ablation clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -29,6 +29,9 @@ $(VENV)/installed: $(VENV)/torch.txt setup.py seppo_fast/__init__.py
 demo: setup
 	$(VENV)/bin/seppo-fast demo
 
+demo-video: setup
+	$(VENV)/bin/seppo-fast demo --clips
+
 test: setup
 	$(PY) -m pytest -q
 
@@ -46,6 +49,8 @@ bench: setup
 	$(PY) -m benchmarks.run --quick --suite endtoend
 	$(PY) -m benchmarks.run --quick --suite kernels
 	$(PY) -m benchmarks.run --quick --suite cache
+	$(PY) -m benchmarks.run --quick --suite video
+	$(PY) -m benchmarks.full_size --quick --clips
 
 ablation: setup
 	$(PY) -m benchmarks.ablation

@@ -40,7 +40,7 @@ setup(
         # The modules of seppo_fast.kernels come from kernels/, which must not have an __init__.py; this one is theirs.
         "seppo_fast": ["kernels/__init__.py"],
         "seppo_fast.recipes": ["*.yaml"],
-        "seppo_fast.shapes": ["pipeline/**"],
+        "seppo_fast.shapes": ["pipeline/**", "motion_adapter/**"],
     },
     install_requires=[
         "torch>=2.10",
@@ -60,10 +60,11 @@ setup(
         "tyro>=1",
     ],
     extras_require={
+        "video": ["av>=15"],
         "xformers": ["xformers>=0.0.35"],  # earlier ones pin one torch version each
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.
-        "test": ["pytest>=8", "pytest-benchmark>=5", "setuptools>=77"],
+        "test": ["av>=16", "pytest>=8", "pytest-benchmark>=5", "setuptools>=77"],
         # One minor version each, since the next one brings new findings and another format.
         "dev": ["mypy==2.4.*", "ruff==0.17.*", "types-PyYAML"],
     },

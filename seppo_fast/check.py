@@ -11,12 +11,12 @@ from seppo_fast.data.scan import scan
 from seppo_fast.dial import checkpoints, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import DataError
+from seppo_fast.families.load import load_family
 from seppo_fast.memory import free_bytes, sampling_footprint, training_footprint
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, make_trainable, trainable
 from seppo_fast.preflight import preflight
 from seppo_fast.slab import Table
-from seppo_fast.trainer import load_family
 
 
 def check(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `seppo-fast demo`."""
+"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `export RUN`, `demo`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="seppo-fast train CONFIG.yaml --help lists every key with its default.",
     )
     parser.add_argument("--version", action="version", version=f"seppo_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | export | demo")
     for name, purpose in {
         "train": "run a whole training",
         "check": "look at configuration, data and model as training would, and train nothing",
@@ -43,7 +43,19 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=purpose, description=purpose, add_help=False)
         command.add_argument("config", help="a YAML file, or a recipe that ships with the package, such as sd15.yaml")
         command.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key VALUE, over what the file says")
+    purpose = "write what a run learned in a format that others load"
+    export = commands.add_parser("export", help=purpose, description=purpose)
+    export.add_argument("run", type=Path, help="the run's folder")
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "lora", "comfyui"),
+        help="a pipeline folder (a LoRA merged into it), a LoRA for diffusers, or one with kohya's key names; default: "
+        "diffusers where all weights were trained, else lora",
+    )
+    export.add_argument("--raw", action="store_true", help="not the moving average that the run keeps")
+    export.add_argument("--output", type=Path, help="a folder that does not exist; default: export-FORMAT in the run's")
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge it, in minutes on a CPU")
+    demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes, in place of pictures")
     demo.add_argument("--output", type=Path, help="folder of the run; runs/demo, or the next free runs/demo-N")
     return parser
 
@@ -54,10 +66,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from seppo_fast.quiet import quiet_libraries
 
     try:
+        if arguments.command == "export":
+            quiet_libraries()
+            from seppo_fast.export import export
+
+            export(arguments.run, arguments.format, raw=arguments.raw, output=arguments.output)
+            return 0
         config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
         quiet_libraries()
         if config is None:
-            return _demo(arguments.output)
+            return _demo(arguments.clips, arguments.output)
         if arguments.command == "check":
             from seppo_fast.check import check
 
@@ -83,10 +101,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise
 
 
-def _demo(output: Path | None) -> int:
+def _demo(clips: bool, output: Path | None) -> int:
     from seppo_fast.config import read_config
     from seppo_fast.demo import demo
     from seppo_fast.files import free_name
 
-    demo(read_config("demo.yaml").model_copy(update={"output": str(output or free_name(Path("runs/demo")))}))
+    config = read_config("demo-video.yaml" if clips else "demo.yaml")
+    demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
     return 0

@@ -1,4 +1,4 @@
-"""`seppo-fast demo`: aligns the embedded pipeline with clean pictures, and judges base and aligned exactly."""
+"""`seppo-fast demo [--clips]`: aligns the embedded model with clean examples, and judges base and aligned exactly."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from seppo_fast.config import Config
 from seppo_fast.data.sources import open_source
-from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_pictures, judged_pipeline, prompt_sets
+from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_model, judged_pictures, prompt_sets
 from seppo_fast.evaluate.paired import paired_difference
-from seppo_fast.evaluate.pictures import side_by_side
+from seppo_fast.evaluate.pictures import animate, side_by_side
 from seppo_fast.journal import read_journal
 from seppo_fast.train import train
 from seppo_fast.trainer import Trainer
@@ -56,11 +56,12 @@ def demo(config: Config) -> None:
     folder = Path(config.output)
     print(f"judging base and aligned on {len(prompts)} held-out prompts ...", flush=True)
     pictures, scores = {}, {}
-    for name, path in {"base": config.model.path, "aligned": str(weights)}.items():
-        pictures[name], scores[name] = judged_pipeline(path, config, prompts, REPORT)
-    difference = paired_difference(scores["base"], scores["aligned"])
-    first = {name: images[:GRID_PROMPTS] for name, images in pictures.items()}
-    draw(folder, curve.points, prompts[:GRID_PROMPTS], first)
+    for name, trained in {"base": None, "aligned": weights}.items():
+        pictures[name], scores[name] = judged_model(config, prompts, REPORT, trained)
+    difference = paired_difference(*(by_prompt(prompts, scores[name]) for name in ("base", "aligned")))
+    rows = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:GRID_PROMPTS]
+    shown = {name: images[rows] for name, images in pictures.items()}
+    draw(folder, curve.points, [prompts[row] for row in rows], shown)
     result = dataclasses.asdict(difference) | {
         "base_all_right": float(np.mean(scores["base"] == 1)),
         "aligned_all_right": float(np.mean(scores["aligned"] == 1)),
@@ -77,8 +78,14 @@ def demo(config: Config) -> None:
         print("the interval includes zero: no gain shown")
 
 
+def by_prompt(prompts: Sequence[str], scores: np.ndarray) -> np.ndarray:
+    """The mean score of each prompt: samples of one prompt are not independent, prompts are."""
+    _, rows = np.unique(prompts, return_inverse=True)
+    return np.bincount(rows, scores) / np.bincount(rows)
+
+
 def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pictures: dict[str, np.ndarray]) -> None:
-    """Writes `demo.png`: four curves of the run, and base beside aligned at the same seeds."""
+    """Writes `demo.png`: four curves of the run, base beside aligned at the same seeds; of clips `demo.webp` too."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,11 +103,14 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pict
         _curve(axes[panel], title, updates, {name: [entry[key] for entry in log] for name, key in lines.items()})
     judged, scores = zip(*points, strict=True)
     _curve(axes["D"], f"judge's score ({CURVE_PROMPTS} development prompts)", judged, {"policy": scores})
-    axes["G"].imshow(side_by_side(prompts, pictures))
+    clips = pictures["base"].ndim == 5
+    axes["G"].imshow(side_by_side(prompts, pictures, cell=64 if clips else 128))
     axes["G"].axis("off")
     axes["G"].set_title("held-out prompts, same seeds")
     figure.savefig(folder / "demo.png", dpi=90)
     plt.close(figure)
+    if clips:
+        animate(folder / "demo.webp", prompts, pictures)
 
 
 def _curve(axes: Axes, title: str, x: Sequence[float], lines: dict[str, Sequence[float]]) -> None:

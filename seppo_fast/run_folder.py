@@ -12,7 +12,7 @@ from pathlib import Path
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.files import disk_message
 from seppo_fast.node import Node
-from seppo_fast.saved_state import SavedState, newest_state, saved_states
+from seppo_fast.saved_state import SavedState, newest_state, put_aside_newer, saved_states
 
 LOCK = ".lock"
 # What a run writes before its first state.
@@ -58,7 +58,9 @@ def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterat
                 refuse_occupied(folder)
                 handle = _locked(folder)
                 found = newest_state(folder, report)
-                if found is None and (folder / "log.jsonl").exists():
+                if found is not None:
+                    put_aside_newer(folder, found.update)
+                elif (folder / "log.jsonl").exists():
                     report(f"{folder}: no state was saved before the run ended; it begins anew")
             except (ConfigError, CheckpointError) as problem:
                 failed = problem

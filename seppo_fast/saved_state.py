@@ -105,13 +105,15 @@ def saved_states(run: Path) -> list[Path]:
     """The folders of saved states, newest first; nothing of them is looked at."""
     found = (run / "state").iterdir() if (run / "state").is_dir() else iter(())
     folders = [path for path in found if _NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
+    return sorted(folders, key=_number, reverse=True)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("update-"))
 
 
 def newest_state(run: Path, report: Callable[[str], object]) -> SavedState | None:
-    """The newest state that is whole; None where none was ever saved. Newer ones are renamed to `damaged-...`.
-
-    For the one process that holds the run's lock.
+    """The newest state that is whole; None where none was ever saved.
 
     Args:
         run: the run's folder.
@@ -121,16 +123,11 @@ def newest_state(run: Path, report: Callable[[str], object]) -> SavedState | Non
         CheckpointError: there are states, and all are damaged. Nothing is deleted.
     """
     folders = saved_states(run)
-    for place, folder in enumerate(folders):
+    for folder in folders:
         try:
-            found = checked_state(folder)
+            return checked_state(folder)
         except CheckpointError as problem:
             report(f"{problem}; looking for an older state")
-            continue
-        # Out of the way of the states to come: those beyond `keep` are removed, and a damaged one is none.
-        for newer in folders[:place]:
-            newer.rename(free_name(newer.with_name(f"damaged-{newer.name}")))
-        return found
     if folders:
         raise CheckpointError(
             f"{run / 'state'}: none of its {len(folders)} saved states can be used. Nothing was deleted; restore one "
@@ -165,6 +162,16 @@ def checked_state(folder: Path) -> SavedState:
         return SavedState(folder, int(numbers["update"]), dict(numbers))
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{folder / NUMBERS}: cannot be read ({problem})") from problem
+
+
+def put_aside_newer(run: Path, update: int) -> None:
+    """Renames the damaged states after `update` to `damaged-...`, so that they count for nothing and stay.
+
+    For the one process that holds the run's lock.
+    """
+    for folder in saved_states(run):
+        if _number(folder) > update:
+            folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
 
 
 def prune(run: Path, keep: int) -> None:

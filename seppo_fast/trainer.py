@@ -21,6 +21,7 @@ from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.evaluate.pictures import FixedPrompts
+from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion, digest
 from seppo_fast.faults import fault
 from seppo_fast.files import disk_message, free_name, staged_folder
@@ -282,12 +283,6 @@ def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
         folder=Path(config.data.cache),
         node=node_of(accelerator),
     )
-
-
-def load_family(config: Config, device: torch.device) -> StableDiffusion:
-    """The model of a configuration; its encoders run in half precision only on a GPU."""
-    half = device.type == "cuda" and config.model.precision != "fp32"
-    return StableDiffusion.load(config.model.path, device, torch.float16 if half else torch.float32)
 
 
 def open_cache(

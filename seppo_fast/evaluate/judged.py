@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from seppo_fast.config import Config
 from seppo_fast.data.sources import Source
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.evaluate.pictures import generate
+from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.forward import Forward
-from seppo_fast.shapes.judge import score_all
+from seppo_fast.shapes import judge, motion, motion_judge
 from seppo_fast.shapes.world import SIZE, caption, scene
 
 # Streams of the shapes world, and seeds of the noise that pictures start from. Settings are chosen on the first.
 DEVELOPMENT, REPORT = 1001, 2002
 DEVELOPMENT_PROMPTS, REPORT_PROMPTS = 400, 1200
+CLIPS_PER_PROMPT = 8
 
 
 def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list[str]:
@@ -36,7 +39,14 @@ def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list
 
 
 def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:
-    """Prompts to choose settings on, and prompts to report on: no caption is in both, or among the winners'."""
+    """Prompts to choose settings on, and prompts to report on: no caption is in both, or among the winners'.
+
+    Of clips there are few captions, so each is there several times, one after the other, for clips of other seeds; and
+    settings are chosen on the winners' captions.
+    """
+    if trained_on.clips:
+        seen, kept_back = motion.captions(held_out=False), motion.captions(held_out=True)
+        return seen, [caption for caption in kept_back for _ in range(CLIPS_PER_PROMPT)]
     winners = {example.prompt for example in trained_on}
     development = held_out_prompts(DEVELOPMENT, DEVELOPMENT_PROMPTS, winners)
     return development, held_out_prompts(REPORT, REPORT_PROMPTS, winners | set(development))
@@ -45,7 +55,7 @@ def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:
 def judged_pictures(
     family: StableDiffusion, forward: Forward, model: nn.Module, sampler: Sampler, prompts: Sequence[str], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and their scores.
+    """Pictures or clips, as the family makes them, and their scores.
 
     Args:
         family: the pipeline.
@@ -56,15 +66,23 @@ def judged_pictures(
         seed: of the starting noise; picture i starts from noise (seed, i), whatever the model.
 
     Returns:
-        Pictures `(N, 32, 32, 3)` uint8 and scores `(N,)`: the share of asked-for attributes that the judge finds.
+        Pictures `(N, 32, 32, 3)` or clips `(N, F, 32, 32, 3)` uint8, and scores `(N,)`: the share of asked-for
+        attributes that the judge finds.
     """
     pictures = generate(family, forward, model, sampler, prompts, resolution=SIZE, seed=seed)
+    score_all = motion_judge.score_all if pictures.ndim == 5 else judge.score_all
     return pictures, np.asarray(score_all(list(prompts), pictures))
 
 
-def judged_pipeline(path: str, config: Config, prompts: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `judged_pictures`, of a pipeline folder, with the sampler of a configuration."""
-    family = StableDiffusion.load(path, torch.device("cpu"))
+def judged_model(
+    config: Config, prompts: Sequence[str], seed: int, weights: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `judged_pictures`, of the model of a configuration, or of the `weights` that its run wrote."""
+    full = weights is not None and config.model.train == "full"
+    model = config.model.model_copy(update={"path": str(weights)}) if full else config.model
+    family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
+    if weights is not None and not full:
+        family.pipe.load_lora_weights(weights)
     forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
     sampler = Sampler(family.scheduler_config, config.sampler)
     return judged_pictures(family, forward, family.unet, sampler, prompts, seed)

@@ -98,3 +98,15 @@ def side_by_side(
         text = "\n".join(textwrap.wrap(prompt, caption_width // 9)[:6])
         draw.multiline_text((6, head + row * cell + 8), text, fill="black", font=font)
     return canvas
+
+
+def animate(
+    file: Path, prompts: Sequence[str], columns: dict[str, np.ndarray], *, cell: int = 128, milliseconds: int = 150
+) -> None:
+    """Writes clips `(N, F, H, W, 3)` uint8 as `side_by_side`, into an animated WebP that runs for ever."""
+    count = next(iter(columns.values())).shape[1]
+    frames = [
+        side_by_side(prompts, {name: film[:, frame] for name, film in columns.items()}, cell=cell)
+        for frame in range(count)
+    ]
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=90)

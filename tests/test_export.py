@@ -1,0 +1,122 @@
+"""Exports: what diffusers loads from them makes the pictures that the run makes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from seppo_fast.cli import main
+from seppo_fast.config import parse_config
+from seppo_fast.diffusion import NoiseSchedule, Sampler
+from seppo_fast.evaluate.pictures import generate
+from seppo_fast.export import COMFYUI_FILE, export
+from seppo_fast.forward import Forward
+from seppo_fast.saved_state import saved_states
+from seppo_fast.train import train
+from tests.runs import tiny_config
+
+PROMPTS = ["a small red circle", "a large blue square"]
+
+
+def trained(tiny, folder, **sections):
+    """A finished run, and the pictures that its policy makes at the end: raw, and by its moving average."""
+    config = tiny_config(tiny, folder, **sections)
+    held = {}
+
+    def observe(trainer, updates):
+        held["trainer"] = trainer
+        if updates == config.train.updates:
+            held["raw"] = pictures_of(trainer)
+
+    train(config, observe)  # it ends with the average in the policy's place
+    held["average"] = pictures_of(held["trainer"])
+    return config, held
+
+
+def pictures_of(trainer):
+    family = trainer.family
+    return generate(family, trainer.forward, trainer.unet, trainer.sampler, PROMPTS, resolution=16, seed=3)
+
+
+def by_diffusers(pipe, config):
+    """The same prompts and seed through a pipeline of diffusers, by the family's sampler."""
+    from seppo_fast.families.sd import StableDiffusion
+
+    family = StableDiffusion(pipe, torch.device("cpu"), torch.float32)
+    forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
+    sampler = Sampler(family.scheduler_config, config.sampler)
+    return generate(family, forward, pipe.unet, sampler, PROMPTS, resolution=16, seed=3)
+
+
+def close(ours, theirs):
+    """Equal but for a rounded pixel value here and there: merging a LoRA adds in another order."""
+    return np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+
+
+TRAIN = {"ema_decay": 0.5, "learning_rate": 5e-3}
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("raw", [False, True], ids=["average", "raw"])
+def test_a_pipeline_folder_makes_the_runs_pictures(tiny, tmp_path, weights, raw):
+    config, made = trained(tiny, tmp_path, model={"train": weights}, train=TRAIN)
+    folder = export(Path(config.output), "diffusers", raw=raw)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pictures = by_diffusers(pipe, config)
+    wanted, other = (made["raw"], made["average"]) if raw else (made["average"], made["raw"])
+    assert close(pictures, wanted) and not close(pictures, other)
+
+
+def test_a_lora_makes_the_runs_pictures_in_both_formats(tiny, tmp_path):
+    config, made = trained(tiny, tmp_path, model={"train": "lora", "lora_rank": 3}, train={"learning_rate": 5e-3})
+    run = Path(config.output)
+    folder = export(run)
+    for source, name in ((folder, None), (export(run, "comfyui"), COMFYUI_FILE)):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+        assert not close(by_diffusers(pipe, config), made["raw"])
+        pipe.load_lora_weights(source, **({} if name is None else {"weight_name": name}))
+        assert close(by_diffusers(pipe, config), made["raw"])
+
+
+def test_comfyui_key_names_are_those_of_kohya(tiny, tmp_path):
+    config, _ = trained(tiny, tmp_path, model={"train": "lora", "lora_rank": 3})
+    with safe_open(export(Path(config.output), "comfyui") / COMFYUI_FILE, framework="pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+        place = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+        assert {f"{place}.lora_down.weight", f"{place}.lora_up.weight", f"{place}.alpha"} <= names
+        assert all(name.count(".") <= 2 and name.startswith("lora_unet_") for name in names)
+        assert file.get_tensor(f"{place}.lora_down.weight").shape[0] == 3
+        assert file.get_tensor(f"{place}.alpha").item() == 3
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "3"
+
+
+def test_the_card_says_what_it_is_and_the_settings_go_with_it(tiny, tmp_path):
+    config, _ = trained(tiny, tmp_path, model={"train": "lora"}, seed=9)
+    folder = export(Path(config.output), output=tmp_path / "mine")
+    assert folder == tmp_path / "mine"
+    card = (folder / "README.md").read_text()
+    assert "| seed | 9 |" in card and "| data | shapes:11:3, 16 pixels |" in card and "no score" in card
+    assert str(tiny) in card
+    assert parse_config(__import__("yaml").safe_load((folder / "seppo_fast.yaml").read_text())).seed == 9
+
+
+def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
+    config, _ = trained(tiny, tmp_path)
+    run = Path(config.output)
+    for words, code, said in (
+        (["export", str(run), "--format", "lora"], 2, "there is no LoRA; use --format diffusers"),
+        (["export", str(tmp_path / "none")], 2, "no run with a saved state"),
+        (["export", str(run), "--output", str(tmp_path)], 2, "is there already"),
+    ):
+        assert main(words) == code
+        assert said in capsys.readouterr().err
+    assert main(["export", str(run)]) == 0 and main(["export", str(run)]) == 0
+    assert (run / "export-diffusers").is_dir() and (run / "export-diffusers-2").is_dir()
+    for folder in saved_states(run):
+        (folder / "policy.safetensors").write_bytes(b"")
+    assert main(["export", str(run)]) == 6
+    assert "none of its" in capsys.readouterr().err
+    assert not [path for path in run.iterdir() if path.name.startswith(".tmp")]
