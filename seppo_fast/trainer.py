@@ -20,6 +20,7 @@ from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.evaluate.pictures import FixedPrompts
+from seppo_fast.families.animatediff import AnimateDiff
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.files import disk_message, staged_folder
 from seppo_fast.forward import Forward
@@ -70,9 +71,13 @@ class Trainer:
         # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise.
         plain = config.train.optimizer == "adamw8bit"
         self.unet.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-        self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator)
+        self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator, self.family.denoise)
         assert config.model.attention != "auto", "the attention is chosen"
         set_attention(self.unet, config.model.attention)
+        if config.model.temporal_attention == "triton":
+            from seppo_fast.temporal import set_temporal_attention  # its kernels need triton
+
+            set_temporal_attention(self.unet, "triton")
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
         self.references = open_pool(config, self.accelerator) if self.objective.draw else None
@@ -181,7 +186,17 @@ def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
 def load_family(config: Config, device: torch.device) -> StableDiffusion:
     """The model of a configuration; its encoders run in half precision only on a GPU."""
     half = device.type == "cuda" and config.model.precision != "fp32"
-    return StableDiffusion.load(config.model.path, device, torch.float16 if half else torch.float32)
+    model, dtype = config.model, torch.float16 if half else torch.float32
+    if not model.motion_adapter:
+        return StableDiffusion.load(model.path, device, dtype, beta_schedule=model.beta_schedule)
+    return AnimateDiff.load(
+        model.path,
+        device,
+        dtype,
+        beta_schedule=model.beta_schedule,
+        motion_adapter=model.motion_adapter,
+        frames=config.data.frames,
+    )
 
 
 def open_cache(
@@ -198,6 +213,8 @@ def open_cache(
         source,
         family,
         resolution=config.data.resolution,
+        frames=family.frames,
+        flip=config.data.flip,
         folder=Path(config.data.cache),
         losers=OBJECTIVES[config.objective].needs_pairs,
         report=report,

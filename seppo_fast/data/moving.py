@@ -1,0 +1,45 @@
+"""The embedded world of clips as a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+
+from seppo_fast.data.examples import Example, Source
+from seppo_fast.data.images import ImageRef
+
+
+class MovingShapesSource(Source):
+    """The first `count` clips of the embedded world for `seed`, drawn when they are asked for.
+
+    An example's image opens to uint8 pixels (F, 32, 32, 3), with `seppo_fast.shapes.motion.FRAMES` frames, and its
+    caption is the true one.
+    """
+
+    clips = True
+
+    def __init__(self, spec: str, count: int, seed: int) -> None:
+        super().__init__(spec)
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _example(self, index: int) -> Example:
+        from seppo_fast.shapes.motion import caption, moving_scene, render
+
+        drawn = moving_scene(self.seed, index)
+        name = f"shapes-motion-{self.seed}-{index}"
+        return Example(name, caption(drawn), ImageRef(name, partial(render, drawn)), time_lapse=True)
+
+    def digest(self) -> str:
+        """Over seed, count, and caption and pixels of the first 64 clips, so that a changed world changes it."""
+        from seppo_fast.shapes.motion import caption, moving_scene, render
+
+        sha = hashlib.sha256(f"shapes-motion {self.seed} {self.count}".encode())
+        for index in range(min(self.count, 64)):
+            drawn = moving_scene(self.seed, index)
+            sha.update(caption(drawn).encode())
+            sha.update(render(drawn).tobytes())
+        return sha.hexdigest()
