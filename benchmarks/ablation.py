@@ -24,7 +24,7 @@ import torch
 from benchmarks.provenance import provenance
 from seppo_fast.config import Config, parse_config, read_config
 from seppo_fast.data.sources import open_source
-from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_pipeline, prompt_sets
+from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_model, prompt_sets
 from seppo_fast.evaluate.paired import paired_difference
 from seppo_fast.files import free_name
 from seppo_fast.quiet import quiet_libraries
@@ -43,14 +43,14 @@ def one_run(method: str, learning_rate: float, seed: int, folder: str, updates: 
     config = demo_config(folder, updates, method, learning_rate, seed)
     with redirect_stdout(io.StringIO()):  # two dozen runs at once would be unreadable; each has its log.jsonl
         weights = train(config)
-    return scores_of(str(weights), config, selecting)
+    return scores_of(weights, config, selecting)
 
 
-def scores_of(weights: str, config: Config, selecting: bool) -> list[float]:
-    """The judge's score of a pipeline folder on each development or report prompt."""
+def scores_of(weights: Path | None, config: Config, selecting: bool) -> list[float]:
+    """The judge's score of a run's weights, or of its base, on each development or report prompt."""
     development, report = prompt_sets(open_source(config.data.source))
     chosen = (development, DEVELOPMENT) if selecting else (report, REPORT)
-    return judged_pipeline(weights, config, *chosen)[1].tolist()
+    return judged_model(config, *chosen, weights)[1].tolist()
 
 
 def demo_config(folder: str, updates: int, method: str, learning_rate: float, seed: int) -> Config:
@@ -66,7 +66,7 @@ def ablation(folder: str, updates: int, workers: int) -> dict[str, object]:
     """Selects learning rates, runs every method on the report seeds, and compares each with the base."""
     started, origin = time.perf_counter(), provenance("benchmarks.ablation")
     demo = read_config("demo.yaml")
-    base = scores_of("shapes", demo, selecting=False)
+    base = scores_of(None, demo, selecting=False)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         trials = {
             (method, rate): pool.submit(one_run, method, rate, SELECTION_SEED, folder, updates, True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTokenizer
@@ -30,26 +30,54 @@ def count_flops(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-@cache
-def unet_flops(model: str, train: ModelConfig | None = None) -> float:
+def unet_flops(
+    model: str,
+    train: ModelConfig | None = None,
+    motion_adapter: str = "",
+    frames: int | None = None,
+    resolution: int | None = None,
+) -> float:
     """FLOP of a pipeline's UNet for one latent: forward, or with `train` forward and backward of what that trains.
 
     Counted on a copy without memory (device `meta`), so any size costs nothing, and no attention backend hides
     its products. Recomputed activations are not counted: MFU is about useful work.
+
+    Args:
+        model: folder of the pipeline, or `shapes`.
+        train: what is trained.
+        motion_adapter: folder of the motion modules that the UNet gets.
+        frames: of the latent, with motion modules; None: it is a picture's.
+        resolution: of its pictures in pixels; None: what the UNet was made for.
     """
+    if train is not None:  # of what changes nothing here one value, so that equal work is counted once
+        plain = {"precision": "fp32", "gradient_checkpointing": False, "compile": None, "attention": "auto"}
+        train = train.model_copy(update=plain)
+    return _counted(model, train, motion_adapter, frames, resolution)
+
+
+@cache
+def _counted(
+    model: str, train: ModelConfig | None, motion_adapter: str, frames: int | None, resolution: int | None
+) -> float:
     folder = str(shapes.PIPELINE) if model == "shapes" else model
     tokens = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer").model_max_length
     config = UNet2DConditionModel.load_config(folder, subfolder="unet")
-    size = config["sample_size"]
+    vae = AutoencoderKL.load_config(folder, subfolder="vae")
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    size = config["sample_size"] if resolution is None else resolution // downscale
+    clip = () if frames is None else (frames,)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-        latents = torch.empty(1, config["in_channels"], size, size)
+        if motion_adapter:
+            adapter = MotionAdapter.from_config(MotionAdapter.load_config(motion_adapter))
+            unet = UNetMotionModel.from_unet2d(unet, adapter)
+        latents = torch.empty(1, config["in_channels"], *clip, size, size)
         timesteps = torch.empty(1, dtype=torch.int64)
-        embeds = torch.empty(1, tokens, config["cross_attention_dim"])
+        embeds = torch.empty(frames or 1, tokens, config["cross_attention_dim"])
         if train is None:
             with torch.no_grad():
                 return count_flops(lambda: unet(latents, timesteps, embeds))
-        make_trainable(unet, train.model_copy(update={"precision": "fp32", "gradient_checkpointing": False}), 0)
+        make_trainable(unet, train, 0)
         return count_flops(lambda: unet(latents, timesteps, embeds).sample.sum().backward())
 
 

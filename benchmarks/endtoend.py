@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from benchmarks.counters import allocated, peak_bytes, unet_flops
+from benchmarks.counters import allocated, peak_bytes
 from benchmarks.measure import Bench, Machine, Provider, Stopwatch, agrees
-from benchmarks.models import Workplace, workplace
+from benchmarks.models import Workplace, load_pixels, workplace
 from benchmarks.naive import NaiveLoop
 from benchmarks.rows import (
     ENCODING,
@@ -42,7 +42,6 @@ from benchmarks.rows import (
     with_ratios,
 )
 from seppo_fast.config import Config
-from seppo_fast.data.images import load_image
 from seppo_fast.data.sources import open_source
 from seppo_fast.diffusion import NoiseSchedule
 from seppo_fast.pairs import PairMaker, Pairs
@@ -52,7 +51,7 @@ from seppo_fast.trainer import Trainer
 
 _TOLERANCE = 0.1  # another flipper moves the change of the weights by 0.4 to 0.9
 _MATMUL_ROUNDS = 5
-_ENCODED_AT_ONCE = 8  # as the cache does
+_ENCODED_AT_ONCE = 8  # pictures, as the cache does
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,8 @@ class Size:
         uses: draws of (timestep, noise) a sample in the fast mode.
         micro_batch: pairs in our forward; None: what the trainer chooses.
         samples: that ours generates at once; None: what the trainer chooses.
+        recomputed: whether both loops recompute activations; None: what the trainer chooses.
+        compiled: whether ours compiles the repeated blocks; None: what the trainer chooses.
     """
 
     pairs: int
@@ -78,6 +79,8 @@ class Size:
     uses: int = 4
     micro_batch: int | None = None
     samples: int | None = None
+    recomputed: bool | None = None
+    compiled: bool | None = None
 
 
 SIZES = {
@@ -85,7 +88,7 @@ SIZES = {
     "cpu": Size(pairs=32, naive_pairs=16, rounds=3),
     "quick": Size(pairs=8, naive_pairs=8, rounds=2, steps=4, fast_steps=2, uses=2, micro_batch=8, samples=8),
 }
-_CHECKED = Size(pairs=8, naive_pairs=8, rounds=1, steps=4, fast_steps=4, uses=2, micro_batch=3, samples=5)
+CHECKED = Size(pairs=8, naive_pairs=8, rounds=1, steps=4, fast_steps=4, uses=2, micro_batch=3, samples=5)
 
 
 def update_config(place: Workplace, size: Size, fast: bool, memory: str, precision: str) -> Config:
@@ -94,8 +97,8 @@ def update_config(place: Workplace, size: Size, fast: bool, memory: str, precisi
     solver = {"name": "dpmsolver++", "steps": size.fast_steps} if fast else {"name": "ddim", "steps": size.steps}
     return place.config(
         memory=memory,
-        model={"precision": precision},
-        data={"source": f"shapes:{size.pairs // uses * updates}:11"},
+        model={"precision": precision, "gradient_checkpointing": size.recomputed, "compile": size.compiled},
+        data={"source": place.source(size.pairs // uses * updates)},
         train={"updates": updates, "updates_per_iteration": updates, "pairs_per_update": size.pairs}
         | {"micro_batch": size.micro_batch},
         sampler=solver | {"batch": size.samples},
@@ -136,10 +139,11 @@ class Ours:
         family, watch = self.trainer.family, Stopwatch(self._machine)
         examples = [self.source[row] for row in self.maker.examples(self.maker.sample_ids(number))]
         family.encode_prompts([""])  # brings the encoders to the device
+        at_once = max(1, _ENCODED_AT_ONCE // (family.frames or 1))
         with watch.phase(ENCODING):
-            for start in range(0, len(examples), _ENCODED_AT_ONCE):
-                chosen = examples[start : start + _ENCODED_AT_ONCE]
-                images = np.stack([load_image(example.image, self.config.data.resolution) for example in chosen])
+            for start in range(0, len(examples), at_once):
+                chosen = examples[start : start + at_once]
+                images = np.stack([load_pixels(example, self.config) for example in chosen])
                 family.encode_images(torch.from_numpy(images))
                 family.encode_prompts(list(dict.fromkeys(example.prompt for example in chosen)))
         family.park_encoders()
@@ -221,39 +225,54 @@ class _Runner:
 def rows(machine: Machine) -> list[Row]:
     """All rows of the suite."""
     bench, size = Bench(machine, "endtoend"), SIZES[machine.size]
-    runners: dict[tuple[str, bool], _Runner] = {}
     with workplace(machine) as place:
-        for fast in (False, True):
-            right = weights_agree(place, fast)
-            config = update_config(place, size, fast, "fast", machine.precision)
-            ours = _runner(machine, config, right, partial(Ours, config, machine))
-            assert isinstance(ours.loop, Ours)
-            runners[NAIVE, fast] = _runner(machine, config, True, partial(Naive, ours.loop, machine, size.naive_pairs))
-            runners[OURS, fast] = ours
-        watches: dict[tuple[str, bool], list[Stopwatch]] = {key: [] for key in runners}
-        for number in range(1, size.rounds + 1):
-            for key, runner in runners.items():
-                watches[key].append(runner.loop.update(number))
-        bench.measure_limit(_MATMUL_ROUNDS)
-    exact = {NAIVE: (NAIVE, False), OURS: (OURS, False)}
-    fast_mode = {NAIVE: (NAIVE, False), NAIVE_FAST: (NAIVE, True), OURS: (OURS, True)}
-    name = f"fast (another distribution): DPM-Solver++ {size.fast_steps} steps, {size.uses} draws a sample"
-    for case, members in ((f"exact: DDIM {size.steps} steps", exact), (name, fast_mode)):
-        _report(bench, case, {who: (runners[key], watches[key]) for who, key in members.items()})
+        compare(bench, place, size, {fast: weights_agree(place, fast) for fast in (False, True)})
     return bench.rows
 
 
-def _runner(machine: Machine, config: Config, value_ok: bool, build: Callable[[], Ours | Naive]) -> _Runner:
+def compare(bench: Bench, place: Workplace, size: Size, right: dict[bool, bool]) -> None:
+    """Adds the rows of a size.
+
+    Args:
+        bench: what takes them.
+        place: the model.
+        size: how much is done.
+        right: by mode, fast or not, whether it was found right; one that is not there is left out, never the exact one.
+    """
+    machine = bench.machine
+    runners: dict[tuple[str, bool], _Runner] = {}
+    for fast, value_ok in right.items():
+        config = update_config(place, size, fast, "fast", machine.precision)
+        ours = _runner(place, config, value_ok, partial(Ours, config, machine))
+        assert isinstance(ours.loop, Ours)
+        runners[NAIVE, fast] = _runner(place, config, True, partial(Naive, ours.loop, machine, size.naive_pairs))
+        runners[OURS, fast] = ours
+    watches: dict[tuple[str, bool], list[Stopwatch]] = {key: [] for key in runners}
+    for number in range(1, size.rounds + 1):
+        for key, runner in runners.items():
+            watches[key].append(runner.loop.update(number))
+    bench.measure_limit(_MATMUL_ROUNDS)
+    members = {f"exact: DDIM {size.steps} steps": {NAIVE: (NAIVE, False), OURS: (OURS, False)}}
+    if True in right:
+        name = f"fast (another distribution): DPM-Solver++ {size.fast_steps} steps, {size.uses} draws a sample"
+        members[name] = {NAIVE: (NAIVE, False), NAIVE_FAST: (NAIVE, True), OURS: (OURS, True)}
+    for case, keys in members.items():
+        chosen = {who: (runners[key], watches[key]) for who, key in keys.items()}
+        _report(bench, place.titled("update", case), chosen)
+
+
+def _runner(place: Workplace, config: Config, value_ok: bool, build: Callable[[], Ours | Naive]) -> _Runner:
+    machine = place.machine
     before = allocated(machine)
     loop = build()
     peak = peak_bytes(machine, lambda: loop.update(0), before)
     if peak is None:
         loop.update(0)
-    forward = 2 * unet_flops(config.model.path)  # of a pair
+    forward = 2 * place.flops()  # of a pair
     flops = {
         GENERATION: forward * config.sampler.steps / config.reference.uses,
         REFERENCE: forward,
-        POLICY: 2 * unet_flops(config.model.path, config.model),
+        POLICY: 2 * place.flops(config.model),
     }
     return _Runner(loop, value_ok, peak, flops)
 
@@ -280,9 +299,9 @@ def _report(bench: Bench, case: str, members: dict[str, tuple[_Runner, list[Stop
         bench.rows += with_ratios(made)
 
 
-def weights_agree(place: Workplace, fast: bool) -> bool:
+def weights_agree(place: Workplace, fast: bool, checked: Size = CHECKED) -> bool:
     """Whether two updates of both loops, in float32 and few steps, change the weights alike."""
-    config = update_config(place, _CHECKED, fast, "balanced", "fp32")
+    config = update_config(place, checked, fast, "balanced", "fp32")
     changes = weight_changes(config, place.machine)
     return agrees(f"change of the weights, {'fast' if fast else 'exact'} mode, float32", *changes, _TOLERANCE)
 

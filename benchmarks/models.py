@@ -1,25 +1,48 @@
-"""What benchmarks run: SD-1.5's architecture with random weights on a GPU, the embedded pipeline on a CPU."""
+"""What benchmarks run: SD-1.5's architecture with random weights on a GPU, the embedded pipeline on a CPU.
+
+For clips random motion modules are added to either; on a GPU they have the shape of AnimateDiff's for SD-1.5.
+"""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.counters import unet_flops
 from benchmarks.measure import Machine
 from seppo_fast import shapes
-from seppo_fast.config import Config, parse_config
+from seppo_fast.config import Config, ModelConfig, parse_config
+from seppo_fast.data.clips import load_clip
+from seppo_fast.data.examples import Example
+from seppo_fast.data.images import load_image
 
 _SCHEDULE = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
     "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
+}  # fmt: skip
+# What diffusers' documentation of AnimateDiff sets; said here again, so that the family's own would be found wrong.
+_CLIP_SCHEDULE = {
+    "beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "linspace", "steps_offset": 1,
 }  # fmt: skip
 
 
@@ -55,14 +78,60 @@ def write_pipeline(folder: Path, toy: bool) -> int:
     return sum(parameter.numel() for parameter in unet.parameters())
 
 
-def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
-    """A pipeline folder (or `shapes`) as diffusers loads it, every part on the device in this dtype."""
-    folder = str(shapes.PIPELINE) if model == "shapes" else model
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, safety_checker=None, requires_safety_checker=False
+def write_adapter(folder: Path, pipeline: Path) -> int:
+    """Writes motion modules of random weights that fit a pipeline folder's UNet; returns the number of parameters.
+
+    For SD-1.5 they have the shape of AnimateDiff's, v1-5-2: 8 heads, 32 frames at most, in the middle too.
+    """
+    unet = UNet2DConditionModel.load_config(pipeline, subfolder="unet")
+    torch.manual_seed(1)
+    adapter = MotionAdapter(
+        block_out_channels=tuple(unet["block_out_channels"]),
+        motion_layers_per_block=unet["layers_per_block"],
+        motion_norm_num_groups=unet["norm_num_groups"],
+        motion_num_attention_heads=8,
+        motion_max_seq_length=32,
+        use_motion_mid_block=True,
     )
+    for name, weight in adapter.named_parameters():
+        if name.endswith("proj_out.weight"):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # it starts at zero, and then nothing would move
+    adapter.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def load_pipeline(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """What a configuration trains, from its folders, as diffusers loads it; every part on the device in this dtype."""
+    folder = str(shapes.PIPELINE) if model.path == "shapes" else model.path
+    if model.motion_adapter:
+        parts = _clip_pipeline(folder, model.motion_adapter).components
+        pipe = AnimateDiffPipeline(**{name: copy.deepcopy(part) for name, part in parts.items()}).to(dtype)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@lru_cache(maxsize=1)
+def _clip_pipeline(folder: str, adapter: str) -> AnimateDiffPipeline:
+    """In float32 on the CPU; kept, since putting 1.3 billion parameters together takes seconds."""
+    pipe = AnimateDiffPipeline.from_pretrained(
+        folder,
+        motion_adapter=MotionAdapter.from_pretrained(adapter),
+        scheduler=DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **_CLIP_SCHEDULE),
+    )
+    pipe.register_modules(motion_adapter=None)  # the UNet holds the modules now
+    return pipe
+
+
+def load_pixels(example: Example, config: Config) -> np.ndarray:
+    """A winner as the cache sees it: uint8 (H, W, 3), or of a clip (F, H, W, 3)."""
+    image, data = example.image, config.data
+    if not config.model.motion_adapter:
+        return load_image(image, data.resolution)
+    return load_clip(example, image.name, image.open(), data.resolution, data.frames, data.flip).pixels
 
 
 @dataclass(frozen=True)
@@ -74,12 +143,29 @@ class Workplace:
         resolution: of its pictures, in pixels.
         folder: for caches and runs; temporary.
         machine: where it runs.
+        motion_adapter: folder of its motion modules; empty where it makes pictures.
+        frames: of a clip; None where it makes pictures.
     """
 
     model: str
     resolution: int
     folder: Path
     machine: Machine
+    motion_adapter: str = ""
+    frames: int | None = None
+
+    def source(self, count: int) -> str:
+        """`data.source` of so many examples of the embedded world, clips where the model makes clips."""
+        return f"shapes{'' if self.frames is None else '-motion'}:{count}:11"
+
+    def titled(self, what: str, case: str) -> str:
+        """The name of a case; that of clips, which share a suite, says what is done with them and their size."""
+        size = f"{self.frames} x {self.resolution} x {self.resolution}"
+        return case if self.frames is None else f"{what} of {size}, {case}"
+
+    def flops(self, train: ModelConfig | None = None) -> float:
+        """FLOP of the UNet for one latent; see `unet_flops`."""
+        return unet_flops(self.model, train, self.motion_adapter, self.frames, self.resolution)
 
     def config(self, *, memory: str = "balanced", **sections: dict[str, Any]) -> Config:
         """A training configuration of this model; `sections` go over what stands here.
@@ -91,19 +177,28 @@ class Workplace:
             "data": {"resolution": self.resolution, "prompt_dropout": 0.0, "cache": str(self.folder / "cache")},
             "log": {"sample_every": 0},
         }
+        if self.frames is not None:
+            tree["model"]["motion_adapter"], tree["data"]["frames"] = self.motion_adapter, self.frames
         for name, section in sections.items():
             tree[name] = tree.get(name, {}) | section
         return parse_config({"output": str(self.folder / "run"), "memory": memory, **tree})
 
 
 @contextmanager
-def workplace(machine: Machine) -> Iterator[Workplace]:
-    """The model for a machine; on a GPU 859.5 M random parameters are written first, 4.3 GB in a temporary folder."""
+def workplace(machine: Machine, frames: int | None = None) -> Iterator[Workplace]:
+    """The model for a machine, of clips of so many frames or of pictures.
+
+    On a GPU 859.5 M random parameters are written first, 4.3 GB in a temporary folder; for clips 453.2 M more, 1.8 GB.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        place = Workplace("shapes", 32, folder, machine)
         if machine.device.type == "cuda":
             torch.manual_seed(0)
             write_pipeline(folder / "pipeline", toy=False)
-            yield Workplace(str(folder / "pipeline"), 512, folder, machine)
-        else:
-            yield Workplace("shapes", 32, folder, machine)
+            place = Workplace(str(folder / "pipeline"), 512, folder, machine)
+        if frames is not None:
+            pipeline = shapes.PIPELINE if place.model == "shapes" else Path(place.model)
+            write_adapter(folder / "adapter", pipeline)
+            place = replace(place, motion_adapter=str(folder / "adapter"), frames=frames)
+        yield place

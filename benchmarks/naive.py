@@ -9,6 +9,8 @@ Two things are cheaper here than in the script, so no part of what is measured i
 latent space (no VAE decode and encode), and noises and timesteps are given. The winner's latent is the mode of the
 VAE's posterior, as in the cache that it is compared with; the script draws from it.
 
+Clips go the same way, through diffusers' AnimateDiff pipeline: a latent is then `(C, F, H, W)`, F frames.
+
 Shape legend: one pair, C channels, H x W latent size, L tokens, D embedding width.
 """
 
@@ -22,11 +24,10 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from benchmarks.measure import Machine, Stopwatch
-from benchmarks.models import load_pipeline
+from benchmarks.models import load_pipeline, load_pixels
 from benchmarks.rows import ENCODING, GENERATION, OPTIMIZER, POLICY, REFERENCE
 from seppo_fast.config import Config
 from seppo_fast.data.examples import Example
-from seppo_fast.data.images import load_image
 from seppo_fast.pairs import Pairs
 from seppo_fast.policy import DTYPES, make_trainable, trainable
 
@@ -47,9 +48,10 @@ class NaiveLoop:
         self.config = config
         self.machine = machine
         self.dtype = DTYPES[config.model.precision]
-        self.unet = load_pipeline(config.model.path, torch.float32, machine.device).unet
+        self.unet = load_pipeline(config.model, torch.float32, machine.device).unet
         make_trainable(self.unet, config.model, config.seed)
-        self.pipe = load_pipeline(config.model.path, self.dtype, machine.device)
+        self.pipe = load_pipeline(config.model, self.dtype, machine.device)
+        self._clip = {"num_frames": config.data.frames} if config.model.motion_adapter else {}
         self.pipe.unet.requires_grad_(False)
         self.schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         if config.sampler.name == "dpmsolver++":
@@ -98,14 +100,18 @@ class NaiveLoop:
             guidance_scale=sampler.guidance,
             latents=noise[None].to(self.machine.device, self.dtype),
             output_type="latent",
-        ).images
+            return_dict=False,
+            **self._clip,
+        )[0]
 
     @torch.no_grad()
     def encode_image(self, example: Example) -> Tensor:
         """The winner's latent `(1, C, H, W)`."""
-        pixels = torch.tensor(load_image(example.image, self.config.data.resolution))[None]
-        pixels = pixels.to(self.machine.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.pipe.vae.encode(pixels.to(self.dtype)).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+        pixels = torch.tensor(load_pixels(example, self.config))
+        frames = pixels.reshape(-1, *pixels.shape[-3:])  # of a picture: itself
+        frames = frames.to(self.machine.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = self.pipe.vae.encode(frames.to(self.dtype)).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+        return latents.transpose(0, 1)[None] if self._clip else latents
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -125,7 +131,7 @@ class NaiveLoop:
         noise = noise.to(device, latents.dtype).expand_as(latents)
         timesteps = timestep.to(device).expand(2)
         noised = self.schedule.add_noise(latents, noise, timesteps)
-        embeds = embeds.expand(2, -1, -1)
+        embeds = embeds.expand(2 * self._clip.get("num_frames", 1), -1, -1)  # the UNet of clips wants one a frame
         target = noise
         if self.schedule.config.prediction_type == "v_prediction":
             target = self.schedule.get_velocity(latents, noise, timesteps)
@@ -138,8 +144,9 @@ class NaiveLoop:
 
     def preference(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> Tensor:
         """Appendix B.2 of the paper: predictions and target `(2, C, H, W)`, winner first."""
-        model_error = (model_pred.float() - target.float()).pow(2).mean(dim=[1, 2, 3])
-        ref_error = (ref_pred.float() - target.float()).pow(2).mean(dim=[1, 2, 3])
+        latent = list(range(1, target.dim()))
+        model_error = (model_pred.float() - target.float()).pow(2).mean(dim=latent)
+        ref_error = (ref_pred.float() - target.float()).pow(2).mean(dim=latent)
         winner_gap, loser_gap = (model_error - ref_error).chunk(2)
         sign = torch.where(winner_gap > 0, 1.0, -1.0)
         return -F.logsigmoid(-0.5 * self.config.train.beta * (winner_gap + sign * loser_gap)).mean()

@@ -62,15 +62,18 @@ def ablation_table(result: dict[str, Any]) -> str:
 
 
 def full_size_table(result: dict[str, Any]) -> str:
-    """Seconds by phase of one update at true size."""
+    """Seconds by phase of one update at true size, of pictures or of clips."""
+    size = " x ".join(str(side) for side in (result.get("frames"), *2 * [result["resolution"]]) if side)
+    recomputed = ", activations recomputed" * result.get("gradient_checkpointing", False)
     phases = ["write random weights", "load, encode", "roll out", "learn", "save"]
     lines = ["| phase | seconds |", "|---|---|"]
     lines += [f"| {phase} | {result['seconds'][phase]:.1f} |" for phase in phases]
     lines += [
         f"| peak memory | {result['peak_memory_gib']:.1f} GiB |",
         "",
-        f"`{result['command']}`: {result['parameters'] / 1e6:.1f} M parameters, {result['pairs']} pairs, "
-        f"{result['steps']} guided DDIM steps, {result['resolution']} x {result['resolution']}, {result['precision']}, "
+        f"`{result['command']}`: {result['parameters'] / 1e6:.1f} M parameters, {result['pairs']} "
+        f"pair{'s' * (result['pairs'] > 1)}, {result['steps']} guided DDIM steps, {size}, {result['precision']}"
+        f"{recomputed}, "
         f"{result['device']}, torch {result['torch']}, commit {result['commit']}.",
     ]
     return "\n".join(lines)
@@ -96,6 +99,7 @@ def tables() -> dict[str, str]:
         "demo": demo_table,
         "ablation": ablation_table,
         "full-size": full_size_table,
+        "full-size-clips": full_size_table,
         "census": census_table,
         "exactness": exactness_table,
     }

@@ -5,10 +5,11 @@
     python -m benchmarks.run --suite step --json FILE    # also writes the rows
     python -m benchmarks.run --suite kernels             # the loss alone, up to 8192 pairs on a GPU
     python -m benchmarks.run --suite cache               # switches between past policies, in every tier
+    python -m benchmarks.run --suite video               # AnimateDiff on clips
 
 On a GPU the model is SD-1.5's architecture with random weights (859.5 M parameters, bf16, 64 x 64 latents), on a CPU
-the pipeline that ships with the package, in float32. Where a provider's values differ from the baseline's (in
-`kernels`, from float64's) it gets no ratio, and the exit code is 1.
+the pipeline that ships with the package, in float32; for clips both get random motion modules. Where a provider's
+values differ from the baseline's (in `kernels`, from float64's) it gets no ratio, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from seppo_fast.quiet import quiet_libraries
 
 quiet_libraries()
 
-SUITES = ("sampling", "step", "endtoend", "kernels", "cache")
+SUITES = ("sampling", "step", "endtoend", "kernels", "cache", "video")
 
 
 def main(words: list[str] | None = None) -> int:

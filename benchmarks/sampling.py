@@ -9,20 +9,20 @@ distance that the pipeline's own samples have from its samples in float32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from benchmarks.counters import allocated, host_syncs, launches, peak_bytes, unet_flops
+from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
 from benchmarks.measure import Bench, Machine, Provider, agrees, distance
 from benchmarks.models import Workplace, load_pipeline, workplace
 from benchmarks.rows import Row
 from seppo_fast.config import SamplerConfig
 from seppo_fast.diffusion import NoiseSchedule, Sampler
-from seppo_fast.families.sd import StableDiffusion
+from seppo_fast.families.load import load_family
 from seppo_fast.forward import Forward
 from seppo_fast.policy import DTYPES, compile_blocks
 from seppo_fast.rollout import sample_latents
@@ -62,22 +62,38 @@ class Samplers:
     Args:
         place: the model.
         samples: the most that will be asked for.
+
+    Attributes:
+        place: the model, and how large its samples are.
     """
 
     def __init__(self, place: Workplace, samples: int) -> None:
         device = place.machine.device
+        model = place.config(model={"precision": "fp32"})
         self.dtype = DTYPES[place.machine.precision]
-        family = StableDiffusion.load(place.model, device)
+        family = load_family(model, device)
         prompts = [caption(scene(5, index)) for index in range(samples)]
         self.embeds = family.encode_prompts(prompts).to(device, self.dtype)
         self.uncond_embeds = family.encode_prompts([""]).to(device, self.dtype)
         family.park_encoders()
-        shape = family.latent_shape(place.resolution)
-        self.noise = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         self._family = family
-        self.pipe = load_pipeline(place.model, self.dtype, device)
-        self.exact = load_pipeline(place.model, torch.float32, device)
+        self.pipe = load_pipeline(model.model, self.dtype, device)
+        self.exact = load_pipeline(model.model, torch.float32, device)
         self.unet = copy.deepcopy(self.pipe.unet).to(memory_format=torch.channels_last)  # as the trainer keeps it
+        self._clip = {} if place.frames is None else {"num_frames": place.frames}
+        self._make(place)
+
+    def at(self, resolution: int) -> Samplers:
+        """The same models, for samples of another size."""
+        other = copy.copy(self)
+        other._make(replace(self.place, resolution=resolution))
+        return other
+
+    def _make(self, place: Workplace) -> None:
+        """Sets what depends on the size of a sample."""
+        self.place = place
+        shape = (len(self.embeds), *self._family.latent_shape(place.resolution))
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.machine.device)
 
     def pipeline(self, count: int, steps: int) -> Tensor:
         """The pipeline's samples, in one call of that batch."""
@@ -114,7 +130,7 @@ class Samplers:
         return sample_latents(forward, unet, sampler, *inputs)
 
     @torch.no_grad()
-    def _call(self, pipe: StableDiffusionPipeline, count: int, steps: int) -> Tensor:
+    def _call(self, pipe: DiffusionPipeline, count: int, steps: int) -> Tensor:
         return pipe(
             prompt_embeds=self.embeds[:count],
             negative_prompt_embeds=self.uncond_embeds.expand(count, -1, -1),
@@ -122,7 +138,9 @@ class Samplers:
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             output_type="latent",
-        ).images
+            return_dict=False,
+            **self._clip,
+        )[0]
 
 
 def rows(machine: Machine) -> list[Row]:
@@ -131,16 +149,20 @@ def rows(machine: Machine) -> list[Row]:
     cases = SIZES[machine.size]
     with workplace(machine) as place:
         samplers = Samplers(place, max(case.batch for case in cases))
-        flops = unet_flops(place.model)
-        exact = samplers.agree_exactly()
-        for case in cases:
-            _run(bench, samplers, case, flops, exact)
+        compare(bench, samplers, cases, samplers.agree_exactly())
     return bench.rows
 
 
-def _run(bench: Bench, samplers: Samplers, case: Case, flops: float, exact: bool) -> None:
+def compare(bench: Bench, samplers: Samplers, cases: Sequence[Case], exact: bool) -> None:
+    """Adds the rows of the cases; `exact`: whether ours was found right in float32."""
+    tolerances = {steps: samplers.tolerance(steps) for steps in {case.steps for case in cases}}
+    for case in cases:
+        _run(bench, samplers, case, exact, tolerances[case.steps])
+
+
+def _run(bench: Bench, samplers: Samplers, case: Case, exact: bool, tolerance: float) -> None:
     """One case: values first, then counts, then time."""
-    tolerance = samplers.tolerance(case.steps)
+    flops = samplers.place.flops()
     held = sum(weight.nbytes for weight in samplers.pipe.unet.parameters())
 
     def provider(name: str, sample: Sample, batch: int, expected: list[Tensor]) -> Provider:
@@ -168,7 +190,8 @@ def _run(bench: Bench, samplers: Samplers, case: Case, flops: float, exact: bool
     providers.append(provider(OURS, samplers.ours, case.batch, known))
     if case.compiled:
         providers.append(provider(COMPILED, samplers.compiled(), case.batch, known))
-    bench.case(f"{case.batch} sample{'s' * (case.batch > 1)}, {case.steps} DDIM steps", providers, case.rounds)
+    name = f"{case.batch} sample{'s' * (case.batch > 1)}, {case.steps} DDIM steps"
+    bench.case(samplers.place.titled("sampling", name), providers, case.rounds)
 
 
 def _per_step(count: Callable[[int], int | None]) -> float | None:

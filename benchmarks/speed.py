@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.rows import NAIVE, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
-_SUITES = ("endtoend", "sampling", "step", "kernels", "cache")
-_FOLDED = ("step", "kernels", "cache")
+_SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
+_FOLDED = ("step", "kernels", "cache", "video")
 _LIMIT, _SHARE = "of limit", "share"
 _SHARES = {"kernels": "of a step", "cache": "of the learning"}  # in `endtoend` those of phases: they are in the picture
 _HEADINGS = (
@@ -74,7 +74,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number("ratio", ".2f") if row["value_ok"] else "values differ",
         "" if row["pairs_per_s"] is None else three_digits(row["pairs_per_s"]),
         number("mfu", ".1%"),
-        number("gb_per_s", ".3g") if row["suite"] == "cache" else "",
+        number("gb_per_s", ".3g") if row["suite"] in ("cache", "video") else "",
         number("limit_fraction", ".1%"),
         _share(row["share_of_step"]) if row["suite"] in _SHARES else "",
         number("peak_allocated_bytes", ".3g", 1e-9),

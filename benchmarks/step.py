@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.counters import allocated, host_syncs, launches, peak_bytes, unet_flops
+from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
 from benchmarks.measure import Bench, Machine, Provider, Stopwatch, agrees
 from benchmarks.models import Workplace, workplace
 from benchmarks.naive import NaiveLoop
@@ -32,22 +33,6 @@ from seppo_fast.trainer import Trainer
 
 NAIVE = "Diffusion-DPO script"
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
-_CHECKED_PAIRS = 8  # enough for both kinds: rejected and learned
-
-
-@dataclass(frozen=True)
-class Size:
-    """Pairs of a step, by what is trained, and rounds of timing."""
-
-    pairs: dict[str, tuple[int, ...]]
-    rounds: int
-
-
-SIZES = {
-    "gpu": Size({"lora": (1, 4, 16, 32), "full": (1, 4, 16)}, rounds=7),
-    "cpu": Size({"lora": (1, 8, 32), "full": (1, 8, 32)}, rounds=7),
-    "quick": Size({"lora": (1, 4)}, rounds=3),
-}
 
 
 @dataclass(frozen=True)
@@ -77,11 +62,41 @@ WAYS_TO_STEP = {
 WITH_ERRORS = "ahead, with making them"
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+        pairs: of a step, by what is trained.
+        rounds: of timing.
+        ways: of ours, by name.
+        checked: pairs on which values are compared in float32: enough for both kinds, rejected and learned.
+        micro_batch: of these.
+        recomputed: whether all providers recompute activations (gradient checkpointing).
+    """
+
+    pairs: dict[str, tuple[int, ...]]
+    rounds: int
+    ways: tuple[str, ...] = tuple(WAYS_TO_STEP)
+    checked: int = 8
+    micro_batch: int = 3
+    recomputed: bool = False
+
+
+SIZES = {
+    "gpu": Size({"lora": (1, 4, 16, 32), "full": (1, 4, 16)}, rounds=7),
+    "cpu": Size({"lora": (1, 8, 32), "full": (1, 8, 32)}, rounds=7),
+    "quick": Size({"lora": (1, 4)}, rounds=3),
+}
+RightWays = dict[str, dict[str, bool]]
+"""Whether each way agrees with the baseline, by what is trained and by name."""
+
+
 def step_config(place: Workplace, train: str, pairs: int, way: Way, **model: Any) -> Config:
     """The configuration of a step of `pairs` pairs in one micro-batch."""
     return place.config(
         model={"train": train, "compile": way.compiled, "gradient_checkpointing": False, **model},
-        data={"source": f"shapes:{pairs}:11"},
+        data={"source": place.source(pairs)},
         train={"pairs_per_update": pairs, "micro_batch": pairs, "updates": 1000, "learning_rate": 1e-6},
         reference={"errors": way.errors},
         sampler={"batch": 1},
@@ -187,22 +202,34 @@ def move(unet: nn.Module) -> None:
 
 def rows(machine: Machine) -> list[Row]:
     """All rows of the suite."""
-    bench = Bench(machine, "step")
+    bench, size = Bench(machine, "step"), SIZES[machine.size]
     with workplace(machine) as place:
-        for train, sizes in SIZES[machine.size].pairs.items():
-            while not _fits(bench, place, train, sizes):
-                print(f"{train}: {sizes[-1]} pairs at once do not fit into memory and are left out")
-                sizes = sizes[:-1]
+        compare(bench, place, size, exact_values(place, size))
     return bench.rows
 
 
-def _fits(bench: Bench, place: Workplace, train: str, sizes: tuple[int, ...]) -> bool:
+def compare(bench: Bench, place: Workplace, size: Size, right: RightWays) -> None:
+    """Adds the rows of a size; `right`: which ways were found right in float32."""
+    for train, counts in size.pairs.items():
+        while not _fits(bench, place, size, train, counts, right[train]):
+            print(f"{train}: {counts[-1]} pairs at once do not fit into memory and are left out")
+            counts = counts[:-1]
+
+
+def exact_values(place: Workplace, size: Size) -> RightWays:
+    """Which ways agree with the baseline in float32, in micro-batches, on a policy that has moved."""
+    return {train: _exact_values(place, size, train) for train in size.pairs}
+
+
+def _fits(
+    bench: Bench, place: Workplace, size: Size, train: str, counts: tuple[int, ...], right: dict[str, bool]
+) -> bool:
     """Whether memory was enough to compare all ways to train one kind of weights; if so, their rows are there."""
     before = len(bench.rows)
     try:
-        _compare(bench, place, train, sizes)
+        _compare(bench, place, size, train, counts, right)
     except torch.OutOfMemoryError:
-        if len(sizes) == 1:
+        if len(counts) == 1:
             raise
         del bench.rows[before:]
         return False
@@ -219,25 +246,31 @@ class _Contender:
     flops: float
 
 
-def _compare(bench: Bench, place: Workplace, train: str, sizes: tuple[int, ...]) -> None:
-    """All ways to train one kind of weights."""
-    machine, most = bench.machine, max(sizes)
-    ways = {
+def _ways(machine: Machine, size: Size, train: str) -> dict[str, Way]:
+    """Those that are compared where these weights are trained."""
+    return {
         name: way
         for name, way in WAYS_TO_STEP.items()
-        if train in way.trains and (machine.device.type == "cuda" or not way.compiled)
+        if name in size.ways and train in way.trains and (machine.device.type == "cuda" or not way.compiled)
     }
-    right = _exact_values(place, train, ways)
+
+
+def _compare(
+    bench: Bench, place: Workplace, size: Size, train: str, counts: tuple[int, ...], right: dict[str, bool]
+) -> None:
+    """All ways to train one kind of weights."""
+    machine, most = bench.machine, max(counts)
+    config_of = partial(step_config, place, train, most, gradient_checkpointing=size.recomputed)
     tolerance = _TOLERANCE if machine.precision == "fp32" else _HALF_TOLERANCE
-    policy, reference = _flops(place, train)
+    policy, reference = 2 * place.flops(config_of(WAYS_TO_STEP["ahead"]).model), 2 * place.flops()  # of a pair
     contenders: dict[str, _Contender] = {}
     expected: list[Tensor] = []
-    for name, way in ways.items():
+    for name, way in _ways(machine, size, train).items():
         before = allocated(machine)
-        ours = Ours(step_config(place, train, most, way), way, moved=False)
+        ours = Ours(config_of(way), way, moved=False)
         if not expected:
-            pairs, exact = ours.pairs, step_config(place, train, most, way, precision="fp32")
-            expected = Naive(exact, machine, pairs, moved=False).step(most)
+            pairs = ours.pairs
+            expected = Naive(config_of(way, precision="fp32"), machine, pairs, moved=False).step(most)
         ok = right[name] and _agree(f"{train}, {name}, {machine.precision}", ours.step(most), expected, tolerance)
         held = allocated(machine) - before
         flops = policy + (0 if way.errors == "ahead" else reference)
@@ -245,27 +278,27 @@ def _compare(bench: Bench, place: Workplace, train: str, sizes: tuple[int, ...])
         if name == "ahead":
             contenders[WITH_ERRORS] = _Contender(ours.step_with_errors, ok, held, policy + reference)
     before = allocated(machine)
-    naive = Naive(step_config(place, train, most, WAYS_TO_STEP["ahead"]), machine, pairs, moved=False)
+    naive = Naive(config_of(WAYS_TO_STEP["ahead"]), machine, pairs, moved=False)
     naive.step(1)
     contenders = {NAIVE: _Contender(naive.step, True, allocated(machine) - before, policy + reference)} | contenders
-    for count in sizes:
-        _time(bench, f"{train}, {count} pair{'s' * (count > 1)}", count, contenders)
+    for count in counts:
+        name = f"{train}, {count} pair{'s' * (count > 1)}{', recomputing' * size.recomputed}"
+        _time(bench, place.titled("step", name), count, contenders, size.rounds)
 
 
-def _exact_values(place: Workplace, train: str, ways: dict[str, Way]) -> dict[str, bool]:
-    """Whether each way agrees with the baseline in float32, in micro-batches, on a policy that has moved."""
+def _exact_values(place: Workplace, size: Size, train: str) -> dict[str, bool]:
     expected: list[Tensor] = []
     right: dict[str, bool] = {}
-    for name, way in ways.items():
+    for name, way in _ways(place.machine, size, train).items():
         if way.compiled or not way.channels_last:  # checked as they are timed; the arithmetic is that of `ahead`
             right[name] = right["ahead"]
             continue
-        config = step_config(place, train, _CHECKED_PAIRS, way, precision="fp32")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 3})})
+        config = step_config(place, train, size.checked, way, precision="fp32")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size.micro_batch})})
         ours = Ours(config, way, moved=True)
         if not expected:
-            expected = Naive(config, place.machine, ours.pairs, moved=True).step(_CHECKED_PAIRS)
-        right[name] = _agree(f"{train}, {name}, float32", ours.step(_CHECKED_PAIRS), expected, _TOLERANCE)
+            expected = Naive(config, place.machine, ours.pairs, moved=True).step(size.checked)
+        right[name] = _agree(f"{train}, {name}, float32", ours.step(size.checked), expected, _TOLERANCE)
     return right
 
 
@@ -275,13 +308,7 @@ def _agree(what: str, actual: list[Tensor], expected: list[Tensor], tolerance: f
     return all(agrees(f"{what}, {part}", [ours], [theirs], tolerance) for part, ours, theirs in parts)
 
 
-def _flops(place: Workplace, train: str) -> tuple[float, float]:
-    """FLOP of a pair: the policy's forward and backward, the reference's forward; two latents each."""
-    config = step_config(place, train, 1, WAYS_TO_STEP["ahead"])
-    return 2 * unet_flops(place.model, config.model), 2 * unet_flops(place.model)
-
-
-def _time(bench: Bench, case: str, count: int, contenders: dict[str, _Contender]) -> None:
+def _time(bench: Bench, case: str, count: int, contenders: dict[str, _Contender], rounds: int) -> None:
     providers = []
     for name, contender in contenders.items():
 
@@ -302,4 +329,4 @@ def _time(bench: Bench, case: str, count: int, contenders: dict[str, _Contender]
             )
         )
         call()
-    bench.case(case, providers, SIZES[bench.machine.size].rounds)
+    bench.case(case, providers, rounds)

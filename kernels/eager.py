@@ -129,3 +129,19 @@ def _mean(x: Tensor) -> Tensor:
     is now that number for every B: ln 2 where policy and reference agree, a rate of exactly 1.
     """
     return x.mean(-1, dtype=torch.float64).float()
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`softmax(q k^T / sqrt(D)) v` over F frames, for B clips, P positions and H heads of width D.
+
+    Args:
+        q: (B, F, P, H, D), at any strides.
+        k: alike.
+        v: alike.
+
+    Returns:
+        (B, F, P, H, D) of the inputs' dtype; sums and the softmax are in float32, for float64 inputs in float64.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bfphd,bgphd->bphfg", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5
+    return torch.einsum("bphfg,bgphd->bfphd", scores.softmax(-1), v.to(dtype)).to(q.dtype)

@@ -15,14 +15,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seppo_fast.errors import ConfigError
-from seppo_fast.memory import fake_copy
+from seppo_fast.families import UNet
+from seppo_fast.memory import FamilyDenoise, call_plainly, fake_copy
 
 Backend = Literal["sdpa", "xformers"]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -95,7 +95,7 @@ class AttentionShape:
         return f"{self.hidden[0]} rows, {queries} queries, {keys} keys, {self.heads} heads of {self.head_dim}"
 
 
-def set_attention(unet: UNet2DConditionModel, backend: Backend) -> None:
+def set_attention(unet: UNet, backend: Backend) -> None:
     """Sets the attention of a UNet, with or without a LoRA; batches beyond what its kernels take are split by rows.
 
     Raises:
@@ -132,7 +132,7 @@ def interleaved_milliseconds(functions: Sequence[Callable[[], Any]]) -> list[flo
 
 def choose_attention(
     wanted: Literal["auto", "sdpa", "xformers"],
-    unet: UNet2DConditionModel,
+    unet: UNet,
     *,
     latent_shape: tuple[int, ...],
     prompt_shape: tuple[int, int],
@@ -141,6 +141,7 @@ def choose_attention(
     dtype: torch.dtype,
     forwards: float = 0.0,
     timer: Timer = interleaved_milliseconds,
+    denoise: FamilyDenoise = call_plainly,
 ) -> Backend:
     """The backend that is wanted; for `auto`, the faster one that works.
 
@@ -151,13 +152,14 @@ def choose_attention(
     Args:
         wanted: `sdpa` is taken as it is, and nothing is run; `xformers` is tried.
         unet: on the device it will run on. Weights and their gradients are left alone.
-        latent_shape: (C, H, W).
+        latent_shape: (C, H, W), or (C, F, H, W).
         prompt_shape: (L, D), tokens and width of the embedding of a prompt.
         rows: of the UNet in one call.
         device: where it will run.
         dtype: of the computation; float32 runs without autocast.
         forwards: rows without gradient for each row with one; sampling is most of SePPO's.
         timer: takes functions and returns their milliseconds.
+        denoise: how the UNet is called.
 
     Raises:
         ConfigError: `xformers` is wanted, and is not installed or does not work here.
@@ -166,7 +168,7 @@ def choose_attention(
         require_xformers(device)
     elif wanted == "sdpa" or device.type != "cuda" or not _has_xformers():
         return "sdpa"
-    layers = attention_layers(unet, latent_shape, prompt_shape, rows, dtype)
+    layers = attention_layers(unet, latent_shape, prompt_shape, rows, dtype, denoise)
     for shape, names in layers.items():
         problem = _xformers_problem(unet.get_submodule(names[0]), shape, dtype)
         if problem is None:
@@ -183,11 +185,12 @@ def choose_attention(
 
 
 def attention_layers(
-    unet: UNet2DConditionModel,
+    unet: UNet,
     latent_shape: tuple[int, ...],
     prompt_shape: tuple[int, int],
     rows: int,
     dtype: torch.dtype,
+    denoise: FamilyDenoise = call_plainly,
 ) -> dict[AttentionShape, list[str]]:
     """The names of the UNet's attention layers, by the shape in which its forward calls them; nothing is computed."""
     layers: dict[AttentionShape, list[str]] = defaultdict(list)
@@ -209,12 +212,12 @@ def attention_layers(
             if isinstance(module, Attention):
                 module.set_processor(recorder(name))
         timesteps = torch.empty(rows, dtype=torch.int64)
-        fake(torch.empty(rows, *latent_shape), timesteps, torch.empty(rows, *prompt_shape))
+        denoise(fake, torch.empty(rows, *latent_shape), timesteps, torch.empty(rows, *prompt_shape))
     return dict(layers)
 
 
 def total_milliseconds(
-    unet: UNet2DConditionModel,
+    unet: UNet,
     layers: Mapping[AttentionShape, Sequence[str]],
     dtype: torch.dtype,
     timer: Timer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import truncation
@@ -12,6 +11,7 @@ from seppo_fast.dial import checkpoints, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import DataError
 from seppo_fast.families.load import load_family
+from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.memory import free_bytes, sampling_footprint, training_footprint
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, make_trainable, trainable
@@ -38,7 +38,7 @@ def check(config: Config) -> int:
     NoiseSchedule(family.scheduler_config)
     Sampler(family.scheduler_config, config.sampler)
     shape = family.latent_shape(config.data.resolution)
-    problems = scan(source, losers=objective.needs_pairs)
+    problems = scan(source, losers=objective.needs_pairs, frames=family.frames)
     for problem in problems:
         print(f"bad: {problem}")
     prompts = {example.prompt for example in source}
@@ -50,7 +50,7 @@ def check(config: Config) -> int:
     text = len(prompts) * family.pipe.tokenizer.model_max_length * family.unet.config.cross_attention_dim
     latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
     prompt_shape = (family.pipe.tokenizer.model_max_length, family.unet.config.cross_attention_dim)
-    for line in _memory(config, family.unet, shape, prompt_shape, device):
+    for line in _memory(config, family, shape, prompt_shape, device):
         print(line)
     print(f"disk: {_size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
     return DataError.exit_code if problems else 0
@@ -66,12 +66,13 @@ def _tier(gib: float | None) -> str:
 
 def _memory(
     config: Config,
-    unet: UNet2DConditionModel,
+    family: StableDiffusion,
     latent_shape: tuple[int, ...],
     prompt_shape: tuple[int, int],
     device: torch.device,
 ) -> list[str]:
     """What can be counted before a run: weights, gradients, Adam, references, and what batches add."""
+    unet = family.unet
     weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
     trained = sum(parameter.numel() for parameter in trainable(unet).values())
     states = 2 * trained * (1 if config.train.optimizer == "adamw8bit" else 4)
@@ -80,8 +81,8 @@ def _memory(
     references = checkpoints(config)
     slab = Table.of(unet, DTYPES[config.model.precision]).size if references else 0
     shapes = (latent_shape, prompt_shape, DTYPES[config.model.precision], device)
-    pair = training_footprint(unet, *shapes)
-    sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1)
+    pair = training_footprint(unet, *shapes, denoise=family.denoise)
+    sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1, denoise=family.denoise)
     return [
         f"trained: {trained:,} of {sum(parameter.numel() for parameter in unet.parameters()):,} weights",
         f"device memory: {_size(weights + states + average + (0 if parked else slab))} for weights, "

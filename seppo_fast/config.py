@@ -49,7 +49,16 @@ class ModelConfig(_Section):
     """What is trained."""
 
     path: str = Field("", description="diffusers folder or hub id in the SD-1.5 format, or 'shapes' (the embedded one)")
+    motion_adapter: str = Field(
+        "", description="folder or hub id of a MotionAdapter, or 'shapes': with one, AnimateDiff is trained on clips"
+    )
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = Field(
+        None, description="of the noise; null: the pipeline's own, or linear with a motion adapter"
+    )
     train: Literal["full", "lora"] = Field("lora", description="all UNet weights, or a LoRA on its attention")
+    lora_on: Literal["spatial", "motion", "both"] = Field(
+        "both", description="which attention gets the LoRA: within frames, in motion modules, all (clips only)"
+    )
     lora_rank: int = Field(8, ge=1, description="rank of the LoRA; its alpha equals it")
     precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_float32_by_its_other_name)] = Field(
         "bf16", description="compute dtype (autocast); errors are reduced in float32 always"
@@ -59,6 +68,9 @@ class ModelConfig(_Section):
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field(
         "auto", description="of policy and reference alike; auto: the faster on a GPU, by measurement; sdpa on a CPU"
+    )
+    temporal_attention: Literal["sdpa", "triton"] = Field(
+        "sdpa", description="of the motion modules: as the rest, or the fused kernel (clips only)"
     )
     compile: bool | None = Field(
         None, description="torch.compile of the repeated blocks; null: with memory = fast, on a GPU"
@@ -71,6 +83,10 @@ class DataConfig(_Section):
     source: str = Field("", description="folder, parquet file or folder, hub id, or shapes:N for the embedded world")
     split: str = Field("train", description="split of a hub data set")
     resolution: int = Field(512, ge=8, description="pixels; the shorter side is resized to it, then a centre crop")
+    frames: int = Field(16, ge=1, description="of a clip (clips only)")
+    flip: bool = Field(
+        False, description="mirror half of the clips, by their ids; not where captions say left or right (clips only)"
+    )
     prompt_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs trained with the empty prompt")
     cache: str = Field("cache", description="folder of the latent and prompt cache")
 
@@ -271,6 +287,7 @@ def refuse_contradictions(config: Config) -> None:
             "reference.errors = together needs model.train = lora: policy and reference share one forward only "
             "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
         )
+    _refuse_what_only_clips_have(config)
     if config.reference.keep is not None and OBJECTIVES[config.objective].draw != "uniform":
         raise ConfigError(
             f"reference.keep: objective {config.objective!r} does not draw among its past policies; leave it out"
@@ -279,6 +296,21 @@ def refuse_contradictions(config: Config) -> None:
         raise ConfigError(f"objective {config.objective!r} has no reference: leave out reference.errors")
     if config.reference.errors != "ahead" and config.model.compile:
         raise ConfigError(f"model.compile goes with reference.errors = ahead, not with {config.reference.errors!r}")
+
+
+def _refuse_what_only_clips_have(config: Config) -> None:
+    if config.model.train == "full" and config.model.lora_on != "both":
+        raise ConfigError(f"model.lora_on = {config.model.lora_on!r} needs model.train = lora")
+    if config.model.motion_adapter:
+        return
+    for section, names in {"model": ("lora_on", "temporal_attention"), "data": ("frames", "flip")}.items():
+        for name in names:
+            keys_here = getattr(config, section)
+            value = getattr(keys_here, name)
+            if value != type(keys_here).model_fields[name].default:
+                raise ConfigError(
+                    f"{section}.{name} = {value!r} is for clips: give model.motion_adapter, or leave it out"
+                )
 
 
 def _explain(problem: Any) -> str:

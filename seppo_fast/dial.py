@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DConditionModel
 
 from seppo_fast.attention import choose_attention
 from seppo_fast.config import Config
 from seppo_fast.data.cache import LatentCache
-from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
+from seppo_fast.families import UNet
+from seppo_fast.memory import (
+    FamilyDenoise,
+    Footprint,
+    call_plainly,
+    free_bytes,
+    sampling_footprint,
+    training_footprint,
+)
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, trainable
 from seppo_fast.slab import Table
@@ -69,7 +76,13 @@ def turn_dial(config: Config, device: torch.device) -> Config:
     return _filled(config, model=model)
 
 
-def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCache, accelerator: Accelerator) -> Config:
+def fit_to_machine(
+    config: Config,
+    unet: UNet,
+    cache: LatentCache,
+    accelerator: Accelerator,
+    denoise: FamilyDenoise = call_plainly,
+) -> Config:
     """Fills in the pool's place on a GPU, batches, parking and attention, which take model and machine to know.
 
     Args:
@@ -77,11 +90,13 @@ def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCach
         unet: on its device, its trained weights marked.
         cache: the data; the shapes of its latents and embeddings count.
         accelerator: all processes take the smallest batches of any, and the attention that the first one measured.
+        denoise: how the UNet is called.
 
     Raises:
         ConfigError: attention that is asked for and does not work.
     """
-    shapes = {
+    shapes: dict[str, Any] = {
+        "denoise": denoise,
         "latent_shape": tuple(cache.latent_shape),
         "prompt_shape": tuple(cache.uncond_embeds.shape[1:]),
         "dtype": DTYPES[config.model.precision],
@@ -110,23 +125,21 @@ def fit_to_machine(config: Config, unet: UNet2DConditionModel, cache: LatentCach
     return _filled(config, model={"attention": attention})
 
 
-def _with_pool(config: Config, unet: UNet2DConditionModel, accelerator: Accelerator) -> Config:
+def _with_pool(config: Config, unet: UNet, accelerator: Accelerator) -> Config:
     slab = Table.of(unet, DTYPES[config.model.precision]).size
     most = int(_POOL_SHARE * free_bytes(accelerator.device)) // slab
     mine = torch.tensor([min(most, checkpoints(config))], device=accelerator.device)
     return _filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
 
 
-def _with_micro_batch(
-    config: Config, unet: UNet2DConditionModel, footprint: Footprint, accelerator: Accelerator
-) -> Config:
+def _with_micro_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
     beside = _learner_bytes(config, unet) + _pool_bytes(config, unet, accelerator.device)
     most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
     return _filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
 
 
-def _with_batch(config: Config, unet: UNet2DConditionModel, footprint: Footprint, accelerator: Accelerator) -> Config:
+def _with_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
     average = _trained_bytes(unet) if config.train.ema_decay else 0
     pool = _pool_bytes(config, unet, accelerator.device)
@@ -150,7 +163,7 @@ def _fitting(setting: Setting, footprint: Footprint, beside: int, most: int, acc
     return int(accelerator.gather(torch.tensor([rows], device=device)).min())
 
 
-def _trained_bytes(unet: UNet2DConditionModel) -> int:
+def _trained_bytes(unet: UNet) -> int:
     return sum(weight.numel() * weight.element_size() for weight in trainable(unet).values())
 
 
@@ -163,7 +176,7 @@ def checkpoints(config: Config) -> int:
     return min(made, 2 if draw == "newest" else config.reference.keep or made)
 
 
-def _pool_bytes(config: Config, unet: UNet2DConditionModel, device: torch.device) -> int:
+def _pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
     """Of the device's memory: past policies that stay there, the one that is resident, one that comes up."""
     count = checkpoints(config)
     if not count:
@@ -174,7 +187,7 @@ def _pool_bytes(config: Config, unet: UNet2DConditionModel, device: torch.device
     return kept + slab + (slab if comes_up else 0)
 
 
-def _learner_bytes(config: Config, unet: UNet2DConditionModel) -> int:
+def _learner_bytes(config: Config, unet: UNet) -> int:
     """Of what the learner adds to the weights and their gradients: Adam's two moments, the moving average."""
     moments = 0.5 if config.train.optimizer == "adamw8bit" else 2
     return int(_trained_bytes(unet) * (moments + (1 if config.train.ema_decay else 0)))

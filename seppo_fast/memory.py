@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -28,8 +27,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from seppo_fast.families import UNet
+
 # A footprint is counted at these two numbers of rows.
 _FEW, _MANY = 1, 256
+
+FamilyDenoise = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""How a family calls its UNet: (unet, latents (B, *latent), timesteps (B,), prompt_embeds (B, L, D)) -> prediction"""
+
+
+def call_plainly(unet: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    """The prediction of a UNet that takes one embedding a row, as those for pictures do."""
+    return unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,12 @@ def page_locked(memory: Tensor) -> Tensor:
 
 
 def training_footprint(
-    unet: UNet2DConditionModel,
+    unet: UNet,
     latent_shape: tuple[int, ...],
     prompt_shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
+    denoise: FamilyDenoise = call_plainly,
 ) -> Footprint:
     """What a micro-batch of the learner takes; a row is a pair: two latents forward, and backward.
 
@@ -113,10 +123,11 @@ def training_footprint(
 
     Args:
         unet: as it will be trained: trained weights marked, checkpointing and memory format set.
-        latent_shape: (C, H, W).
+        latent_shape: (C, H, W), or (C, F, H, W).
         prompt_shape: (L, D), tokens and width of the embedding of a prompt.
         dtype: of the computation; float32 runs without autocast.
         device: where it will run. Autocast on CUDA keeps more in float32 than on the CPU.
+        denoise: how the UNet is called.
     """
 
     def call(model: nn.Module, rows: int) -> None:
@@ -126,41 +137,43 @@ def training_footprint(
         latents, timesteps, embeds = _inputs(2 * rows, latent_shape, prompt_shape)
         target = torch.empty_like(latents)
         with _autocast(dtype):
-            prediction = model(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+            prediction = denoise(model, latents, timesteps, embeds)
         (prediction.float() - target).square().mean().backward()
 
     return _footprint(unet, call, device)
 
 
 def sampling_footprint(
-    unet: UNet2DConditionModel,
+    unet: UNet,
     latent_shape: tuple[int, ...],
     prompt_shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
     guided: bool,
+    denoise: FamilyDenoise = call_plainly,
 ) -> Footprint:
     """What a batch of samples takes; a row is one latent, which is two rows of the UNet where it is guided.
 
     Args:
         unet: as in `training_footprint`, like the other arguments.
-        latent_shape: (C, H, W).
+        latent_shape: (C, H, W), or (C, F, H, W).
         prompt_shape: (L, D).
         dtype: of the computation.
         device: where it will run.
         guided: with classifier-free guidance, as one doubled batch.
+        denoise: how the UNet is called.
     """
 
     def call(model: nn.Module, rows: int) -> None:
         inputs = _inputs(rows, latent_shape, prompt_shape)
         with torch.no_grad(), _autocast(dtype):
             latents, timesteps, embeds = (torch.cat([x, x]) for x in inputs) if guided else inputs
-            model(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)
+            denoise(model, latents, timesteps, embeds)
 
     return _footprint(unet, call, device)
 
 
-def fake_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def fake_copy(unet: UNet) -> UNet:
     """A copy without data, on the CPU, to be made and called under a `FakeTensorMode`; its attention is PyTorch's.
 
     Shapes, dtypes, memory format, adapters and the marks of trained weights are those of `unet`. Gradients and compiled
@@ -180,7 +193,7 @@ def _fake_like(tensor: Tensor) -> Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def _footprint(unet: UNet2DConditionModel, call: Callable[[nn.Module, int], None], device: torch.device) -> Footprint:
+def _footprint(unet: UNet, call: Callable[[nn.Module, int], None], device: torch.device) -> Footprint:
     peaks = []
     with FakeTensorMode(), torch.enable_grad():
         model = fake_copy(unet)
@@ -209,14 +222,14 @@ def _follow_cuda(model: nn.Module) -> None:
     a UNet uses), and group norm copies channels_last to contiguous memory.
     """
 
-    def prepare(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *others = args
+    def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        x, *others = args or (kwargs.pop("hidden_states"),)
         x = x.float() if torch.is_autocast_enabled("cpu") else x
-        return (x.contiguous() if isinstance(module, nn.GroupNorm) else x, *others)
+        return (x.contiguous() if isinstance(module, nn.GroupNorm) else x, *others), kwargs
 
     for module in model.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm | Upsample2D):
-            module.register_forward_pre_hook(prepare)
+            module.register_forward_pre_hook(prepare, with_kwargs=True)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -40,10 +40,13 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if config.model.attention == "xformers":
         require_xformers(device)
     if config.train.backend == "triton":
-        _check_triton(device)
+        _check_triton("train.backend", "auto", device)
+    if config.model.temporal_attention == "triton":
+        _check_triton("model.temporal_attention", "sdpa", device)
     if not config.data.source:
         raise ConfigError("data.source is empty; give a folder, parquet files, a hub id, or shapes:N")
     source = open_source(config.data.source, config.data.split)
+    _check_clips(config, source)
     if OBJECTIVES[config.objective].needs_pairs and not source.has_losers:
         raise ConfigError(
             f"objective {config.objective!r} needs two images per prompt (the Pick-a-Pic schema), "
@@ -54,8 +57,21 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     return source
 
 
-def _check_triton(device: torch.device) -> None:
+def _check_clips(config: Config, source: Source) -> None:
+    if source.clips and not config.model.motion_adapter:
+        raise ConfigError(
+            f"data.source = {config.data.source!r} holds clips: give model.motion_adapter, a folder or hub id of a "
+            "MotionAdapter that fits model.path"
+        )
+    if config.model.motion_adapter and not source.clips:
+        raise ConfigError(
+            f"model.motion_adapter = {config.model.motion_adapter!r} makes clips, and data.source = "
+            f"{config.data.source!r} holds pictures: leave the adapter out, or give clips"
+        )
+
+
+def _check_triton(key: str, without: str, device: torch.device) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError("train.backend = triton needs triton (pip install 'triton>=3.6'); 'auto' works without")
+        raise ConfigError(f"{key} = triton needs triton (pip install 'triton>=3.6'); {without!r} works without")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"train.backend = triton needs a GPU, this is a run on {device.type}; use 'auto'")
+        raise ConfigError(f"{key} = triton needs a GPU, this is a run on {device.type}; use {without!r}")

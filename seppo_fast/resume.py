@@ -13,7 +13,8 @@ from seppo_fast.saved_state import SavedState
 # data are compared by content, so that their folders may move.
 _MAY_CHANGE = {
     "output", "memory",
-    "model.path", "model.gradient_checkpointing", "model.attention", "model.compile",
+    "model.path", "model.motion_adapter", "model.gradient_checkpointing", "model.attention",
+    "model.temporal_attention", "model.compile",
     "data.source", "data.split", "data.cache",
     "train.updates", "train.micro_batch", "train.backend",
     "reference.window", "reference.park", "reference.gpu_gib", "reference.host_gib", "reference.disk_gib",

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from peft.tuners.lora import Linear as LoraLinear
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from seppo_fast.checkpointing import whole
+from seppo_fast.families import UNet
 from seppo_fast.policy import trainable
 
 
@@ -45,7 +46,7 @@ class Together:
             or lies outside the blocks, or a frozen parameter is not shared.
     """
 
-    def __init__(self, policy: UNet2DConditionModel, reference: nn.Module) -> None:
+    def __init__(self, policy: UNet, reference: nn.Module) -> None:
         blocks = [block for block in (*policy.down_blocks, policy.mid_block, *policy.up_blocks) if block is not None]
         theirs = dict(reference.named_modules())
         layers = {ours: theirs.get(name) for name, ours in policy.named_modules() if isinstance(ours, LoraLayer)}
@@ -164,17 +165,9 @@ class _Unit:
         forwards = {layer: _halved(layer, rows) for layer in self._row_layers}
         return _replaced(forwards | {ours: _adapted(ours, theirs, rows) for ours, theirs in self._layers.items()})
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> AbstractContextManager[None]:
         """Inside, gradient checkpointing is off."""
-        parts: list[Any] = [part for part in self._parts if getattr(part, "gradient_checkpointing", False)]
-        try:
-            for part in parts:
-                part.gradient_checkpointing = False
-            yield
-        finally:
-            for part in parts:
-                part.gradient_checkpointing = True
+        return whole(self._parts)
 
 
 class _SharedForward(torch.autograd.Function):

@@ -41,6 +41,7 @@ from seppo_fast.rollout import Rollout
 from seppo_fast.saved_state import REFERENCES, SavedState
 from seppo_fast.slab import trained_state
 from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy
+from seppo_fast.temporal import set_temporal_attention
 from seppo_fast.tiers import Budget, PoolFullError
 
 _STAMP = "seppo_fast.json"
@@ -88,9 +89,11 @@ class Trainer:
         # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise.
         plain = config.train.optimizer == "adamw8bit"
         self.unet.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-        self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator)
+        self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator, self.family.denoise)
         assert config.model.attention != "auto", "the attention is chosen"
         set_attention(self.unet, config.model.attention)
+        if config.model.temporal_attention == "triton":
+            set_temporal_attention(self.unet, "triton")
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
         self.references = open_pool(config, self.accelerator) if self.objective.draw else None
@@ -299,6 +302,8 @@ def open_cache(
         source,
         family,
         resolution=config.data.resolution,
+        frames=family.frames,
+        flip=config.data.flip,
         folder=Path(config.data.cache),
         losers=OBJECTIVES[config.objective].needs_pairs,
         report=report,

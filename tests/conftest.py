@@ -21,3 +21,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_pipeline
 
     return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny motion adapter that fits `tiny`; read only."""
+    from tests.tiny import tiny_adapter
+
+    return tiny_adapter(tmp_path_factory.mktemp("tiny") / "adapter")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cache, counters, endtoend, kernels, losses, run, sampling, speed, step, switches
+from benchmarks import cache, counters, endtoend, kernels, losses, run, sampling, speed, step, switches, temporal, video
 from benchmarks.measure import Bench, Machine, Provider, Stopwatch, captured, copy_limit, distance, interleaved
 from benchmarks.models import Workplace
 from benchmarks.naive import NaiveLoop
@@ -30,6 +30,7 @@ def smallest(monkeypatch):
     monkeypatch.setitem(endtoend.SIZES, "quick", endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2))
     smallest_kernels(monkeypatch)
     smallest_cache(monkeypatch)
+    smallest_video(monkeypatch)
 
 
 def smallest_kernels(monkeypatch):
@@ -43,6 +44,17 @@ def smallest_cache(monkeypatch):
     """All weights kept in bf16, and a LoRA in float32; a call copies each checkpoint once."""
     models, kept = (("full", "bf16"), ("lora", "fp32")), {"iteration": 2, "update": 3}
     monkeypatch.setitem(cache.SIZES, "quick", cache.Size(models, kept, rounds=1, pairs=1, steps=2))
+
+
+def smallest_video(monkeypatch):
+    """Two clips of four frames."""
+    update = endtoend.Size(2, 1, 1, 2, micro_batch=2, samples=2)
+    steps = step.Size({"lora": (2,)}, 1, ways=("ahead", "apart", "together"), checked=2, micro_batch=1)
+    sizes = video.Size(32, (sampling.Case(2, 1, 1),), steps, update)
+    checked = endtoend.Size(1, 1, 1, 2, micro_batch=1, samples=1)
+    monkeypatch.setitem(video.SIZES, "quick", video.Sizes(4, (sizes,), checked))
+    case = temporal.Case("attention", 1, 4, 40, True)
+    monkeypatch.setitem(temporal.SIZES, "quick", temporal.Size((case,), 1, 1e-3))
 
 
 def driven(suite, tmp_path):
@@ -92,6 +104,28 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
         switched, stepped = 2 * SWITCHES, [switches.ALONE, switches.SWITCH, switches.AHEAD]
         assert [row["provider"] for row in rows] == 2 * [*2 * switched, *stepped]
         assert all((row["share_of_step"] is None) == ("steps of" in row["case"]) for row in rows)
+    if suite == "video":
+        assert phases_add_up([row for row in rows if row["case"].startswith("update")]) == 1
+        assert [(row["case"], row["provider"]) for row in rows if SEPARATOR not in row["case"]] == VIDEO
+
+
+VIDEO = [
+    ("fp32 1024 cubed", "matmul"),
+    *(
+        (f"{what} of 4 x 32 x 32, {case}", provider)
+        for what, case, providers in [
+            ("sampling", "2 samples, 1 DDIM steps", [sampling.PIPELINE_ALONE, sampling.PIPELINE, sampling.OURS]),
+            ("step", "lora, 2 pairs", [step.NAIVE, "ahead", step.WITH_ERRORS, "together", "apart"]),
+            ("update", "exact: DDIM 2 steps", [NAIVE, OURS]),
+        ]
+        for provider in providers
+    ),
+    ("64 MiB", "copy"),
+    *(
+        ("attention, 1 pair, 16 frames x 4 positions, 8 heads of 40, forward + backward", provider)
+        for provider in [temporal.SDPA, temporal.THEIR_LAYOUT, temporal.IN_PLACE]
+    ),
+]
 
 
 WAYS = [
@@ -104,7 +138,7 @@ SWITCHES = [switches.LOAD, switches.READ, switches.COPY, switches.SWITCH, switch
 
 def phases_add_up(rows):
     """Checks that the phases of each provider of each case are its whole; the number of cases."""
-    cases = {row["case"].partition(SEPARATOR)[0] for row in rows[1:]}
+    cases = {row["case"].partition(SEPARATOR)[0] for row in rows if row["provider"] != "matmul"}
     for case in cases:
         for provider in {row["provider"] for row in rows if row["case"] == case}:
             mine = {row["case"]: row for row in rows if row["provider"] == provider}

@@ -5,7 +5,7 @@ import pytest
 
 from seppo_fast.config import parse_config
 from seppo_fast.data.sources import open_source
-from seppo_fast.evaluate.judged import held_out_prompts, judged_pipeline, prompt_sets
+from seppo_fast.evaluate.judged import held_out_prompts, judged_model, prompt_sets
 from seppo_fast.evaluate.paired import paired_difference
 from seppo_fast.evaluate.pictures import side_by_side
 from seppo_fast.shapes.judge import score
@@ -51,14 +51,14 @@ def test_more_prompts_than_there_are_is_an_error():
 
 
 def test_pictures_are_paired_by_seed_and_scored():
-    config = parse_config({"sampler": {"steps": 2, "guidance": 2.0, "batch": 4}})
+    config = parse_config({"model": {"path": "shapes"}, "sampler": {"steps": 2, "guidance": 2.0, "batch": 4}})
     prompts = held_out_prompts(5, 6, ())
-    pictures, scores = judged_pipeline("shapes", config, prompts, seed=1)
+    pictures, scores = judged_model(config, prompts, seed=1)
     assert pictures.shape == (6, 32, 32, 3) and pictures.dtype == np.uint8
     assert scores.tolist() == [score(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
-    again, _ = judged_pipeline("shapes", config, prompts[:5], seed=1)
+    again, _ = judged_model(config, prompts[:5], seed=1)
     assert np.abs(again.astype(int) - pictures[:5]).max() <= 1
-    other, _ = judged_pipeline("shapes", config, prompts, seed=2)
+    other, _ = judged_model(config, prompts, seed=2)
     assert np.abs(other.astype(int) - pictures).max() > 50
 
 

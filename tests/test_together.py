@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -512,3 +512,53 @@ def test_a_policy_in_training_mode_is_refused():
     policy.train()
     with pytest.raises(ValueError, match="policy: in training mode"), together.rows(1):
         pass
+
+
+# Clips: several rows inside for each row of the batch, of frames and of places
+
+
+def motion_models(checkpointing: bool) -> tuple[UNetMotionModel, UNetMotionModel]:
+    torch.manual_seed(0)
+    settings = {name: value for name, value in TINY.items() if not name.endswith(("types", "head_dim"))}
+    policy = UNetMotionModel(
+        **settings,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+    )
+    make_trainable(policy, ModelConfig(lora_rank=2, precision="fp32", gradient_checkpointing=checkpointing), seed=0)
+    reference = reference_of(policy)
+    for weight in (*adapters(policy).values(), *adapters(reference).values()):
+        nn.init.normal_(weight, std=0.3)
+    return policy, reference
+
+
+def clips(rows: int, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Batch:
+    latents, timesteps, embeds = make_batch(rows, size, dtype)
+    moving = torch.stack([latents, latents.flip(-1), 2 * latents], 2)
+    return moving, timesteps, embeds.repeat_interleave(3, 0)
+
+
+def predict_clips(unet: nn.Module, batch: Batch, rows: slice) -> Tensor:
+    latents, timesteps, embeds = batch
+    return predict(unet, (latents[rows], timesteps[rows], embeds.unflatten(0, (-1, 3))[rows].flatten(0, 1)))
+
+
+def test_halves_of_clips_are_bit_equal_where_products_do_not_depend_on_the_batch():
+    policy, reference = motion_models(checkpointing=False)
+    together, batch = Together(policy, reference), clips(3, (2, 2))
+    with RowByRow(), torch.no_grad():
+        ours, theirs = one_pass(policy, together, batch, 2)
+        assert torch.equal(ours, predict_clips(policy, batch, slice(2)))
+        assert torch.equal(theirs, predict_clips(reference, batch, slice(2, None)))
+        assert not torch.allclose(theirs, predict_clips(policy, batch, slice(2, None)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("rows", "total"), [(1, 2), (2, 3)])
+def test_gradients_of_clips_are_those_of_two_passes(rows, total, checkpointing):
+    policy, reference = (unet.double() for unet in motion_models(checkpointing))
+    together, batch = Together(policy, reference), clips(total, (4, 6), torch.float64)
+    expected = gradients(policy, predict_clips(policy, batch, slice(rows)))
+    assert distance(gradients(policy, one_pass(policy, together, batch, rows)[0]), expected) < 1e-10

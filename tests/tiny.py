@@ -1,10 +1,11 @@
-"""A Stable Diffusion pipeline of random weights, small enough for any test, in the true folder format."""
+"""A Stable Diffusion pipeline and a motion adapter of random weights, small enough for any test, as true folders."""
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -50,6 +51,19 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
         unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_adapter(folder: Path, seed: int = 0, **settings) -> Path:
+    """Writes motion modules for `tiny_pipeline`, of at most 6 frames, that move something; returns `folder`."""
+    torch.manual_seed(seed)
+    fitting = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_norm_num_groups": 8}
+    small = {"motion_num_attention_heads": 2, "motion_max_seq_length": 6}
+    adapter = MotionAdapter(**fitting | small | settings)
+    for name, weight in adapter.named_parameters():
+        if "proj_out" in name:
+            nn.init.normal_(weight, std=0.2)
+    adapter.save_pretrained(folder)
     return folder
 
 

@@ -15,13 +15,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import Opened, decode_image, fit_square
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX
-from seppo_fast.data.scan import decode_all
+from seppo_fast.data.scan import Decode, decode_all
 from seppo_fast.errors import DataError, NonFiniteError
 
 SHARD_SIZE = 1024
+CLIP_SHARD_BYTES = 1 << 27
+"""Clips fill a shard sooner: 1024 of 16 frames at 512 x 512 are half a GiB, and twice that while one is written."""
 MAX_LISTED = 20
 _REPORT_SECONDS = 10.0
 
@@ -30,7 +33,7 @@ class Encoder(Protocol):
     """What a model family offers the data room."""
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) to scaled latents (B, *latent) in the dtype to be stored."""
+        """uint8 (B, H, W, 3), of clips (B, F, H, W, 3), to scaled latents (B, *latent) in the dtype to be stored."""
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """B prompts to embeddings (B, L, D) in the dtype to be stored."""
@@ -50,22 +53,28 @@ def build(
     resolution: int,
     batch_size: int,
     losers: bool,
+    frames: int | None,
+    flip: bool,
     report: Callable[[str], object],
 ) -> None:
     """Writes a whole cache into the existing, empty `folder`; see `cache.open_or_build` for the rest and the errors."""
     total = len(source) + len(source.problems)
     if total == 0:
         raise DataError(f"{source.spec}: no examples in it{''.join(f'; {note}' for note in source.notes)}.")
-    report(f"{source.spec}: encoding {len(source)} examples at {resolution} x {resolution}")
+    size = f"{resolution} x {resolution}" if frames is None else f"{frames} x {resolution} x {resolution}"
+    report(f"{source.spec}: encoding {len(source)} examples at {size}")
     for note in source.notes:
         report(note)
     problems = list(source.problems)
     for problem in problems if not _too_many(problems, total) else ():
         report(f"left out: {problem}")
-    writer = _Writer(source, encoder, folder, losers)
+    repeating: set[str] = set()
+    decode = _to_square(resolution) if frames is None else _to_clip(resolution, frames, flip, repeating)
+    batch_size = batch_size if frames is None else max(1, batch_size // frames)
+    writer = _Writer(source, encoder, folder, losers, clips=frames is not None)
     batch: list[tuple[Example, list[np.ndarray]]] = []
     progress = _Progress(len(source), report)
-    for example, outcome in decode_all(source, _to_square(resolution), losers):
+    for example, outcome in decode_all(source, decode, losers):
         progress.step()
         if isinstance(outcome, Problem):
             problems.append(outcome)
@@ -82,11 +91,23 @@ def build(
         raise DataError(_bad_list(source, problems, total))
     if batch:
         writer.add(batch)
-    writer.finish(key, problems)
+    writer.finish(key, problems, repeating)
 
 
-def _to_square(resolution: int) -> Callable[[str, Opened], np.ndarray]:
-    return lambda name, opened: fit_square(decode_image(name, opened), resolution)
+def _to_square(resolution: int) -> Decode[np.ndarray]:
+    return lambda _, name, opened: fit_square(decode_image(name, opened), resolution)
+
+
+def _to_clip(resolution: int, frames: int, flip: bool, repeating: set[str]) -> Decode[np.ndarray]:
+    """Also puts the ids of clips with fewer than `frames` frames into `repeating`."""
+
+    def decode(example: Example, name: str, opened: Opened) -> np.ndarray:
+        clip = load_clip(example, name, opened, resolution, frames, flip)
+        if clip.length < frames:
+            repeating.add(example.id)
+        return clip.pixels
+
+    return decode
 
 
 def _too_many(problems: list[Problem], total: int) -> bool:
@@ -124,10 +145,11 @@ class _Progress:
 class _Writer:
     """Encodes batches of examples and lays them out: latents by example, embeddings by unique prompt."""
 
-    def __init__(self, source: Source, encoder: Encoder, folder: Path, losers: bool) -> None:
+    def __init__(self, source: Source, encoder: Encoder, folder: Path, losers: bool, clips: bool) -> None:
         self._source, self._encoder, self._folder, self._losers = source, encoder, folder, losers
-        self._latents = _Shards(folder, "latents", self._write)
-        self._embeds = _Shards(folder, "prompts", self._write)
+        self._clips = clips
+        self._latents = _Shards(folder, "latents", self._write, CLIP_SHARD_BYTES if clips else None)
+        self._embeds = _Shards(folder, "prompts", self._write, None)
         self._latent_shape: tuple[int, ...] = ()
         self._ids: list[str] = []
         self._prompt_rows: list[int] = []
@@ -137,7 +159,7 @@ class _Writer:
         self._add_prompts([""])
 
     def add(self, batch: list[tuple[Example, list[np.ndarray]]]) -> None:
-        """Encodes one batch of decoded examples: the winner, then the loser, each (resolution, resolution, 3)."""
+        """Encodes one batch of decoded examples: the winner, then the loser, each (*frames, height, width, 3)."""
         names = [example.id for example, _ in batch]
         tensors = {}
         for place, role in enumerate(("winners", "losers") if self._losers else ("winners",)):
@@ -185,8 +207,8 @@ class _Writer:
                 raise self._no_space() from error
             raise
 
-    def finish(self, key: str, problems: list[Problem]) -> None:
-        """Writes the last shards and the index."""
+    def finish(self, key: str, problems: list[Problem], repeating: set[str]) -> None:
+        """Writes the last shards and the index, that of clips with two entries more."""
         self._latents.close()
         self._embeds.close()
         index = {
@@ -203,21 +225,27 @@ class _Writer:
             "prompt_rows": self._prompt_rows,
             "ids": self._ids,
         }
+        if self._clips:
+            index["latent_shard_size"] = self._latents.size
+            index["repeating"] = [id for id in self._ids if id in repeating]
         self._write(self._folder / INDEX, json.dumps(index, indent=0).encode())
 
 
 class _Shards:
-    """Rows of named tensors, written whenever `SHARD_SIZE` of them are together."""
+    """Rows of named tensors, written whenever `size` of them are together: `SHARD_SIZE`, or what `limit` bytes hold."""
 
-    def __init__(self, folder: Path, stem: str, write: Callable[[Path, bytes], None]) -> None:
-        self._folder, self._stem, self._write = folder, stem, write
+    def __init__(self, folder: Path, stem: str, write: Callable[[Path, bytes], None], limit: int | None) -> None:
+        self._folder, self._stem, self._write, self._limit = folder, stem, write, limit
+        self.size = SHARD_SIZE
         self._held: list[dict[str, Tensor]] = []
         self._written = 0
 
     def append(self, tensors: dict[str, Tensor]) -> None:
         for row in _split_rows(tensors):
+            if self._limit is not None:
+                self.size = max(1, min(SHARD_SIZE, self._limit // sum(tensor.nbytes for tensor in row.values())))
             self._held.append(row)
-            if len(self._held) == SHARD_SIZE:
+            if len(self._held) == self.size:
                 self.close()
 
     def close(self) -> None:

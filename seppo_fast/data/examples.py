@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from seppo_fast.data.images import ImageRef
+from seppo_fast.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,16 @@ class Example:
     Attributes:
         id: Unique in its data set and stable across machines; messages name it.
         prompt: The caption, stripped of surrounding white space, never empty.
-        image: The winner.
+        image: The winner: an image, or a clip where the source holds clips.
         loser: The rejected image of a labelled pair, or None.
+        time_lapse: A clip whose frames are to be taken from all of it, first to last, not from a window.
     """
 
     id: str
     prompt: str
     image: ImageRef
     loser: ImageRef | None = None
+    time_lapse: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,13 @@ class Source(ABC):
     Attributes:
         spec: What the user wrote.
         has_losers: Whether every example has a `loser`.
+        clips: Whether the examples are clips; else they are images.
         problems: Examples already known to be unusable from names, captions and labels alone; not in the list.
         ties: Labelled pairs left out because neither image won.
         notes: Sentences for the user on what was read and what was left out.
     """
+
+    clips: bool = False
 
     def __init__(self, spec: str, has_losers: bool = False) -> None:
         self.spec = spec
@@ -71,3 +77,17 @@ class Source(ABC):
 
     def __iter__(self) -> Iterator[Example]:
         return (self._example(index) for index in range(len(self)))
+
+
+def require_kind(source: Source, frames: int | None) -> None:
+    """Raises DataError unless the source holds clips exactly where `frames` of each are asked for."""
+    if source.clips and frames is None:
+        raise DataError(
+            f"{source.spec} holds clips, and this model makes images: set model.motion_adapter to train on clips, or "
+            "set data.source to images."
+        )
+    if frames is not None and not source.clips:
+        raise DataError(
+            f"{source.spec} holds images, and a model with a motion adapter is trained on clips: set data.source to "
+            "clips, or leave model.motion_adapter empty to train on images."
+        )

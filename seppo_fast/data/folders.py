@@ -1,4 +1,4 @@
-"""Images in a folder, captioned by a text file beside each or by one metadata.jsonl."""
+"""Images or clips in a folder, captioned by a text file beside each; images by one metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from seppo_fast.data.images import file_ref
 from seppo_fast.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 MAX_CAPTION_BYTES = 65_536
+_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """`name` is the image's path in the folder, with slashes."""
+class Entry:
+    """`name` is the file's path in the folder, with slashes; for `time_lapse` see `Example`."""
 
     id: str
     name: str
     prompt: str
+    time_lapse: bool = False
 
 
 class FolderSource(Source):
-    """Captioned image files below one folder."""
+    """Captioned files below one folder: images, or clips."""
 
-    def __init__(self, spec: str, folder: Path, entries: Sequence[_Entry], problems: Sequence[Problem]) -> None:
+    def __init__(
+        self, spec: str, folder: Path, entries: Sequence[Entry], problems: Sequence[Problem], clips: bool = False
+    ) -> None:
         super().__init__(spec)
+        self.clips = clips
         self.folder = folder
         self.problems = list(problems)
         self._entries = entries
@@ -41,15 +47,17 @@ class FolderSource(Source):
 
     def _example(self, index: int) -> Example:
         entry = self._entries[index]
-        return Example(entry.id, entry.prompt, file_ref(self.folder / entry.name))
+        return Example(entry.id, entry.prompt, file_ref(self.folder / entry.name), time_lapse=entry.time_lapse)
 
     def digest(self) -> str:
-        """Over ids, captions and every image's bytes, so every file is read once."""
+        """Over ids, captions and every image's bytes, so every file is read once; of a clip over its ends."""
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
-            images = pool.map(_file_sha256, (self.folder / entry.name for entry in self._entries))
-            for entry, image in zip(self._entries, images, strict=True):
-                sha.update(json.dumps([entry.id, entry.prompt, image]).encode())
+            paths = (self.folder / entry.name for entry in self._entries)
+            contents = pool.map(_ends_sha256 if self.clips else _file_sha256, paths)
+            for entry, content in zip(self._entries, contents, strict=True):
+                kind = [entry.time_lapse] if self.clips else []
+                sha.update(json.dumps([entry.id, entry.prompt, content, *kind]).encode())
         for problem in self.problems:
             sha.update(json.dumps([problem.id, problem.reason]).encode())
         return sha.hexdigest()
@@ -73,14 +81,15 @@ def walk_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(folder).parts)
 
 
-def open_sidecars(spec: str, folder: Path, files: Sequence[Path]) -> Source:
-    """Each image `x.png` among `files` with the caption in `x.txt` beside it; whichever is alone is a problem."""
+def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = False) -> Source:
+    """Each image (or clip) `x.png` among `files` with the caption in `x.txt` beside it; one alone is a problem."""
+    suffixes = VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES
     captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     problems: list[Problem] = []
     used: set[Path] = set()
     for path in files:
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if path.suffix.lower() not in suffixes:
             continue
         name = path.relative_to(folder).as_posix()
         stem = path.with_suffix("")
@@ -89,13 +98,14 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path]) -> Source:
             continue
         used.add(stem)
         try:
-            entries.append(_Entry(name, name, _read_caption(captions[stem])))
+            entries.append(Entry(name, name, _read_caption(captions[stem])))
         except ValueError as error:
             problems.append(Problem(name, str(error)))
     for stem, path in captions.items():
         if stem not in used:
-            problems.append(Problem(path.relative_to(folder).as_posix(), "a caption without an image"))
-    return FolderSource(spec, folder, entries, problems)
+            reason = f"a caption without {'a clip' if clips else 'an image'}"
+            problems.append(Problem(path.relative_to(folder).as_posix(), reason))
+    return FolderSource(spec, folder, entries, problems, clips)
 
 
 def _read_caption(path: Path) -> str:
@@ -126,7 +136,7 @@ def open_metadata(spec: str, folder: Path) -> Source:
         DataError: metadata.jsonl cannot be read as UTF-8.
     """
     listing = folder / "metadata.jsonl"
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     problems: list[Problem] = []
     seen: set[str] = set()
     try:
@@ -139,7 +149,7 @@ def open_metadata(spec: str, folder: Path) -> Source:
                 except ValueError as error:
                     problems.append(Problem(f"metadata.jsonl:{number}", str(error)))
                     continue
-                entries.append(_Entry(f"{name}#{number}" if name in seen else name, name, prompt))
+                entries.append(Entry(f"{name}#{number}" if name in seen else name, name, prompt))
                 seen.add(name)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listing}: cannot be read as UTF-8 text ({error}).") from error
@@ -177,6 +187,24 @@ def _file_sha256(path: Path) -> str:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 sha.update(block)
+    except OSError as error:
+        return type(error).__name__
+    return sha.hexdigest()
+
+
+def _ends_sha256(path: Path) -> str:
+    """sha256 of a clip's size, first and last MiB, or what kept them from being read.
+
+    At one end lies its table of every frame's size and place. A large clip overwritten by another of the same length
+    and ends is not noticed; hashing all of it would read, at every start, as much as encoding does.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            sha = hashlib.sha256(f"{size} ".encode() + file.read(_END_BYTES))
+            file.seek(max(0, size - _END_BYTES))
+            sha.update(file.read(_END_BYTES))
     except OSError as error:
         return type(error).__name__
     return sha.hexdigest()

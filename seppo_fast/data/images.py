@@ -22,7 +22,7 @@ Opened = BinaryIO | np.ndarray
 
 
 class ImageError(DataError):
-    """One image that cannot be used.
+    """One image or clip that cannot be used.
 
     Attributes:
         name: The file (or file and row) that it is.
@@ -37,12 +37,12 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is not read yet.
+    """An image or a clip that is not read yet.
 
     Attributes:
         name: How an error names it.
-        open: Gives a binary stream of an encoded file, or pixels as a uint8 array (H, W, 3). May raise OSError or
-            ValueError.
+        open: Gives a binary stream of an encoded file, or pixels as a uint8 array: (H, W, 3), of a clip
+            (F, H, W, 3). May raise OSError or ValueError.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ImageRef:
 
 
 def file_ref(path: Path) -> ImageRef:
-    """An image in a file of its own."""
+    """An image or a clip in a file of its own."""
     return ImageRef(str(path), lambda: open(path, "rb"))
 
 

@@ -26,10 +26,11 @@ class LatentCache:
         prompts: Each example's prompt, in order.
         num_examples: How many; also `len(cache)`.
         has_losers: Whether `losers` may be called.
-        latent_shape: Shape of one latent, such as (4, 64, 64).
+        latent_shape: Shape of one latent, such as (4, 64, 64), or (4, 16, 32, 32) of a clip.
         fingerprint: The full key, sha256 in hex: equal exactly for equal content.
         truncated: Prompts of which the text encoder sees only the beginning.
         dropped: The examples left out while building, each with its reason.
+        repeating: The ids of clips that have too few frames and repeat some.
         uncond_embeds: (1, L, D), the embedding of the empty prompt.
     """
 
@@ -46,7 +47,9 @@ class LatentCache:
         self.prompts: list[str] = [index["prompts"][row] for row in self._prompt_rows]
         self.truncated: list[str] = index["truncated"]
         self.dropped = [Problem(*entry) for entry in index["dropped"]]
-        self._shard_size: int = index["shard_size"]
+        self.repeating: list[str] = index.get("repeating", [])  # caches of images have neither entry
+        embeds = index["shard_size"]
+        self._shard_sizes: dict[str, int] = {"prompts": embeds, "latents": index.get("latent_shard_size", embeds)}
         self._mapped: dict[tuple[str, str], Tensor] = {}
         self.uncond_embeds = self._gather("prompts", "embeds", [0])
 
@@ -78,14 +81,15 @@ class LatentCache:
         return rows
 
     def _gather(self, stem: str, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of one tensor that is split over shards of `_shard_size` rows."""
+        """Rows of one tensor that is split over shards of `_shard_sizes[stem]` rows."""
+        size = self._shard_sizes[stem]
         first = self._map(stem, name, 0)
         out = first.new_empty((len(rows), *first.shape[1:]))
         places: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
-            places.setdefault(row // self._shard_size, []).append(place)
+            places.setdefault(row // size, []).append(place)
         for shard, here in places.items():
-            inside = torch.tensor([rows[place] % self._shard_size for place in here])
+            inside = torch.tensor([rows[place] % size for place in here])
             out[torch.tensor(here)] = self._map(stem, name, shard)[inside]
         return out
 

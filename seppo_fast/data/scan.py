@@ -1,4 +1,4 @@
-"""Decodes every image of a source in order, a few ahead in threads, and names those that cannot be."""
+"""Decodes every image or clip of a source in order, a few ahead in threads, and names those that cannot be."""
 
 from __future__ import annotations
 
@@ -6,40 +6,52 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
-from seppo_fast.data.examples import Example, Problem, Source
+from seppo_fast.data.clips import load_clip
+from seppo_fast.data.examples import Example, Problem, Source, require_kind
 from seppo_fast.data.images import ImageError, ImageRef, Opened, decode_image, open_image
 
 T = TypeVar("T")
+Decode = Callable[[Example, str, Opened], T]
+"""(example, name of the image or clip, what its ref opened) to anything; raises ImageError."""
 
 
-def scan(source: Source, losers: bool = True) -> list[Problem]:
+def scan(source: Source, losers: bool = True, frames: int | None = None) -> list[Problem]:
     """Every example of `source` that cannot be used, with the reason; each image is decoded once.
 
     Args:
         source: The data.
         losers: Whether the losers of labelled pairs are looked at too.
+        frames: How many frames a cache would take of each clip (those are what is decoded); None for images.
 
     Returns:
         What names, captions and labels already told (`source.problems`), then the bad images in order. Ties are none.
+
+    Raises:
+        DataError: images where `frames` is given, or clips where it is not; PyAV is not installed.
     """
-    bad = (outcome for _, outcome in decode_all(source, _try_decoding, losers) if isinstance(outcome, Problem))
+    require_kind(source, frames)
+    decode = _try_image if frames is None else partial(_try_clip, frames)
+    bad = (outcome for _, outcome in decode_all(source, decode, losers) if isinstance(outcome, Problem))
     return [*source.problems, *bad]
 
 
-def _try_decoding(name: str, opened: Opened) -> None:
+def _try_image(_: Example, name: str, opened: Opened) -> None:
     decode_image(name, opened)
 
 
-def decode_all(
-    source: Source, decode: Callable[[str, Opened], T], losers: bool = True
-) -> Iterator[tuple[Example, list[T] | Problem]]:
-    """Each example with `decode(name, opened)` of its winner (and loser, where there is one and `losers` is set).
+def _try_clip(frames: int, example: Example, name: str, opened: Opened) -> None:
+    load_clip(example, name, opened, resolution=1, frames=frames)
 
-    Images are opened here, in order, since a table reads fast only in order; decoding, which frees the interpreter,
+
+def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterator[tuple[Example, list[T] | Problem]]:
+    """Each example with `decode` of its winner (and loser, where there is one and `losers` is set).
+
+    Files are opened here, in order, since a table reads fast only in order; decoding, which frees the interpreter,
     runs in threads.
     """
     workers = min(8, os.cpu_count() or 1)
@@ -50,7 +62,7 @@ def decode_all(
             refs = [example.image]
             if losers and example.loser is not None:
                 refs.append(example.loser)
-            waiting.append((example, [_submit(pool, ref, decode) for ref in refs]))
+            waiting.append((example, [_submit(pool, example, ref, decode) for ref in refs]))
             if len(waiting) > 2 * workers:
                 yield _collect(*waiting.popleft())
         while waiting:
@@ -59,14 +71,14 @@ def decode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor, ref: ImageRef, decode: Callable[[str, Opened], T]) -> Future[T]:
+def _submit(pool: ThreadPoolExecutor, example: Example, ref: ImageRef, decode: Decode[T]) -> Future[T]:
     try:
         opened = open_image(ref)
     except ImageError as error:
         failed: Future[T] = Future()
         failed.set_exception(error)
         return failed
-    future = pool.submit(decode, ref.name, opened)
+    future = pool.submit(decode, example, ref.name, opened)
     if not isinstance(opened, np.ndarray):
         stream = opened
         future.add_done_callback(lambda _: stream.close())  # also where it is cancelled before it begins

@@ -1,4 +1,4 @@
-"""Finds out what a data set is and opens it: a folder, parquet, a hub id, or the embedded shapes world."""
+"""Finds out what a data set is and opens it: a folder, parquet, a csv of clips, a hub id, or the embedded worlds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from seppo_fast.data.examples import Example, Problem, Source
-from seppo_fast.data.folders import IMAGE_SUFFIXES, open_metadata, open_sidecars, walk_files
+from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, open_metadata, open_sidecars, walk_files
 from seppo_fast.data.images import ImageRef, load_image
 from seppo_fast.data.rows import open_hub, open_parquet
+from seppo_fast.data.videos import open_clip_csv, open_clip_folder
 from seppo_fast.errors import DataError
 
 __all__ = ["Example", "Problem", "ShapesSource", "Source", "open_source"]
@@ -20,26 +21,31 @@ CHOICES = """A data set is one of:
   a folder with metadata.jsonl, lines such as {"file_name": "x.png", "text": "a red fox"}
   a parquet file or a folder of them, with columns jpg_0, jpg_1, label_0, label_1, caption (Pick-a-Pic), or image, text
   a hub id such as yuvalkirstain/pickapic_v2
-  shapes:N or shapes:N:SEED, the first N scenes of the embedded world"""
+  shapes:N or shapes:N:SEED, the first N scenes of the embedded world
+For a model with a motion adapter, one of:
+  a folder of clips, x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt
+  a csv with columns videoid, name (the caption) and maybe is_transmit, or its folder, clips beside it or below
+  shapes-motion:N or shapes-motion:N:SEED, the first N clips of the embedded world in motion"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SHAPES = re.compile(r"shapes:(\d+)(?::(\d+))?")
+_SHAPES = re.compile(r"(?P<world>shapes|shapes-motion):(?P<count>\d+)(?::(?P<seed>\d+))?")
 
 
 def open_source(spec: str, split: str = "train") -> Source:
-    """Opens a data set without decoding any image.
+    """Opens a data set without decoding any image or clip.
 
     Args:
-        spec: A path, a hub id or `shapes:N[:SEED]`; a path that exists is never taken for a hub id.
+        spec: A path, a hub id, `shapes:N[:SEED]` or `shapes-motion:N[:SEED]`; a path that exists is never taken for a
+            hub id.
         split: Which split of a hub data set, or of parquet files named `<split>-00000-of-00007.parquet`.
 
     Returns:
-        The examples in a fixed order: sorted by path, or as metadata.jsonl or the table has them.
+        The examples in a fixed order: sorted by path, or as metadata.jsonl, the csv or the table has them.
 
     Raises:
         DataError: nothing there that can be read; the message lists what can.
     """
-    if spec.startswith("shapes:"):
+    if spec.startswith(("shapes:", "shapes-motion:")):
         return _open_shapes(spec)
     if not spec:  # Path("") is the working folder
         raise DataError(f"the name of the data set is empty.\n{CHOICES}")
@@ -51,6 +57,8 @@ def open_source(spec: str, split: str = "train") -> Source:
             return open_parquet(spec, [path], path.parent)
         if path.name == "metadata.jsonl":
             return open_metadata(spec, path.parent)
+        if path.suffix.lower() == ".csv":
+            return open_clip_csv(spec, path, walk_files(path.parent))
         raise DataError(f"{spec}: not a kind of file that can be read as data.\n{CHOICES}")
     if _HUB_ID.fullmatch(spec):
         return open_hub(spec, split)
@@ -63,13 +71,18 @@ def _open_folder(spec: str, folder: Path, split: str) -> Source:
     files = walk_files(folder)
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
     images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
-    if tables and images:
-        raise DataError(f"{spec}: holds both parquet files and images; give each a folder of its own.")
+    clips = any(path.suffix.lower() in VIDEO_SUFFIXES for path in files)
+    kinds = {"parquet files": bool(tables), "images": images, "clips": clips}
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) > 1:
+        raise DataError(f"{spec}: holds both {' and '.join(found)}; give each a folder of its own.")
     if tables:
         return open_parquet(spec, _of_split(spec, tables, split), folder)
     if images:
         return open_sidecars(spec, folder, files)
-    raise DataError(f"{spec}: no images and no parquet files in this folder.\n{CHOICES}")
+    if clips:
+        return open_clip_folder(spec, folder, files)
+    raise DataError(f"{spec}: no images, no clips and no parquet files in this folder.\n{CHOICES}")
 
 
 def _of_split(spec: str, tables: list[Path], split: str) -> list[Path]:
@@ -87,11 +100,16 @@ def _of_split(spec: str, tables: list[Path], split: str) -> list[Path]:
 def _open_shapes(spec: str) -> Source:
     match = _SHAPES.fullmatch(spec)
     if match is None:
-        raise DataError(f"{spec}: expected shapes:N or shapes:N:SEED with whole numbers, such as shapes:2048:1.")
-    count, seed = int(match[1]), int(match[2] or 0)
+        world = spec.partition(":")[0]
+        raise DataError(f"{spec}: expected {world}:N or {world}:N:SEED with whole numbers, such as {world}:2048:1.")
+    count, seed = int(match["count"]), int(match["seed"] or 0)
     if count == 0:
-        raise DataError(f"{spec}: zero scenes; ask for at least one, such as shapes:2048.")
-    return ShapesSource(spec, count, seed)
+        raise DataError(f"{spec}: zero scenes; ask for at least one, such as {match['world']}:2048.")
+    if match["world"] == "shapes":
+        return ShapesSource(spec, count, seed)
+    from seppo_fast.data.moving import MovingShapesSource
+
+    return MovingShapesSource(spec, count, seed)
 
 
 class ShapesSource(Source):

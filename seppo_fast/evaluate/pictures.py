@@ -17,6 +17,8 @@ from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.forward import Forward
 from seppo_fast.rollout import sample_latents
 
+_FRAMES = 8  # of a clip, shown in a picture
+
 
 def generate(
     family: StableDiffusion,
@@ -28,7 +30,9 @@ def generate(
     resolution: int,
     seed: int,
 ) -> np.ndarray:
-    """Pictures `(len(prompts), H, W, 3)` uint8; picture i depends on the model, prompt i, seed and i alone.
+    """Pictures `(len(prompts), H, W, 3)` uint8, or clips `(len(prompts), F, H, W, 3)`, as the family makes them.
+
+    Picture i depends on the model, prompt i, seed and i alone.
 
     Two models called with the same prompts and seed start from the same noise: their scores are paired.
     """
@@ -80,20 +84,26 @@ def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
 def side_by_side(
     prompts: Sequence[str], columns: dict[str, np.ndarray], *, cell: int = 128, caption_width: int = 260
 ) -> Image.Image:
-    """One row a prompt, one column a model: prompt text at the left, pictures `(N, H, W, 3)` uint8 beside it."""
+    """One row a prompt, one column a model: prompt text at the left, pictures `(N, H, W, 3)` uint8 beside it.
+
+    Of clips `(N, F, H, W, 3)` a column shows a few frames, first to last.
+    """
     head = 24
-    width = caption_width + cell * len(columns)
+    films = {name: pictures if pictures.ndim == 5 else pictures[:, None] for name, pictures in columns.items()}
+    shown = min(_FRAMES, max(film.shape[1] for film in films.values()))
+    width = caption_width + cell * shown * len(columns)
     canvas = Image.new("RGB", (width, head + cell * len(prompts)), "white")
     font = ImageFont.load_default(size=15)
     draw = ImageDraw.Draw(canvas)
-    for column, (name, pictures) in enumerate(columns.items()):
-        left = caption_width + column * cell
+    for column, (name, film) in enumerate(films.items()):
+        left = caption_width + column * cell * shown
         draw.text((left + 6, 3), name, fill="black", font=font)
-        for row, picture in enumerate(pictures):
-            # Small pictures are enlarged without smoothing, so that what is shown is what the model made.
-            filter_ = Image.Resampling.NEAREST if picture.shape[0] < cell else Image.Resampling.LANCZOS
-            tile = Image.fromarray(picture).resize((cell - 4, cell - 4), filter_)
-            canvas.paste(tile, (left + 2, head + row * cell + 2))
+        # Small pictures are enlarged without smoothing, so that what is shown is what the model made.
+        filter_ = Image.Resampling.NEAREST if film.shape[2] < cell else Image.Resampling.LANCZOS
+        for place, frame in enumerate(np.linspace(0, film.shape[1] - 1, shown).round().astype(int)):
+            for row, picture in enumerate(film[:, frame]):
+                tile = Image.fromarray(picture).resize((cell - 4, cell - 4), filter_)
+                canvas.paste(tile, (left + place * cell + 2, head + row * cell + 2))
     for row, prompt in enumerate(prompts):
         text = "\n".join(textwrap.wrap(prompt, caption_width // 9)[:6])
         draw.multiline_text((6, head + row * cell + 8), text, fill="black", font=font)

@@ -10,20 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.schedulers import SchedulerMixin
 from torch import Tensor, nn
 
 from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
+from seppo_fast.families import UNet
+from seppo_fast.families.folders import check_place, check_weights, expanded, load_as
 
 # One set of parts, two ways to call it.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _WEIGHTS = ("unet", "vae", "text_encoder")
-_UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 
 
 class StableDiffusion:
     """A loaded pipeline, seen as the four things training needs: load, encode, denoise, decode.
+
+    Attributes:
+        frames: of a clip; None where the model makes pictures.
 
     Args:
         pipe: the pipeline; its safety checker is not loaded, training never shows a picture to one.
@@ -32,7 +37,9 @@ class StableDiffusion:
             is what was loaded.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+    frames: int | None = None
+
+    def __init__(self, pipe: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
         self.pipe = pipe
         self.device = device
         self.dtype = dtype
@@ -41,43 +48,32 @@ class StableDiffusion:
         self.park_encoders()
 
     @classmethod
-    def load(cls, path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    def load(
+        cls,
+        path: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        beta_schedule: str | None = None,
+    ) -> StableDiffusion:
         """Loads a diffusers folder, a hub id, or `shapes`, the pipeline that ships with the package.
 
         Args:
             path: where the pipeline is.
             device: where everything is to be computed; the parts move there when they are first used.
             dtype: in which the encoders compute, and of what they put in the cache.
+            beta_schedule: in place of the one in the pipeline's scheduler config.
 
         Raises:
             ConfigError: nothing there, another kind of pipeline, weights that are not safetensors, damaged files.
         """
-        if not path:
-            raise ConfigError("model.path is empty; give a diffusers folder, a hub id, or 'shapes'")
-        where = str(shapes.PIPELINE) if path == "shapes" else path
-        where = str(Path(where).expanduser()) if where.startswith("~") else where
-        _check_folder(where)
-        try:
-            kind = StableDiffusionPipeline.load_config(where).get("_class_name")
-            if kind not in _PIPELINES:
-                raise ValueError(f"it is a {kind}, the SD-1.5 format ({_PIPELINES[0]}) is needed")
-            pipe = StableDiffusionPipeline.from_pretrained(
-                where, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, use_safetensors=True
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # diffusers, transformers, safetensors and the hub raise a dozen kinds here
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(
-                f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline with safetensors weights: "
-                f"{reason}"
-                + ("" if Path(where).exists() else " (is it in the local cache, or can the hub be reached?)")
-            ) from error
-        pipe.set_progress_bar_config(disable=True)
+        pipe = load_pipeline(check_pipeline(path))
+        if beta_schedule is not None:
+            pipe.scheduler = rescheduled(pipe.scheduler, type(pipe.scheduler), beta_schedule=beta_schedule)
         return cls(pipe, device, dtype)
 
     @property
-    def unet(self) -> UNet2DConditionModel:
+    def unet(self) -> UNet:
         """The module that is trained."""
         return self.pipe.unet
 
@@ -91,7 +87,7 @@ class StableDiffusion:
         """Pixels per latent element, along one side."""
         return self.pipe.vae_scale_factor
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """(C, H, W) of the latent of a square picture of `resolution` pixels.
 
         Raises:
@@ -169,11 +165,14 @@ class StableDiffusion:
     def save(self, folder: Path) -> None:
         """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads."""
         parts = {**self.pipe.components, "unet": _contiguous(self.pipe.unet), "vae": _contiguous(self.pipe.vae)}
-        type(self.pipe)(**parts, requires_safety_checker=False).save_pretrained(folder, safe_serialization=True)
+        self._pipeline_of(parts).save_pretrained(folder, safe_serialization=True)
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes a LoRA of the UNet, as a folder that `pipe.load_lora_weights` loads."""
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, safe_serialization=True)
+
+    def _pipeline_of(self, parts: dict[str, Any]) -> DiffusionPipeline:
+        return type(self.pipe)(**parts, requires_safety_checker=False)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -183,38 +182,65 @@ class StableDiffusion:
         self.pipe.text_encoder.to(device)
 
 
-def _check_folder(path: str) -> None:
-    """Says what is wrong with a local folder before diffusers does; a hub id passes.
+def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
+    """Says what is wrong with `model.path` before any weight is read.
+
+    Args:
+        path: a diffusers folder, a hub id, or `shapes`.
+        allowed: names of pipeline classes; the first of them is the one that messages speak of.
+
+    Returns:
+        The folder or hub id.
 
     Raises:
         ConfigError: see `StableDiffusion.load`.
     """
-    folder = Path(path)
-    if folder.suffix in _UNSAFE_SUFFIXES or folder.suffix == ".safetensors":
-        raise ConfigError(
-            f"model.path = {path!r} is a single file; a diffusers folder is needed: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) converts one you trust"
-        )
-    if not folder.exists():
-        if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise ConfigError(f"model.path = {path!r} does not exist, and is no hub id (owner/name) either")
-        return
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"model.path = {path!r} holds no model_index.json, so it is not a diffusers pipeline folder")
-    for part in _WEIGHTS:
-        files = [file.name for file in (folder / part).glob("*")] if (folder / part).is_dir() else []
-        if any(name.endswith(".safetensors") for name in files):
-            continue
-        unsafe = [name for name in files if Path(name).suffix in _UNSAFE_SUFFIXES]
-        if unsafe:
+    if not path:
+        raise ConfigError("model.path is empty; give a diffusers folder, a hub id, or 'shapes'")
+    where = str(shapes.PIPELINE) if path == "shapes" else expanded(path)
+    folder = check_place("model.path", where, "StableDiffusionPipeline")
+    if folder is not None:
+        if not (folder / "model_index.json").is_file():
             raise ConfigError(
-                f"{folder / part / unsafe[0]}: pickled weights are not loaded, they can run code; load the pipeline "
-                "once where you trust it and save it with save_pretrained(FOLDER, safe_serialization=True)"
+                f"model.path = {where!r} holds no model_index.json, so it is not a diffusers pipeline folder"
             )
-        raise ConfigError(f"model.path = {path!r}: {part}/ holds no safetensors weights")
+        for part in _WEIGHTS:
+            check_weights("model.path", where, folder, part)
+
+    def kind() -> str:
+        return str(StableDiffusionPipeline.load_config(where).get("_class_name"))
+
+    found = load_as("model.path", where, "a Stable Diffusion pipeline", kind)
+    if found not in allowed:
+        raise ConfigError(
+            f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline: it is a {found}, the SD-1.5 "
+            f"format ({allowed[0]}) is needed"
+        )
+    return where
 
 
-def _contiguous(module: UNet2DConditionModel | AutoencoderKL) -> UNet2DConditionModel | AutoencoderKL:
+def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline at `where` (see `check_pipeline`) in float32, without a safety checker.
+
+    Raises:
+        ConfigError: weights that are not safetensors, damaged files.
+    """
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind is StableDiffusionPipeline else {}
+
+    def load() -> DiffusionPipeline:
+        return kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
+
+    pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rescheduled(scheduler: SchedulerMixin, kind: type[SchedulerMixin], **settings: Any) -> SchedulerMixin:
+    """A scheduler of that kind with the configuration of another but for `settings`; betas given one by one go."""
+    return kind.from_config(scheduler.config, trained_betas=None, **settings)
+
+
+def _contiguous(module: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
     """A copy on the CPU whose tensors safetensors takes: it refuses those that are not contiguous."""
     with torch.device("meta"):
         copy = type(module).from_config(module.config)

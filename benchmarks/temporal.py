@@ -1,0 +1,318 @@
+"""Part of suite `video`: attention over 16 frames at the sizes of AnimateDiff, alone and in its motion modules.
+
+Sizes are those of SD-1.5's four levels at 256 and 512 px, 8 heads, for 2B clips (B pairs), forward, and forward with
+backward. In `attention` q, k and v are given as projected, by each provider's own layout, so nothing is transposed; in
+`motion module` a whole module runs from features (2B F, C, H, W), channels_last, to features, in training's precision
+and with frozen weights, so that what diffusers transposes counts, beside linear layers that all providers share.
+
+The baseline is PyTorch's attention as diffusers calls it; `ours, their layout` is the processor alone, `ours, in place`
+also leaves frames where they lie. Beyond 65,535 rows the others are called in pieces. Without a GPU ours is PyTorch
+code, and nothing of this tells how fast the kernels are.
+
+Checked before anything is timed, for the first clip and the last: output and gradients of the inputs against float64,
+as a relative RMS; 2^-7 is allowed for attention in bfloat16 and 1e-5 in float32, for a module four times and ten times
+that. `gb_per_s` is that of the kernels' byte model over the graph's time, `limit_fraction` its share of a plain copy's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_processor
+from diffusers.models.attention_processor import XFormersAttnProcessor
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import Tensor
+
+from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.kernels import in_turn
+from benchmarks.measure import Bench, Machine, Provider, agrees, captured, copy_limit
+from benchmarks.rows import Row
+from seppo_fast.attention import GRID_LIMIT, ChunkedAttention
+from seppo_fast.loss_arguments import Backend
+from seppo_fast.policy import DTYPES
+from seppo_fast.temporal import FrameAttention, set_temporal_attention, temporal_attention
+
+SDPA, XFORMERS = "SDPA", "xformers"
+THEIR_LAYOUT, IN_PLACE = "ours, their layout", "ours, in place"
+FRAMES, HEADS = 16, 8
+WIDTHS = (40, 80, 160, 160)  # of a head, by level
+POSITIONS = {256: (1024, 256, 64, 16), 512: (4096, 1024, 256, 64)}
+
+# Transfers of the kernels, in units of q's bytes: forward, and forward with backward; see their byte model.
+_TRANSFERS = (4, 4 + 7)
+_TOLERANCE = {
+    ("attention", torch.bfloat16): 2**-7,
+    ("attention", torch.float32): 1e-5,
+    ("motion module", torch.bfloat16): 2**-5,
+    ("motion module", torch.float32): 1e-4,
+}
+_MOST_SETS = 64
+_GRAPH_SECONDS = 2e-3  # a replay takes at least about this
+_BYTES_A_SECOND = 4e12  # at most, of any provider
+
+Run = Callable[["Inputs"], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked for.
+
+    Attributes:
+        what: attention alone, or a motion module.
+        pairs: B; there are 2B clips.
+        positions: of a clip's features, H W.
+        width: of a head.
+        backward: whether gradients are asked for too.
+    """
+
+    what: Literal["attention", "motion module"]
+    pairs: int
+    positions: int
+    width: int
+    backward: bool
+
+    def __str__(self) -> str:
+        ways = "forward + backward" if self.backward else "forward"
+        sizes = f"{FRAMES} frames x {self.positions} positions, {HEADS} heads of {self.width}"
+        return f"{self.what}, {self.pairs} pair{'s' * (self.pairs > 1)}, {sizes}, {ways}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(2B, F, P, H, D) of q."""
+        return 2 * self.pairs, FRAMES, self.positions, HEADS, self.width
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set, the same numbers in each layout; what is differentiated wants a gradient.
+
+    Attributes:
+        outside: q, k, v and a gradient of the output, (2B, F, P, H, D); of a module features and a gradient,
+            (2B F, C, H, W) channels_last.
+        inside: of attention the same with frames inside of positions in memory, as motion modules transpose them.
+    """
+
+    outside: list[Tensor]
+    inside: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Cases, rounds of timing, and about how long a provider is called in a round."""
+
+    cases: tuple[Case, ...]
+    rounds: int
+    seconds: float
+
+
+def _levels(what: Literal["attention", "motion module"], pairs: tuple[int, ...], pixels: int) -> tuple[Case, ...]:
+    levels = list(zip(POSITIONS[pixels], WIDTHS, strict=True))
+    return tuple(Case(what, b, p, d, backward) for p, d in levels for b in pairs for backward in (False, True))
+
+
+SIZES = {
+    "gpu": Size(
+        tuple(
+            case
+            for what in ("attention", "motion module")
+            for pixels in POSITIONS
+            for case in _levels(what, (1, 2, 4), pixels)  # type: ignore[arg-type]
+        ),
+        rounds=15,
+        seconds=0.01,
+    ),
+    "cpu": Size(
+        (
+            *_levels("attention", (1,), 256)[2:],
+            *(Case("motion module", 1, 64, 40, backward) for backward in (False, True)),
+        ),
+        rounds=7,
+        seconds=0.05,
+    ),
+    "quick": Size(
+        tuple(Case(what, 1, 16, 40, True) for what in ("attention", "motion module")),  # type: ignore[arg-type]
+        rounds=3,
+        seconds=0.01,
+    ),
+}
+
+
+def rows(machine: Machine) -> list[Row]:
+    """All rows, of the suite `video`; the first is that of the copy limit."""
+    bench = Bench(machine, "video", copy_limit(machine))
+    for case in SIZES[machine.size].cases:
+        before = len(bench.rows)
+        try:
+            _run(bench, case)
+        except torch.OutOfMemoryError:
+            print(f"{case}: does not fit into memory, and is left out")
+            del bench.rows[before:]
+    return bench.rows
+
+
+def _run(bench: Bench, case: Case) -> None:
+    """One case: values first, then counts, then time."""
+    machine, size = bench.machine, SIZES[bench.machine.size]
+    sets = _input_sets(case, machine)
+    ways, truth = _ways(case, machine)
+    pool = torch.cuda.graph_pool_handle() if machine.device.type == "cuda" else None
+    q = sets[0].outside[0]
+    count = max(len(sets), math.ceil(_GRAPH_SECONDS / (4 * q.nbytes / _BYTES_A_SECOND + 4e-6)))
+    providers = []
+    for name, (run, transfers) in ways.items():
+        once = partial(run, sets[0])
+        right = _is_right(f"{case}, {name}", case, once(), sets[0], truth)
+        replay = None if pool is None else captured(f"{case}, {name}", run, sets, count, pool)
+        call, calls = in_turn(machine, cast(Any, run), cast(Any, sets), size.seconds)
+        providers.append(
+            Provider(
+                name,
+                call,
+                units=calls,
+                pairs=case.pairs,
+                replay=replay,
+                replayed=count,
+                moved_bytes=None if transfers is None else transfers * q.nbytes,
+                value_ok=right,
+                launches=launches(machine, once),
+                host_syncs=host_syncs(machine, once),
+                peak_bytes=peak_bytes(machine, once, allocated(machine) - sum(x.nbytes for x in sets[0].outside)),
+            )
+        )
+    for provider in providers:
+        provider.call()  # again, since making graphs gives all unused memory back
+    bench.case(str(case), providers, size.rounds)
+
+
+def _input_sets(case: Case, machine: Machine) -> list[Inputs]:
+    """As many as take turns over twice the cache; two at most where nothing is measured."""
+    first = _inputs(case, machine, 0)
+    count = math.ceil(2 * machine.cache_bytes / sum(x.nbytes for x in first.outside))
+    return [first, *(_inputs(case, machine, seed) for seed in range(1, min(2 if machine.quick else _MOST_SETS, count)))]
+
+
+def _inputs(case: Case, machine: Machine, seed: int) -> Inputs:
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, device=machine.device)
+    dtype = DTYPES[machine.precision]
+    if case.what == "motion module":
+        clips, _, positions, _, _ = case.shape
+        side = math.isqrt(positions)
+        shape = clips * FRAMES, HEADS * case.width, side, side
+        features, grad = (normal(shape).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+        return Inputs([features.requires_grad_(case.backward), grad], [])
+    outside = [normal(case.shape).to(dtype) for _ in range(4)]
+    inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in outside]
+    for x in (*outside[:3], *inside[:3]):
+        x.requires_grad_(case.backward)
+    return Inputs(outside, inside)
+
+
+def _ways(case: Case, machine: Machine) -> tuple[dict[str, tuple[Run, int | None]], Run]:
+    """By name how a case is done and the transfers that a byte model gives it; and how in float64, which is no row."""
+    backend: Backend = "triton" if machine.device.type == "cuda" else "torch"
+    has_xformers = attention_processor.xformers is not None and machine.device.type == "cuda"
+    if case.what == "motion module":
+        modules = _modules(case, machine, backend, has_xformers)
+        truth = copy.deepcopy(modules[SDPA]).double()
+        return {
+            name: (partial(_through_module, module, case.backward), None) for name, module in modules.items()
+        }, partial(_through_module, truth, case.backward)
+    transfers = _TRANSFERS[case.backward] if backend == "triton" else None
+    ours = partial(temporal_attention, backend=backend)
+    ways: dict[str, tuple[Run, int | None]] = {SDPA: (partial(_attention, _sdpa, "inside", case.backward), None)}
+    if has_xformers:
+        ways[XFORMERS] = partial(_attention, _xformers, "inside", case.backward), None
+    ways[THEIR_LAYOUT] = partial(_attention, ours, "inside", case.backward), transfers
+    ways[IN_PLACE] = partial(_attention, ours, "outside", case.backward), transfers
+    return ways, partial(_attention, _formula, "outside", case.backward)
+
+
+def _modules(case: Case, machine: Machine, backend: Backend, has_xformers: bool) -> dict[str, AnimateDiffTransformer3D]:
+    """By provider a frozen motion module of random weights, the same in all."""
+    torch.manual_seed(0)
+    with machine.device:
+        module = AnimateDiffTransformer3D(
+            num_attention_heads=HEADS,
+            attention_head_dim=case.width,
+            in_channels=HEADS * case.width,
+            positional_embeddings="sinusoidal",
+            num_positional_embeddings=32,
+        )
+    module.eval().requires_grad_(False).to(DTYPES[machine.precision])
+    modules = {SDPA: module} | {name: copy.deepcopy(module) for name in (THEIR_LAYOUT, IN_PLACE)}
+    set_temporal_attention(modules[SDPA], "sdpa")
+    set_temporal_attention(modules[IN_PLACE], "triton" if backend == "triton" else "torch")
+    _set_processors(modules[THEIR_LAYOUT], FrameAttention(backend))
+    if has_xformers:
+        modules[XFORMERS] = copy.deepcopy(module)
+        _set_processors(modules[XFORMERS], ChunkedAttention(XFormersAttnProcessor()))
+    return modules
+
+
+def _set_processors(module: AnimateDiffTransformer3D, processor: Callable[..., Tensor]) -> None:
+    for block in module.transformer_blocks:
+        for attn in (block.attn1, block.attn2):
+            attn.set_processor(processor)
+
+
+def _through_module(module: AnimateDiffTransformer3D, backward: bool, inputs: Inputs) -> list[Tensor]:
+    """Features, and with `backward` their gradient, (2B F, C, H, W)."""
+    features, grad = inputs.outside
+    with torch.autocast(features.device.type, features.dtype, enabled=features.dtype == torch.bfloat16):
+        out = module(features, num_frames=FRAMES)
+    return [out, *(torch.autograd.grad(out, features, grad) if backward else ())]
+
+
+def _attention(call: Callable[..., Tensor], layout: str, backward: bool, inputs: Inputs) -> list[Tensor]:
+    """Output, and with `backward` the gradients of q, k, v, each (2B, F, P, H, D)."""
+    q, k, v, grad = getattr(inputs, layout)
+    out = call(q, k, v)
+    return [out, *(torch.autograd.grad(out, (q, k, v), grad) if backward else ())]
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bfphd,bgphd->bphfg", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("bphfg,bgphd->bfphd", scores.softmax(-1), v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    return _by_rows(call, q, k, v)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return _by_rows(memory_efficient_attention, q, k, v)
+
+
+def _by_rows(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`call` on rows (2B P, F, H, D), a view where frames lie inside of positions, as many at once as it takes."""
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
+    parts = [x.split((GRID_LIMIT - 1) // HEADS) for x in rows]
+    made = [call(*part) for part in zip(*parts, strict=True)]
+    out = made[0] if len(made) == 1 else torch.cat(made)
+    return out.unflatten(0, (len(tensors[0]), -1)).transpose(1, 2)
+
+
+def _is_right(what: str, case: Case, results: list[Tensor], inputs: Inputs, truth: Run) -> bool:
+    """Whether output and gradients of the first clip and the last are within what the module's docstring allows."""
+    tolerance = _TOLERANCE[case.what, inputs.outside[0].dtype]
+    of_a_clip = FRAMES if case.what == "motion module" else 1
+    right = True
+    for rows in (slice(0, of_a_clip), slice(-of_a_clip, None)):
+        alone = [x[rows].detach().double().requires_grad_(case.backward) for x in inputs.outside]
+        expected = truth(Inputs(alone, []))
+        ours = [x[rows] for x in results]
+        right &= all(agrees(what, [mine], [exact], tolerance) for mine, exact in zip(ours, expected, strict=True))
+    return right

@@ -1,0 +1,137 @@
+"""Clips in a folder: captioned by a text file beside each, or by a csv as MagicTime's data sets have it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from seppo_fast.data.clips import require_av
+from seppo_fast.data.examples import Problem, Source
+from seppo_fast.data.folders import MAX_CAPTION_BYTES, VIDEO_SUFFIXES, Entry, FolderSource, open_sidecars
+from seppo_fast.errors import DataError
+
+
+def open_clip_folder(spec: str, folder: Path, files: Sequence[Path]) -> Source:
+    """The clips among `files`, captioned by the one csv among them, or by `x.txt` beside `x.mp4` if there is no csv.
+
+    Raises:
+        DataError: several csv files, or one that cannot be read; PyAV is not installed.
+    """
+    tables = [path for path in files if path.suffix.lower() == ".csv"]
+    if len(tables) > 1:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in tables)
+        raise DataError(f"{spec}: {len(tables)} csv files ({names}); give the path of the one to use.")
+    if tables:
+        return open_clip_csv(spec, tables[0], files)
+    require_av()
+    return open_sidecars(spec, folder, files, clips=True)
+
+
+def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
+    """The clips that the rows of a csv name, in their order: `videoid`, `name` (the caption), maybe `is_transmit`.
+
+    `videoid` is a clip's file name, with or without its suffix, among those `files` that lie in the csv's folder or
+    below it. A clip named again with another caption gets `#<line>` at the end of its id. Clips that no row names are
+    not used, and a note says how many.
+
+    Raises:
+        DataError: the csv cannot be read as UTF-8, is broken, or lacks a column; PyAV is not installed.
+    """
+    require_av()
+    folder = table.parent
+    clips = _Clips(folder, files)
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    ids: set[str] = set()
+    seen: dict[tuple[str, str], int] = {}
+    for line, fields in _read_rows(table):
+        place = f"{table.name}:{line}"
+        if isinstance(fields, str):
+            problems.append(Problem(place, fields))
+            continue
+        videoid, prompt = fields["videoid"].strip(), fields["name"].strip()
+        try:
+            _check(videoid, prompt)
+            name, time_lapse = clips.find(videoid), _is_time_lapse(fields.get("is_transmit", ""))
+        except ValueError as error:
+            problems.append(Problem(videoid or place, str(error)))
+            continue
+        first = seen.setdefault((name, prompt), line)
+        if first != line:
+            problems.append(Problem(place, f"the same clip and caption as in line {first}"))
+            continue
+        entry = Entry(f"{videoid}#{line}" if videoid in ids else videoid, name, prompt, time_lapse)
+        entries.append(entry)
+        ids.add(entry.id)
+    source = FolderSource(spec, folder, entries, problems, clips=True)
+    if clips.unused:
+        source.notes.append(f"{len(clips.unused)} clips in {folder} are not listed in {table.name} and are not used")
+    return source
+
+
+def _read_rows(table: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """(line, the row's fields by column, or what is wrong with the row); raises DataError."""
+    try:
+        # strict: otherwise a quote that nothing closes takes in the rest of the file
+        with open(table, encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, strict=True)
+            columns = [column.strip() for column in next(rows, [])]
+            if not {"videoid", "name"} <= set(columns):
+                raise DataError(
+                    f"{table}: the columns are {', '.join(columns) or 'none'}. Needed are videoid and name (the "
+                    "caption), separated by commas; is_transmit may be there too."
+                )
+            for row in rows:
+                if len(row) == len(columns):
+                    yield rows.line_num, dict(zip(columns, row, strict=True))
+                elif row:
+                    wrong = f"{len(row)} fields in {len(columns)} columns: a caption with a comma needs quotes"
+                    yield rows.line_num, wrong
+    except csv.Error as error:
+        raise DataError(f"{table}: line {rows.line_num} is not csv ({error}).") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{table}: cannot be read as UTF-8 text ({error}).") from error
+
+
+def _check(videoid: str, prompt: str) -> None:
+    if not videoid:
+        raise ValueError("videoid is empty")
+    if not prompt:
+        raise ValueError("name, the caption, is empty")
+    if len(prompt.encode()) > MAX_CAPTION_BYTES:
+        raise ValueError(f"name is longer than {MAX_CAPTION_BYTES} bytes: not a caption")
+
+
+def _is_time_lapse(is_transmit: str) -> bool:
+    """Whether the column says 0: a time-lapse in one shot. Where it says nothing, a clip is not taken for one."""
+    known = {"0": True, "0.0": True, "false": True, "1": False, "1.0": False, "true": False, "": False}
+    if is_transmit.strip().lower() not in known:
+        raise ValueError(f"is_transmit must be 0 or 1, got {is_transmit!r}")
+    return known[is_transmit.strip().lower()]
+
+
+class _Clips:
+    """Finds clips by `videoid`. `unused` are the paths, relative with slashes, that were not found yet."""
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        self._by_name: dict[str, list[str]] = {}
+        self.unused: set[str] = set()
+        for path in files:
+            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_relative_to(folder):
+                relative = path.relative_to(folder)
+                self.unused.add(relative.as_posix())
+                bare = relative.with_suffix("")
+                for name in {relative.as_posix(), relative.name, bare.as_posix(), bare.name}:
+                    self._by_name.setdefault(name, []).append(relative.as_posix())
+
+    def find(self, videoid: str) -> str:
+        """The one path that `videoid` names; ValueError if there is none or several."""
+        found = self._by_name.get(videoid, [])
+        if not found:
+            raise ValueError("the file is missing: no clip of that name beside the csv or below")
+        if len(found) > 1 and videoid not in found:
+            raise ValueError(f"several clips have that name: {', '.join(found)}")
+        name = videoid if videoid in found else found[0]
+        self.unused.discard(name)
+        return name

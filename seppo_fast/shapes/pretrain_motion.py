@@ -1,0 +1,327 @@
+"""Makes the shipped motion adapter: `python -m seppo_fast.shapes.pretrain_motion --output DIR`.
+
+A tiny MotionAdapter in the diffusers format, on top of the shipped pipeline. First the adapter learns alone, then text
+encoder and cross-attention with it, then everything but the autoencoder: the pipeline has never read a word for a
+motion and tells "left" from "right" too faintly for motion modules alone. So the result is two folders, the adapter and
+the pipeline that it goes with. As with that pipeline's, the captions are deliberately noisy: some name another motion,
+so that there is something left to align. It is all trained on the linear schedule, as AnimateDiff is. Everything
+follows from `Settings.seed` (up to the machine's rounding).
+"""
+
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from . import PIPELINE
+from .motion import FRAMES, MOTIONS, all_captions, caption, moving_scene, noisy_caption, render
+from .motion_judge import judge_all
+from .pretrain import TIMESTEPS, Report, _batches, _count, _tokenize, _update, _warm_cosine, encode
+from .world import SIZE
+
+SCHEDULE: dict[str, Any] = {  # AnimateDiff's
+    "num_train_timesteps": TIMESTEPS,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+}
+ADAPTER, BASE = "motion_adapter", "motion_pipeline"
+HEADS = 4
+MAX_FRAMES = 32
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training.
+
+    Attributes:
+        learns: "adapter", "text" (the adapter, text encoder and cross-attention) or "all".
+        steps: Updates.
+        lr: Learning rate after a warm-up.
+        wrong: Share of captions that name another motion.
+        least: Least timestep that is trained on.
+        cools: Whether the learning rate falls to zero, as a cosine; else it stays.
+    """
+
+    learns: str
+    steps: int
+    lr: float
+    wrong: float
+    least: int = 0
+    cools: bool = False
+
+
+PHASES = (Phase("text", 2000, 1.5e-3, 0.2, cools=True),)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the shipped adapter depends on, beside the shipped pipeline.
+
+    Attributes:
+        output: Where to write the folders `motion_adapter` and `motion_pipeline`.
+        clips: Scenes to train on; clip i is `moving_scene(seed, i)`.
+        batch: Clips in one of them.
+        ema: Decay of the weights' moving average, which is what is saved.
+        dropout: Share of prompts replaced by the empty one.
+        share: Of the phases' updates that are made; less is a trial.
+        judged: Captions that the result is judged on, 288 at most, each from a noise of its own.
+        sampler_steps: DDIM steps for that.
+        seed: Of the scenes, captions, weights, order and noise.
+    """
+
+    output: Path
+    clips: int = 2500
+    batch: int = 8
+    ema: float = 0.997
+    dropout: float = 0.1
+    share: float = 1.0
+    judged: int = 96
+    sampler_steps: int = 10
+    seed: int = 0
+
+
+def pretrain(settings: Settings) -> Report:
+    """Trains the adapter, writes it and its card to `settings.output`, returns what was printed."""
+    report = Report()
+    torch.manual_seed(settings.seed)
+    base = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None, local_files_only=True)
+    scenes = [moving_scene(settings.seed, index) for index in range(settings.clips)]
+    latents = encode_clips(base.vae, np.stack([render(one) for one in scenes]))
+    report(f"{len(scenes)} clips of {FRAMES} frames, {len({caption(one) for one in scenes})} different captions")
+
+    adapter = make_adapter(base.unet)
+    unet = UNetMotionModel.from_unet2d(base.unet, adapter)
+    report(f"parameters of the adapter: {_count(adapter)}")
+    for number, phase in enumerate(PHASES, start=1):
+        train(settings, phase, settings.seed + number, base, unet, latents, report)
+        torch.manual_seed(settings.seed + number)
+    unet.eval()
+    base.unet.load_state_dict({name: unet.get_parameter(name) for name, _ in base.unet.named_parameters()})
+    save(settings.output, base, unet)
+    pipeline = AnimateDiffPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=unet,
+        motion_adapter=None,
+        scheduler=DDIMScheduler(**SCHEDULE, steps_offset=1),
+    )
+    report_round_trip(settings, base.vae, report)
+    for guidance in (1.0, 1.5, 2.0, 3.0, 5.0):
+        report_scores(settings, pipeline, guidance, report)
+    write_cards(settings, report.lines)
+    return report
+
+
+def save(folder: Path, base: StableDiffusionPipeline, unet: UNetMotionModel) -> None:
+    """Writes the adapter, and the pipeline with what it has learned; the other parts are copied as they are."""
+    unet.save_motion_modules(folder / ADAPTER)
+    shutil.copytree(PIPELINE, folder / BASE, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
+    base.unet.save_pretrained(folder / BASE / "unet")
+    base.text_encoder.save_pretrained(folder / BASE / "text_encoder")
+
+
+def make_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
+    """A fresh adapter with one motion module after every resnet of `unet`, which at first changes nothing."""
+    adapter = MotionAdapter(
+        block_out_channels=unet.config.block_out_channels,
+        motion_layers_per_block=unet.config.layers_per_block,
+        motion_num_attention_heads=HEADS,
+        motion_norm_num_groups=unet.config.norm_num_groups,
+        motion_max_seq_length=MAX_FRAMES,
+        use_motion_mid_block=True,
+    )
+    for name, parameter in adapter.named_parameters():
+        if ".proj_out." in name:
+            nn.init.zeros_(parameter)
+    return adapter
+
+
+def train(
+    settings: Settings,
+    phase: Phase,
+    seed: int,
+    base: StableDiffusionPipeline,
+    unet: UNetMotionModel,
+    latents: Tensor,
+    report: Report,
+) -> None:
+    """Trains what `phase` names, in `unet` and the text encoder of `base`, to predict the noise.
+
+    The squared error at timestep t is divided by alphas_cumprod[t] ** 0.5: which way a thing moves is decided at high
+    noise, where plain errors are smallest. What is left in the trained weights is their average.
+    """
+    steps = max(1, round(phase.steps * settings.share))
+    trained = choose_trained(unet, base.text_encoder, phase.learns)
+    scenes = [moving_scene(settings.seed, index) for index in range(len(latents))]
+    captions = [noisy_caption(one, settings.seed, index, phase.wrong) for index, one in enumerate(scenes)]
+    ids, empty = _tokenize(base.tokenizer, captions), _tokenize(base.tokenizer, [""])
+    noising = DDPMScheduler(**SCHEDULE)
+    weights = noising.alphas_cumprod**-0.5
+    weights = weights / weights.mean()
+    optimizer = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=0.01)
+    average = [parameter.detach().clone() for parameter in trained]
+    losses = []
+    for step, rows in enumerate(_batches(len(latents), settings.batch, steps, seed)):
+        drop = torch.rand(len(rows), 1) < settings.dropout
+        embeds = base.text_encoder(torch.where(drop, empty, ids[rows]))[0].repeat_interleave(FRAMES, dim=0)
+        noise = torch.randn(len(rows), *latents.shape[1:])
+        timesteps = torch.randint(phase.least, TIMESTEPS, (len(rows),))
+        predicted = unet(noising.add_noise(latents[rows], noise, timesteps), timesteps, embeds).sample
+        loss = ((predicted - noise).square().mean((1, 2, 3, 4)) * weights[timesteps]).mean()
+        warm = min(1.0, (step + 1) / 100)
+        _update(loss, optimizer, phase.lr * (_warm_cosine(step, steps) if phase.cools else warm))
+        # The average forgets the first steps faster than `ema` would.
+        decay = min(settings.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            report(f"{phase.learns} {step + 1}/{steps}  loss {np.mean(losses):.4f}")
+            losses = []
+    with torch.no_grad():
+        for parameter, value in zip(trained, average, strict=True):
+            parameter.copy_(value)
+
+
+def choose_trained(unet: UNetMotionModel, text_encoder: CLIPTextModel, learns: str) -> list[nn.Parameter]:
+    """Leaves gradients to what a phase's `learns` names; returns those parameters."""
+    parts = {"adapter": ("motion_modules",), "text": ("motion_modules", ".attn2."), "all": ("",)}[learns]
+    trained = []
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+        if parameter.requires_grad:
+            trained.append(parameter)
+    text_encoder.requires_grad_(learns != "adapter")
+    return trained + (list(text_encoder.parameters()) if learns != "adapter" else [])
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKL, clips: NDArray[np.uint8]) -> Tensor:
+    """Scaled latents of n clips (n, F, SIZE, SIZE, 3), the posteriors' means: float32 (n, 4, F, 8, 8)."""
+    latents = encode(vae, clips.reshape(-1, SIZE, SIZE, 3)) * vae.config.scaling_factor
+    return latents.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
+def decode_clips(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
+    """Clips (n, F, SIZE, SIZE, 3) from scaled latents (n, 4, F, 8, 8)."""
+    parts = (latents.transpose(1, 2).flatten(0, 1) / vae.config.scaling_factor).split(256)
+    images = torch.cat([vae.decode(part).sample.add(1).mul(127.5).round().clamp(0, 255) for part in parts])
+    clips = images.to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(latents), -1))
+    return clips.numpy()
+
+
+def report_round_trip(settings: Settings, vae: AutoencoderKL, report: Report) -> None:
+    """Reports the judge's verdict on unseen clips after encoding and decoding: the ceiling of any sample."""
+    scenes = [moving_scene(settings.seed + 1, index) for index in range(settings.judged)]
+    rebuilt = decode_clips(vae, encode_clips(vae, np.stack([render(one) for one in scenes])))
+    summary = _summary(judge_all([caption(one) for one in scenes], rebuilt))
+    report(f"VAE round trip of {len(scenes)} unseen clips: {summary}")
+
+
+def report_scores(settings: Settings, pipeline: AnimateDiffPipeline, guidance: float, report: Report) -> None:
+    """Reports the judge's verdict on samples for the world's captions (DDIM, generator seed = `settings.seed`)."""
+    pipeline.set_progress_bar_config(disable=True)
+    texts = all_captions()
+    rng = np.random.default_rng(settings.seed)
+    prompts = [texts[number] for number in rng.permutation(len(texts))[: settings.judged]]
+    generator = torch.Generator().manual_seed(settings.seed)
+    clips = []
+    for start in range(0, len(prompts), 16):
+        frames = pipeline(
+            prompts[start : start + 16],
+            num_frames=FRAMES,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=settings.sampler_steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="np",
+        ).frames
+        clips.append(np.rint(frames * 255).astype(np.uint8))
+    summary = _summary(judge_all(prompts, np.concatenate(clips)))
+    report(f"judge, {len(prompts)} captions, DDIM {settings.sampler_steps} steps, guidance {guidance:g}: {summary}")
+
+
+def write_cards(settings: Settings, lines: list[str]) -> None:
+    """Writes the model cards: what this is, the command, and the `lines` that it printed."""
+    options = [
+        f"--{field.name.replace('_', '-')} {getattr(settings, field.name)}"
+        for field in fields(settings)
+        if field.name != "output" and getattr(settings, field.name) != field.default
+    ]
+    command = " ".join(["python -m seppo_fast.shapes.pretrain_motion --output DIR", *options])
+    printed = "\n".join(lines)
+    text = f"""# A tiny motion adapter for the world of shapes
+
+Clips of {FRAMES} frames of {SIZE}x{SIZE} pixels in which one coloured shape {", ".join(MOTIONS[:-1])} or {MOTIONS[-1]}.
+Trained on captions of which {PHASES[0].wrong:.0%}, at last {PHASES[-1].wrong:.0%}, name another motion. It exists to be
+aligned, and knows nothing else. It goes with the pipeline in `../{BASE}` and needs AnimateDiff's linear schedule:
+
+```python
+folder = seppo_fast.shapes.PIPELINE.parent
+adapter = MotionAdapter.from_pretrained(folder / "{ADAPTER}")
+scheduler = DDIMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="linear",
+    steps_offset=1, clip_sample=False, timestep_spacing="linspace",
+)
+pipeline = AnimateDiffPipeline.from_pretrained(folder / "{BASE}", motion_adapter=adapter, scheduler=scheduler)
+```
+
+Made on {torch.get_num_threads()} CPU thread(s), with torch {torch.__version__}, by
+
+```
+{command}
+```
+
+which printed (seed {settings.seed}; the judged samples' noise is new, their captions are among the world's 288, most of
+which training has seen; a clip of the right thing with another motion scores 0.67 or 0.75)
+
+```
+{printed}
+```
+"""
+    (settings.output / ADAPTER / "README.md").write_text(text, encoding="utf-8")
+    base = f"""# The small Stable Diffusion that the motion adapter goes with
+
+The pipeline in `../pipeline`, with a text encoder and a UNet that know words for motions. Its card, and how it
+was made, are in `../{ADAPTER}`. Autoencoder, tokenizer and scheduler are the same files.
+"""
+    (settings.output / BASE / "README.md").write_text(base, encoding="utf-8")
+
+
+def _summary(entries: list[dict[str, bool]]) -> str:
+    """Mean share of right attributes, share of clips with all right, and with the right motion (the last entry)."""
+    values = [list(entry.values()) for entry in entries]
+    shares = np.array([np.mean(value) for value in values])
+    motion = np.mean([value[-1] for value in values])
+    return f"attributes {shares.mean():.4f}, all right {np.mean(shares == 1):.4f}, motion {motion:.4f}"
+
+
+def main() -> None:
+    import tyro
+
+    pretrain(tyro.cli(Settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The training path on clips: the same loop as on pictures, in five dims."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AnimateDiffPipeline, MotionAdapter
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+
+from seppo_fast.attention import GRID_LIMIT, ChunkedAttention, attention_layers
+from seppo_fast.config import to_yaml
+from seppo_fast.dial import fit_to_machine, turn_dial
+from seppo_fast.diffusion import keyed_noise
+from seppo_fast.errors import ConfigError
+from seppo_fast.memory import training_footprint
+from seppo_fast.policy import compile_blocks, trainable
+from seppo_fast.train import train
+from seppo_fast.trainer import Trainer
+from tests.runs import log_of, tiny_config
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FRAMES = 3
+
+
+def clip_config(tiny, adapter, folder, **sections):
+    """As `tiny_config`, a LoRA on clips of three frames."""
+    model = {"train": "lora", "lora_rank": 2, "motion_adapter": str(adapter)} | sections.pop("model", {})
+    data = {"source": "shapes-motion:5:3", "frames": FRAMES} | sections.pop("data", {})
+    shorter = {"pairs_per_update": 4, "micro_batch": 3} | sections.pop("train", {})
+    return tiny_config(tiny, folder, model=model, data=data, train=shorter, **sections)
+
+
+def trained(config):
+    """Final weights and the log."""
+    seen = {}
+
+    def observe(trainer, updates):
+        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()})
+
+    train(config, observe)
+    return seen, log_of(config)
+
+
+def same_log(log, other, **tolerance):
+    for entry, expected in zip(log, other, strict=True):
+        for name, value in expected.items():
+            if "seconds" not in name and "per_second" not in name and name != "memory_gib":
+                assert entry[name] == pytest.approx(value, **tolerance), name
+
+
+WAYS = {
+    "ahead": {"reference": {"errors": "ahead"}},
+    "ahead checkpointed bf16": {"model": {"gradient_checkpointing": True, "precision": "bf16"}},
+    "apart": {"reference": {"errors": "apart"}},
+    "together checkpointed bf16": {
+        "reference": {"errors": "together"},
+        "model": {"gradient_checkpointing": True, "precision": "bf16"},
+    },
+    "full": {"model": {"train": "full"}},
+}
+
+
+@pytest.mark.parametrize("sections", WAYS.values(), ids=WAYS.keys())
+def test_equal_weights_give_a_difference_of_exactly_zero(tiny, adapter, tmp_path, sections):
+    config = clip_config(tiny, adapter, tmp_path, objective="seppo-newest", **sections)
+    train(config)
+    log = log_of(config)
+    for entry in (log[0], log[2]):
+        assert entry["logit_abs"] == 0 and entry["margin"] == 0 and entry["aaf_rate"] == 1
+        assert entry["winner_error"] == entry["ref_winner_error"] > 0
+        assert entry["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert entry["grad_norm"] > 0
+    assert log[1]["logit_abs"] > 0
+
+
+def test_ahead_apart_and_together_train_alike(tiny, adapter, tmp_path):
+    """The first two bit for bit; a batch of both may round otherwise."""
+    weights, logs = {}, {}
+    for errors in ("ahead", "apart", "together"):
+        weights[errors], logs[errors] = trained(
+            clip_config(
+                tiny,
+                adapter,
+                tmp_path,
+                reference={"errors": errors},
+                output=str(tmp_path / errors),
+                train={"beta": 100.0},
+                model={"gradient_checkpointing": errors == "apart"},
+            )
+        )
+    assert all(torch.equal(weights["apart"][name], weight) for name, weight in weights["ahead"].items())
+    same_log(logs["apart"], logs["ahead"], rel=0, abs=0)
+    same_log(logs["together"], logs["ahead"], rel=1e-3, abs=1e-4)
+    ahead, together = (torch.cat([w.flatten() for w in weights[name].values()]) for name in ("ahead", "together"))
+    assert (together - ahead).norm() < 1e-3 * ahead.norm()
+    assert logs["ahead"][1]["logit_abs"] > 0
+
+
+@pytest.fixture
+def trainer(tiny, adapter, tmp_path):
+    made = Trainer(clip_config(tiny, adapter, tmp_path))
+    made.add_checkpoint()
+    return made
+
+
+def test_training_noises_clips_on_the_linear_schedule(trainer):
+    """Betas from 0.00085 to 0.012 in equal steps, in float64; on the folder's own schedule this is off by a tenth."""
+    pairs = trainer.rollout.pairs(0)
+    assert pairs.winners.shape == pairs.losers.shape == pairs.noise.shape == (4, 4, FRAMES, 8, 8)
+    assert pairs.prompt_embeds.shape == (4, 16, 16)
+    noised = trainer.forward.noised(pairs)
+    share = torch.from_numpy(np.cumprod(1 - np.linspace(0.00085, 0.012, 1000))[pairs.timesteps.numpy()])
+    share = share.view(-1, 1, 1, 1, 1)
+    for half, latents in zip(noised.latents.chunk(2), (pairs.winners, pairs.losers), strict=True):
+        expected = share.sqrt() * latents.double() + (1 - share).sqrt() * pairs.noise.double()
+        torch.testing.assert_close(half.double(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(noised.target, pairs.noise)
+
+
+def test_a_clips_noise_is_keyed_by_its_sample_id(trainer):
+    update = 1
+    ids = trainer.rollout._maker.sample_ids(update)
+    pairs = trainer.rollout._maker.pairs(update, ids)
+    expected = keyed_noise(trainer.config.seed, "noise", [(update, sample) for sample in ids], (4, FRAMES, 8, 8))
+    assert torch.equal(pairs.noise, expected)
+    assert expected[0, :, 0].ne(expected[0, :, 1]).all()  # of each frame its own
+
+
+def test_gradients_add_up_over_micro_batches(tiny, adapter, tmp_path):
+    gradients = []
+    for micro_batch in (4, 3, 1):
+        trainer = Trainer(clip_config(tiny, adapter, tmp_path, train={"micro_batch": micro_batch, "beta": 50.0}))
+        trainer.add_checkpoint()
+        pairs = trainer.rollout.pairs(0)
+        with torch.no_grad():
+            for weight in trainable(trainer.unet).values():
+                weight.add_(0.05)  # else every pair ties
+        trainer.learner._accumulate(pairs)
+        gradients.append(torch.cat([weight.grad.flatten().double() for weight in trainable(trainer.unet).values()]))
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+# Machine
+
+
+def test_attention_is_found_with_its_shapes(trainer):
+    layers = attention_layers(trainer.unet, (4, FRAMES, 8, 8), (16, 16), 2, torch.float32, trainer.family.denoise)
+    found = {(shape.hidden, shape.context): len(names) for shape, names in layers.items()}
+    # Six rows of frames within, and as many rows of three frames as there are places in two clips.
+    assert found == {
+        ((6, 64, 16), None): 3,
+        ((6, 64, 16), (6, 16, 16)): 3,
+        ((128, 3, 16), None): 6,
+        ((6, 16, 32), None): 1,
+        ((6, 16, 32), (6, 16, 16)): 1,
+        ((32, 3, 32), None): 8,
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_is_counted_for_clips(trainer, device):
+    """Twice the frames take twice the memory; on CUDA norms are in float32, so it is more."""
+    one, two = (
+        training_footprint(
+            trainer.unet, (4, frames, 16, 16), (16, 16), torch.bfloat16, torch.device(device), trainer.family.denoise
+        )
+        for frames in (3, 6)
+    )
+    assert two.per_row / one.per_row == pytest.approx(2, rel=0.05)
+
+
+def test_batches_are_chosen_for_clips(tiny, adapter, tmp_path, trainer):
+    config = clip_config(tiny, adapter, tmp_path, train={"micro_batch": None}, sampler={"batch": None})
+    config = turn_dial(config, CPU)
+    chosen = fit_to_machine(config, trainer.unet, trainer.cache, trainer.accelerator, trainer.family.denoise)
+    assert (chosen.train.micro_batch, chosen.sampler.batch) == (4, 32)  # of an update no more; a CPU's ceiling
+
+
+@pytest.mark.parametrize("limit", [GRID_LIMIT, 50], ids=["whole", "chunks"])
+def test_compiled_blocks_predict_the_same(trainer, monkeypatch, limit):
+    """Traced whole, motion modules too; run as it was traced, without a compiler."""
+    trainer.unet.set_attn_processor(ChunkedAttention(AttnProcessor2_0(), limit))
+    inputs = keyed_noise(0, "x", [(0,), (1,)], (4, FRAMES, 8, 8)), torch.tensor([3, 700]), torch.ones(2, 16, 16)
+    with torch.no_grad():
+        expected = trainer.forward.denoise(trainer.unet, *inputs)
+        monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+        compile_blocks(trainer.unet, "sdpa")
+        assert torch.equal(trainer.forward.denoise(trainer.unet, *inputs), expected)
+    blocks = [part for part in trainer.unet.modules() if isinstance(part, BasicTransformerBlock)]
+    assert len(blocks) == 4 + 7 and all(block._compiled_call_impl is not None for block in blocks)
+
+
+# The command line
+
+
+def command(*words, cwd):
+    line = [sys.executable, "-m", "seppo_fast.cli", *map(str, words)]
+    line[1:3] = ["-c", "import sys; from seppo_fast.cli import main; sys.exit(main())"]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_clips_train_through_the_command_line(tiny, adapter, tmp_path):
+    config = clip_config(tiny, adapter, tmp_path, log={"sample_every": 1, "sample_prompts": ["a", "b"]})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    done = command("check", tmp_path / "run.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "data: 5 examples, 0 bad" in done.stdout and "a sample" in done.stdout
+    done = command("train", tmp_path / "run.yaml", "--train.updates", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "update 1/1" in done.stdout
+    entry = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert entry["aaf_rate"] == 1
+    picture = np.asarray(Image.open(tmp_path / "run" / "samples" / "update-000001.png"))
+    assert picture.shape == (24 + 2 * 128, 260 + 2 * FRAMES * 128, 3)
+    pipe = AnimateDiffPipeline.from_pretrained(tiny, motion_adapter=MotionAdapter.from_pretrained(adapter))
+    pipe.load_lora_weights(tmp_path / "run" / "weights")
+    assert any("motion_modules" in name and "lora" in name for name, _ in pipe.unet.named_parameters())
+
+
+def test_full_weights_train_and_load(tiny, adapter, tmp_path):
+    config = clip_config(tiny, adapter, tmp_path, model={"train": "full"}, train={"updates": 1})
+    weights, _ = trained(config)
+    unet = AnimateDiffPipeline.from_pretrained(tmp_path / "run" / "weights").unet
+    state = unet.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+    assert any("motion_modules" in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"source": "shapes:5:3"}}, "holds pictures: leave the adapter out, or give clips"),
+        ({"model": {"motion_adapter": ""}, "data": {"frames": 16}}, "holds clips: give model.motion_adapter"),
+        ({"model": {"temporal_attention": "triton"}}, "model.temporal_attention = triton needs"),
+        ({"data": {"frames": 7}}, "data.frames = 7: this motion adapter takes 6 frames"),
+        ({"objective": "diffusion-dpo"}, "needs two images per prompt"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(tiny, adapter, tmp_path, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(clip_config(tiny, adapter, tmp_path, **sections))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()

@@ -1,0 +1,334 @@
+"""The world of clips, its judge and its motion adapter: does the judge agree with the truth, does the adapter move?"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from transformers import CLIPTokenizer
+
+from seppo_fast.data.moving import MovingShapesSource
+from seppo_fast.shapes import PIPELINE, motion, world
+from seppo_fast.shapes.motion_judge import judge, judge_all, motion_of, score, score_all, track
+from seppo_fast.shapes.pretrain_motion import SCHEDULE, choose_trained, decode_clips, encode_clips, main, make_adapter
+
+FOLDER = PIPELINE.parent
+HELD_OUT = 7001  # a seed that neither pretraining nor the demo uses
+COUNT = 200
+FEW = 60  # for the tests that need no more
+OPPOSITE = {
+    "grows": "shrinks",
+    "shrinks": "grows",
+    "moves left": "moves right",
+    "moves right": "moves left",
+    "moves up": "moves down",
+    "moves down": "moves up",
+    "stays still": "stays still",
+}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[motion.MovingScene]:
+    return [motion.moving_scene(HELD_OUT, index) for index in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def clips(scenes) -> np.ndarray:
+    return np.stack([motion.render(one) for one in scenes])
+
+
+@pytest.fixture(scope="module")
+def prompts(scenes) -> list[str]:
+    return [motion.caption(one) for one in scenes]
+
+
+def shown(scenes: list[motion.MovingScene], clips: np.ndarray) -> list[str]:
+    """The motions that the judge sees in clips of the scenes' colours."""
+    return [motion_of(track(clip, one.action.colour)) for clip, one in zip(clips, scenes, strict=True)]
+
+
+def test_a_scene_is_a_pure_function_of_seed_and_index(scenes, clips):
+    np.random.default_rng(1).random(5)
+    again = motion.moving_scene(HELD_OUT, 17)
+    assert again == scenes[17]
+    assert np.array_equal(motion.render(again), clips[17])
+    assert motion.moving_scene(HELD_OUT + 1, 17) != again
+    shares = [np.mean([one.action.motion == name for one in scenes]) for name in motion.MOTIONS]
+    assert min(shares) > 0.04  # 1/7 each; four standard deviations are 0.1
+
+
+def test_clips_are_what_the_scene_says(scenes, clips):
+    assert clips.dtype == np.uint8 and clips.shape == (COUNT, motion.FRAMES, 32, 32, 3)
+    ticks = np.arange(32) + 0.5
+    for one, clip in zip(scenes[:100], clips, strict=False):
+        cover = np.abs(clip.astype(np.float64) - np.array(one.background)).sum(-1)
+        cover[cover < 8] = 0  # rounding of the background
+        cover /= np.abs(np.array(one.colour) - np.array(one.background)).sum()
+        for pose, frame in ((one.first, cover[0]), (one.last, cover[-1])):
+            assert frame.sum() == pytest.approx(pose.area, rel=0.06)
+            assert (frame.sum(0) @ ticks) / frame.sum() == pytest.approx(pose.x, abs=0.25)
+            assert (frame.sum(1) @ ticks) / frame.sum() == pytest.approx(pose.y, abs=0.25)
+        edges = np.concatenate([cover[:, 0], cover[:, -1], cover[:, :, 0], cover[:, :, -1]])
+        assert edges.max() == 0
+
+
+def test_motions_are_as_large_as_the_world_says(scenes):
+    for one in scenes:
+        dx, dy = one.last.x - one.first.x, one.last.y - one.first.y
+        way = motion.DIRECTIONS.get(one.action.motion, (0, 0))
+        assert np.sign([dx, dy]).tolist() == list(way)
+        travel = float(np.hypot(dx, dy))
+        assert travel == 0 if way == (0, 0) else motion.TRAVEL[0] <= travel <= motion.TRAVEL[1]
+        ratio = one.last.area / one.first.area
+        assert {"grows": ratio >= 2, "shrinks": ratio <= 0.5}.get(one.action.motion, ratio == 1)
+
+
+def test_a_clip_of_more_frames_shows_the_same_motion(scenes):
+    clip = motion.render(scenes[3], 15)
+    assert clip.shape == (15, 32, 32, 3)
+    assert np.array_equal(clip[::2], motion.render(scenes[3], 8))
+    with pytest.raises(ValueError, match="frames must be at least 2"):
+        motion.render(scenes[3], 1)
+
+
+def test_every_caption_parses_back(prompts):
+    captions = motion.all_captions()
+    assert len(set(captions)) == len(captions) == 288
+    assert [motion.phrase(motion.parse(text)) for text in captions] == captions
+    assert {"a red circle grows", "a small blue square moves left"} <= set(captions)
+    assert set(prompts) <= set(captions)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a red circle", "a small red circle grows", "a red circle moves left", "a large pink cross stays still"],
+)
+def test_what_is_no_caption_is_refused(text):
+    with pytest.raises(ValueError, match="caption must"):
+        motion.parse(text)
+
+
+def test_the_shipped_tokenizer_holds_every_caption():
+    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", local_files_only=True)
+    for text in motion.all_captions():
+        ids = tokenizer(text).input_ids
+        assert len(ids) <= tokenizer.model_max_length and ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_noisy_captions_name_another_motion_as_often_as_asked(scenes, prompts):
+    assert [motion.noisy_caption(one, 1, i, 0.0) for i, one in enumerate(scenes)] == prompts
+    noisy = [motion.noisy_caption(one, 1, index, 0.25) for index, one in enumerate(scenes)]
+    assert noisy == [motion.noisy_caption(one, 1, index, 0.25) for index, one in enumerate(scenes)]
+    wrong = [motion.parse(text).motion != one.action.motion for text, one in zip(noisy, scenes, strict=True)]
+    assert np.mean(wrong) == pytest.approx(0.25, abs=0.12)  # four standard deviations
+    for text, one in zip(noisy, scenes, strict=True):
+        action = motion.parse(text)
+        assert (action.colour, action.shape) == (one.action.colour, one.action.shape)
+        assert not (action.size and one.action.size) or action.size == one.action.size
+    with pytest.raises(ValueError, match="wrong must lie"):
+        motion.noisy_caption(scenes[0], 1, 0, -0.1)
+
+
+def test_the_judge_agrees_with_the_truth_on_clean_clips(scenes, clips, prompts):
+    assert all(all(entries.values()) for entries in judge_all(prompts, clips))
+    assert shown(scenes, clips) == [one.action.motion for one in scenes]
+
+
+@pytest.mark.parametrize("frames", [3, 16])
+def test_the_judge_takes_any_number_of_frames(scenes, prompts, frames):
+    others = np.stack([motion.render(one, frames) for one in scenes[:FEW]])
+    assert score_all(prompts[:FEW], others).mean() == 1
+
+
+def test_the_judge_agrees_with_the_truth_after_the_autoencoder(clips, prompts):
+    vae = AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae", local_files_only=True)
+    rebuilt = decode_clips(vae, encode_clips(vae, clips[:FEW]))
+    assert not np.array_equal(rebuilt, clips[:FEW])
+    entries = judge_all(prompts[:FEW], rebuilt)
+    assert np.mean([value for entry in entries for value in entry.values()]) >= 0.98
+
+
+def altered(action: motion.Action) -> list[tuple[str, str]]:
+    """Captions with one attribute altered, each with the name of the entry that is now wrong."""
+    colours = [new for new in world.COLOURS if new != action.colour]
+    shapes = [new for new in world.SHAPES if new != action.shape]
+    sizes = [new for new in world.SIZES if action.size and new != action.size]
+    moves = [new for new in motion.MOTIONS if new != action.motion]
+    wrong = [
+        *((replace(action, colour=new), new) for new in colours),
+        *((replace(action, shape=new), f"{action.colour} {new}") for new in shapes),
+        *((replace(action, size=new), f"{new} {action.colour}") for new in sizes),
+    ]
+    for new in moves:
+        size = "" if new in motion.RESIZING else action.size or "small"
+        wrong.append((replace(action, motion=new, size=size), f"{action.colour} {new}"))
+    return [(motion.phrase(other), entry) for other, entry in wrong]
+
+
+def test_the_judge_refuses_captions_with_one_attribute_altered(scenes, clips):
+    cases = [(row, *case) for row, one in enumerate(scenes[:20]) for case in altered(one.action)]
+    verdicts = judge_all([text for _, text, _ in cases], clips[[row for row, _, _ in cases]])
+    assert not any(verdict[entry] for (_, _, entry), verdict in zip(cases, verdicts, strict=True))
+
+
+def test_entries_are_named_as_the_prompt_asks(clips):
+    assert list(judge("a small red circle moves left", clips[0])) == [
+        "red", "red circle", "small red", "red moves left",
+    ]  # fmt: skip
+    assert list(judge("a red circle grows", clips[0])) == ["red", "red circle", "red grows"]
+
+
+def test_a_clip_backwards_shows_the_opposite(scenes, clips):
+    assert shown(scenes[:FEW], clips[:FEW, ::-1]) == [OPPOSITE[one.action.motion] for one in scenes[:FEW]]
+
+
+def test_a_still_clip_moves_nowhere(scenes, clips, prompts):
+    still = np.repeat(clips[:FEW, :1], motion.FRAMES, axis=1)
+    assert set(shown(scenes[:FEW], still)) == {"stays still"}
+    moving = [row for row, one in enumerate(scenes[:FEW]) if one.action.motion != "stays still"]
+    scores = score_all([prompts[row] for row in moving], still[moving])
+    assert set(np.round(scores, 2)) == {0.67, 0.75}
+
+
+def test_a_jump_is_no_motion(scenes, clips):
+    half = motion.FRAMES // 2
+    ends = [np.repeat(clips[:FEW, frame], half, axis=1) for frame in ([0], [-1])]
+    seen = shown(scenes[:FEW], np.concatenate(ends, axis=1))
+    for one, name in zip(scenes[:FEW], seen, strict=True):
+        assert name == ("stays still" if one.action.motion == "stays still" else "")
+
+
+def test_two_motions_at_once_are_none(scenes):
+    action = motion.Action("", "blue", "square", "grows")
+    grown = next(one for one in scenes if one.action.motion == "grows")
+    first, last = motion.Pose(9, 16, 40), motion.Pose(22, 16, 95)
+    both = motion.MovingScene(action, first, last, grown.background, tuple(map(float, world.COLOURS["blue"])))
+    diagonal = replace(both, action=replace(action, size="small"), last=motion.Pose(22, 26, 40))
+    assert shown([both, diagonal], np.stack([motion.render(both), motion.render(diagonal)])) == ["", ""]
+
+
+def test_noise_and_blank_clips_hold_nothing(prompts):
+    noise = np.random.default_rng(5).integers(0, 256, (40, motion.FRAMES, 32, 32, 3)).astype(np.uint8)
+    assert score_all(prompts[:40], noise).max() == 0
+    assert score_all(prompts[:40], np.full_like(noise, 235)).max() == 0
+
+
+def test_the_score_falls_as_frames_are_lost(clips, prompts):
+    scores = []
+    for lost in (0, 2, 4, 8):
+        broken = clips[:FEW].copy()
+        broken[:, :lost] = 235
+        scores.append(score_all(prompts[:FEW], broken).mean())
+    assert scores[0] == 1 and scores[1] >= 0.7 and scores[2] == scores[3] == 0
+
+
+def test_score_is_the_share_of_right_attributes(clips, prompts):
+    assert score(prompts[3], clips[3]) == np.mean(list(judge(prompts[3], clips[3]).values()))
+    others = score_all(prompts[:FEW], np.roll(clips[:FEW], 1, axis=0)).mean()
+    assert 0.05 < others < 0.4
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 16, 3), (1, 32, 32, 3), (32, 32, 3)])
+def test_the_judge_names_a_wrong_clip(shape):
+    with pytest.raises(ValueError, match="clip must be uint8"):
+        judge("a red circle grows", np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="clip must be uint8"):
+        judge("a red circle grows", np.zeros((8, 32, 32, 3), np.float32))
+
+
+def test_the_source_holds_true_captions_and_clips(prompts, clips):
+    source = MovingShapesSource("shapes-motion:5:7001", 5, HELD_OUT)
+    assert source.clips and len(source) == 5 and not source.has_losers
+    assert [example.prompt for example in source] == prompts[:5]
+    assert source[3].id == "shapes-motion-7001-3"
+    assert source[3].time_lapse  # all frames belong to the motion: none may be cut off
+    assert np.array_equal(source[3].image.open(), clips[3])
+    assert len({example.id for example in source}) == 5
+    assert source.digest() == MovingShapesSource("again", 5, HELD_OUT).digest()
+    others = [MovingShapesSource("", 4, HELD_OUT), MovingShapesSource("", 5, 0)]
+    assert len({source.digest(), *(other.digest() for other in others)}) == 3
+
+
+def animate(folder: Path, prompts: list[str], steps: int, guidance: float = 3.0) -> np.ndarray:
+    """Clips uint8 (n, FRAMES, 32, 32, 3) of the pipeline and the motion adapter in `folder`."""
+    adapter = MotionAdapter.from_pretrained(folder / "motion_adapter", local_files_only=True)
+    scheduler = DDIMScheduler(**SCHEDULE, steps_offset=1)
+    pipeline = AnimateDiffPipeline.from_pretrained(
+        folder / "motion_pipeline", motion_adapter=adapter, scheduler=scheduler, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        prompts,
+        num_frames=motion.FRAMES,
+        height=32,
+        width=32,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames
+    return np.rint(frames * 255).astype(np.uint8)
+
+
+def test_the_shipped_adapter_moves_what_it_is_told_to():
+    moving = [text for text in motion.all_captions() if motion.parse(text).motion != "stays still"]
+    prompts = [moving[number] for number in np.random.default_rng(0).permutation(len(moving))[:18]]
+    clips = animate(FOLDER, prompts, steps=8)
+    followed = np.mean([list(entry.values())[-1] for entry in judge_all(prompts, clips)])
+    # A still clip follows none of these motions, and a random one of the seven each seventh time.
+    assert followed >= 0.3
+    still = score_all(prompts, np.repeat(clips[:, :1], motion.FRAMES, axis=1)).mean()
+    assert score_all(prompts, clips).mean() > still
+
+
+def test_what_is_shipped_is_small_and_fits():
+    adapter, base = FOLDER / "motion_adapter", FOLDER / "motion_pipeline"
+    files = {file.name: file.stat().st_size for file in adapter.iterdir()}
+    assert set(files) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+    assert sum(files.values()) <= 4e6
+    assert sum(file.stat().st_size for file in base.rglob("*") if file.is_file()) <= 13e6
+    for part in ("vae", "tokenizer", "scheduler"):
+        for file in (PIPELINE / part).iterdir():
+            assert (base / part / file.name).read_bytes() == file.read_bytes()
+
+
+def test_pretraining_writes_an_adapter_and_a_pipeline_that_have_learned(tmp_path, monkeypatch):
+    settings = {"clips": 4, "share": 0.001, "batch": 2, "judged": 2, "sampler-steps": 2}
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["pretrain_motion", "--output", str(tmp_path), *options])
+    main()
+    adapter = MotionAdapter.from_pretrained(tmp_path / "motion_adapter", local_files_only=True)
+    ends = [parameter for name, parameter in adapter.named_parameters() if name.endswith("proj_out.weight")]
+    assert len(ends) == 7 and all(bool(end.any()) for end in ends)  # they start at zero
+    before, after = (
+        UNet2DConditionModel.from_pretrained(folder, subfolder="unet", local_files_only=True).state_dict()
+        for folder in (PIPELINE, tmp_path / "motion_pipeline")
+    )
+    assert not any(torch.equal(value, after[name]) for name, value in before.items())
+    card = (tmp_path / "motion_adapter" / "README.md").read_text()
+    assert "text 1/1" in card and "--share 0.001" in card and "guidance 5: attributes" in card
+    assert animate(tmp_path, ["a red circle grows"], steps=2).shape == (1, 8, 32, 32, 3)
+
+
+@pytest.mark.parametrize(("learns", "spatial", "text"), [("adapter", 0, False), ("text", 20, True)])
+def test_a_phase_trains_what_it_names(learns, spatial, text):
+    base = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None, local_files_only=True)
+    unet = UNetMotionModel.from_unet2d(base.unet, make_adapter(base.unet))
+    trained = choose_trained(unet, base.text_encoder, learns)
+    names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+    assert sum("motion_modules" not in name for name in names) == spatial  # 4 cross-attentions of 5 weights each
+    assert all("motion_modules" in name or ".attn2." in name for name in names)
+    assert {parameter.requires_grad for parameter in base.text_encoder.parameters()} == {text}
+    assert len(trained) == len(names) + text * len(list(base.text_encoder.parameters()))
