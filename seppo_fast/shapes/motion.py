@@ -132,7 +132,7 @@ def all_captions() -> list[str]:
 
 
 def captions(held_out: bool) -> list[str]:
-    """A fixed, mixed quarter of all captions, which the embedded data set of winners never has, or the other three."""
+    """About a quarter of all captions, which the embedded data set of winners never has, or the rest; fixed, mixed."""
     marks = {caption: hashlib.sha256(caption.encode()).digest() for caption in all_captions()}
     return sorted(
         (caption for caption, mark in marks.items() if (mark[0] < 64) == held_out), key=lambda c: marks[c][1:]
