@@ -288,6 +288,8 @@ def refuse_contradictions(config: Config) -> None:
             "where they share all weights but an adapter; for full weights use 'ahead', which is exact"
         )
     _refuse_what_only_clips_have(config)
+    if config.reference.keep is None and config.reference.keep_rule != "reservoir":
+        raise ConfigError(f"reference.keep_rule = {config.reference.keep_rule!r} needs reference.keep, how many stay")
     if config.reference.keep is not None and OBJECTIVES[config.objective].draw != "uniform":
         raise ConfigError(
             f"reference.keep: objective {config.objective!r} does not draw among its past policies; leave it out"

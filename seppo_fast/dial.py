@@ -182,7 +182,9 @@ def _pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
     if not count:
         return 0
     slab = Table.of(unet, DTYPES[config.model.precision]).size
-    kept = int((config.reference.gpu_gib or 0) * 2**30) if device.type == "cuda" else 0
+    # On a CPU host memory is the device's; unless a budget is given, the pool takes half of it at most.
+    given = config.reference.gpu_gib or 0 if device.type == "cuda" else config.reference.host_gib
+    kept = min(count * slab, free_bytes(device) // 2 if given is None else int(given * 2**30))
     comes_up = device.type == "cuda" and kept < count * slab and not config.reference.park
     return kept + slab + (slab if comes_up else 0)
 

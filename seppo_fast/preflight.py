@@ -35,6 +35,13 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
             f"leave fewer samples an update ({samples}) than there are processes ({processes}): raise the first or "
             "lower the second"
         )
+    reference = config.reference
+    rooms = [reference.host_gib, reference.disk_gib, *([reference.gpu_gib] if device.type == "cuda" else [])]
+    if OBJECTIVES[config.objective].draw and not any(room is None or room > 0 for room in rooms):
+        raise ConfigError(
+            "reference.gpu_gib, host_gib, disk_gib: with 0 for all no past policy has room"
+            + ("" if device.type == "cuda" else " (gpu_gib is for a GPU)")
+        )
     if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
     if config.model.attention == "xformers":

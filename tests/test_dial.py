@@ -54,18 +54,25 @@ def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
     """Next to the moments of Adam, and for sampling next to the policy's weights too, which wait meanwhile."""
     trained = sum(weight.numel() * 4 for weight in trainable(trainer.unet).values())
     slab = Table.of(trainer.unet).size
+    pool = 3 * slab  # two past policies, and the one that is resident
     shapes = ((4, 8, 8), (16, 16), torch.float32, CPU)
     pair, sample = training_footprint(trainer.unet, *shapes), sampling_footprint(trainer.unet, *shapes, guided=True)
     share = DIAL["balanced"].share
     for pairs, samples in ((4, 8), (8, 16), (1, 4)):
         for spare, rows in ((1.001, pairs), (0.999, pairs // 2 or 1)):
-            need = spare * (2 * trained + slab + pair.fixed + pairs * pair.per_row) / share
+            need = spare * (2 * trained + pool + pair.fixed + pairs * pair.per_row) / share
             monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, need=need: int(need))
-            assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN))[0] == rows
+            assert (
+                chosen(trainer, tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN))[0]
+                == rows
+            )
         for spare, rows in ((1.001, samples), (0.999, samples // 2)):
-            need = spare * (2 * trained + slab + sample.fixed + samples * sample.per_row) / share
+            need = spare * (2 * trained + pool + sample.fixed + samples * sample.per_row) / share
             monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, need=need: int(need))
-            assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN))[1] == rows
+            assert (
+                chosen(trainer, tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN))[1]
+                == rows
+            )
 
 
 def test_batches_have_a_ceiling_and_one_is_always_tried(tiny, tmp_path, trainer, monkeypatch):
@@ -98,10 +105,11 @@ def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
 def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, tmp_path, trainer, monkeypatch):
     trained = sum(weight.numel() * 4 for weight in trainable(trainer.unet).values())
     slab = Table.of(trainer.unet).size
+    pool = 3 * slab  # two past policies, and the one that is resident
     sample = sampling_footprint(trainer.unet, (4, 8, 8), (16, 16), torch.float32, CPU, guided=True)
-    config = tiny_config(tiny, tmp_path, **OPEN)
+    config = tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN)
     for spare, park in ((1.001, False), (0.999, True)):
-        free = int(spare * (2 * trained + slab + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
+        free = int(spare * (2 * trained + pool + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
         monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, free=free: free)
         chosen = seppo_fast.dial._with_batch(config, trainer.unet, sample, trainer.accelerator)
         assert chosen.reference.park is park

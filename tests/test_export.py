@@ -56,13 +56,11 @@ def close(ours, theirs):
     return np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
-TRAIN = {"ema_decay": 0.5, "learning_rate": 5e-3}
-
-
-@pytest.mark.parametrize("weights", ["full", "lora"])
+# Large enough for pixels to tell the average from the last weights: a fresh LoRA changes little.
+@pytest.mark.parametrize(("weights", "rate"), [("full", 5e-3), ("lora", 0.1)])
 @pytest.mark.parametrize("raw", [False, True], ids=["average", "raw"])
-def test_a_pipeline_folder_makes_the_runs_pictures(tiny, tmp_path, weights, raw):
-    config, made = trained(tiny, tmp_path, model={"train": weights}, train=TRAIN)
+def test_a_pipeline_folder_makes_the_runs_pictures(tiny, tmp_path, weights, rate, raw):
+    config, made = trained(tiny, tmp_path, model={"train": weights}, train={"ema_decay": 0.5, "learning_rate": rate})
     folder = export(Path(config.output), "diffusers", raw=raw)
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pictures = by_diffusers(pipe, config)
@@ -71,7 +69,7 @@ def test_a_pipeline_folder_makes_the_runs_pictures(tiny, tmp_path, weights, raw)
 
 
 def test_a_lora_makes_the_runs_pictures_in_both_formats(tiny, tmp_path):
-    config, made = trained(tiny, tmp_path, model={"train": "lora", "lora_rank": 3}, train={"learning_rate": 5e-3})
+    config, made = trained(tiny, tmp_path, model={"train": "lora", "lora_rank": 3}, train={"learning_rate": 0.1})
     run = Path(config.output)
     folder = export(run)
     for source, name in ((folder, None), (export(run, "comfyui"), COMFYUI_FILE)):

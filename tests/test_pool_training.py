@@ -62,4 +62,16 @@ def test_a_policy_for_which_there_is_no_room_is_left_out_and_said(tiny, tmp_path
 
 def test_no_room_for_the_initial_policy_is_a_mistake_in_the_settings(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"reference.gpu_gib, host_gib, disk_gib: a checkpoint takes"):
-        finished(tiny, tmp_path, host_gib=0, disk_gib=0)
+        finished(tiny, tmp_path, host_gib=1e-9, disk_gib=0)
+
+
+def test_no_room_at_all_is_refused_before_anything_is_loaded(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"with 0 for all no past policy has room \(gpu_gib is for a GPU\)"):
+        finished(tiny, tmp_path, host_gib=0, disk_gib=0, gpu_gib=1)
+    assert not (tmp_path / "cache").exists()
+    train(tiny_config(tiny, tmp_path, objective="sft", reference={"host_gib": 0, "disk_gib": 0}))  # it has no reference
+
+
+def test_a_rule_without_a_bound_is_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"keep_rule = 'newest' needs reference.keep"):
+        finished(tiny, tmp_path, keep_rule="newest")
