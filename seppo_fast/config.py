@@ -48,7 +48,9 @@ def _float32_by_its_other_name(value: Any) -> Any:
 class ModelConfig(_Section):
     """What is trained."""
 
-    path: str = Field("", description="diffusers folder or hub id in the SD-1.5 format, or 'shapes' (the embedded one)")
+    path: str = Field(
+        "", description="diffusers folder or hub id in the SD-1.5 format, or embedded: shapes, shapes-motion"
+    )
     motion_adapter: str = Field(
         "", description="folder or hub id of a MotionAdapter, or 'shapes': with one, AnimateDiff is trained on clips"
     )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -93,7 +93,9 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pict
 
     log = read_journal(folder)
     updates = [entry["update"] for entry in log]
-    figure, axes = plt.subplot_mosaic("ABG;CDG", figsize=(15, 7.5), layout="constrained")
+    clips = pictures["base"].ndim == 5
+    layout: dict[str, Any] = {"figsize": (15, 8), "height_ratios": (1, 2)} if clips else {"figsize": (15, 7.5)}
+    figure, axes = plt.subplot_mosaic("ABCD;GGGG" if clips else "ABG;CDG", layout="constrained", **layout)
     panels = {
         "winner error (mean squared error)": {"policy": "winner_error", "reference": "ref_winner_error"},
         "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
@@ -103,7 +105,6 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pict
         _curve(axes[panel], title, updates, {name: [entry[key] for entry in log] for name, key in lines.items()})
     judged, scores = zip(*points, strict=True)
     _curve(axes["D"], f"judge's score ({CURVE_PROMPTS} development prompts)", judged, {"policy": scores})
-    clips = pictures["base"].ndim == 5
     axes["G"].imshow(side_by_side(prompts, pictures, cell=64 if clips else 128))
     axes["G"].axis("off")
     axes["G"].set_title("held-out prompts, same seeds")

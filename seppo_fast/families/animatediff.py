@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ _SCHEDULE = {
     "clip_sample": False,
     "timestep_spacing": "linspace",
 }
-_SHIPPED = Path(shapes.__file__).parent / "motion_adapter"
 
 
 class AnimateDiff(StableDiffusion):
@@ -146,7 +144,7 @@ def _check_adapter(path: str, unet: Mapping[str, Any], frames: int) -> str:
     Raises:
         ConfigError: see `AnimateDiff.load`.
     """
-    where = str(_SHIPPED) if path == "shapes" else expanded(path)
+    where = str(shapes.MOTION_ADAPTER) if path == "shapes" else expanded(path)
     folder = check_place("model.motion_adapter", where, "MotionAdapter")
     if folder is not None:
         if not (folder / "config.json").is_file():

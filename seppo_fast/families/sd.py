@@ -197,7 +197,7 @@ def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
     """
     if not path:
         raise ConfigError("model.path is empty; give a diffusers folder, a hub id, or 'shapes'")
-    where = str(shapes.PIPELINE) if path == "shapes" else expanded(path)
+    where = str(shapes.SHIPPED[path]) if path in shapes.SHIPPED else expanded(path)
     folder = check_place("model.path", where, "StableDiffusionPipeline")
     if folder is not None:
         if not (folder / "model_index.json").is_file():
