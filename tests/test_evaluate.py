@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from seppo_fast.config import parse_config
 from seppo_fast.data.sources import open_source
-from seppo_fast.evaluate.judged import held_out_prompts, judged_model, prompt_sets
+from seppo_fast.demo import by_prompt
+from seppo_fast.evaluate.judged import CLIPS_PER_PROMPT, held_out_prompts, judged_model, prompt_sets
 from seppo_fast.evaluate.paired import paired_difference
-from seppo_fast.evaluate.pictures import side_by_side
+from seppo_fast.evaluate.pictures import animate, side_by_side
 from seppo_fast.shapes.judge import score
+from seppo_fast.shapes.motion import all_captions
 
 
 def test_paired_difference_by_hand():
@@ -71,3 +74,38 @@ def test_grids_show_the_pictures_unsmoothed():
     assert grid.shape == (24 + 40, 50 + 40, 3)
     assert (grid[24 + 10, 60] == 0).all() and (grid[24 + 30, 60] == [255, 0, 0]).all()
     assert (grid[24 + 10, 80] == [255, 0, 0]).all() and (grid[24 + 30, 80] == 0).all()
+
+
+def test_prompts_of_clips_are_held_out_from_the_winners_of_any_seed():
+    source = open_source("shapes-motion:300:11")
+    development, report = prompt_sets(source)
+    winners = {example.prompt for example in source} | {example.prompt for example in open_source("shapes-motion:99:4")}
+    assert not winners & set(report) and not set(development) & set(report)
+    assert set(development) | set(report) == set(all_captions())
+    assert len(report) == CLIPS_PER_PROMPT * len(set(report)) and report[0] == report[CLIPS_PER_PROMPT - 1]
+    assert len({source[index].id for index in range(300)}) == 300
+
+
+def test_a_prompt_counts_once_however_many_clips_it_has():
+    prompts = ["b", "b", "a", "c", "a", "b"]
+    assert by_prompt(prompts, np.array([1.0, 0.0, 0.5, 0.25, 0.7, 0.5])).tolist() == pytest.approx([0.6, 0.5, 0.25])
+
+
+def test_clips_are_animated_side_by_side(tmp_path):
+    rng = np.random.default_rng(0)
+    clips = {name: rng.integers(0, 256, (2, 5, 8, 8, 3)).astype(np.uint8) for name in ("base", "aligned")}
+    animate(tmp_path / "clips.webp", ["first", "second"], clips, cell=16, milliseconds=70)
+    with Image.open(tmp_path / "clips.webp") as film:
+        assert film.n_frames == 5 and film.info["loop"] == 0
+        for frame in range(5):
+            film.seek(frame)
+            wanted = side_by_side(["first", "second"], {name: clip[:, frame] for name, clip in clips.items()}, cell=16)
+            shown = np.asarray(film.convert("RGB")).astype(int)
+            assert film.size == wanted.size and film.info["duration"] == 70
+            assert np.abs(shown - np.asarray(wanted).astype(int)).mean() < 8  # the format loses a little
+
+
+def test_a_picture_of_clips_shows_their_frames_in_order():
+    clip = np.stack([np.full((1, 4, 4, 3), 20 * frame, np.uint8) for frame in range(8)], axis=1)
+    picture = np.asarray(side_by_side(["grey"], {"base": clip}, cell=10, caption_width=30))
+    assert [picture[24 + 5, 30 + 10 * frame + 5, 0] for frame in range(8)] == [20 * frame for frame in range(8)]

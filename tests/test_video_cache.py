@@ -77,7 +77,7 @@ def test_the_chosen_frames_are_cached(tmp_path):
     assert chosen[3] == [0, 0, 1, 2]
     assert cache.repeating == ["clip3"]
     assert lines[0].endswith("encoding 5 examples at 4 x 16 x 16")
-    assert lines[-1] == "1 clips are shorter than 4 frames and repeat some"
+    assert lines[-1] == "1 of 5 clips have fewer than 4 frames and repeat some"
     again = ClipEncoder()
     second = opened(open_source(str(tmp_path / "d")), tmp_path / "cache", encoder=again)
     assert (again.batches, second.repeating) == ([], ["clip3"])

@@ -98,7 +98,7 @@ def open_or_build(
     for line in truncation(cache.truncated, len(set(cache.prompts))):
         report(line)
     if cache.repeating:
-        report(f"{len(cache.repeating)} clips are shorter than {frames} frames and repeat some")
+        report(f"{len(cache.repeating)} of {len(cache)} clips have fewer than {frames} frames and repeat some")
     return cache
 
 
