@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a pipeline folder (a LoRA merged into it), a LoRA for diffusers, or one with kohya's key names; default: "
         "diffusers where all weights were trained, else lora",
     )
+    export.add_argument("--model", dest="path", help="where the base is now, if it was moved")
+    export.add_argument("--motion-adapter", help="where the motion adapter is now, if it was moved")
     export.add_argument("--raw", action="store_true", help="not the moving average that the run keeps")
     export.add_argument("--output", type=Path, help="a folder that does not exist; default: export-FORMAT in the run's")
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge it, in minutes on a CPU")
@@ -70,7 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
             quiet_libraries()
             from seppo_fast.export import export
 
-            export(arguments.run, arguments.format, raw=arguments.raw, output=arguments.output)
+            moved = {name: getattr(arguments, name) for name in ("path", "motion_adapter") if getattr(arguments, name)}
+            export(arguments.run, arguments.format, raw=arguments.raw, output=arguments.output, model=moved)
             return 0
         config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
         quiet_libraries()

@@ -23,6 +23,7 @@ from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.files import free_name, staged_folder
 from seppo_fast.policy import lora_weights, make_trainable, trainable
+from seppo_fast.resume import refuse_other_content
 from seppo_fast.saved_state import SavedState, newest_state
 from seppo_fast.state import AVERAGE, load_policy, on_cpu
 
@@ -36,6 +37,7 @@ def export(
     *,
     raw: bool = False,
     output: Path | None = None,
+    model: dict[str, str] | None = None,
     report: Callable[[str], object] = print,
 ) -> Path:
     """Writes the weights of a run, with a model card, into a folder of their own.
@@ -47,6 +49,7 @@ def export(
             that trained all weights, else `lora`.
         raw: the weights as they are, though the run keeps their moving average.
         output: must not exist; None: `export-FORMAT` in the run's folder.
+        model: where the base is now, if it was moved: `path`, `motion_adapter`.
         report: takes lines for the user.
 
     Returns:
@@ -60,6 +63,7 @@ def export(
     if saved is None:
         raise ConfigError(f"{run}: no run with a saved state is there")
     config = _config(saved)
+    config = config.model_copy(update={"model": config.model.model_copy(update=model or {})})
     lora = config.model.train == "lora"
     form = form or ("lora" if lora else "diffusers")
     if form != "diffusers" and not lora:
@@ -88,6 +92,7 @@ def _config(saved: SavedState) -> Config:
 def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[StableDiffusion, bool]:
     """The model with a state's weights, in float32, and whether they are the moving average."""
     family = load_family(config, torch.device("cpu"))
+    refuse_other_content(saved, {"model": family.identity()})
     # The base in float32, whatever it was trained in: what is merged into it would be lost in rounding.
     make_trainable(family.unet, config.model.model_copy(update={"precision": "fp32"}), config.seed)
     load_policy(family.unet, saved)

@@ -16,7 +16,7 @@ def fault(name: str) -> None:
 
     `NAME=kill` (SIGKILL), `NAME=term` (SIGTERM, as an interruption), `NAME=full` (no space left), `NAME=error` (a
     RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process comes by; `NAME@3=...` the third time;
-    `NAME@3+=...` from then on.
+    `NAME@3+=...` from then on. Several, for different names, are separated by commas.
 
     Raises:
         OSError, RuntimeError: as asked for.
@@ -25,10 +25,11 @@ def fault(name: str) -> None:
     wanted = os.environ.get("SEPPO_FAULT")
     if not wanted:
         return
-    place, _, what = wanted.partition("=")
-    place, _, time_of = place.partition("@")
-    if place != name:
+    orders = [order.partition("=") for order in wanted.split(",")]
+    mine = next(((place, what) for place, _, what in orders if place.partition("@")[0] == name), None)
+    if mine is None:
         return
+    (_, _, time_of), what = mine[0].partition("@"), mine[1]
     _passed[name] += 1
     first = int(time_of.removesuffix("+") or 1)
     if _passed[name] < first or (_passed[name] > first and not time_of.endswith("+")):

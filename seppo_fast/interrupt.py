@@ -16,17 +16,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Remembers the first signal until `check`; the second one does what it does by default, which is to leave at once.
+    """Remembers a signal until a place where a run may end.
 
-    A context manager; outside of a program's main thread it leaves signals alone.
+    A run of one process ends at its next micro-batch, and a second signal does what it does by default, which is to end
+    it at once. Several processes must end after the same update, so they agree on it there, and further signals, which
+    launchers send, change nothing. A context manager; outside of a program's main thread it leaves signals alone.
 
     Args:
         report: takes a line when the first signal comes.
+        alone: whether the run has one process.
     """
 
-    def __init__(self, report: Callable[[str], object] = print) -> None:
+    def __init__(self, report: Callable[[str], object] = print, alone: bool = True) -> None:
         self._report = report
-        self._asked = False
+        self._alone = alone
+        self.asked = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -38,18 +42,24 @@ class Interruption:
         self._give_back()
 
     def check(self) -> None:
-        """To be called where the trained state is that of the last finished update.
+        """To be called where the trained state is that of the last finished update; does nothing in one of several.
 
         Raises:
             Interrupted: a signal came.
         """
-        if self._asked:
+        if self.asked and self._alone:
             raise Interrupted("interrupted")
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._give_back()
-        self._report(f"{signal.Signals(number).name}: ending at the next micro-batch; a second one ends at once")
+        if self.asked:
+            return
+        self.asked = True
+        name = signal.Signals(number).name
+        if self._alone:
+            self._give_back()
+            self._report(f"{name}: ending at the next micro-batch; a second one ends at once")
+        else:
+            self._report(f"{name}: ending after this update")
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

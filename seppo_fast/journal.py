@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -28,6 +29,7 @@ class Journal:
         self._file = folder / "log.jsonl"
         self._updates = updates
         self._pairs = pairs_per_update
+        self._waiting = b""
 
     def resume(self, finished: int) -> None:
         """Drops what was written of updates after `finished`, which will come again, and a line that broke off."""
@@ -39,14 +41,23 @@ class Journal:
         os.replace(staging, self._file)
 
     def update(self, number: int, stats: dict[str, float]) -> None:
-        """Records update `number` (from 1); `stats` holds the learner's means and the seconds of both phases."""
+        """Records update `number` (from 1); `stats` holds the learner's means and the seconds of both phases.
+
+        Raises:
+            OSError: the disk refuses; the line is written with the next one.
+        """
         stats["seconds"] = stats["rollout_seconds"] + stats["learn_seconds"]
         stats = stats | {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib()}
-        with self._file.open("a", encoding="utf-8") as file:
-            # JSON has no NaN: what is not finite is null there, and printed as it is.
-            finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
-            file.write(json.dumps({"update": number} | finite) + "\n")
         print(progress_line(number, self._updates, stats), flush=True)
+        # JSON has no NaN: what is not finite is null there, and printed as it is.
+        finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
+        self._waiting += json.dumps({"update": number} | finite).encode() + b"\n"
+        with self._file.open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(self._waiting) < len(self._waiting):
+                os.ftruncate(file.fileno(), size)  # no half lines; these come with the next ones
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = b""
 
 
 def read_journal(folder: Path) -> list[dict[str, float]]:
@@ -57,9 +68,10 @@ def read_journal(folder: Path) -> list[dict[str, float]]:
 def _entries(file: Path) -> Iterator[dict[str, float]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            entry = json.loads(line)
         except ValueError:
             return  # a killed process wrote half of it
+        yield entry
 
 
 def progress_line(number: int, updates: int, stats: dict[str, float]) -> str:

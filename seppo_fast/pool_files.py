@@ -139,6 +139,15 @@ def checked_members(folder: Path, settings: Settings | None = None) -> tuple[dic
     return files, count
 
 
+def is_saved_pool(folder: Path) -> bool:
+    """Whether a manifest is there that can be read; its checkpoints are not looked at."""
+    try:
+        _manifest(folder, None)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[int, str]], int]:
     """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST

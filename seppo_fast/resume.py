@@ -72,8 +72,9 @@ def refuse_other_content(saved: SavedState, fingerprints: dict[str, str]) -> Non
     other = [name for name, value in fingerprints.items() if before.get(name) != value]
     if other:
         raise ConfigError(
-            f"the {' and the '.join(other)} changed since the run was begun; it can only go on with what it had. "
+            f"the {' and the '.join(other)} changed since the run was begun, which can only go on with what it had. "
             "Choose another output to begin anew"
+            + (" (half-precision data are of a GPU: a CPU encodes them otherwise)" if "data" in other else "")
         )
 
 

@@ -5,35 +5,47 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from seppo_fast.errors import CheckpointError, ConfigError
+from seppo_fast.errors import CheckpointError, ConfigError, SeppoError
 from seppo_fast.files import disk_message
 from seppo_fast.node import Node
-from seppo_fast.saved_state import SavedState, newest_state, put_aside_newer, saved_states
+from seppo_fast.saved_state import SavedState, newest_state, saved_states
 
 LOCK = ".lock"
+_MARK = "a run of seppo_fast\n"
 # What a run writes before its first state.
 _BEGUN = {LOCK, "config.yaml", "log.jsonl", "samples", "state"}
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Passes a folder that is absent, empty or a run's that can go on.
+    """Passes a folder that is absent, empty or a run's.
 
     Raises:
         ConfigError: it holds something else.
         CheckpointError: it cannot be written.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if (folder.exists() and not folder.is_dir()) or (names - _BEGUN and not saved_states(folder)):
+    if folder.exists() and not (folder.is_dir() and (_ours(folder) or not any(folder.iterdir()))):
         raise ConfigError(
             f"output = {str(folder)!r} is not empty and holds no run that can go on; choose another folder or remove it"
         )
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(existing, os.W_OK):
         raise CheckpointError(f"output = {str(folder)!r}: {existing} cannot be written")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a run can go on there, or begin where one ended before its first state."""
+    if saved_states(folder):
+        return True
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")}
+    try:
+        return names <= _BEGUN and (folder / LOCK).read_text(encoding="utf-8") == _MARK
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 @contextmanager
@@ -51,19 +63,21 @@ def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterat
         ConfigError: another run holds it; as `refuse_occupied`.
         CheckpointError: it cannot be written; it holds saved states and none can be used.
     """
-    handle, found, failed = None, None, None
+    handle, found = None, None
+    failed: SeppoError | None = None
     try:
         if node.rank == 0:
             try:
                 refuse_occupied(folder)
                 handle = _locked(folder)
+                _remove_unfinished(folder)
                 found = newest_state(folder, report)
-                if found is not None:
-                    put_aside_newer(folder, found.update)
-                elif (folder / "log.jsonl").exists():
+                if found is None and (folder / "log.jsonl").exists():
                     report(f"{folder}: no state was saved before the run ended; it begins anew")
             except (ConfigError, CheckpointError) as problem:
                 failed = problem
+            except OSError as problem:
+                failed = CheckpointError(disk_message(folder, problem))
         failed, found = node.from_first((failed, found))
         if failed is not None:
             raise failed
@@ -87,7 +101,14 @@ def _locked(folder: Path) -> int:
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             raise ConfigError(f"output = {str(folder)!r}: another run is writing there") from None
         raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
+    os.pwrite(handle, _MARK.encode(), 0)
     return handle
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What a killed process was writing; nobody writes now."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _release(folder: Path, handle: int) -> None:

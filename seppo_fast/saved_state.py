@@ -30,6 +30,10 @@ MANIFEST, NUMBERS, REFERENCES = "manifest.json", "numbers.json", "references"
 _NAME = re.compile(r"update-(\d{6,})")
 
 
+class NewerFormatError(CheckpointError):
+    """A state that a newer version of the package wrote."""
+
+
 @dataclass(frozen=True)
 class SavedState:
     """A saved state whose files have been checked.
@@ -120,12 +124,14 @@ def newest_state(run: Path, report: Callable[[str], object]) -> SavedState | Non
         report: takes a line on each newer one that is damaged.
 
     Raises:
-        CheckpointError: there are states, and all are damaged. Nothing is deleted.
+        CheckpointError: there are states, and all are damaged, or one is of a newer format. Nothing is deleted.
     """
     folders = saved_states(run)
     for folder in folders:
         try:
             return checked_state(folder)
+        except NewerFormatError:
+            raise  # an older state would lose what a newer version did
         except CheckpointError as problem:
             report(f"{problem}; looking for an older state")
     if folders:
@@ -146,7 +152,10 @@ def checked_state(folder: Path) -> SavedState:
     try:
         tree = json.loads(manifest.read_text(encoding="utf-8"))
         if int(tree["format"]) > FORMAT:
-            raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
+            raise NewerFormatError(
+                f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads; take the version "
+                "that wrote it"
+            )
         if _checksum(tree["files"]) != tree["sha256"]:
             raise ValueError("its own checksum differs")
         rows = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in tree["files"].items()}
@@ -192,16 +201,24 @@ def prune(run: Path, keep: int) -> None:
 def _damages(folder: Path, rows: Mapping[str, tuple[int, str]]) -> Iterator[str]:
     if NUMBERS not in rows:
         yield f"{NUMBERS} is not in the manifest"
-    for name, (size, checksum) in rows.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            yield f"{name} leads out of the folder"
-        elif not file.is_file():
-            yield f"{name} is missing"
-        elif file.stat().st_size != size:
-            yield f"{name} has {file.stat().st_size} bytes, {size} were written"
-        elif digest(file) != checksum:
-            yield f"{name} is damaged: its checksum differs"
+    for name, row in rows.items():
+        try:
+            problem = _damage(folder, name, *row)
+        except OSError as error:
+            problem = f"cannot be read: {error}"
+        if problem is not None:
+            yield f"{name} {problem}"
+
+
+def _damage(folder: Path, name: str, size: int, checksum: str) -> str | None:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        return "leads out of the folder"
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, {size} were written"
+    return None if digest(file) == checksum else "is damaged: its checksum differs"
 
 
 def _checksum(rows: Mapping[str, Any]) -> str:

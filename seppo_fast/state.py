@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from seppo_fast.errors import CheckpointError
 from seppo_fast.faults import fault
+from seppo_fast.files import disk_message
+from seppo_fast.pool_files import is_saved_pool
 from seppo_fast.references import ReferencePool
 from seppo_fast.saved_state import REFERENCES, SavedState, prune, saved_states, state_folder, write_state
 from seppo_fast.slab import trained_state
@@ -93,11 +95,14 @@ class Saver:
         self._thread.start()
         self.stalled += time.monotonic() - self._started
 
-    def wait(self) -> None:
+    def wait(self, last: bool = False) -> None:
         """Until the state that is being written is there.
 
+        Args:
+            last: whether no other one will be written.
+
         Raises:
-            CheckpointError: the third state in a row that could not be written.
+            CheckpointError: the third state in a row that could not be written, or the last.
         """
         if self._thread is None:
             return
@@ -110,7 +115,7 @@ class Saver:
             self._failed = 0
             return
         self._failed += 1
-        if self._failed == _MAX_FAILED or not isinstance(problem, CheckpointError):
+        if last or self._failed == _MAX_FAILED or not isinstance(problem, CheckpointError):
             raise problem
         self._warn(f"the run goes on, and its state could not be saved: {problem}")
 
@@ -123,10 +128,19 @@ class Saver:
     ) -> None:
         try:
             fault("save")
-            before = next(iter(saved_states(self._run)), None)
-            previous = None if before is None else before / REFERENCES
+            before = next((folder / REFERENCES for folder in saved_states(self._run)), None)
+            previous = before if before is not None and is_saved_pool(before) else None
             write_references = None if references is None else partial(references.save, previous=previous)
             write_state(state_folder(self._run, update), files, numbers, write_references)
-            prune(self._run, self._keep)
+        except OSError as problem:
+            self._problem = CheckpointError(disk_message(self._run, problem))
         except Exception as problem:  # for the thread that trains
             self._problem = problem
+        else:
+            self._prune()
+
+    def _prune(self) -> None:
+        try:
+            prune(self._run, self._keep)
+        except OSError as problem:
+            self._warn(f"an older state could not be removed: {problem}")

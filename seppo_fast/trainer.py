@@ -22,7 +22,7 @@ from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.families.load import load_family
-from seppo_fast.families.sd import StableDiffusion, digest
+from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.faults import fault
 from seppo_fast.files import disk_message, free_name, staged_folder
 from seppo_fast.forward import Forward
@@ -38,7 +38,7 @@ from seppo_fast.reference_errors import WAYS
 from seppo_fast.references import ReferencePool
 from seppo_fast.resume import refuse_other_content, resumed_config
 from seppo_fast.rollout import Rollout
-from seppo_fast.saved_state import REFERENCES, SavedState
+from seppo_fast.saved_state import REFERENCES, SavedState, put_aside_newer
 from seppo_fast.slab import trained_state
 from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy
 from seppo_fast.temporal import set_temporal_attention
@@ -82,7 +82,7 @@ class Trainer:
         schedule = NoiseSchedule(self.family.scheduler_config)
         with self.accelerator.main_process_first():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
-        self._fingerprints = {"model": digest(self.unet), "data": self.cache.fingerprint}
+        self._fingerprints = {"model": self.family.identity(), "data": self.cache.fingerprint}
         if saved is not None:
             refuse_other_content(saved, self._fingerprints)
         make_trainable(self.unet, config.model, config.seed)
@@ -100,7 +100,7 @@ class Trainer:
         errors = WAYS[config.reference.errors](self.forward, self.unet, config)
         if config.model.compile:
             compile_blocks(self.unet, config.model.attention)
-        self.interruption = Interruption(self._warn)
+        self.interruption = Interruption(self._warn, alone=world == 1)
         self.learner = Learner(self.unet, errors, config, self.accelerator, self.interruption.check)
         self.rollout = Rollout(
             config,
@@ -146,13 +146,22 @@ class Trainer:
         """Counts an update as finished; writes the log, and where they are due a picture and the run's state."""
         self.finished += 1
         updates = self.finished
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write(updates, stats)
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(float(self.interruption.asked), device=self.accelerator.device)
+            if self.accelerator.reduce(asked, "sum") > 0:
+                raise Interrupted("interrupted")
+
+    def _write(self, updates: int, stats: dict[str, float]) -> None:
         if updates == 1:
             self._open_folder(0)  # not before: a run that ends without an update leaves nothing
-        self._journal.update(updates, stats | {"rollout_seconds": self.rollout.seconds})
-        if self._samples is not None and updates % self.config.log.sample_every == 0:
-            self._samples.write(self.folder / "samples" / f"update-{updates:06d}.png", f"update {updates}")
+        try:
+            self._journal.update(updates, stats | {"rollout_seconds": self.rollout.seconds})
+            if self._samples is not None and updates % self.config.log.sample_every == 0:
+                self._samples.write(self.folder / "samples" / f"update-{updates:06d}.png", f"update {updates}")
+        except OSError as problem:
+            self._warn(f"the run goes on: {disk_message(self.folder, problem)}")
         if self._saver.due():
             self.save_state()
 
@@ -177,37 +186,51 @@ class Trainer:
         names = [OPTIMIZER, *([AVERAGE] if self.learner.ema is not None else [])]
         self.learner.restore({name: saved.tensors(name) for name in names}, saved.numbers)
         if self.references is not None:
-            self.references.restore(saved.folder / REFERENCES, self.accelerator.device)
+            try:
+                self.references.restore(saved.folder / REFERENCES, self.accelerator.device)
+            except PoolFullError as problem:
+                raise ConfigError(
+                    f"reference.gpu_gib, host_gib, disk_gib: no room for the past policies of the run: {problem}"
+                ) from problem
         self.finished, self._added = saved.update, saved.numbers["added"]
         if self.accelerator.is_main_process:
+            put_aside_newer(self.folder, self.finished)
             self._open_folder(self.finished)
         self.accelerator.print(f"going on after update {self.finished} of {self.config.train.updates}")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside the block a signal ends the run between two micro-batches, its state saved; all is freed after it.
+        """Inside the block a signal ends the run where it can, its state saved; all is freed after it.
 
         Raises:
             Interrupted: a signal came.
+            CheckpointError: and the state could not be saved.
         """
         try:
             with self.interruption:
-                yield
-        except Interrupted:
-            self.save_state()
-            self._saver.wait()
-            where = f"after update {self.finished}; the same command goes on" if self.finished else "before an update"
-            raise Interrupted(f"interrupted {where}") from None
+                try:
+                    yield
+                except Interrupted:
+                    self.save_state()
+                    self._saver.wait(last=True)
+                    self.accelerator.wait_for_everyone()  # a launcher kills the others when one leaves
+                    done = f"after update {self.finished}; the same command goes on"
+                    raise Interrupted(f"interrupted {done if self.finished else 'before an update'}") from None
         finally:
-            self._saver.wait()
-            if self.references is not None:
-                self.references.close()
+            try:
+                self._saver.wait()
+            finally:
+                if self.references is not None:
+                    self.references.close()
 
     def save(self) -> Path:
-        """Writes the run's state and its weights, the moving average where there is one; says where they are."""
+        """Writes the run's state and its weights, the moving average where there is one; says where they are.
+
+        Raises:
+            CheckpointError: one of them could not be written.
+        """
         folder = self.folder / "weights"
         self.save_state()
-        self._saver.wait()
         if self.accelerator.is_main_process and _update_of(folder) != self.finished:
             if folder.exists():
                 folder.rename(free_name(folder.with_name("weights-before")))  # the run was made longer
@@ -219,9 +242,11 @@ class Trainer:
                     self.family.save(staging)
                 else:
                     self.family.save_lora(staging, lora_weights(self.unet))
+                fault("weights-write")
                 (staging / _STAMP).write_text(json.dumps({"update": self.finished}) + "\n", encoding="utf-8")
             fault("weights")
         self.accelerator.print(f"weights: {folder}")
+        self._saver.wait(last=True)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -1,5 +1,6 @@
 """Exports: what diffusers loads from them makes the pictures that the run makes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from seppo_fast.forward import Forward
 from seppo_fast.saved_state import saved_states
 from seppo_fast.train import train
 from tests.runs import tiny_config
+from tests.tiny import tiny_pipeline
 
 PROMPTS = ["a small red circle", "a large blue square"]
 
@@ -99,6 +101,18 @@ def test_the_card_says_what_it_is_and_the_settings_go_with_it(tiny, tmp_path):
     assert "| seed | 9 |" in card and "| data | shapes:11:3, 16 pixels |" in card and "no score" in card
     assert str(tiny) in card
     assert parse_config(__import__("yaml").safe_load((folder / "seppo_fast.yaml").read_text())).seed == 9
+
+
+def test_a_base_that_moved_is_found_and_one_that_changed_refused(tiny, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    config, _ = trained(base, tmp_path, model={"train": "lora"})
+    base.rename(tmp_path / "moved")
+    assert main(["export", config.output]) == 2 and "does not exist" in capsys.readouterr().err
+    assert main(["export", config.output, "--model", str(tmp_path / "moved")]) == 0
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    assert main(["export", config.output, "--model", str(other)]) == 2
+    assert "the model changed" in capsys.readouterr().err
 
 
 def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):

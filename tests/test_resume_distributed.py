@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from seppo_fast.config import to_yaml
+from seppo_fast.saved_state import saved_states
 from seppo_fast.train import train
 from tests.launch import launch
 from tests.runs import log_of, tiny_config
@@ -38,6 +39,13 @@ def test_one_process_killed_ends_all_and_the_run_goes_on_with_any_number(tiny, t
     killed = run(2, "killed", "micro-batch@6=kill", seconds=60 + 60)  # a minute to start in, a minute to leave in
     assert killed.returncode not in (0, None)
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    before = len(log_of(config.model_copy(update={"output": str(tmp_path / "killed")})))
+    # A signal to one of them, between two states: both end after the update, when its state is there.
+    (tmp_path / "run.yaml").write_text(to_yaml(config).replace("minutes: 0.0", "minutes: 60.0"))
+    ended = run(2, "killed", "micro-batch@1=term", seconds=120)
+    assert ended.returncode != 0 and "SIGTERM: ending after this update" in ended.stdout
+    assert saved_states(tmp_path / "killed")[0].name == f"update-{before + 1:06d}"
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
     for processes, output in ((2, "killed"), (1, "alone")):
         done = run(processes, output)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -69,7 +69,7 @@ def straight(forks, shared, tiny):
 POINTS = [
     "sampling@1", "sampling@4", "micro-batch@1", "micro-batch@5", "save@1", "save@3", "save-policy@2",
     "save-optimizer@2", "save-average@2", "save-references@3", "save-manifest@1", "save-manifest@4", "save-rename@3",
-    "save-done@2", "save-done@6", "prune@2", "weights@1",
+    "save-done@2", "save-done@6", "prune@2", "weights-write@1", "weights@1",
 ]  # fmt: skip
 
 
@@ -122,6 +122,27 @@ def test_a_full_disk_while_saving_is_outlived_twice(run, straight):
     assert ended.code == 0, ended.err
     assert "could not be saved" in ended.out and "no space left" in ended.out
     assert_same_run(run.config, straight)
+
+
+def test_a_full_disk_while_pruning_or_logging_is_outlived(run, straight):
+    ended = run.train(fault="prune@1=full")
+    assert ended.code == 0 and "an older state could not be removed" in ended.out
+    assert_same_run(run.config, straight)
+
+
+def test_a_save_at_the_end_that_fails_is_an_error(run):
+    ended = run.train("--save.minutes", 60, fault="micro-batch@8=term")
+    assert ended.code == 130
+    ended = run.train("--save.minutes", 60, fault="save-manifest@1=full")
+    assert ended.code == 6 and "no space left" in ended.err
+    assert (run.output / "weights").is_dir(), "what was learned is there all the same"
+    assert run.train().code == 0
+
+
+def test_an_interruption_whose_save_fails_does_not_promise_to_go_on(forks, run):
+    run.file.write_text(run.file.read_text().replace("minutes: 0.0", "minutes: 60.0"))
+    ended = forks.run("train", run.file, fault="micro-batch@8=term,save-manifest@1=full")
+    assert ended.code == 6 and "goes on" not in ended.err and "no space left" in ended.err
 
 
 def test_a_disk_that_stays_full_ends_the_run_after_three_saves(run):
@@ -210,7 +231,16 @@ def test_a_manifest_of_a_newer_format_or_one_that_leads_elsewhere_is_refused(dam
     rewritten(older, lambda tree: tree.update(format=2))
     ended = damaged.train()
     assert ended.code == 6
-    assert "leads out of the folder" in ended.out and "format 2 is newer" in ended.out
+    assert "leads out of the folder" in ended.out and "format 2 is newer" in ended.err
+
+
+def test_a_state_of_a_newer_version_is_neither_passed_over_nor_renamed(damaged):
+    states = saved_states(damaged.output)
+    rewritten(states[0], lambda tree: tree.update(format=2))
+    for flags in ((), ("--train.beta", 5)):
+        ended = damaged.train(*flags)
+        assert ended.code == 6 and "take the version that wrote it" in ended.err
+        assert saved_states(damaged.output) == states
 
 
 def test_an_extra_file_does_no_harm(damaged, stopped):
@@ -256,6 +286,31 @@ def test_other_data_or_another_model_are_refused(damaged, tmp_path, shared, tiny
     shutil.copytree(tiny, tmp_path / "moved")
     ended = damaged.train("--model.path", tmp_path / "moved", "--train.updates", 3)
     assert ended.code == 0, ended.err
+
+
+def test_another_noise_schedule_is_another_model(damaged, tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "other")
+    file = tmp_path / "other" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    ended = damaged.train("--model.path", tmp_path / "other")
+    assert ended.code == 2 and "the model changed" in ended.err
+
+
+def test_no_room_for_the_past_policies_when_a_run_goes_on(damaged):
+    ended = damaged.train("--reference.host_gib", "1e-6", "--reference.disk_gib", "1e-6")
+    assert ended.code == 2 and "no room for the past policies of the run" in ended.err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "samples"])
+def test_somebodys_own_files_are_left_alone(run, name):
+    run.output.mkdir()
+    if name == "samples":
+        (run.output / name).mkdir()
+    else:
+        (run.output / name).write_text("mine")
+    ended = run.train()
+    assert ended.code == 2 and "holds no run that can go on" in ended.err
+    assert [path.name for path in run.output.iterdir()] == [name]
 
 
 def test_two_runs_do_not_share_a_folder(damaged):

@@ -162,6 +162,14 @@ class StableDiffusion:
             "dtype": str(self.dtype),
         }
 
+    def identity(self) -> str:
+        """A digest of all that decides what the UNet predicts and how it is sampled: weights, settings, schedule."""
+        settings = [dict(self.unet.config), self.scheduler_config]
+        # What begins with an underscore says where it was loaded from, and by which version.
+        plain = [{key: value for key, value in one.items() if not key.startswith("_")} for one in settings]
+        parts = [digest(self.unet), *(json.dumps(one, sort_keys=True, default=str) for one in plain)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads."""
         parts = {**self.pipe.components, "unet": _contiguous(self.pipe.unet), "vae": _contiguous(self.pipe.vae)}
