@@ -1,11 +1,11 @@
 """Makes the shipped motion adapter: `python -m seppo_fast.shapes.pretrain_motion --output DIR`.
 
-A tiny MotionAdapter in the diffusers format, on top of the shipped pipeline. First the adapter learns alone, then text
-encoder and cross-attention with it, then everything but the autoencoder: the pipeline has never read a word for a
-motion and tells "left" from "right" too faintly for motion modules alone. So the result is two folders, the adapter and
-the pipeline that it goes with. As with that pipeline's, the captions are deliberately noisy: some name another motion,
-so that there is something left to align. It is all trained on the linear schedule, as AnimateDiff is. Everything
-follows from `Settings.seed` (up to the machine's rounding).
+A tiny MotionAdapter in the diffusers format, and the pipeline that it goes with: the shipped one, trained further
+together with the adapter. That pipeline alone cannot carry it: at the high noise where a motion is decided, the noise
+that it predicts says nearly nothing of the picture, and it has never read a word for a motion. So this one predicts v,
+which at high noise is the picture itself (Salimans and Ho 2022). As with the pipeline's, the captions are deliberately
+noisy: some name another motion, so that there is something left to align. It is all trained on the linear schedule, as
+AnimateDiff is. Everything follows from `Settings.seed` (up to the machine's rounding).
 """
 
 import shutil
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
@@ -27,7 +28,6 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from . import PIPELINE
 from .motion import FRAMES, MOTIONS, all_captions, caption, moving_scene, noisy_caption, render
@@ -35,41 +35,18 @@ from .motion_judge import judge_all
 from .pretrain import TIMESTEPS, Report, _batches, _count, _tokenize, _update, _warm_cosine, encode
 from .world import SIZE
 
-SCHEDULE: dict[str, Any] = {  # AnimateDiff's
+SCHEDULE: dict[str, Any] = {  # AnimateDiff's, but for the prediction type
     "num_train_timesteps": TIMESTEPS,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "linear",
     "clip_sample": False,
     "timestep_spacing": "linspace",
+    "prediction_type": "v_prediction",
 }
 ADAPTER, BASE = "motion_adapter", "motion_pipeline"
 HEADS = 4
 MAX_FRAMES = 32
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the training.
-
-    Attributes:
-        learns: "adapter", "text" (the adapter, text encoder and cross-attention) or "all".
-        steps: Updates.
-        lr: Learning rate after a warm-up.
-        wrong: Share of captions that name another motion.
-        least: Least timestep that is trained on.
-        cools: Whether the learning rate falls to zero, as a cosine; else it stays.
-    """
-
-    learns: str
-    steps: int
-    lr: float
-    wrong: float
-    least: int = 0
-    cools: bool = False
-
-
-PHASES = (Phase("text", 2000, 1.5e-3, 0.2, cools=True),)
 
 
 @dataclass(frozen=True)
@@ -79,10 +56,12 @@ class Settings:
     Attributes:
         output: Where to write the folders `motion_adapter` and `motion_pipeline`.
         clips: Scenes to train on; clip i is `moving_scene(seed, i)`.
+        wrong: Share of captions that name another motion.
+        steps: Updates.
         batch: Clips in one of them.
+        lr: Peak learning rate.
         ema: Decay of the weights' moving average, which is what is saved.
         dropout: Share of prompts replaced by the empty one.
-        share: Of the phases' updates that are made; less is a trial.
         judged: Captions that the result is judged on, 288 at most, each from a noise of its own.
         sampler_steps: DDIM steps for that.
         seed: Of the scenes, captions, weights, order and noise.
@@ -90,10 +69,12 @@ class Settings:
 
     output: Path
     clips: int = 2500
+    wrong: float = 0.2
+    steps: int = 1500
     batch: int = 8
-    ema: float = 0.997
+    lr: float = 1e-3
+    ema: float = 0.995
     dropout: float = 0.1
-    share: float = 1.0
     judged: int = 96
     sampler_steps: int = 10
     seed: int = 0
@@ -105,16 +86,14 @@ def pretrain(settings: Settings) -> Report:
     torch.manual_seed(settings.seed)
     base = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None, local_files_only=True)
     scenes = [moving_scene(settings.seed, index) for index in range(settings.clips)]
+    captions = [noisy_caption(one, settings.seed, index, settings.wrong) for index, one in enumerate(scenes)]
     latents = encode_clips(base.vae, np.stack([render(one) for one in scenes]))
-    report(f"{len(scenes)} clips of {FRAMES} frames, {len({caption(one) for one in scenes})} different captions")
+    report(f"{len(scenes)} clips of {FRAMES} frames, {len(set(captions))} different captions")
 
     adapter = make_adapter(base.unet)
     unet = UNetMotionModel.from_unet2d(base.unet, adapter)
     report(f"parameters of the adapter: {_count(adapter)}")
-    for number, phase in enumerate(PHASES, start=1):
-        train(settings, phase, settings.seed + number, base, unet, latents, report)
-        torch.manual_seed(settings.seed + number)
-    unet.eval()
+    train(settings, base, unet, latents, captions, report)
     base.unet.load_state_dict({name: unet.get_parameter(name) for name, _ in base.unet.named_parameters()})
     save(settings.output, base, unet)
     pipeline = AnimateDiffPipeline(
@@ -138,6 +117,8 @@ def save(folder: Path, base: StableDiffusionPipeline, unet: UNetMotionModel) -> 
     shutil.copytree(PIPELINE, folder / BASE, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
     base.unet.save_pretrained(folder / BASE / "unet")
     base.text_encoder.save_pretrained(folder / BASE / "text_encoder")
+    base.scheduler.register_to_config(prediction_type=SCHEDULE["prediction_type"])
+    base.scheduler.save_pretrained(folder / BASE / "scheduler")
 
 
 def make_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
@@ -158,60 +139,39 @@ def make_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
 
 def train(
     settings: Settings,
-    phase: Phase,
-    seed: int,
     base: StableDiffusionPipeline,
     unet: UNetMotionModel,
     latents: Tensor,
+    captions: list[str],
     report: Report,
 ) -> None:
-    """Trains what `phase` names, in `unet` and the text encoder of `base`, to predict the noise.
-
-    The squared error at timestep t is divided by alphas_cumprod[t] ** 0.5: which way a thing moves is decided at high
-    noise, where plain errors are smallest. What is left in the trained weights is their average.
-    """
-    steps = max(1, round(phase.steps * settings.share))
-    trained = choose_trained(unet, base.text_encoder, phase.learns)
-    scenes = [moving_scene(settings.seed, index) for index in range(len(latents))]
-    captions = [noisy_caption(one, settings.seed, index, phase.wrong) for index, one in enumerate(scenes)]
+    """Trains `unet` and the text encoder of `base` to predict v; leaves the averaged weights in them."""
+    modules = nn.ModuleList([unet.train(), base.text_encoder.train()])
+    trained = list(modules.parameters())
     ids, empty = _tokenize(base.tokenizer, captions), _tokenize(base.tokenizer, [""])
     noising = DDPMScheduler(**SCHEDULE)
-    weights = noising.alphas_cumprod**-0.5
-    weights = weights / weights.mean()
-    optimizer = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.01)
     average = [parameter.detach().clone() for parameter in trained]
     losses = []
-    for step, rows in enumerate(_batches(len(latents), settings.batch, steps, seed)):
+    for step, rows in enumerate(_batches(len(latents), settings.batch, settings.steps, settings.seed + 1)):
         drop = torch.rand(len(rows), 1) < settings.dropout
         embeds = base.text_encoder(torch.where(drop, empty, ids[rows]))[0].repeat_interleave(FRAMES, dim=0)
         noise = torch.randn(len(rows), *latents.shape[1:])
-        timesteps = torch.randint(phase.least, TIMESTEPS, (len(rows),))
+        timesteps = torch.randint(TIMESTEPS, (len(rows),))
         predicted = unet(noising.add_noise(latents[rows], noise, timesteps), timesteps, embeds).sample
-        loss = ((predicted - noise).square().mean((1, 2, 3, 4)) * weights[timesteps]).mean()
-        warm = min(1.0, (step + 1) / 100)
-        _update(loss, optimizer, phase.lr * (_warm_cosine(step, steps) if phase.cools else warm))
+        loss = F.mse_loss(predicted, noising.get_velocity(latents[rows], noise, timesteps))
+        _update(loss, optimizer, settings.lr * _warm_cosine(step, settings.steps))
         # The average forgets the first steps faster than `ema` would.
         decay = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 1 - decay)
         losses.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            report(f"{phase.learns} {step + 1}/{steps}  loss {np.mean(losses):.4f}")
+        if (step + 1) % 100 == 0 or step + 1 == settings.steps:
+            report(f"adapter {step + 1}/{settings.steps}  loss {np.mean(losses):.4f}")
             losses = []
     with torch.no_grad():
         for parameter, value in zip(trained, average, strict=True):
             parameter.copy_(value)
-
-
-def choose_trained(unet: UNetMotionModel, text_encoder: CLIPTextModel, learns: str) -> list[nn.Parameter]:
-    """Leaves gradients to what a phase's `learns` names; returns those parameters."""
-    parts = {"adapter": ("motion_modules",), "text": ("motion_modules", ".attn2."), "all": ("",)}[learns]
-    trained = []
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(any(part in name for part in parts))
-        if parameter.requires_grad:
-            trained.append(parameter)
-    text_encoder.requires_grad_(learns != "adapter")
-    return trained + (list(text_encoder.parameters()) if learns != "adapter" else [])
+    modules.eval()
 
 
 @torch.no_grad()
@@ -274,15 +234,15 @@ def write_cards(settings: Settings, lines: list[str]) -> None:
     text = f"""# A tiny motion adapter for the world of shapes
 
 Clips of {FRAMES} frames of {SIZE}x{SIZE} pixels in which one coloured shape {", ".join(MOTIONS[:-1])} or {MOTIONS[-1]}.
-Trained on captions of which {PHASES[0].wrong:.0%}, at last {PHASES[-1].wrong:.0%}, name another motion. It exists to be
-aligned, and knows nothing else. It goes with the pipeline in `../{BASE}` and needs AnimateDiff's linear schedule:
+Trained on captions of which {settings.wrong:.0%} name another motion. It exists to be aligned, and knows nothing else.
+It goes with the pipeline in `../{BASE}`, predicts v, and needs AnimateDiff's linear schedule:
 
 ```python
 folder = seppo_fast.shapes.PIPELINE.parent
 adapter = MotionAdapter.from_pretrained(folder / "{ADAPTER}")
 scheduler = DDIMScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="linear",
-    steps_offset=1, clip_sample=False, timestep_spacing="linspace",
+    steps_offset=1, clip_sample=False, timestep_spacing="linspace", prediction_type="v_prediction",
 )
 pipeline = AnimateDiffPipeline.from_pretrained(folder / "{BASE}", motion_adapter=adapter, scheduler=scheduler)
 ```
@@ -303,8 +263,8 @@ which training has seen; a clip of the right thing with another motion scores 0.
     (settings.output / ADAPTER / "README.md").write_text(text, encoding="utf-8")
     base = f"""# The small Stable Diffusion that the motion adapter goes with
 
-The pipeline in `../pipeline`, with a text encoder and a UNet that know words for motions. Its card, and how it
-was made, are in `../{ADAPTER}`. Autoencoder, tokenizer and scheduler are the same files.
+The pipeline in `../pipeline`, trained further with the motion adapter in `../{ADAPTER}`, whose card says how.
+It predicts v, as its scheduler says. Autoencoder and tokenizer are the same files.
 """
     (settings.output / BASE / "README.md").write_text(base, encoding="utf-8")
 
