@@ -19,7 +19,7 @@ MOST = 0.75  # share of the frames that must agree
 # one motion than to another. A jump half-way, which is no motion, strays from its fitted line by a quarter of its
 # height (root mean square); three quarters of what the least jump leaves is the most that counts as smooth. Clean
 # clips that went through the shipped autoencoder miss the true offsets by at most 0.3 pixels and 0.14, and stray by at
-# most 0.13 pixels and 0.05 (200 clips, and 700 of an earlier world with moves of 8 to 12 pixels anywhere).
+# most 0.13 pixels and 0.05 (300 clips).
 LEAST_GROWTH = float(np.log(AREAS["large"][0] / AREAS["small"][1]))
 MIN_TRAVEL, MAX_STRAY = TRAVEL[0] / 2, TRAVEL[0] * 3 / 16  # pixels
 MIN_GROWTH, MAX_FLICKER = LEAST_GROWTH / 2, LEAST_GROWTH * 3 / 16  # of the area's logarithm

@@ -116,6 +116,8 @@ def save(folder: Path, base: StableDiffusionPipeline, unet: UNetMotionModel) -> 
     unet.save_motion_modules(folder / ADAPTER)
     shutil.copytree(PIPELINE, folder / BASE, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
     base.unet.save_pretrained(folder / BASE / "unet")
+    # The one that was just written names the folder on this machine that the UNet came from.
+    shutil.copyfile(PIPELINE / "unet" / "config.json", folder / BASE / "unet" / "config.json")
     base.text_encoder.save_pretrained(folder / BASE / "text_encoder")
     base.scheduler.register_to_config(prediction_type=SCHEDULE["prediction_type"])
     base.scheduler.save_pretrained(folder / BASE / "scheduler")
@@ -241,8 +243,13 @@ It goes with the pipeline in `../{BASE}`, predicts v, and needs AnimateDiff's li
 folder = seppo_fast.shapes.PIPELINE.parent
 adapter = MotionAdapter.from_pretrained(folder / "{ADAPTER}")
 scheduler = DDIMScheduler(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="linear",
-    steps_offset=1, clip_sample=False, timestep_spacing="linspace", prediction_type="v_prediction",
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="linear",
+    steps_offset=1,
+    clip_sample=False,
+    timestep_spacing="linspace",
+    prediction_type="v_prediction",
 )
 pipeline = AnimateDiffPipeline.from_pretrained(folder / "{BASE}", motion_adapter=adapter, scheduler=scheduler)
 ```
