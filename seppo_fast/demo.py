@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVE_PROMPTS, CURVE_EVERY = 120, 10
+CURVE_CLIPS = 40  # a clip takes as long as several pictures
 GRID_PROMPTS = 6
 
 
@@ -43,7 +44,8 @@ class ScoreCurve:
             )
             self.points.append((updates, float(scores.mean())))
             print(
-                f"judge after {updates} updates: {scores.mean():.3f} ({CURVE_PROMPTS} development prompts)", flush=True
+                f"judge after {updates} updates: {scores.mean():.3f} ({len(self._prompts)} development prompts)",
+                flush=True,
             )
 
 
@@ -51,7 +53,7 @@ def demo(config: Config) -> None:
     """Trains, judges base and aligned on held-out prompts at the same seeds, writes the picture and `result.json`."""
     started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
-    curve = ScoreCurve(development[:CURVE_PROMPTS])
+    curve = ScoreCurve(development[: CURVE_CLIPS if config.model.motion_adapter else CURVE_PROMPTS])
     weights = train(config, curve)
     folder = Path(config.output)
     print(f"judging base and aligned on {len(prompts)} held-out prompts ...", flush=True)
@@ -104,7 +106,7 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pict
     for panel, (title, lines) in zip("ABC", panels.items(), strict=True):
         _curve(axes[panel], title, updates, {name: [entry[key] for entry in log] for name, key in lines.items()})
     judged, scores = zip(*points, strict=True)
-    _curve(axes["D"], f"judge's score ({CURVE_PROMPTS} development prompts)", judged, {"policy": scores})
+    _curve(axes["D"], "judge's score (development prompts)", judged, {"policy": scores})
     axes["G"].imshow(side_by_side(prompts, pictures, cell=64 if clips else 128))
     axes["G"].axis("off")
     axes["G"].set_title("held-out prompts, same seeds")

@@ -22,7 +22,7 @@ from seppo_fast.shapes.world import SIZE, caption, scene
 # Streams of the shapes world, and seeds of the noise that pictures start from. Settings are chosen on the first.
 DEVELOPMENT, REPORT = 1001, 2002
 DEVELOPMENT_PROMPTS, REPORT_PROMPTS = 400, 1200
-CLIPS_PER_PROMPT = 8
+CLIPS_PER_PROMPT = 4
 
 
 def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list[str]:
