@@ -60,7 +60,7 @@ setup(
         "tyro>=1",
     ],
     extras_require={
-        "video": ["av>=15"],
+        "video": ["av>=16"],
         "xformers": ["xformers>=0.0.35"],  # earlier ones pin one torch version each
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.

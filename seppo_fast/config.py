@@ -303,6 +303,15 @@ def refuse_contradictions(config: Config) -> None:
 
 
 def _refuse_what_only_clips_have(config: Config) -> None:
+    model = config.model
+    together = (model.path == "shapes-motion") == (model.motion_adapter == "shapes")
+    if model.path in ("shapes", "shapes-motion") and not together:
+        raise ConfigError(
+            "the embedded parts go together: model.path = shapes for pictures; model.path = shapes-motion with "
+            "model.motion_adapter = shapes for clips"
+        )
+    if model.temporal_attention == "triton" and config.data.frames > 32:
+        raise ConfigError(f"model.temporal_attention = triton takes 32 frames, data.frames = {config.data.frames}")
     if config.model.train == "full" and config.model.lora_on != "both":
         raise ConfigError(f"model.lora_on = {config.model.lora_on!r} needs model.train = lora")
     if config.model.motion_adapter:

@@ -133,7 +133,8 @@ def model_card(config: Config, saved: SavedState, form: Format, average: bool) -
         **adapter,
         "trained": "all weights of the UNet" if config.model.train == "full" else lora,
         "weights": "moving average" if average else "raw",
-        "data": f"{config.data.source}, {config.data.resolution} pixels",
+        "data": f"{config.data.source}, {config.data.resolution} pixels"
+        + (f", {config.data.frames} frames" if adapter else ""),
         "objective": f"{config.objective}, beta {config.train.beta:g} (times a mean over latent elements)",
         "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
         "references": f"a new past policy every {config.train.updates_per_iteration} updates",

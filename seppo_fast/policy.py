@@ -32,7 +32,8 @@ def make_trainable(unet: UNet, config: ModelConfig, seed: int) -> None:
     if config.train == "full":
         unet.requires_grad_(True)
     else:
-        unet.to(DTYPES[config.precision])
+        for parameter in unet.parameters():  # not the buffers: positions stay as they were trained
+            parameter.data = parameter.data.to(DTYPES[config.precision])
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_rank,

@@ -80,9 +80,12 @@ class Trainer:
         self.family = load_family(config, device)
         self.unet = self.family.unet
         schedule = NoiseSchedule(self.family.scheduler_config)
+        self._fingerprints = {"model": self.family.identity()}
+        if saved is not None:
+            refuse_other_content(saved, self._fingerprints)
         with self.accelerator.main_process_first():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
-        self._fingerprints = {"model": self.family.identity(), "data": self.cache.fingerprint}
+        self._fingerprints["data"] = self.cache.fingerprint
         if saved is not None:
             refuse_other_content(saved, self._fingerprints)
         make_trainable(self.unet, config.model, config.seed)

@@ -45,7 +45,8 @@ def clips(tmp_path):
 
 def run_file(tiny, adapter, clips, folder, name, **sections):
     config = tiny_config(
-        tiny, folder, output=str(folder / name), model={"train": "lora", "motion_adapter": str(adapter)},
+        tiny, folder, output=str(folder / name),
+        model={"train": "lora", "motion_adapter": str(adapter), "precision": "bf16"},
         data={"source": str(clips), "frames": FRAMES, "flip": True}, save={"minutes": 0},
         train={"updates": 2, "updates_per_iteration": 1, "pairs_per_update": 4, "micro_batch": 2}, **sections,
     )  # fmt: skip
@@ -69,11 +70,20 @@ def test_videos_train_through_the_command_line(tiny, adapter, clips, tmp_path, f
     exported = forks.run("export", tmp_path / "straight", "--output", tmp_path / "lora")
     assert exported.code == 0, exported.err
     assert forks.run("export", tmp_path / "straight", "--format", "comfyui").code == 2
+    whole = forks.run("export", tmp_path / "straight", "--format", "diffusers", "--output", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    refused = forks.run("train", file, "--model.path", tmp_path / "whole", "--output", tmp_path / "again")
+    assert refused.code == 2 and "is an AnimateDiffPipeline" in refused.err
     pipe = AnimateDiffPipeline.from_pretrained(tiny, motion_adapter=MotionAdapter.from_pretrained(adapter))
     pipe.load_lora_weights(tmp_path / "lora")
     noise = torch.randn(1, 4, FRAMES, 8, 8, generator=torch.Generator().manual_seed(0))
     made = pipe("a clip", num_frames=FRAMES, num_inference_steps=1, latents=noise, output_type="np").frames
     assert made.shape == (1, FRAMES, 16, 16, 3) and np.isfinite(made).all()
+    merged = AnimateDiffPipeline.from_pretrained(tmp_path / "whole")
+    again = merged("a clip", num_frames=FRAMES, num_inference_steps=1, latents=noise, output_type="np").frames
+    assert np.abs(again - made).max() < 1e-4
+    positions = {name: tensor for name, tensor in merged.unet.state_dict().items() if name.endswith(".pe")}
+    assert positions and all(torch.equal(tensor, pipe.unet.state_dict()[name]) for name, tensor in positions.items())
     entries = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
     assert entries[0]["aaf_rate"] == 1
 

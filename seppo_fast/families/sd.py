@@ -219,6 +219,11 @@ def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
         return str(StableDiffusionPipeline.load_config(where).get("_class_name"))
 
     found = load_as("model.path", where, "a Stable Diffusion pipeline", kind)
+    if found == "AnimateDiffPipeline" and found not in allowed:
+        raise ConfigError(
+            f"model.path = {path!r} is an AnimateDiffPipeline: give the Stable Diffusion pipeline here, and the motion "
+            "modules as model.motion_adapter"
+        )
     if found not in allowed:
         raise ConfigError(
             f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline: it is a {found}, the SD-1.5 "
