@@ -33,7 +33,7 @@ demo-video: setup
 	$(VENV)/bin/seppo-fast demo --clips
 
 test: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .

@@ -7,8 +7,9 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # the trainer runs on the CPU here; w
 # torch.compile keeps compiled steps on disk and does not see when an operator's backward changes.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each fork after a first use warns
-# The order of CPU reductions depends on the number of threads: the same number on every machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The order of CPU reductions depends on the number of threads: the same number on every machine. One, since `make test`
+# runs two files at a time, and two torch processes with two threads each on two cores take many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
