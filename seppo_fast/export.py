@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seppo_fast import __version__
-from seppo_fast.config import Config, parse_config, to_yaml
+from seppo_fast.config import Config, to_yaml
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.files import free_name, staged_folder
 from seppo_fast.policy import lora_weights, make_trainable, trainable
-from seppo_fast.resume import refuse_other_content
+from seppo_fast.resume import refuse_other_content, saved_config
 from seppo_fast.saved_state import SavedState, newest_state
 from seppo_fast.state import AVERAGE, load_policy, on_cpu
 
@@ -62,7 +62,7 @@ def export(
     saved = newest_state(run, report)
     if saved is None:
         raise ConfigError(f"{run}: no run with a saved state is there")
-    config = _config(saved)
+    config = saved_config(saved)
     config = config.model_copy(update={"model": config.model.model_copy(update=model or {})})
     lora = config.model.train == "lora"
     form = form or ("lora" if lora else "diffusers")
@@ -80,13 +80,6 @@ def export(
         (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
     report(f"{form}, after update {saved.update}, {'moving average' if average else 'raw weights'}: {folder}")
     return folder
-
-
-def _config(saved: SavedState) -> Config:
-    try:
-        return parse_config(saved.numbers["config"], str(saved.folder))
-    except (KeyError, ConfigError) as problem:
-        raise CheckpointError(f"{saved.folder}: its configuration cannot be read ({problem})") from problem
 
 
 def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[StableDiffusion, bool]:

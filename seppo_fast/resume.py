@@ -37,7 +37,7 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
             are finished.
         CheckpointError: a saved configuration that cannot be read.
     """
-    before, chosen, now = _flat(_read(saved, "asked")), _flat(_read(saved, "config")), _flat(asked)
+    before, chosen, now = _flat(saved_config(saved, "asked")), _flat(saved_config(saved)), _flat(asked)
     changed = {key for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} = {before.get(key)!r}, not {now[key]!r}" for key in sorted(changed - _MAY_CHANGE)]
     if refused:
@@ -78,7 +78,12 @@ def refuse_other_content(saved: SavedState, fingerprints: dict[str, str]) -> Non
         )
 
 
-def _read(saved: SavedState, name: str) -> Config:
+def saved_config(saved: SavedState, name: str = "config") -> Config:
+    """The configuration in a state: the one that ran, or the one that was `asked` for.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         return parse_config(saved.numbers[name], f"{saved.folder}: {name}")
     except (KeyError, ConfigError) as problem:
