@@ -81,6 +81,42 @@ def full_size_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def soak_table(result: dict[str, Any]) -> str:
+    """What `benchmarks.faults` saw."""
+    hits = ", ".join(f"{count} x {name}" for name, count in sorted(result["disturbed"].items()))
+    stalls = ", ".join(f"{100 * share:.1f} % ({kind})" for kind, share in result["save_stall"].items())
+    rows = {
+        "kills (SIGKILL)": f"{result['kills']:,}",
+        "all disturbances": hits,
+        "runs brought to their end": f"{result['runs']} of {result['updates']} updates, every byte compared",
+        "**corrupt resumes**": f"**{len(result['corrupt'])}**",
+        "updates made again after one": f"{result['lost_mean']:.2f} on average, {result['lost_most']} at most",
+        "from the command to the first update": f"{result['seconds_to_first_update']:.2f} s of a run that begins, "
+        f"{result['seconds_to_resumed_update']:.2f} s of one that goes on (medians; imports, some 5 s, left out)",
+        "training waits for saving, a state after every update": stalls,
+    }
+    return "\n".join(
+        [
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+            f"`{result['command']}`: {result['seconds'] / 60:.0f} minutes on {result['device']}, torch "
+            f"{result['torch']}, commit {result['commit']}.",
+        ]
+    )
+
+
+def flat_line(result: dict[str, Any]) -> str:
+    """What `benchmarks.flat` saw."""
+    growth, last = result["growth"], result["last"]
+    return (
+        f"`{result['command']}`: over {result['updates']:,} updates, from the second quarter to the last, memory "
+        f"{growth['memory'] / 2**20:+.1f} MiB (of {last['memory'] / 2**20:.0f}), threads {growth['threads']:+.0f}, open "
+        f"files {growth['handles']:+.0f}, files on disk {growth['files']:+.0f}; commit {result['commit']}."
+    )
+
+
 def suite_rows(on_cpu: bool) -> list[dict[str, Any]]:
     """The committed rows of `benchmarks.run` on a CPU, or on GPUs; of each suite the newest of each device.
 
@@ -105,6 +141,8 @@ def tables() -> dict[str, str]:
         "full-size-clips": full_size_table,
         "census": census_table,
         "exactness": exactness_table,
+        "faults": soak_table,
+        "flat": flat_line,
     }
     for name, make in makers.items():
         file = RESULTS / f"{name}.json"

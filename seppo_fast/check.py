@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import truncation
 from seppo_fast.data.scan import scan
-from seppo_fast.dial import checkpoints, turn_dial
+from seppo_fast.dial import DIAL, checkpoints, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
+from seppo_fast.duration import seconds_of_run
 from seppo_fast.errors import DataError
+from seppo_fast.estimate import Need, need_of, room_on, size
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.memory import free_bytes, sampling_footprint, training_footprint
+from seppo_fast.forward import Forward
+from seppo_fast.journal import duration
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, make_trainable, trainable
 from seppo_fast.preflight import preflight
@@ -34,8 +39,8 @@ def check(config: Config) -> int:
     objective = OBJECTIVES[config.objective]
     print(f"objective: {objective.source}")
     source = preflight(config, device, processes=1)
-    family = load_family(config, torch.device("cpu"))
-    NoiseSchedule(family.scheduler_config)
+    family = load_family(config, device)
+    schedule = NoiseSchedule(family.scheduler_config)
     Sampler(family.scheduler_config, config.sampler)
     shape = family.latent_shape(config.data.resolution)
     problems = scan(source, losers=objective.needs_pairs, frames=family.frames)
@@ -46,53 +51,39 @@ def check(config: Config) -> int:
         print(line)
     ties = f", {source.ties} ties dropped" if source.ties else ""
     print(f"data: {len(source)} examples, {len(problems)} bad{ties}")
-    make_trainable(family.unet, config.model, config.seed)
+    room = room_on(device)
+    need = need_of(config, family, device, DIAL[config.memory].share * room)
+    print(f"device memory, of {size(room)} on {device.type}:")
+    print("\n".join(need.table()))
+    for line in _places(config, family, need, device):
+        print(line)
     text = len(prompts) * family.pipe.tokenizer.model_max_length * family.unet.config.cross_attention_dim
     latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
-    prompt_shape = (family.pipe.tokenizer.model_max_length, family.unet.config.cross_attention_dim)
-    for line in _memory(config, family, shape, prompt_shape, device):
-        print(line)
-    print(f"disk: {_size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
+    print(f"disk: {size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
+    states = need.trained + need.optimizer
+    print(f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, and the past policies once")
+    forward = Forward(family, schedule, DTYPES[config.model.precision])
+    seconds = seconds_of_run(config, need, family, forward)
+    print(
+        f"eta: about {duration(seconds)} on one such {device.type} for {config.train.updates} updates, by one forward"
+    )
     return DataError.exit_code if problems else 0
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def _places(config: Config, family: StableDiffusion, need: Need, device: torch.device) -> Iterator[str]:
+    """Where past policies go, and what waits in host memory."""
+    every = sum(weight.numel() for weight in family.unet.parameters())
+    make_trainable(family.unet, config.model, config.seed)
+    yield f"trained: {sum(weight.numel() for weight in trainable(family.unet).values()):,} of {every:,} weights"
+    references = checkpoints(config)
+    slab = Table.of(family.unet, DTYPES[config.model.precision]).size if references else 0
+    yield (
+        f"past policies: {references} of {size(slab)}, in GPU memory, else in {_tier(config.reference.host_gib)} of "
+        f"the machine's memory, else on {_tier(config.reference.disk_gib)} of disk"
+    )
+    if need.parked and device.type == "cuda":
+        yield f"host memory: {size(need.optimizer + need.trained)} a process for what is parked"
 
 
 def _tier(gib: float | None) -> str:
-    return "what is free" if gib is None else _size(int(gib * 2**30))
-
-
-def _memory(
-    config: Config,
-    family: StableDiffusion,
-    latent_shape: tuple[int, ...],
-    prompt_shape: tuple[int, int],
-    device: torch.device,
-) -> list[str]:
-    """What can be counted before a run: weights, gradients, Adam, references, and what batches add."""
-    unet = family.unet
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
-    trained = sum(parameter.numel() for parameter in trainable(unet).values())
-    states = 2 * trained * (1 if config.train.optimizer == "adamw8bit" else 4)
-    average = trained * 4 if config.train.ema_decay else 0
-    parked = config.reference.park or (config.reference.park is None and config.memory == "low")
-    references = checkpoints(config)
-    slab = Table.of(unet, DTYPES[config.model.precision]).size if references else 0
-    shapes = (latent_shape, prompt_shape, DTYPES[config.model.precision], device)
-    pair = training_footprint(unet, *shapes, denoise=family.denoise)
-    sample = sampling_footprint(unet, *shapes, guided=config.sampler.guidance > 1, denoise=family.denoise)
-    return [
-        f"trained: {trained:,} of {sum(parameter.numel() for parameter in unet.parameters()):,} weights",
-        f"device memory: {_size(weights + states + average + (0 if parked else slab))} for weights, "
-        f"optimizer{' and a reference' if slab and not parked else ''}",
-        f"  and while learning {_size(pair.fixed)} and {_size(pair.per_row)} a pair "
-        f"(train.micro_batch = {config.train.micro_batch or 'what fits'})",
-        f"  or while sampling {_size(sample.fixed)} and {_size(sample.per_row)} a sample "
-        f"(sampler.batch = {config.sampler.batch or 'what fits'})",
-        f"  of {_size(free_bytes(device))} free now on {device}",
-        f"references: {references} of {_size(slab)}, in GPU memory, else in {_tier(config.reference.host_gib)} of the "
-        f"machine's memory, else on {_tier(config.reference.disk_gib)} of disk",
-        *([f"host memory: {_size(states + trained * 4)} a process for what is parked"] if parked else []),
-    ]
+    return "what is free" if gib is None else size(gib * 2**30)

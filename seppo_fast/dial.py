@@ -61,7 +61,7 @@ _FEW_SAMPLES = 16
 # Of a GPU's free memory, for past policies.
 _POOL_SHARE = 0.15
 # A CPU is busy with a few rows; more only leave its caches.
-_CPU_ROWS = 32
+CPU_ROWS = 32
 
 
 def turn_dial(config: Config, device: torch.device) -> Config:
@@ -73,7 +73,7 @@ def turn_dial(config: Config, device: torch.device) -> Config:
     if config.model.compile is None:
         ahead = config.reference.errors == "ahead"
         model["compile"] = setting.compile and device.type == "cuda" and ahead
-    return _filled(config, model=model)
+    return filled(config, model=model)
 
 
 def fit_to_machine(
@@ -107,7 +107,7 @@ def fit_to_machine(
     if config.train.micro_batch is None:
         config = _with_micro_batch(config, unet, training_footprint(unet, **shapes), accelerator)
     if config.reference.park is None and (DIAL[config.memory].park or accelerator.device.type != "cuda"):
-        config = _filled(config, reference={"park": DIAL[config.memory].park})  # on a CPU it moves nothing
+        config = filled(config, reference={"park": DIAL[config.memory].park})  # on a CPU it moves nothing
     guided = config.sampler.guidance > 1
     if config.sampler.batch is None or config.reference.park is None:
         config = _with_batch(config, unet, sampling_footprint(unet, **shapes, guided=guided), accelerator)
@@ -122,28 +122,28 @@ def fit_to_machine(
         forwards=evaluations / (2 * config.reference.uses) + (1 if objective.draw else 0),
     )
     (attention,) = broadcast_object_list([attention])
-    return _filled(config, model={"attention": attention})
+    return filled(config, model={"attention": attention})
 
 
 def _with_pool(config: Config, unet: UNet, accelerator: Accelerator) -> Config:
     slab = Table.of(unet, DTYPES[config.model.precision]).size
     most = int(_POOL_SHARE * free_bytes(accelerator.device)) // slab
     mine = torch.tensor([min(most, checkpoints(config))], device=accelerator.device)
-    return _filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
+    return filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
 
 
 def _with_micro_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
-    beside = _learner_bytes(config, unet) + _pool_bytes(config, unet, accelerator.device)
+    beside = learner_bytes(config, unet) + pool_bytes(config, unet, accelerator.device)
     most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
-    return _filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
+    return filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
 
 
 def _with_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
-    average = _trained_bytes(unet) if config.train.ema_decay else 0
-    pool = _pool_bytes(config, unet, accelerator.device)
-    beside = _learner_bytes(config, unet) + pool
+    average = trained_bytes(unet) if config.train.ema_decay else 0
+    pool = pool_bytes(config, unet, accelerator.device)
+    beside = learner_bytes(config, unet) + pool
     most = config.sampler.batch or setting.batch
     park = config.reference.park
     if park is None:
@@ -151,19 +151,19 @@ def _with_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: A
     batch = config.sampler.batch
     if batch is None:
         batch = _fitting(setting, footprint, average + pool if park else beside, most, accelerator)
-    return _filled(config, sampler={"batch": batch}, reference={"park": park})
+    return filled(config, sampler={"batch": batch}, reference={"park": park})
 
 
 def _fitting(setting: Setting, footprint: Footprint, beside: int, most: int, accelerator: Accelerator) -> int:
     """At least 1: whether one row fits is better found out by trying than refused on an estimate."""
     device = accelerator.device
     if device.type == "cpu":
-        most = min(most, _CPU_ROWS)
+        most = min(most, CPU_ROWS)
     rows = max(1, footprint.largest(int(setting.share * free_bytes(device)) - beside, most))
     return int(accelerator.gather(torch.tensor([rows], device=device)).min())
 
 
-def _trained_bytes(unet: UNet) -> int:
+def trained_bytes(unet: UNet) -> int:
     return sum(weight.numel() * weight.element_size() for weight in trainable(unet).values())
 
 
@@ -176,7 +176,7 @@ def checkpoints(config: Config) -> int:
     return min(made, 2 if draw == "newest" else config.reference.keep or made)
 
 
-def _pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
+def pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
     """Of the device's memory: past policies that stay there, the one that is resident, one that comes up."""
     count = checkpoints(config)
     if not count:
@@ -189,13 +189,13 @@ def _pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
     return kept + slab + (slab if comes_up else 0)
 
 
-def _learner_bytes(config: Config, unet: UNet) -> int:
+def learner_bytes(config: Config, unet: UNet) -> int:
     """Of what the learner adds to the weights and their gradients: Adam's two moments, the moving average."""
     moments = 0.5 if config.train.optimizer == "adamw8bit" else 2
-    return int(_trained_bytes(unet) * (moments + (1 if config.train.ema_decay else 0)))
+    return int(trained_bytes(unet) * (moments + (1 if config.train.ema_decay else 0)))
 
 
-def _filled(config: Config, **sections: dict[str, Any]) -> Config:
+def filled(config: Config, **sections: dict[str, Any]) -> Config:
     """`config` with keys of its sections set."""
     changed = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items() if keys}
     return config.model_copy(update=changed)

@@ -14,12 +14,12 @@ _passed: Counter[str] = Counter()
 def fault(name: str) -> None:
     """Fails here if the variable `SEPPO_FAULT` asks for it.
 
-    `NAME=kill` (SIGKILL), `NAME=term` (SIGTERM, as an interruption), `NAME=full` (no space left), `NAME=error` (a
-    RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process comes by; `NAME@3=...` the third time;
-    `NAME@3+=...` from then on. Several, for different names, are separated by commas.
+    `NAME=kill` (SIGKILL), `NAME=term` (SIGTERM, as an interruption), `NAME=full` (no space left), `NAME=memory` (none
+    left), `NAME=error` (a RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process comes by;
+    `NAME@3=...` the third time; `NAME@3+=...` from then on. Several, for different names, are separated by commas.
 
     Raises:
-        OSError, RuntimeError: as asked for.
+        OSError, RuntimeError, MemoryError: as asked for.
         ValueError: the variable asks for something else.
     """
     wanted = os.environ.get("SEPPO_FAULT")
@@ -41,7 +41,9 @@ def fault(name: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif kind == "error":
         raise RuntimeError(f"fault {name}")
+    elif kind == "memory":
+        raise MemoryError(f"fault {name}")
     elif kind == "sleep":
         time.sleep(float(seconds))
     else:
-        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown, use kill, term, full, error or sleep:SECONDS")
+        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown, use kill, term, full, error, memory or sleep:SECONDS")

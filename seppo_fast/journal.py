@@ -84,12 +84,13 @@ def progress_line(number: int, updates: int, stats: dict[str, float]) -> str:
         parts.append(winner)
     parts.append(f"|grad| {stats['grad_norm']:.2f}" + (" SKIPPED: not finite" if stats["skipped"] else ""))
     parts.append(f"{stats['pairs_per_second']:.3g} pairs/s")
-    parts.append(f"eta {_duration((updates - number) * stats['seconds'])}")
+    parts.append(f"eta {duration((updates - number) * stats['seconds'])}")
     parts.append(f"{stats['memory_gib']:.1f} GB")
     return "  ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -20,6 +20,7 @@ from seppo_fast.data.examples import Source
 from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
+from seppo_fast.estimate import out_of_memory
 from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
@@ -29,6 +30,7 @@ from seppo_fast.forward import Forward
 from seppo_fast.interrupt import Interrupted, Interruption
 from seppo_fast.journal import Journal
 from seppo_fast.learner import Learner
+from seppo_fast.memory import is_out_of_memory
 from seppo_fast.node import Node
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.pairs import PairMaker
@@ -208,6 +210,7 @@ class Trainer:
         Raises:
             Interrupted: a signal came.
             CheckpointError: and the state could not be saved.
+            OutOfMemoryError: with what takes the memory, and settings that would take less.
         """
         try:
             with self.interruption:
@@ -219,6 +222,11 @@ class Trainer:
                     self.accelerator.wait_for_everyone()  # a launcher kills the others when one leaves
                     done = f"after update {self.finished}; the same command goes on"
                     raise Interrupted(f"interrupted {done if self.finished else 'before an update'}") from None
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    problem = (str(error).splitlines() or ["allocation failed"])[0]
+                    raise out_of_memory(self.config, self.family, self.accelerator.device, problem) from error
         finally:
             try:
                 self._saver.wait()

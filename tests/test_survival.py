@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.forks import Forks
 from seppo_fast.config import to_yaml
 from seppo_fast.saved_state import saved_states
-from tests.forks import Forks
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run
 from tests.tiny import tiny_pipeline

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
 
+from benchmarks.forks import Forks
 from seppo_fast.config import to_yaml
 from tests.clips import numbered_frames, write_clip
-from tests.forks import Forks
 from tests.runs import tiny_config
 from tests.test_resume import assert_same_run
 from tests.tiny import tiny_adapter

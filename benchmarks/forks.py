@@ -1,0 +1,135 @@
+"""The command line in forked processes: real exits and real kills, without importing everything again each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code; negative: the signal that killed it.
+        out: what it printed.
+        err: what it printed as errors.
+        seconds: it took, from the fork on.
+        times: when each line of `out` came, in seconds from the fork on.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    times: tuple[float, ...]
+
+
+class Forks:
+    """A process that has imported everything and forks for each command; a context manager.
+
+    Args:
+        folder: for what the commands print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Forks:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.forks"],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+    def run(self, *argv: object, fault: str = "", seconds: float | None = None) -> Ended:
+        """`seppo-fast ARGV` with `SEPPO_FAULT`; killed after `seconds` where they are given."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        err = self._folder / "err.txt"
+        order = {"argv": [str(word) for word in argv], "fault": fault, "err": str(err), "seconds": seconds}
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        ended = json.loads(self._server.stdout.readline())
+        return Ended(ended["code"], ended["out"], err.read_text(), ended["seconds"], tuple(ended["times"]))
+
+
+def _serve() -> None:
+    import seppo_fast.trainer  # noqa: F401 - what takes the time
+    from seppo_fast.quiet import quiet_libraries
+
+    quiet_libraries()
+    for line in sys.stdin:
+        order = json.loads(line)
+        reading, writing = os.pipe()
+        began = time.monotonic()
+        child = os.fork()
+        if not child:
+            os.dup2(writing, 1)
+            os.dup2(os.open(order["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+            os.environ["SEPPO_FAULT"] = order["fault"]
+            _run(order["argv"])
+        os.close(writing)
+        with _killed_after(child, order["seconds"]):
+            out, times = [], []
+            with open(reading, encoding="utf-8", errors="replace") as printed:
+                for text in printed:
+                    out.append(text)
+                    times.append(time.monotonic() - began)
+            _, status = os.waitpid(child, 0)
+        seconds = time.monotonic() - began
+        ended = {"code": os.waitstatus_to_exitcode(status), "out": "".join(out), "times": times, "seconds": seconds}
+        print(json.dumps(ended), flush=True)
+
+
+def _run(argv: list[str]) -> NoReturn:
+    """The command line in this process, which ends with it."""
+    from seppo_fast.cli import main
+
+    code = 70
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextmanager
+def _killed_after(child: int, seconds: float | None) -> Iterator[None]:
+    """Kills a child after `seconds`, unless the block, which waits for it, has ended before."""
+    done = threading.Event()
+
+    def kill() -> None:
+        if not done.wait(seconds):
+            os.kill(child, signal.SIGKILL)
+
+    if seconds is not None:
+        threading.Thread(target=kill, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+if __name__ == "__main__":
+    _serve()

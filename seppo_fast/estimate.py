@@ -1,0 +1,220 @@
+"""What a run takes, counted before it takes it: memory by part and phase; and settings that take less.
+
+Of weights and their copies the bytes are known; what a batch adds is counted on tensors without data (see
+`seppo_fast.memory`). So this can be asked in the very moment in which memory is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from seppo_fast.config import Config
+from seppo_fast.dial import CPU_ROWS, DIAL, filled, learner_bytes, pool_bytes, trained_bytes
+from seppo_fast.errors import ConfigError, OutOfMemoryError
+from seppo_fast.families.sd import StableDiffusion
+from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
+from seppo_fast.policy import DTYPES, make_trainable
+
+_SHARE = 0.9  # of the memory there is, or of what was too much: what a suggestion may fill
+_SUGGESTIONS = 3
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the device, by what takes them.
+
+    Attributes:
+        weights: of the UNet, trained and frozen.
+        trained: of the trained ones.
+        optimizer: Adam's moments, and the moving average.
+        references: past policies that stay on the device, and the one in use.
+        pair: what a micro-batch adds while learning, gradients included.
+        sample: what a batch adds while sampling.
+        micro_batch: pairs in the one.
+        batch: samples in the other.
+        parked: while sampling, optimizer and trained weights wait elsewhere.
+    """
+
+    weights: int
+    trained: int
+    optimizer: int
+    references: int
+    pair: Footprint
+    sample: Footprint
+    micro_batch: int
+    batch: int
+    parked: bool
+
+    @property
+    def learning(self) -> int:
+        """At the peak of an update."""
+        return self.weights + self.optimizer + self.references + self.pair.fixed + self.micro_batch * self.pair.per_row
+
+    @property
+    def sampling(self) -> int:
+        """At the peak of a rollout."""
+        there = self.weights - self.trained if self.parked else self.weights + self.optimizer
+        return there + self.references + self.sample.fixed + self.batch * self.sample.per_row
+
+    @property
+    def peak(self) -> int:
+        """The larger of both."""
+        return max(self.learning, self.sampling)
+
+    def table(self) -> list[str]:
+        """Lines that say what takes the memory."""
+        away = "elsewhere while sampling" if self.parked else ""
+        rows = [
+            ("weights", self.weights, ""),
+            ("optimizer and average", self.optimizer, away),
+            ("past policies", self.references, ""),
+            ("gradients and casts", self.pair.fixed, "while learning"),
+            (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
+            (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
+            ("at most at once", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
+        ]
+        return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
+
+
+def need_of(config: Config, family: StableDiffusion, device: torch.device, room: float) -> Need:
+    """What a configuration needs; batches that it leaves open are the largest that fit, as the dial would choose them.
+
+    Args:
+        config: of the run, through `turn_dial`.
+        family: of the model; its UNet is not touched, and may be trained already.
+        device: on which it would run.
+        room: bytes of it that the run may fill.
+
+    Raises:
+        ConfigError: a resolution that the model does not take.
+    """
+    unet = family.unet
+    with torch.device("meta"):
+        unet = type(unet).from_config(unet.config)
+    make_trainable(unet, config.model, config.seed)
+    unet.to(memory_format=torch.channels_last)
+    shapes: dict[str, Any] = {
+        "latent_shape": family.latent_shape(config.data.resolution),
+        "prompt_shape": (family.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim),
+        "dtype": DTYPES[config.model.precision],
+        "device": device,
+        "denoise": family.denoise,
+    }
+    guided = config.sampler.guidance > 1
+    setting = DIAL[config.memory]
+    need = Need(
+        weights=sum(weight.numel() * weight.element_size() for weight in unet.parameters()),
+        trained=trained_bytes(unet),
+        optimizer=learner_bytes(config, unet),
+        references=pool_bytes(config, unet, device),
+        pair=training_footprint(unet, **shapes),
+        sample=sampling_footprint(unet, **shapes, guided=guided),
+        micro_batch=config.train.micro_batch or 0,
+        batch=config.sampler.batch or 0,
+        parked=setting.park if config.reference.park is None else config.reference.park,
+    )
+    most = CPU_ROWS if device.type == "cpu" else max(setting.batch, setting.micro_batch)
+    if not need.micro_batch:
+        cap = min(setting.micro_batch, config.train.pairs_per_update, most)
+        rows = need.pair.largest(int(room - need.learning + need.pair.fixed), cap)
+        need = replace(need, micro_batch=max(1, rows))
+    if not need.batch:
+        rows = need.sample.largest(int(room - need.sampling + need.sample.fixed), min(setting.batch, most))
+        need = replace(need, batch=max(1, rows))
+    return need
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of a device that this process has or can have."""
+    if device.type == "cuda":
+        return free_bytes(device) + torch.cuda.memory_allocated(device)
+    return free_bytes(device) + int(psutil.Process().memory_info().rss)
+
+
+def out_of_memory(config: Config, family: StableDiffusion, device: torch.device, problem: str) -> OutOfMemoryError:
+    """The error that says what takes the memory of a run, and which settings would fit.
+
+    Args:
+        config: of the run, with its batches.
+        family: its model.
+        device: that is full.
+        problem: what the allocator said.
+    """
+    room = room_on(device)
+    need = need_of(config, family, device, room)
+    fitting = [
+        f"  {' '.join(f'--{key} {_word(value)}' for key, value in changes.items())}: {size(lighter.peak)}"
+        for changes, lighter in suggestions(config, family, device, _SHARE * min(room, need.peak))
+    ]
+    lines = [
+        f"out of memory: {problem}",
+        "what takes it, by counting:",
+        *need.table(),
+        f"there are {size(room)} on {device.type} for this process, other programs' memory left out",
+        *(["these would take less:", *fitting] if fitting else ["no other batch, nor recomputing, would be enough"]),
+    ]
+    return OutOfMemoryError("\n".join(lines))
+
+
+def suggestions(
+    config: Config, family: StableDiffusion, device: torch.device, room: float
+) -> Iterator[tuple[dict[str, Any], Need]]:
+    """Up to three changes with which a run fits into `room` bytes, and what it needs then; the mildest first."""
+    found = 0
+    for changes in _ladder(config, device):
+        lighter = _with(config, {**changes, "train.micro_batch": None, "sampler.batch": None})
+        try:
+            need = need_of(lighter, family, device, room)
+        except ConfigError:
+            continue  # half the resolution is not one that the model takes
+        batches = {"train.micro_batch": need.micro_batch, "sampler.batch": need.batch}
+        before = {"train.micro_batch": config.train.micro_batch, "sampler.batch": config.sampler.batch}
+        for key, rows in batches.items():
+            batches[key] = min(rows, before[key] or rows)
+        need = replace(need, micro_batch=batches["train.micro_batch"], batch=batches["sampler.batch"])
+        if need.peak <= room:
+            found += 1
+            yield {**{key: rows for key, rows in batches.items() if rows != before[key]}, **changes}, need
+        if found == _SUGGESTIONS:
+            return
+
+
+def _ladder(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Changes that take less memory: first what costs time alone, then what trains or shows something else."""
+    yield {}
+    changes: dict[str, Any] = {}
+    if not config.model.gradient_checkpointing:
+        changes["model.gradient_checkpointing"] = True
+    if not config.reference.park:
+        changes["reference.park"] = True
+    if changes:
+        yield dict(changes)
+    near, beyond = ("gpu_gib", "host_gib") if device.type == "cuda" else ("host_gib", "disk_gib")
+    if getattr(config.reference, near) != 0 and getattr(config.reference, beyond) != 0:
+        changes[f"reference.{near}"] = 0
+        yield dict(changes)
+    if config.model.train == "full":
+        yield {**changes, "model.train": "lora"}
+    yield {**changes, "data.resolution": config.data.resolution // 2}
+
+
+def _with(config: Config, changes: Mapping[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return filled(config, **sections)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

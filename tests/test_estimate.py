@@ -1,0 +1,182 @@
+"""What `check` and exit 4 say a run takes, against what runs take; what they suggest, and how long it lasts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import seppo_fast.estimate
+from benchmarks.forks import Forks
+from seppo_fast.config import parse_config, to_yaml
+from seppo_fast.dial import turn_dial
+from seppo_fast.duration import forwards_per_pair
+from seppo_fast.estimate import Need, need_of, out_of_memory, suggestions
+from seppo_fast.memory import Footprint
+from seppo_fast.trainer import Trainer
+from tests.runs import tiny_config
+
+CPU = torch.device("cpu")
+KINDS = {
+    "full": {"train": "full"},
+    "lora, bf16": {"train": "lora", "precision": "bf16"},
+    "full, recomputed": {"train": "full", "gradient_checkpointing": True},
+}
+# Enough pixels and rows that activations are what counts.
+SIZES = {"train": {"pairs_per_update": 16, "micro_batch": 16, "updates": 4, "ema_decay": 0.9}, "sampler": {"batch": 16}}
+
+
+def trainer_of(tiny, folder, kind, **sections):
+    config = tiny_config(tiny, folder, model=KINDS[kind], **{**SIZES, **sections})
+    return Trainer(turn_dial(config, CPU))
+
+
+def traced(call, folder):
+    """Bytes at the end and at the peak, above those at the start, as the CPU's allocator reports them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = [event["args"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event["name"] == "[memory]"]
+    start = changes[0]["Total Allocated"] - changes[0]["Bytes"]
+    return max(change["Total Allocated"] for change in changes) - start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
+    """Within 5 % below and 15 % above, set before it was measured; pairs that wait and norms are not counted."""
+    trainer = trainer_of(tiny, tmp_path, kind)
+    need = need_of(trainer.config, trainer.family, CPU, 2**40)
+    trainer.add_checkpoint()
+    (pairs, more) = trainer.rollout.pairs(0), trainer.rollout.pairs(1)
+    trainer.learner.step(pairs, 0)  # makes the moments of Adam, which stay
+    learning = traced(lambda: trainer.learner.step(more, 1), tmp_path)
+    expected = need.pair.fixed + need.micro_batch * need.pair.per_row
+    assert 0.95 * learning < expected < 1.15 * learning
+    trainer.finished = 2
+    trainer.add_checkpoint()
+    sampling = traced(lambda: trainer.rollout.pairs(2), tmp_path)
+    # The reference's errors are made there too, in the learner's micro-batches: a forward's activations.
+    assert need.sample.fixed + need.batch * need.sample.per_row < 1.15 * sampling
+    assert sampling < 1.05 * max(expected, need.sample.fixed + need.batch * need.sample.per_row)
+    parameters = list(trainer.unet.parameters())
+    states = trainer.learner._optimizer.state.values()
+    moments = sum(value.nbytes for state in states for value in state.values() if value.dim())
+    average = sum(value.nbytes for value in trainer.learner.ema.shadow_params)
+    assert need.weights == sum(value.nbytes for value in parameters)
+    assert need.trained == sum(value.nbytes for value in parameters if value.requires_grad)
+    assert need.optimizer == moments + average
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_gpu_takes_what_is_estimated(tiny, tmp_path, kind):
+    """Within a fifth: blocks are rounded up, and convolutions may take scratch space."""
+    device = torch.device("cuda")
+    sizes = {"pairs_per_update": 256, "micro_batch": 256, "updates": 2, "ema_decay": 0.9}
+    trainer = trainer_of(tiny, tmp_path, kind, train=sizes, data={"source": "shapes:300:3", "resolution": 32})
+    need = need_of(trainer.config, trainer.family, device, 2**40)
+    trainer.add_checkpoint()
+    pairs, more = trainer.rollout.pairs(0), trainer.rollout.pairs(1)
+    trainer.learner.step(pairs, 0)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.learner.step(more, 1)
+    assert need.learning == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+
+
+def test_the_peaks_add_up():
+    need = Need(100, 80, 160, 50, Footprint(30, 7), Footprint(3, 2), micro_batch=4, batch=8, parked=False)
+    assert need.learning == 100 + 160 + 50 + 30 + 28 and need.sampling == 100 + 160 + 50 + 3 + 16
+    assert replace(need, parked=True).sampling == 20 + 50 + 3 + 16
+    assert need.peak == 368
+    assert replace(need, batch=200).peak == 313 + 400
+
+
+def test_open_batches_are_the_largest_that_fit(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, "full")
+    tree = trainer.config.model_dump(mode="json")
+    tree["train"]["micro_batch"] = tree["sampler"]["batch"] = None
+    config = parse_config(tree)
+    full = need_of(config, trainer.family, CPU, 2**40)
+    assert (full.micro_batch, full.batch) == (16, 32)  # the dial's, as many pairs as there are; what a CPU takes
+    for rows in (1, 2, 8):
+        for spare, fitting in ((0, rows), (-1, max(1, rows // 2))):
+            room = replace(full, micro_batch=rows).learning + spare
+            assert need_of(config, trainer.family, CPU, room).micro_batch == fitting
+            room = replace(full, batch=rows).sampling + spare
+            assert need_of(config, trainer.family, CPU, room).batch == fitting
+
+
+def test_suggestions_fit_and_the_mildest_comes_first(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, "full")
+    need = need_of(trainer.config, trainer.family, CPU, 2**40)
+    found = list(suggestions(trainer.config, trainer.family, CPU, 0.8 * need.peak))
+    batches, recomputed, on_disk = (changes for changes, _ in found)
+    assert batches.keys() <= {"train.micro_batch", "sampler.batch"} and batches["train.micro_batch"] < 16
+    assert recomputed["model.gradient_checkpointing"] is True and recomputed["reference.park"] is True
+    assert on_disk["reference.host_gib"] == 0 and "model.train" not in on_disk
+    assert all(lighter.peak <= 0.8 * need.peak for _, lighter in found)
+    tree = trainer.config.model_dump(mode="json")
+    for key, value in recomputed.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    assert need_of(parse_config(tree), trainer.family, CPU, 0).peak == found[1][1].peak  # as a user would type it
+
+
+def test_where_nothing_fits_it_says_so(tiny, tmp_path, monkeypatch):
+    trainer = trainer_of(tiny, tmp_path, "full")
+    monkeypatch.setattr(seppo_fast.estimate, "room_on", lambda device: 1)
+    assert "no other batch, nor recomputing, would be enough" in str(
+        out_of_memory(trainer.config, trainer.family, CPU, "no")
+    )
+
+
+def test_the_error_holds_the_table(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, "full")
+    said = str(out_of_memory(trainer.config, trainer.family, CPU, "no"))
+    assert "out of memory: no" in said and "16 pairs" in said and said.count("\n  --") == 3
+
+
+def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path):
+    config = tiny_config(tiny, tmp_path, **SIZES)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    with Forks(tmp_path) as forks:
+        ended = forks.run("train", tmp_path / "run.yaml", fault="micro-batch@2=memory")
+        assert ended.code == 4, ended.err
+        assert "out of memory: fault micro-batch" in ended.err and "Traceback" not in ended.err
+        lines = ended.err.splitlines()
+        suggested = lines[lines.index("these would take less:") + 1 :]
+        assert len(suggested) == 3
+        assert forks.run("train", tmp_path / "run.yaml", *suggested[0].partition(":")[0].split()).code == 0
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"sampler": {"guidance": 1.0, "steps": 3, "batch": 16}, "reference": {"uses": 2}},
+        {"objective": "sft"},
+        {"model": {"gradient_checkpointing": True}},
+    ],
+    ids=["seppo", "unguided, two uses", "sft", "recomputed"],
+)
+def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
+    """An iteration's rows through the UNet, counted at its first layer."""
+    config = tiny_config(tiny, tmp_path, **SIZES | sections)
+    trainer = Trainer(turn_dial(config, CPU))
+    rows = {"forward": 0, "backward": 0}
+
+    def forward(module, args, output):
+        rows["forward"] += len(output)
+
+    def backward(module, inputs, outputs):
+        rows["backward"] += len(outputs[0])
+
+    last = trainer.unet.up_blocks[-1].resnets[-1].conv1  # within what is recomputed
+    last.register_forward_hook(forward)
+    last.register_full_backward_hook(backward)
+    trainer.add_checkpoint()
+    for update in range(2):
+        trainer.learner.step(trainer.rollout.pairs(update), update)
+    assert rows["forward"] + 2 * rows["backward"] == forwards_per_pair(trainer.config) * 2 * 16
