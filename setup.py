@@ -67,8 +67,13 @@ setup(
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.
         "test": [
-            "av>=16", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "setuptools>=77", "tensorboard>=2.18",
-        ],  # fmt: skip
+            "av>=16",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
+            "setuptools>=77",
+            "tensorboard>=2.18",
+        ],
         # One minor version each, since the next one brings new findings and another format.
         "dev": ["mypy==2.4.*", "ruff==0.17.*", "types-PyYAML"],
     },

@@ -137,7 +137,9 @@ def progress_line(number: int, updates: int, stats: dict[str, float], seconds_le
         parts += [f"{winner} (ref {stats['ref_winner_error']:.4f})", f"reject {stats['aaf_rate']:.2f}"]
     else:
         parts.append(winner)
-    parts.append(f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: not finite, samples in {SKIPPED}" if stats["skipped"] else ""))
+    parts.append(
+        f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: not finite, samples in {SKIPPED}" if stats["skipped"] else "")
+    )
     parts.append(f"{stats['pairs_per_second']:.3g} pairs/s")
     parts.append(f"eta {_duration(seconds_left)}")
     parts.append(f"{stats['memory_gib']:.1f} GB")

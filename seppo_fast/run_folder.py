@@ -20,7 +20,7 @@ from seppo_fast.trackers import FOLDERS
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
 # What a run writes before its first state.
-_BEGUN = {LOCK, "config.yaml", LOG, SKIPPED, "samples", "state"} | FOLDERS
+_BEGUN = {LOCK, "config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
 
 
 def refuse_occupied(folder: Path) -> None:

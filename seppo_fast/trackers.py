@@ -6,6 +6,7 @@ import importlib.util
 import os
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,22 +48,20 @@ class Trackers:
         In tensorboard what a killed run wrote of later updates gives way to what comes. wandb goes on with its run of
         the same id and takes no step twice: of such updates it keeps what came first, the same but for the times.
         """
+        starts = {"tensorboard": self._start_tensorboard, "wandb": self._start_wandb}
         for name in self._config.log.trackers:
-            self._guarded(name, lambda make=self._makers()[name]: make(finished))
+            self._guarded(name, partial(starts[name], finished))
 
     def log(self, update: int, stats: Mapping[str, float]) -> None:
         """Sends what `Journal.tell` gave of an update; its number is the step."""
         for name, tracker in list(self._running.items()):
-            self._guarded(name, lambda tracker=tracker: tracker.log(dict(stats), step=update))
+            self._guarded(name, partial(tracker.log, dict(stats), step=update))
 
     def finish(self) -> None:
         """Waits until all is written or sent."""
         for name, tracker in list(self._running.items()):
             self._guarded(name, tracker.finish)
         self._running = {}
-
-    def _makers(self) -> dict[str, Callable[[int], None]]:
-        return {"tensorboard": self._start_tensorboard, "wandb": self._start_wandb}
 
     def _start_tensorboard(self, finished: int) -> None:
         from accelerate.tracking import TensorBoardTracker
@@ -91,7 +90,7 @@ class Trackers:
         tracker.start()
         self._running[name] = tracker
 
-    def _guarded(self, name: str, action: Callable[[], None]) -> None:
+    def _guarded(self, name: str, action: Callable[[], object]) -> None:
         """A tracker's trouble, of whatever kind, is no reason to lose a run."""
         try:
             action()

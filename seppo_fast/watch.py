@@ -30,7 +30,7 @@ class WinnerWatch:
 
     def see(self, entry: Mapping[str, Any]) -> bool:
         """Takes the next update; returns whether a spell begins with it. `above`: whether it is within one."""
-        errors = [entry.get(name) for name in ("winner_error", "ref_winner_error")]
+        errors: list[Any] = [entry.get(name) for name in ("winner_error", "ref_winner_error")]
         if not all(isinstance(error, int | float) and math.isfinite(error) for error in errors):
             return False
         self._differences.append(errors[0] - errors[1])

@@ -1,4 +1,4 @@
-"""Trackers: the numbers of the log, step by step, also over a resume; wandb by a stand-in that notes what it is told."""
+"""Trackers: the numbers of the log, step by step, also over a resume; wandb by a stand-in that notes its calls."""
 
 import importlib.util
 import sys
@@ -11,8 +11,8 @@ from seppo_fast.cli import main
 from seppo_fast.config import to_yaml
 from seppo_fast.interrupt import Interrupted
 from seppo_fast.journal import read_journal
-from seppo_fast.train import train
 from seppo_fast.trackers import FOLDERS, Trackers
+from seppo_fast.train import train
 from tests.runs import log_of, tiny_config
 
 needs_tensorboard = pytest.mark.skipif(
@@ -73,9 +73,7 @@ def interrupted_and_resumed(config, after):
 def test_tensorboard_has_the_numbers_of_the_log_once(tiny, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = tiny_config(
-        tiny, tmp_path, train={"updates": 4}, save={"minutes": 60}, log={"trackers": ["tensorboard"]}
-    )
+    config = tiny_config(tiny, tmp_path, train={"updates": 4}, save={"minutes": 60}, log={"trackers": ["tensorboard"]})
     interrupted_and_resumed(config, after=1)
     log = log_of(config)
     events = EventAccumulator(str(Path(config.output) / "tensorboard"))
