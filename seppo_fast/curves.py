@@ -11,14 +11,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 26
 _MOST_POINTS = 1500  # a line of the page; longer runs are shown by means
 
 STYLE = """
-figure.curve svg { width: 100%; height: auto; display: block; }
+figure.curve > svg { width: 100%; height: auto; display: block; }
 figure.curve text { font-size: 11px; fill: var(--dim); }
 figure.curve .grid { stroke: var(--line); stroke-width: 1; }
 figure.curve polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 figure.curve .spell { fill: var(--warn); opacity: 0.16; }
 figure.curve .skipped { stroke: var(--warn); stroke-width: 1.5; stroke-dasharray: 3 3; }
 .line-0 { stroke: var(--first); } .dot-0 { fill: var(--first); }
-.line-1 { stroke: var(--second); } .dot-1 { fill: var(--second); }
+.line-1 { stroke: var(--second); stroke-dasharray: 5 3; } .dot-1 { fill: var(--second); }
 .key { white-space: nowrap; } .key svg { width: 1.4em; height: 0.7em; vertical-align: middle; }
 """
 
@@ -125,6 +125,7 @@ def _axes(x_of: _Axis, y_of: _Axis, xs: tuple[int, int], ys: tuple[float, float]
             y = y_of(value)
             yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>'
+    yield f'<text x="6" y="{_HEIGHT - 8}">update</text>'
     for value in MaxNLocator(nbins=6, integer=True).tick_values(*xs):
         if xs[0] <= value <= xs[1]:
             yield f'<text x="{x_of(value):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{value:.0f}</text>'

@@ -32,6 +32,7 @@ _MOST_PIXELS = 64 * 2**20  # looked at before a picture is decoded
 _PANELS = {
     "loss": {"loss": "loss"},
     "winner error": {"policy": "winner_error", "reference": "ref_winner_error"},
+    "winner error minus the reference's": {"difference": "winner_difference"},
     "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
     "reject rate": {"reject": "aaf_rate"},
     "margin": {"margin": "margin"},
@@ -200,12 +201,15 @@ def _clock(seconds: float) -> str:
 
 def _curves(log: Sequence[dict[str, Any]]) -> str:
     updates = [entry["update"] for entry in log]
+    columns = {key: _column(log, key) for lines in _PANELS.values() for key in lines.values()}
+    pairs = zip(columns["winner_error"], columns["ref_winner_error"], strict=True)
+    columns["winner_difference"] = [None if a is None or b is None else a - b for a, b in pairs]
     figures = []
     for title, lines in _PANELS.items():
-        drawn = {name: _column(log, key) for name, key in lines.items() if any(key in entry for entry in log)}
+        drawn = {name: columns[key] for name, key in lines.items() if any(value is not None for value in columns[key])}
         if drawn:
             marks = _skipped(log) if "grad_norm" in lines.values() else []
-            shaded = spells(log) if "winner_error" in lines.values() else []
+            shaded = spells(log) if title.startswith("winner error") else []
             figures.append(curves.curve(title, updates, drawn, spells=shaded, skipped=marks))
     return f'<div class="curves">{"".join(figures)}</div>'
 
