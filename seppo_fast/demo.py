@@ -72,8 +72,9 @@ def demo(config: Config) -> None:
         "torch": version("torch"),
         "cores": os.cpu_count(),
     }
+    shape = "clips" if config.model.motion_adapter else "pictures"
     measured = Scores(
-        what=f"the embedded judge's score, share of attributes, on {len(prompts)} pictures of held-out prompts",
+        what=f"the embedded judge's score, share of attributes, on {len(prompts)} {shape} of held-out prompts",
         update=config.train.updates,
         average=bool(config.train.ema_decay),
         base=difference.base,
