@@ -136,6 +136,19 @@ def test_samples_of_skipped_updates_are_written_down(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.count("SKIPPED: not finite, samples in skipped.jsonl") == 2
 
 
+def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
+    config = tiny_config(tiny, tmp_path, model={"precision": "fp16"})
+
+    def large(trainer, updates):
+        if updates == 0:
+            trainer.learner._scaler.load_state_dict(trainer.learner._scaler.state_dict() | {"scale": 2.0**60})
+
+    train(config, large)
+    lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [entry["update"] for entry in log_of(config) if entry["skipped"]]
+    assert len(lines) == 3 and all(line["scaler_searching"] for line in lines)
+
+
 def test_a_skipped_first_update_is_kept_and_a_resume_forgets_what_comes_again(tiny, tmp_path):
     trainer = Trainer(tiny_config(tiny, tmp_path))
     for update in (0, 1, 2):
