@@ -61,10 +61,19 @@ setup(
     ],
     extras_require={
         "video": ["av>=16"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.18"],
         "xformers": ["xformers>=0.0.35"],  # earlier ones pin one torch version each
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.
-        "test": ["av>=16", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "setuptools>=77"],
+        "test": [
+            "av>=16",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
+            "setuptools>=77",
+            "tensorboard>=2.18",
+        ],
         # One minor version each, since the next one brings new findings and another format.
         "dev": ["mypy==2.4.*", "ruff==0.17.*", "types-PyYAML"],
     },

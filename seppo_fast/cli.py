@@ -1,4 +1,4 @@
-"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `export RUN`, `demo`."""
+"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `report|export RUN`, `demo`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="seppo-fast train CONFIG.yaml --help lists every key with its default.",
     )
     parser.add_argument("--version", action="version", version=f"seppo_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | export | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | report | export | demo")
     for name, purpose in {
         "train": "run a whole training",
         "check": "look at configuration, data and model as training would, and train nothing",
@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=purpose, description=purpose, add_help=False)
         command.add_argument("config", help="a YAML file, or a recipe that ships with the package, such as sd15.yaml")
         command.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key VALUE, over what the file says")
+    purpose = "show a run, finished or not, in one HTML page"
+    report = commands.add_parser("report", help=purpose, description=purpose)
+    report.add_argument("run", type=Path, help="the run's folder")
+    report.add_argument(
+        "--output", type=Path, help="the file, replaced if it is there; default: report.html in the run's"
+    )
     purpose = "write what a run learned in a format that others load"
     export = commands.add_parser("export", help=purpose, description=purpose)
     export.add_argument("run", type=Path, help="the run's folder")
@@ -68,6 +74,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from seppo_fast.quiet import quiet_libraries
 
     try:
+        if arguments.command == "report":
+            quiet_libraries()
+            from seppo_fast.report import report
+
+            report(arguments.run, arguments.output)
+            return 0
         if arguments.command == "export":
             quiet_libraries()
             from seppo_fast.export import export

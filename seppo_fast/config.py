@@ -179,6 +179,9 @@ class LogConfig(_Section):
     sample_prompts: tuple[str, ...] = Field(
         (), description="prompts of those pictures; empty: the first four of the data"
     )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="where numbers go beside log.jsonl: tensorboard (in the run's folder), wandb (to its servers)"
+    )
 
 
 class Config(_Section):

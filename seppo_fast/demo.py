@@ -19,6 +19,7 @@ from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_model, judged
 from seppo_fast.evaluate.paired import paired_difference
 from seppo_fast.evaluate.pictures import animate, side_by_side
 from seppo_fast.journal import read_journal
+from seppo_fast.scores import Scores
 from seppo_fast.train import train
 from seppo_fast.trainer import Trainer
 
@@ -50,7 +51,7 @@ class ScoreCurve:
 
 
 def demo(config: Config) -> None:
-    """Trains, judges base and aligned on held-out prompts at the same seeds, writes the picture and `result.json`."""
+    """Trains, judges base and aligned on held-out prompts at the same seeds, writes picture, scores, `result.json`."""
     started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
     curve = ScoreCurve(development[: CURVE_CLIPS if config.model.motion_adapter else CURVE_PROMPTS])
@@ -71,6 +72,18 @@ def demo(config: Config) -> None:
         "torch": version("torch"),
         "cores": os.cpu_count(),
     }
+    shape = "clips" if config.model.motion_adapter else "pictures"
+    measured = Scores(
+        what=f"the embedded judge's score, share of attributes, on {len(prompts)} {shape} of held-out prompts",
+        update=config.train.updates,
+        average=bool(config.train.ema_decay),
+        base=difference.base,
+        aligned=difference.other,
+        low=difference.low,
+        high=difference.high,
+        items=difference.items,
+    )
+    measured.write(folder)
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"picture: {folder / 'demo.png'}")
     print(f"whole prompts right: {result['base_all_right']:.3f} -> {result['aligned_all_right']:.3f}")

@@ -25,6 +25,7 @@ from seppo_fast.files import free_name, staged_folder
 from seppo_fast.policy import lora_weights, make_trainable, trainable
 from seppo_fast.resume import refuse_other_content, saved_config
 from seppo_fast.saved_state import SavedState, newest_state
+from seppo_fast.scores import Scores, read_scores
 from seppo_fast.state import AVERAGE, load_policy, on_cpu
 
 Format = Literal["diffusers", "lora", "comfyui"]
@@ -73,10 +74,11 @@ def export(
     folder = output or free_name(run / f"export-{form}")
     if folder.exists():
         raise ConfigError(f"--output {folder}: is there already")
+    scores = read_scores(run)
     family, average = _trained(config, saved, raw)
     with staged_folder(folder, CheckpointError) as staging:
         _write(family, config, form, staging)
-        (staging / "README.md").write_text(model_card(config, saved, form, average), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(config, saved, form, average, scores), encoding="utf-8")
         (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
     report(f"{form}, after update {saved.update}, {'moving average' if average else 'raw weights'}: {folder}")
     return folder
@@ -117,8 +119,8 @@ def comfyui_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return on_cpu(convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()}))
 
 
-def model_card(config: Config, saved: SavedState, form: Format, average: bool) -> str:
-    """README.md of an export: base, data, settings, seed, and what it is not."""
+def model_card(config: Config, saved: SavedState, form: Format, average: bool, scores: Scores | None) -> str:
+    """README.md of an export: base, data, settings, seed, the run's scores, and what it is not."""
     adapter = {"motion adapter": config.model.motion_adapter} if config.model.motion_adapter else {}
     lora = f"a LoRA of rank {config.model.lora_rank}"
     facts: dict[str, Any] = {
@@ -142,7 +144,16 @@ def model_card(config: Config, saved: SavedState, form: Format, average: bool) -
         f"---\nlibrary_name: diffusers\ntags: [seppo, preference-alignment{', lora' if form != 'diffusers' else ''}]\n"
         f"---\n\n# Aligned with SePPO\n\nTrained on winners only, by Semi-Policy Preference Optimization "
         f"(arXiv 2410.05255).\n\n| | |\n|---|---|\n{rows}\n\nEvery setting: `seppo_fast.yaml`.\n\n"
-        "What it is not: no score stands here, since none was measured with this export. It learned from pictures that "
+        f"{_measured(saved, average, scores)}\n\n"
+        "What it is not: it learned from pictures that "
         "somebody chose, and from no reward model or human comparison; it takes over the biases, the licence and the "
         "limits of its base and of those pictures.\n"
     )
+
+
+def _measured(saved: SavedState, average: bool, scores: Scores | None) -> str:
+    """The run's scores, and whether they are of the weights that are exported."""
+    if scores is None:
+        return "Scores: no score stands here, since none was measured with this run."
+    same = (scores.update, scores.average) == (saved.update, average)
+    return f"Scores: {scores}." + ("" if same else " That is of other weights of the run than these.")

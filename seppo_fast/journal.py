@@ -7,13 +7,20 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from seppo_fast.watch import WINDOW, WinnerWatch
+
+LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
 _GIB = 2**30
+_ETA_UPDATES = 10  # that the time left is judged by
 
 
 class Journal:
@@ -26,55 +33,103 @@ class Journal:
     """
 
     def __init__(self, folder: Path, updates: int, pairs_per_update: int) -> None:
-        self._file = folder / "log.jsonl"
+        self._folder = folder
         self._updates = updates
         self._pairs = pairs_per_update
         self._waiting = b""
+        self._watch = WinnerWatch()
+        self._seconds: deque[float] = deque(maxlen=_ETA_UPDATES)
 
     def resume(self, finished: int) -> None:
         """Drops what was written of updates after `finished`, which will come again, and a line that broke off."""
-        if not self._file.exists():
-            return
-        kept = [json.dumps(entry) + "\n" for entry in _entries(self._file) if entry["update"] <= finished]
-        staging = self._file.with_name(".tmp-log.jsonl")
-        staging.write_text("".join(kept), encoding="utf-8")
-        os.replace(staging, self._file)
+        for name in (LOG, SKIPPED):
+            file = self._folder / name
+            if not file.exists():
+                continue
+            kept = [entry for entry in _entries(file) if entry["update"] <= finished]
+            staging = file.with_name(f".tmp-{name}")
+            staging.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(staging, file)
+            if name == LOG:
+                for entry in kept:
+                    self._watch.see(entry)
 
-    def update(self, number: int, stats: dict[str, float]) -> None:
-        """Records update `number` (from 1); `stats` holds the learner's means and the seconds of both phases.
+    def tell(self, number: int, stats: dict[str, float]) -> dict[str, float]:
+        """Prints update `number` (from 1); `stats` holds the learner's means and the seconds of both phases.
+
+        Returns:
+            What there is to record of it.
+        """
+        stats = stats | {"seconds": stats["rollout_seconds"] + stats["learn_seconds"]}
+        stats |= {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib()}
+        self._seconds.append(stats["seconds"])
+        # The median: the first update compiles and measures, and a machine that others use stops now and then.
+        left = (self._updates - number) * statistics.median(self._seconds)
+        print(progress_line(number, self._updates, stats, left), flush=True)
+        if self._watch.see(stats):
+            print(_WARNING, flush=True)
+        if "ref_winner_error" in stats:
+            stats["winner_above_reference"] = float(self._watch.above)
+        return stats
+
+    def write(self, number: int, stats: dict[str, float]) -> None:
+        """Records in `log.jsonl` what `tell` gave.
 
         Raises:
             OSError: the disk refuses; the line is written with the next one.
         """
-        stats["seconds"] = stats["rollout_seconds"] + stats["learn_seconds"]
-        stats = stats | {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib()}
-        print(progress_line(number, self._updates, stats), flush=True)
         # JSON has no NaN: what is not finite is null there, and printed as it is.
         finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
         self._waiting += json.dumps({"update": number} | finite).encode() + b"\n"
-        with self._file.open("ab", buffering=0) as file:
-            size = file.tell()
-            if file.write(self._waiting) < len(self._waiting):
-                os.ftruncate(file.fileno(), size)  # no half lines; these come with the next ones
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _append(self._folder / LOG, self._waiting)
         self._waiting = b""
 
+    def skipped(self, number: int, sample_ids: Sequence[int], searching: bool) -> None:
+        """Records in `skipped.jsonl` the pairs of an update whose gradient was not finite.
 
-def read_journal(folder: Path) -> list[dict[str, float]]:
-    """The updates of a run, in order."""
-    return list(_entries(folder / "log.jsonl"))
+        Args:
+            number: of the update, from 1.
+            sample_ids: of all processes; see `Pairs`.
+            searching: whether the scaler of half precision still searched its scale, which is no fault of the pairs.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        line = {"update": number, "scaler_searching": searching, "sample_ids": list(sample_ids)}
+        _append(self._folder / SKIPPED, json.dumps(line).encode() + b"\n")
 
 
-def _entries(file: Path) -> Iterator[dict[str, float]]:
+_WARNING = (
+    f"the winner's error stays above the reference's (mean of the last {WINDOW} updates): at the good examples the "
+    "policy is worse than its past policies. If that goes on, a lower train.learning_rate is the first thing to try"
+)
+
+
+def _append(file: Path, lines: bytes) -> None:
+    """All of the lines or none of them."""
+    with file.open("ab", buffering=0) as opened:
+        size = opened.tell()
+        if opened.write(lines) < len(lines):
+            os.ftruncate(opened.fileno(), size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The updates of a run, in order; a value that was not finite is None."""
+    return list(_entries(folder / LOG))
+
+
+def _entries(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+            entry["update"] = int(entry["update"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             return  # a killed process wrote half of it
         yield entry
 
 
-def progress_line(number: int, updates: int, stats: dict[str, float]) -> str:
+def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float) -> str:
     """`update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`"""
     parts = [f"update {number}/{updates}", f"loss {stats['loss']:.4f}"]
     winner = f"winner {stats['winner_error']:.4f}"
@@ -82,9 +137,11 @@ def progress_line(number: int, updates: int, stats: dict[str, float]) -> str:
         parts += [f"{winner} (ref {stats['ref_winner_error']:.4f})", f"reject {stats['aaf_rate']:.2f}"]
     else:
         parts.append(winner)
-    parts.append(f"|grad| {stats['grad_norm']:.2f}" + (" SKIPPED: not finite" if stats["skipped"] else ""))
+    parts.append(
+        f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: not finite, samples in {SKIPPED}" if stats["skipped"] else "")
+    )
     parts.append(f"{stats['pairs_per_second']:.3g} pairs/s")
-    parts.append(f"eta {duration((updates - number) * stats['seconds'])}")
+    parts.append(f"eta {duration(seconds_left)}")
     parts.append(f"{stats['memory_gib']:.1f} GB")
     return "  ".join(parts)
 

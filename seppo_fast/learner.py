@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import Config
 from seppo_fast.errors import NonFiniteError
 from seppo_fast.faults import fault
+from seppo_fast.journal import SKIPPED
 from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 from seppo_fast.pairs import Pairs
 from seppo_fast.policy import make_ema, make_optimizer, trainable
@@ -32,6 +34,8 @@ class Learner:
         config: of the run, its micro-batch chosen.
         accelerator: devices and processes.
         check: called before each micro-batch; what it raises leaves the weights as the last update left them.
+        skipped: called where an update is skipped, with its index, the sample ids of all ranks, and whether the scaler
+            of half precision was still searching its scale.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class Learner:
         config: Config,
         accelerator: Accelerator,
         check: Callable[[], None] = lambda: None,
+        skipped: Callable[[int, list[int], bool], None] = lambda update, sample_ids, searching: None,
     ) -> None:
         assert config.train.micro_batch is not None, "the micro-batch is chosen before"
         self.unet = unet
         self.ema = make_ema(unet, config.train.ema_decay)
         self._errors = errors
         self._check = check
+        self._tell_skipped = skipped
         self._micro_batch = config.train.micro_batch
         self._config = config
         self._objective = OBJECTIVES[config.objective]
@@ -82,11 +88,13 @@ class Learner:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
+        if not finite:  # on all ranks: the gradient is theirs together
+            self._tell_skipped(update, gather_object(list(pairs.sample_ids)), searching)
         if self._skipped == _MAX_SKIPPED:
             raise NonFiniteError(
                 f"update {update}: the gradient was not finite {_MAX_SKIPPED} times in a row (loss {sums['loss']}); "
-                f"last sample ids {list(pairs.sample_ids[:8])}. A lower train.learning_rate or another "
-                "model.precision are the first things to try"
+                f"sample ids from {list(pairs.sample_ids[:8])} on, all in {SKIPPED} of the run's folder. A lower "
+                "train.learning_rate or another model.precision are the first things to try"
             )
         means = averages(sums, self._config.train.pairs_per_update)
         took = time.perf_counter() - started

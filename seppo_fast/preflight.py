@@ -14,6 +14,7 @@ from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import ConfigError, DataError
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.run_folder import refuse_occupied
+from seppo_fast.trackers import require_trackers
 
 
 def preflight(config: Config, device: torch.device, processes: int) -> Source:
@@ -44,6 +45,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         )
     if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
+    require_trackers(config)
     if config.model.attention == "xformers":
         require_xformers(device)
     if config.train.backend == "triton":

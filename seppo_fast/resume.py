@@ -20,7 +20,7 @@ _MAY_CHANGE = {
     "reference.window", "reference.park", "reference.gpu_gib", "reference.host_gib", "reference.disk_gib",
     "reference.pairs_gib",
     "sampler.batch",
-    "log.sample_every", "log.sample_prompts",
+    "log.sample_every", "log.sample_prompts", "log.trackers",
     "save.minutes", "save.keep",
 }  # fmt: skip
 # What `memory` decides where it is left open.

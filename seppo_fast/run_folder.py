@@ -12,13 +12,15 @@ from pathlib import Path
 
 from seppo_fast.errors import CheckpointError, ConfigError, SeppoError
 from seppo_fast.files import disk_message
+from seppo_fast.journal import LOG, SKIPPED
 from seppo_fast.node import Node
 from seppo_fast.saved_state import SavedState, newest_state, saved_states
+from seppo_fast.trackers import FOLDERS
 
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
 # What a run writes before its first state.
-_BEGUN = {LOCK, "config.yaml", "log.jsonl", "samples", "state"}
+_BEGUN = {LOCK, "config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
 
 
 def refuse_occupied(folder: Path) -> None:

@@ -45,6 +45,7 @@ from seppo_fast.slab import trained_state
 from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy
 from seppo_fast.temporal import set_temporal_attention
 from seppo_fast.tiers import Budget, PoolFullError
+from seppo_fast.trackers import Trackers
 
 _STAMP = "seppo_fast.json"
 
@@ -106,7 +107,9 @@ class Trainer:
         if config.model.compile:
             compile_blocks(self.unet, config.model.attention)
         self.interruption = Interruption(self._warn, alone=world == 1)
-        self.learner = Learner(self.unet, errors, config, self.accelerator, self.interruption.check)
+        self.learner = Learner(
+            self.unet, errors, config, self.accelerator, self.interruption.check, self._record_skipped
+        )
         self.rollout = Rollout(
             config,
             PairMaker(config, self.cache, schedule.num_timesteps, rank=self.accelerator.process_index, world=world),
@@ -122,9 +125,10 @@ class Trainer:
             check=self.interruption.check,
         )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
+        self._trackers = Trackers(config, self._warn)
         self._samples = self._fixed_prompts()
         self._saver = Saver(self.folder, config.save.minutes, config.save.keep, self._warn)
-        self.finished, self._added = 0, -1
+        self.finished, self._added, self._opened, self._stalled = 0, -1, False, 0.0
         if saved is not None:
             self._restore(saved)  # last: the pictures of the base are made before
 
@@ -159,16 +163,32 @@ class Trainer:
                 raise Interrupted("interrupted")
 
     def _write(self, updates: int, stats: dict[str, float]) -> None:
-        if updates == 1:
+        if not self._opened:
             self._open_folder(0)  # not before: a run that ends without an update leaves nothing
+        stall, self._stalled = self._saver.stalled - self._stalled, self._saver.stalled
+        stats = self._journal.tell(
+            updates, stats | {"rollout_seconds": self.rollout.seconds, "save_stall_seconds": stall}
+        )
+        self._trackers.log(updates, stats)
         try:
-            self._journal.update(updates, stats | {"rollout_seconds": self.rollout.seconds})
+            self._journal.write(updates, stats)
             if self._samples is not None and updates % self.config.log.sample_every == 0:
                 self._samples.write(self.folder / "samples" / f"update-{updates:06d}.png", f"update {updates}")
         except OSError as problem:
             self._warn(f"the run goes on: {disk_message(self.folder, problem)}")
         if self._saver.due():
             self.save_state()
+
+    def _record_skipped(self, update: int, sample_ids: list[int], searching: bool) -> None:
+        """Writes down whose gradient was not finite, before the learner may end the run for it."""
+        if not self.accelerator.is_main_process:
+            return
+        if not self._opened:
+            self._open_folder(0)
+        try:
+            self._journal.skipped(update + 1, sample_ids, searching)
+        except OSError as problem:
+            self._warn(f"samples of the skipped update {update + 1}: {disk_message(self.folder, problem)}")
 
     def save_state(self) -> None:
         """Begins to write the run's state as the last finished update left it, for the same command to go on from.
@@ -231,6 +251,7 @@ class Trainer:
             try:
                 self._saver.wait()
             finally:
+                self._trackers.finish()
                 if self.references is not None:
                     self.references.close()
 
@@ -268,6 +289,8 @@ class Trainer:
             self._journal.resume(finished)
         except OSError as problem:
             raise CheckpointError(disk_message(self.folder, problem)) from problem
+        self._trackers.start(finished)
+        self._opened = True
 
     def _fixed_prompts(self) -> FixedPrompts | None:
         if not self.config.log.sample_every or not self.accelerator.is_main_process:

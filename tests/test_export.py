@@ -16,6 +16,7 @@ from seppo_fast.evaluate.pictures import generate
 from seppo_fast.export import COMFYUI_FILE, export
 from seppo_fast.forward import Forward
 from seppo_fast.saved_state import saved_states
+from seppo_fast.scores import Scores
 from seppo_fast.train import train
 from tests.runs import tiny_config
 from tests.tiny import tiny_pipeline
@@ -101,6 +102,16 @@ def test_the_card_says_what_it_is_and_the_settings_go_with_it(tiny, tmp_path):
     assert "| seed | 9 |" in card and "| data | shapes:11:3, 16 pixels |" in card and "no score" in card
     assert str(tiny) in card
     assert parse_config(__import__("yaml").safe_load((folder / "seppo_fast.yaml").read_text())).seed == 9
+
+
+def test_the_card_quotes_the_runs_scores_and_says_of_which_weights(tiny, tmp_path):
+    config, _ = trained(tiny, tmp_path, model={"train": "lora"}, train={"ema_decay": 0.5})
+    run = Path(config.output)
+    Scores("the judge's score", 3, True, 0.814, 0.829, 0.002, 0.028, 1200).write(run)
+    card = (export(run) / "README.md").read_text()
+    assert "the judge's score: base 0.814, after update 3 (moving average) 0.829; paired difference +0.015" in card
+    assert "[+0.002, +0.028] (95 %, 1200 pairs)." in card and "other weights" not in card
+    assert "That is of other weights of the run than these." in (export(run, raw=True) / "README.md").read_text()
 
 
 def test_a_base_that_moved_is_found_and_one_that_changed_refused(tiny, tmp_path, capsys):

@@ -17,6 +17,7 @@ from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.forward import Forward
 from seppo_fast.rollout import sample_latents
 
+CAPTION_WIDTH = 260  # of `side_by_side`
 _FRAMES = 8  # of a clip, shown in a picture
 
 
@@ -82,7 +83,7 @@ def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 def side_by_side(
-    prompts: Sequence[str], columns: dict[str, np.ndarray], *, cell: int = 128, caption_width: int = 260
+    prompts: Sequence[str], columns: dict[str, np.ndarray], *, cell: int = 128, caption_width: int = CAPTION_WIDTH
 ) -> Image.Image:
     """One row a prompt, one column a model: prompt text at the left, pictures `(N, H, W, 3)` uint8 beside it.
 

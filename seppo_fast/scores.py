@@ -1,0 +1,68 @@
+"""What a run's weights were judged by: `scores.json` in its folder, which the model card and the report quote."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from seppo_fast.errors import ConfigError
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A paired comparison of a run's weights with their base.
+
+    Attributes:
+        what: was measured, on what.
+        update: after which.
+        average: whether of the moving average of the weights.
+        base: mean score of the base.
+        aligned: mean score of the run's weights.
+        low: lower end of the 95 % interval of the mean paired difference.
+        high: its upper end.
+        items: number of pairs.
+    """
+
+    what: str
+    update: int
+    average: bool
+    base: float
+    aligned: float
+    low: float
+    high: float
+    items: int
+
+    def write(self, run: Path) -> None:
+        """Puts them into a run's folder."""
+        (run / SCORES).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        weights = "moving average" if self.average else "raw weights"
+        return (
+            f"{self.what}: base {self.base:.3f}, after update {self.update} ({weights}) {self.aligned:.3f}; paired "
+            f"difference {self.aligned - self.base:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs)"
+        )
+
+
+def read_scores(run: Path) -> Scores | None:
+    """The scores of a run; None where none were measured.
+
+    Raises:
+        ConfigError: `scores.json` is none.
+    """
+    file = run / SCORES
+    if not file.exists():
+        return None
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        numbers = {name: float(tree[name]) for name in ("base", "aligned", "low", "high")}
+        if not all(math.isfinite(number) for number in numbers.values()):
+            raise ValueError("a number is not finite")
+        update, items = int(tree["update"]), int(tree["items"])
+        return Scores(what=str(tree["what"]), update=update, average=bool(tree["average"]), items=items, **numbers)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise ConfigError(f"{file}: no scores of a run ({problem}); remove it") from problem
