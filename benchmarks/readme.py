@@ -112,8 +112,8 @@ def flat_line(result: dict[str, Any]) -> str:
     growth, last = result["growth"], result["last"]
     return (
         f"`{result['command']}`: over {result['updates']:,} updates, from the second quarter to the last, memory "
-        f"{growth['memory'] / 2**20:+.1f} MiB (of {last['memory'] / 2**20:.0f}), threads {growth['threads']:+.0f}, open "
-        f"files {growth['handles']:+.0f}, files on disk {growth['files']:+.0f}; commit {result['commit']}."
+        f"{growth['memory'] / 2**20:+.1f} MiB (of {last['memory'] / 2**20:.0f}), threads {growth['threads']:+.0f}, "
+        f"open files {growth['handles']:+.0f}, files on disk {growth['files']:+.0f}; commit {result['commit']}."
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
-from benchmarks.faults import FULL, POINT, TERM, TIMED, Command, Soak, contents, count, differences, finish
+from benchmarks.faults import FULL, POINT, TERM, TIMED, Command, Soak, contents, count, differences, soak
 from benchmarks.forks import Ended, Forks
 
 BEGINS = "update 1/12  loss 0.7\nupdate 2/12  loss 0.7\n"
@@ -21,9 +21,8 @@ def command(tmp_path_factory):
 
 
 def test_a_disturbed_run_ends_as_the_straight_one_and_is_counted(command):
-    seen = Soak()
-    finish(command, seen, random.Random(5))
-    assert seen.corrupt == [] and seen.kills >= 1 and not command.output.exists()
+    seen = soak([command], 3, random.Random(5))
+    assert seen.corrupt == [] and seen.kills >= 3 and not command.output.exists()
     assert len(seen.first) >= 1 and min(seen.lost, default=0) >= 0
 
 
