@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from seppo_fast.errors import ConfigError
 from seppo_fast.objectives import OBJECTIVES
+from seppo_fast.plain_yaml import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -82,7 +83,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Where winners come from."""
 
-    source: str = Field("", description="folder, parquet file or folder, hub id, or shapes:N for the embedded world")
+    source: str = Field("", description="folder, parquet, tar shards, hub id, or shapes:N for the embedded world")
     split: str = Field("train", description="split of a hub data set")
     resolution: int = Field(512, ge=8, description="pixels; the shorter side is resized to it, then a centre crop")
     frames: int = Field(16, ge=1, description="of a clip (clips only)")
@@ -238,8 +239,8 @@ def read_config(path: str | Path) -> Config:
         recipes = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
         raise ConfigError(f"config {str(path)!r} does not exist; recipes that ship with seppo_fast: {recipes}")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = read_yaml(file)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     return parse_config(tree or {}, str(path))
 
@@ -257,7 +258,7 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
     for key, value in tree.items():
         if key in sections:
             if not isinstance(value, dict):
-                raise ConfigError(f"{origin}: section {key!r} must hold keys of its own, got {value!r}")
+                raise ConfigError(f"{origin}: section {key!r} must hold keys of its own, got {_shown(value)}")
             resolved.setdefault(key, {}).update(value)
             continue
         section, dot, name = keys().get(str(key), str(key)).rpartition(".")
@@ -332,7 +333,12 @@ def _explain(problem: Any) -> str:
         return f"unknown key {key!r}{_did_you_mean(key, keys())}"
     if not key:
         return str(problem["msg"]).removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {problem['msg']}"
+    return f"{key} = {_shown(problem['input'])}: {problem['msg']}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _did_you_mean(word: str, known: Any) -> str:

@@ -67,8 +67,11 @@ def refuse_other_content(saved: SavedState, fingerprints: dict[str, str]) -> Non
 
     Raises:
         ConfigError: another model, other data.
+        CheckpointError: fingerprints that cannot be read.
     """
     before = saved.numbers.get("fingerprints", {})
+    if not isinstance(before, dict):
+        raise CheckpointError(f"{saved.folder}: what it was begun with cannot be read ({before!r})")
     other = [name for name, value in fingerprints.items() if before.get(name) != value]
     if other:
         raise ConfigError(

@@ -82,7 +82,7 @@ def judged_model(
     model = config.model.model_copy(update={"path": str(weights)}) if full else config.model
     family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
     if weights is not None and not full:
-        family.pipe.load_lora_weights(weights)
+        family.pipe.load_lora_weights(weights, use_safetensors=True)
     forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
     sampler = Sampler(family.scheduler_config, config.sampler)
     return judged_pictures(family, forward, family.unet, sampler, prompts, seed)
