@@ -110,7 +110,7 @@ def expand_braces(spec: str) -> list[Path]:
     if prod(map(len, parts)) > _MAX_SHARDS:
         raise DataError(f"{spec}: more than {_MAX_SHARDS} shards.")
     names = map("".join, product(*parts))
-    paths = [Path(name).expanduser() for name in names]
+    paths = [Path(name).expanduser() for name in dict.fromkeys(names)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{spec}: {len(missing)} of {len(paths)} shards are not there, the first is {missing[0]}.")

@@ -38,8 +38,8 @@ def open_source(spec: str, split: str = "train") -> Source:
     """Opens a data set without decoding any image or clip.
 
     Args:
-        spec: A path, a pattern of tar files, a hub id, `shapes:N[:SEED]` or `shapes-motion:N[:SEED]`; a path that exists
-            is never taken for anything else.
+        spec: A path, a pattern of tar files, a hub id, `shapes:N[:SEED]` or `shapes-motion:N[:SEED]`; a path that
+            exists is never taken for anything else.
         split: Which split of a hub data set, or of parquet files named `<split>-00000-of-00007.parquet`.
 
     Returns:
