@@ -94,7 +94,7 @@ def test_a_folder_a_pattern_and_a_file_are_alike(tmp_path):
         assert same.digest() == digest
     assert [e.id for e in open_source(f"{folder}/{{000..001}}.tar")] == [e.id for e in source][:8]
     assert len(open_source(f"{tmp_path}/{{data,data}}/00{{1..2}}.tar")) == 8  # a shard named again is one shard
-    assert [e.id for e in open_source(str(folder / "002.tar"))][0] == "002.tar/2000.png"
+    assert open_source(str(folder / "002.tar"))[0].id == "002.tar/2000.png"
     (tmp_path / "moved").mkdir()
     for path in folder.iterdir():
         path.rename(tmp_path / "moved" / path.name)
