@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 16  # a recipe has some thousands; PyYAML needs minutes for a mebibyte of brackets
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,13 +23,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         places: dict[Any, yaml.Mark] = {}
-        for key, _ in node.value:
-            if key.value in places and isinstance(key, yaml.ScalarNode):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in places:
                 raise yaml.constructor.ConstructorError(
                     f"the key {key.value!r} is there twice, first", places[key.value], "and again", key.start_mark
                 )
-            if isinstance(key, yaml.ScalarNode):
-                places[key.value] = key.start_mark
+            places[key.value] = key.start_mark
         return super().construct_mapping(node, deep)
 
 
@@ -37,7 +36,7 @@ def read_yaml(file: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ValueError: larger than a mebibyte, not YAML, tags, aliases, a key twice, nested too deeply; says where.
+        ValueError: larger than 64 KiB, not YAML, tags, aliases, a key twice, nested too deeply; says where.
         OSError: it cannot be read.
     """
     with open(file, "rb") as opened:

@@ -1,4 +1,4 @@
-"""One cache wanted by two processes at once: one fills it, the other waits, and takes over where the first is killed."""
+"""One cache wanted by two processes: one fills it, the other waits, and takes over where the first is killed."""
 
 from __future__ import annotations
 

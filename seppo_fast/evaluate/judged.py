@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from seppo_fast.config import Config
 from seppo_fast.data.sources import Source
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.evaluate.pictures import generate
+from seppo_fast.families.folders import load_as
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.forward import Forward
@@ -82,7 +84,8 @@ def judged_model(
     model = config.model.model_copy(update={"path": str(weights)}) if full else config.model
     family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
     if weights is not None and not full:
-        family.pipe.load_lora_weights(weights, use_safetensors=True)
+        adapter = partial(family.pipe.load_lora_weights, weights, use_safetensors=True)
+        load_as("weights", str(weights), "a LoRA", adapter)
     forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
     sampler = Sampler(family.scheduler_config, config.sampler)
     return judged_pictures(family, forward, family.unet, sampler, prompts, seed)

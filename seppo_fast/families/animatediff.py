@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
-from seppo_fast.families.folders import check_place, check_weights, expanded, load_as
+from seppo_fast.families.folders import check_complete, check_place, check_weights, expanded, load_as
 from seppo_fast.families.sd import StableDiffusion, check_pipeline, load_pipeline, rescheduled
 
 # What the motion modules were trained on. Neither an SD-1.5 folder nor an adapter carries it.
@@ -127,6 +128,8 @@ def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPip
 
     def load() -> UNetMotionModel:
         adapter = MotionAdapter.from_pretrained(where, use_safetensors=True).float()
+        if Path(where).is_dir():
+            check_complete("model.motion_adapter", Path(where), adapter)
         return UNetMotionModel.from_unet2d(pipe.unet, adapter)
 
     unet = load_as("model.motion_adapter", path, "a MotionAdapter", load)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from seppo_fast.errors import ConfigError
 from seppo_fast.files import read_json
@@ -60,6 +63,20 @@ def check_weights(key: str, path: str, folder: Path, part: str = "") -> None:
             "DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
         )
     raise ConfigError(f"{key} = {path!r}: {part + '/' if part else 'it'} holds no safetensors weights")
+
+
+def check_complete(key: str, place: Path, module: nn.Module) -> None:
+    """Raises ConfigError where the safetensors files in a folder hold fewer values than the module that they made.
+
+    What is missing there the libraries fill with random numbers. Values are counted, since names may be old ones.
+    """
+    held = 0
+    for file in place.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            held += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    needed = sum(parameter.numel() for parameter in module.parameters())
+    if held < needed:
+        raise ConfigError(f"{key}: {place} holds {held:,} of the {needed:,} weights that its config.json asks for")
 
 
 def _check_index(key: str, file: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
 from seppo_fast.families import UNet
-from seppo_fast.families.folders import check_parts, check_place, check_weights, expanded, load_as
+from seppo_fast.families.folders import check_complete, check_parts, check_place, check_weights, expanded, load_as
 
 # One set of parts, two ways to call it.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -243,7 +243,10 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind is StableDiffusionPipeline else {}
 
     def load() -> DiffusionPipeline:
-        return kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
+        pipe = kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
+        for part in _WEIGHTS if Path(where).is_dir() else ():
+            check_complete("model.path", Path(where) / part, pipe.components[part])
+        return pipe
 
     pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
     pipe.set_progress_bar_config(disable=True)
