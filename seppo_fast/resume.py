@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from seppo_fast.config import Config, parse_config
+from seppo_fast.config import Config, parse_config, saved_values
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.saved_state import SavedState
 
@@ -88,7 +88,7 @@ def saved_config(saved: SavedState, name: str = "config") -> Config:
         CheckpointError: it cannot be read.
     """
     try:
-        return parse_config(saved.numbers[name], f"{saved.folder}: {name}")
+        return saved_values(saved.numbers[name], f"{saved.folder}: {name}")
     except (KeyError, ConfigError) as problem:
         raise CheckpointError(f"{saved.folder}: its configuration cannot be read ({problem})") from problem
 

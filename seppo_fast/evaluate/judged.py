@@ -81,7 +81,8 @@ def judged_model(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `judged_pictures`, of the model of a configuration, or of the `weights` that its run wrote."""
     full = weights is not None and config.model.train == "full"
-    model = config.model.model_copy(update={"path": str(weights)}) if full else config.model
+    # What a run on clips wrote has its motion modules inside.
+    model = config.model.model_copy(update={"path": str(weights), "motion_adapter": ""}) if full else config.model
     family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
     if weights is not None and not full:
         adapter = partial(family.pipe.load_lora_weights, weights, use_safetensors=True)

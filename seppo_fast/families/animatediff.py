@@ -88,8 +88,15 @@ class AnimateDiff(StableDiffusion):
             unet = load_as(
                 "model.path", path, "a UNetMotionModel", lambda: _read_config(UNetMotionModel, where, "unet")
             )
+            if unet["_class_name"] != "UNetMotionModel":
+                raise ConfigError(
+                    f"model.path = {path!r}: its unet is a {unet['_class_name']}, that of an AnimateDiffPipeline is a "
+                    "UNetMotionModel"
+                )
             _check_frames(frames, unet["motion_max_seq_length"])
             pipe = load_pipeline(where, AnimateDiffPipeline)
+            # Of a folder that diffusers wrote; the UNet holds the same modules, and is what is trained.
+            pipe.register_modules(motion_adapter=None)
             if override:
                 pipe.scheduler = rescheduled(pipe.scheduler, type(pipe.scheduler), **override)
         pipe.set_progress_bar_config(disable=True)

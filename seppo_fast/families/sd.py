@@ -222,8 +222,8 @@ def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
     found = str(index.get("_class_name"))
     if found == "AnimateDiffPipeline" and found not in allowed:
         raise ConfigError(
-            f"model.path = {path!r} is an AnimateDiffPipeline: give the Stable Diffusion pipeline here, and the motion "
-            "modules as model.motion_adapter"
+            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: give it as a folder, not "
+            "as a hub id, and leave model.motion_adapter empty; or give a Stable Diffusion pipeline and an adapter"
         )
     if found not in allowed:
         raise ConfigError(
