@@ -19,7 +19,9 @@ from safetensors.torch import save, save_file
 from seppo_fast.cli import main
 from seppo_fast.config import Config, read_config
 from seppo_fast.data.sources import open_source
+from seppo_fast.diffusion import NoiseSchedule
 from seppo_fast.errors import CheckpointError, ConfigError, DataError
+from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.journal import read_journal
 from seppo_fast.saved_state import _checksum, checked_state, newest_state
 from tests.hostile import Payload, ends, payloads, run_config
@@ -188,8 +190,6 @@ def test_hostile_safetensors(tmp_path, tiny, run, case):
 @pytest.mark.parametrize("case", HOSTILE_SAFETENSORS)
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_hostile_safetensors_of_a_model(tmp_path, tiny, part, case):
-    from seppo_fast.families.sd import StableDiffusion
-
     model = shutil.copytree(tiny, tmp_path / "model")
     (weights,) = (model / part).glob("*.safetensors")
     weights.write_bytes(HOSTILE_SAFETENSORS[case])
@@ -287,7 +287,8 @@ def test_hostile_json_of_a_scheduler(tmp_path, tiny, case, capsys):
     file = model / "scheduler" / "scheduler_config.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     if case in ("twice", "not a number", "infinity", "wrong types", "huge numbers"):  # keys that no scheduler has
-        assert main(["check", str(run_config(tmp_path, model))]) in (0, 2)
+        config = StableDiffusion.load(str(model), torch.device("cpu")).scheduler_config
+        assert NoiseSchedule(config).num_timesteps == 1000
     else:
         assert "model.path" in ends(capsys, 2, "check", run_config(tmp_path, model))
 

@@ -100,7 +100,9 @@ def test_a_pickled_motion_adapter_is_refused(tmp_path, tiny, adapter, marker, ca
         weights.with_suffix(suffix).write_bytes(content)
         file = run_config(tmp_path, tiny, **clips, data={"source": "shapes-motion:3", "frames": 4, "resolution": 16})
         said = ends(capsys, 2, "check", file)
-        assert ("model.motion_adapter" if suffix == ".safetensors" else "pickled weights are not loaded") in said
+        assert (
+            "model.motion_adapter" if suffix == ".safetensors" else "MotionAdapter.from_pretrained(FOLDER).save"
+        ) in said
 
 
 def test_a_pickled_lora_is_refused(tmp_path, tiny, marker):

@@ -159,7 +159,7 @@ def _check_adapter(path: str, unet: Mapping[str, Any], frames: int) -> str:
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.motion_adapter = {path!r} holds no config.json, so it is no MotionAdapter folder")
-        check_weights("model.motion_adapter", path, folder)
+        check_weights("model.motion_adapter", path, folder, loader="MotionAdapter")
     adapter = load_as("model.motion_adapter", path, "a MotionAdapter", lambda: _read_config(MotionAdapter, where))
     if adapter["_class_name"] != "MotionAdapter":
         raise ConfigError(f"model.motion_adapter = {path!r} is a {adapter['_class_name']}, a MotionAdapter is needed")

@@ -48,8 +48,16 @@ def check_place(key: str, path: str, converter: str) -> Path | None:
     return folder
 
 
-def check_weights(key: str, path: str, folder: Path, part: str = "") -> None:
-    """Raises ConfigError where `folder / part` holds no safetensors weights; pickled ones are never loaded."""
+def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str = "DiffusionPipeline") -> None:
+    """Raises ConfigError where `folder / part` holds no safetensors weights; pickled ones are never loaded.
+
+    Args:
+        key: `section.key`, for messages.
+        path: its value.
+        folder: of the model.
+        part: a folder in it.
+        loader: the diffusers class that reads the whole folder.
+    """
     place = folder / part
     files = [file.name for file in place.glob("*")] if place.is_dir() else []
     for file in place.glob("*.safetensors.index.json"):
@@ -60,7 +68,7 @@ def check_weights(key: str, path: str, folder: Path, part: str = "") -> None:
     if unsafe:
         raise ConfigError(
             f"{place / unsafe[0]}: pickled weights are not loaded, they can run code. Where you trust them: "
-            "DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
+            f"{loader}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
         )
     raise ConfigError(f"{key} = {path!r}: {part + '/' if part else 'it'} holds no safetensors weights")
 
