@@ -286,7 +286,7 @@ def test_hostile_json_of_a_scheduler(tmp_path, tiny, case, capsys):
     model = shutil.copytree(tiny, tmp_path / "model")
     file = model / "scheduler" / "scheduler_config.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if case in ("twice", "not a number", "infinity", "wrong types", "huge numbers"):  # keys that no scheduler has
+    if case in ("twice", "infinity", "wrong types", "huge numbers"):  # keys that no scheduler has
         config = StableDiffusion.load(str(model), torch.device("cpu")).scheduler_config
         assert NoiseSchedule(config).num_timesteps == 1000
     else:
