@@ -14,7 +14,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from seppo_fast.errors import ConfigError
+from seppo_fast.files import read_json
 from seppo_fast.objectives import OBJECTIVES
+from seppo_fast.plain_yaml import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,7 +54,9 @@ class ModelConfig(_Section):
         "", description="diffusers folder or hub id in the SD-1.5 format, or embedded: shapes, shapes-motion"
     )
     motion_adapter: str = Field(
-        "", description="folder or hub id of a MotionAdapter, or 'shapes': with one, AnimateDiff is trained on clips"
+        "",
+        description="folder or hub id of a MotionAdapter, or 'shapes': with one, AnimateDiff is trained on clips; "
+        "empty too where model.path is the folder of an AnimateDiffPipeline, which has its own",
     )
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = Field(
         None, description="of the noise; null: the pipeline's own, or linear with a motion adapter"
@@ -82,7 +86,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Where winners come from."""
 
-    source: str = Field("", description="folder, parquet file or folder, hub id, or shapes:N for the embedded world")
+    source: str = Field("", description="folder, parquet, tar shards, hub id, or shapes:N for the embedded world")
     split: str = Field("train", description="split of a hub data set")
     resolution: int = Field(512, ge=8, description="pixels; the shorter side is resized to it, then a centre crop")
     frames: int = Field(16, ge=1, description="of a clip (clips only)")
@@ -241,8 +245,8 @@ def read_config(path: str | Path) -> Config:
         recipes = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
         raise ConfigError(f"config {str(path)!r} does not exist; recipes that ship with seppo_fast: {recipes}")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = read_yaml(file)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     return parse_config(tree or {}, str(path))
 
@@ -253,6 +257,17 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
     Raises:
         ConfigError: as `read_config`.
     """
+    config = saved_values(tree, origin)
+    refuse_contradictions(config)
+    return config
+
+
+def saved_values(tree: Any, origin: str) -> Config:
+    """As `parse_config`, of what a run saved: whether it fits together depends on folders that may have moved since.
+
+    Raises:
+        ConfigError: keys or values that are none.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin}: expected a mapping of keys at the top, got {type(tree).__name__}")
     resolved: dict[str, Any] = {}
@@ -260,7 +275,7 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
     for key, value in tree.items():
         if key in sections:
             if not isinstance(value, dict):
-                raise ConfigError(f"{origin}: section {key!r} must hold keys of its own, got {value!r}")
+                raise ConfigError(f"{origin}: section {key!r} must hold keys of its own, got {_shown(value)}")
             resolved.setdefault(key, {}).update(value)
             continue
         section, dot, name = keys().get(str(key), str(key)).rpartition(".")
@@ -269,11 +284,20 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
             raise ConfigError(f"{origin}: {key!r} is another name of {section}.{name}, which is given too")
         place[name] = value
     try:
-        config = Config.model_validate(resolved)
+        return Config.model_validate(resolved)
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
-    refuse_contradictions(config)
-    return config
+
+
+def makes_clips(model: ModelConfig) -> bool:
+    """Whether it is AnimateDiff: a motion adapter is given, or the folder is of a pipeline with one inside."""
+    if model.motion_adapter:
+        return True
+    try:
+        index = read_json(Path(model.path).expanduser() / "model_index.json")
+        return bool(index["_class_name"] == "AnimateDiffPipeline")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the model's loader says what is wrong
+        return False
 
 
 def refuse_contradictions(config: Config) -> None:
@@ -317,7 +341,7 @@ def _refuse_what_only_clips_have(config: Config) -> None:
         raise ConfigError(f"model.temporal_attention = triton takes 32 frames, data.frames = {config.data.frames}")
     if config.model.train == "full" and config.model.lora_on != "both":
         raise ConfigError(f"model.lora_on = {config.model.lora_on!r} needs model.train = lora")
-    if config.model.motion_adapter:
+    if makes_clips(config.model):
         return
     for section, names in {"model": ("lora_on", "temporal_attention"), "data": ("frames", "flip")}.items():
         for name in names:
@@ -335,7 +359,12 @@ def _explain(problem: Any) -> str:
         return f"unknown key {key!r}{_did_you_mean(key, keys())}"
     if not key:
         return str(problem["msg"]).removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {problem['msg']}"
+    return f"{key} = {_shown(problem['input'])}: {problem['msg']}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _did_you_mean(word: str, known: Any) -> str:

@@ -44,7 +44,7 @@ class NoiseSchedule:
         config: the configuration of the pipeline's scheduler.
 
     Raises:
-        ConfigError: a prediction type other than epsilon or v_prediction.
+        ConfigError: a prediction type other than epsilon or v_prediction; noise levels that are none.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -55,6 +55,9 @@ class NoiseSchedule:
             raise ConfigError(
                 f"model.path: its scheduler predicts {self.prediction_type!r}; epsilon and v_prediction can be trained"
             )
+        kept = self._scheduler.alphas_cumprod
+        if not ((kept >= 0) & (kept <= 1)).all():  # nor NaN
+            raise ConfigError("model.path: its scheduler's betas are no noise schedule")
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """q(x_t | x_0), DDPM eq. 4: `sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`; `(B, *latent)`, timesteps `(B,)`."""
@@ -83,11 +86,21 @@ class Sampler:
     config: SamplerConfig
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where there are more steps than the schedule has timesteps."""
-        timesteps = self._solver().config.num_train_timesteps
+        """Raises ConfigError for more steps than the schedule has timesteps, or a schedule that cannot be sampled."""
+        solver = self._solver()
+        timesteps = solver.config.num_train_timesteps
         if self.config.steps > timesteps:
             raise ConfigError(
                 f"sampler.steps = {self.config.steps}: this model's schedule has {timesteps} timesteps, not more"
+            )
+        try:
+            solver.set_timesteps(self.config.steps)
+            first, last = int(solver.timesteps.min()), int(solver.timesteps.max())
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as problem:
+            raise ConfigError(f"model.path: its scheduler cannot be used: {problem}") from problem
+        if not 0 <= first <= last <= timesteps:
+            raise ConfigError(
+                f"model.path: its scheduler has {timesteps} timesteps, and would sample {first} to {last}"
             )
 
     @torch.no_grad()

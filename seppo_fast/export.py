@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seppo_fast import __version__
-from seppo_fast.config import Config, to_yaml
+from seppo_fast.config import Config, makes_clips, to_yaml
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
@@ -69,7 +69,7 @@ def export(
     form = form or ("lora" if lora else "diffusers")
     if form != "diffusers" and not lora:
         raise ConfigError(f"{run}: all weights were trained, so there is no LoRA; use --format diffusers")
-    if form == "comfyui" and config.model.motion_adapter:
+    if form == "comfyui" and makes_clips(config.model):
         raise ConfigError(f"{run}: ComfyUI has no key names of its own for AnimateDiff; use --format lora")
     folder = output or free_name(run / f"export-{form}")
     if folder.exists():
@@ -129,7 +129,7 @@ def model_card(config: Config, saved: SavedState, form: Format, average: bool, s
         "trained": "all weights of the UNet" if config.model.train == "full" else lora,
         "weights": "moving average" if average else "raw",
         "data": f"{config.data.source}, {config.data.resolution} pixels"
-        + (f", {config.data.frames} frames" if adapter else ""),
+        + (f", {config.data.frames} frames" if makes_clips(config.model) else ""),
         "objective": f"{config.objective}, beta {config.train.beta:g} (times a mean over latent elements)",
         "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
         "references": f"a new past policy every {config.train.updates_per_iteration} updates",

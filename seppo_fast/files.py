@@ -1,9 +1,10 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and JSON that cannot do harm."""
 
 from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -42,6 +44,23 @@ def staged_folder(final: Path, error: type[SeppoError]) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_json(file: Path, most: int = 1 << 26) -> Any:
+    """What a JSON file of at most so many bytes holds.
+
+    Raises:
+        OSError: no such file, or it cannot be read.
+        ValueError: it is larger, nested too deeply, or no JSON.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    if file.stat().st_size > most:
+        raise ValueError(f"{file.stat().st_size} bytes, {most} at most")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def free_name(path: Path) -> Path:

@@ -123,9 +123,10 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            entry["update"] = int(entry["update"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
             return  # a killed process wrote half of it
+        if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
+            return
         yield entry
 
 

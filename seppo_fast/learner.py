@@ -156,7 +156,7 @@ class Learner:
                 value = value.to(own.device) if like is None else like.copy_(value)
             self._optimizer.state[own][key] = value
         self._scaler.load_state_dict(numbers["scaler"])
-        self._skipped = numbers["skipped"]
+        self._skipped = int(numbers["skipped"])
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
                 shadow.copy_(files["average"][name])

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seppo_fast.errors import CheckpointError
-from seppo_fast.files import staged_folder
+from seppo_fast.files import read_json, staged_folder
 from seppo_fast.slab import Table
 
 FORMAT = 1
@@ -152,7 +152,7 @@ def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[
     """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST
     try:
-        tree: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        tree: dict[str, Any] = read_json(manifest)
         if int(tree["format"]) > FORMAT:
             raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
         rows = {int(row["number"]): (int(row["size"]), str(row["sha256"])) for row in tree["members"]}
@@ -160,7 +160,7 @@ def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[
         # Checkpoint 0 always stays.
         if min(rows, default=None) != 0 or max(rows) >= count:
             raise ValueError(f"checkpoints {sorted(rows)} of {count}")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
     others = [
         f"{key} = {saved.get(key)!r}, not {value!r}"

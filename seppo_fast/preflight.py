@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from seppo_fast.attention import require_xformers
-from seppo_fast.config import Config
+from seppo_fast.config import Config, makes_clips
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import ConfigError, DataError
 from seppo_fast.objectives import OBJECTIVES
@@ -67,15 +67,20 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
 
 
 def _check_clips(config: Config, source: Source) -> None:
-    if source.clips and not config.model.motion_adapter:
+    if source.clips and not makes_clips(config.model):
         raise ConfigError(
             f"data.source = {config.data.source!r} holds clips: give model.motion_adapter, a folder or hub id of a "
-            "MotionAdapter that fits model.path"
+            "MotionAdapter that fits model.path (empty only where that is the folder of an AnimateDiffPipeline)"
         )
-    if config.model.motion_adapter and not source.clips:
+    if makes_clips(config.model) and not source.clips:
+        adapter = config.model.motion_adapter
+        what, instead = (
+            (f"model.motion_adapter = {adapter!r}", "leave the adapter out")
+            if adapter
+            else (f"model.path = {config.model.path!r}, an AnimateDiffPipeline,", "give a Stable Diffusion pipeline")
+        )
         raise ConfigError(
-            f"model.motion_adapter = {config.model.motion_adapter!r} makes clips, and data.source = "
-            f"{config.data.source!r} holds pictures: leave the adapter out, or give clips"
+            f"{what} makes clips, and data.source = {config.data.source!r} holds pictures: {instead}, or give clips"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from seppo_fast.config import Config, parse_config
+from seppo_fast.config import Config, parse_config, saved_values
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.saved_state import SavedState
 
@@ -67,8 +67,11 @@ def refuse_other_content(saved: SavedState, fingerprints: dict[str, str]) -> Non
 
     Raises:
         ConfigError: another model, other data.
+        CheckpointError: fingerprints that cannot be read.
     """
     before = saved.numbers.get("fingerprints", {})
+    if not isinstance(before, dict):
+        raise CheckpointError(f"{saved.folder}: what it was begun with cannot be read ({before!r})")
     other = [name for name, value in fingerprints.items() if before.get(name) != value]
     if other:
         raise ConfigError(
@@ -85,7 +88,7 @@ def saved_config(saved: SavedState, name: str = "config") -> Config:
         CheckpointError: it cannot be read.
     """
     try:
-        return parse_config(saved.numbers[name], f"{saved.folder}: {name}")
+        return saved_values(saved.numbers[name], f"{saved.folder}: {name}")
     except (KeyError, ConfigError) as problem:
         raise CheckpointError(f"{saved.folder}: its configuration cannot be read ({problem})") from problem
 

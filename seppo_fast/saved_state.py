@@ -22,7 +22,7 @@ from torch import Tensor
 
 from seppo_fast.errors import CheckpointError
 from seppo_fast.faults import fault
-from seppo_fast.files import free_name, staged_folder
+from seppo_fast.files import free_name, read_json, staged_folder
 from seppo_fast.pool_files import checked_members, digest
 
 FORMAT = 1
@@ -150,7 +150,7 @@ def checked_state(folder: Path) -> SavedState:
     """
     manifest = folder / MANIFEST
     try:
-        tree = json.loads(manifest.read_text(encoding="utf-8"))
+        tree = read_json(manifest)
         if int(tree["format"]) > FORMAT:
             raise NewerFormatError(
                 f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads; take the version "
@@ -159,7 +159,7 @@ def checked_state(folder: Path) -> SavedState:
         if _checksum(tree["files"]) != tree["sha256"]:
             raise ValueError("its own checksum differs")
         rows = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in tree["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a saved state ({problem})") from problem
     damaged = list(_damages(folder, rows))
     if damaged:
@@ -167,9 +167,9 @@ def checked_state(folder: Path) -> SavedState:
     if f"{REFERENCES}/{MANIFEST}" in rows:
         checked_members(folder / REFERENCES)
     try:
-        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        numbers = read_json(folder / NUMBERS)
         return SavedState(folder, int(numbers["update"]), dict(numbers))
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:
         raise CheckpointError(f"{folder / NUMBERS}: cannot be read ({problem})") from problem
 
 

@@ -25,7 +25,7 @@ from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.faults import fault
-from seppo_fast.files import disk_message, free_name, staged_folder
+from seppo_fast.files import disk_message, free_name, read_json, staged_folder
 from seppo_fast.forward import Forward
 from seppo_fast.interrupt import Interrupted, Interruption
 from seppo_fast.journal import Journal
@@ -209,7 +209,14 @@ class Trainer:
     def _restore(self, saved: SavedState) -> None:
         load_policy(self.unet, saved)
         names = [OPTIMIZER, *([AVERAGE] if self.learner.ema is not None else [])]
-        self.learner.restore({name: saved.tensors(name) for name in names}, saved.numbers)
+        files = {name: saved.tensors(name) for name in names}
+        try:
+            self.learner.restore(files, saved.numbers)
+            self._added = int(saved.numbers["added"])
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as problem:
+            raise CheckpointError(
+                f"{saved.folder}: holds other numbers than a state of this run ({problem!r})"
+            ) from problem
         if self.references is not None:
             try:
                 self.references.restore(saved.folder / REFERENCES, self.accelerator.device)
@@ -217,7 +224,7 @@ class Trainer:
                 raise ConfigError(
                     f"reference.gpu_gib, host_gib, disk_gib: no room for the past policies of the run: {problem}"
                 ) from problem
-        self.finished, self._added = saved.update, saved.numbers["added"]
+        self.finished = saved.update
         if self.accelerator.is_main_process:
             put_aside_newer(self.folder, self.finished)
             self._open_folder(self.finished)
@@ -302,8 +309,8 @@ class Trainer:
 def _update_of(weights: Path) -> int | None:
     """After which update a folder of weights was written."""
     try:
-        return int(json.loads((weights / _STAMP).read_text(encoding="utf-8"))["update"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json(weights / _STAMP)["update"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each fork after a first u
 # runs two files at a time, and two torch processes with two threads each on two cores take many times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_adapter
 
     return tiny_adapter(tmp_path_factory.mktemp("tiny") / "adapter")
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """The file that a pickle of `tests.hostile` would write; after the test it must not be there."""
+    path = tmp_path / "marker"
+    yield path
+    assert not path.exists(), "a pickle was loaded"

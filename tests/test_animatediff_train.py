@@ -15,14 +15,18 @@ from diffusers import AnimateDiffPipeline, MotionAdapter
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from safetensors.torch import load_file
 
 from seppo_fast.attention import GRID_LIMIT, ChunkedAttention, attention_layers
+from seppo_fast.cli import main
 from seppo_fast.config import to_yaml
 from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import keyed_noise
 from seppo_fast.errors import ConfigError
+from seppo_fast.evaluate.judged import judged_model
 from seppo_fast.memory import training_footprint
 from seppo_fast.policy import compile_blocks, trainable
+from seppo_fast.shapes.motion import captions
 from seppo_fast.train import train
 from seppo_fast.trainer import Trainer
 from tests.runs import log_of, tiny_config
@@ -235,6 +239,53 @@ def test_full_weights_train_and_load(tiny, adapter, tmp_path):
     state = unet.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in weights.items())
     assert any("motion_modules" in name for name in weights)
+
+
+def test_full_training_goes_on_from_its_own_export(tiny, adapter, tmp_path, capsys):
+    """An AnimateDiffPipeline's folder is a model: checked, trained, exported, judged, and by no other name."""
+    first = clip_config(tiny, adapter, tmp_path, model={"train": "full"}, train={"updates": 1})
+    train(first)
+    assert main(["export", first.output, "--output", str(tmp_path / "export")]) == 0
+    model = {"path": str(tmp_path / "export"), "motion_adapter": "", "train": "full"}
+    config = clip_config(tiny, adapter, tmp_path, model=model, output=str(tmp_path / "on"))
+    (tmp_path / "on.yaml").write_text(to_yaml(config))
+    assert main(["check", str(tmp_path / "on.yaml")]) == 0
+    trainer = Trainer(config)
+    exported = load_file(tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[name], weight) for name, weight in trainer.unet.state_dict().items())
+    assert trainer.family.scheduler_config["beta_schedule"] == "linear"
+    assert trainer.cache.fingerprint == Trainer(first.model_copy(update={"output": "x"})).cache.fingerprint
+    train(config)
+    assert log_of(config)[0]["aaf_rate"] == 1
+    assert main(["train", str(tmp_path / "on.yaml"), "--train.updates", "4"]) == 0  # and goes on
+    (tmp_path / "export").rename(tmp_path / "moved")
+    words = ["export", config.output, "--model", str(tmp_path / "moved"), "--output", str(tmp_path / "second")]
+    assert main(words) == 0
+    assert f"{FRAMES} frames" in (tmp_path / "second" / "README.md").read_text()
+    assert AnimateDiffPipeline.from_pretrained(tmp_path / "second").unet.config.motion_max_seq_length == 6
+    prompt = captions(held_out=True)[0]
+    by_run = [judged_model(first, [prompt], 1, tmp_path / name)[0] for name in ("moved", "run/weights")]
+    assert np.array_equal(*by_run)
+    later = clip_config(tiny, adapter, tmp_path, model=model | {"path": str(tmp_path / "second")})
+    assert not np.array_equal(judged_model(later, [prompt], 1)[0], by_run[0])
+    both = clip_config(tiny, adapter, tmp_path, model={"path": str(tmp_path / "second")}, output=str(tmp_path / "both"))
+    with pytest.raises(ConfigError, match="is an AnimateDiffPipeline, .* leave model.motion_adapter empty"):
+        Trainer(both)
+    model["path"] = str(tmp_path / "second")
+    pictures = clip_config(tiny, adapter, tmp_path, model=model, data={"source": "shapes:5:3"})
+    with pytest.raises(ConfigError, match="an AnimateDiffPipeline, makes clips, and data.source = .* holds pictures"):
+        Trainer(pictures)
+
+
+def test_a_pipeline_that_diffusers_wrote_with_its_adapter_loads(tiny, adapter, tmp_path):
+    pipe = AnimateDiffPipeline.from_pretrained(tiny, motion_adapter=MotionAdapter.from_pretrained(adapter))
+    pipe.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "motion_adapter").is_dir()
+    model = {"path": str(tmp_path / "whole"), "motion_adapter": ""}
+    trainer = Trainer(clip_config(tiny, adapter, tmp_path, model=model))
+    assert trainer.family.pipe.motion_adapter is None
+    state = {name.replace(".base_layer", ""): weight for name, weight in trainer.unet.state_dict().items()}
+    assert all(torch.equal(state[name], weight) for name, weight in pipe.unet.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from seppo_fast.data import build
 from seppo_fast.data.cache import LatentCache, cache_key, open_or_build
-from seppo_fast.data.clips import choose_frames, load_clip
+from seppo_fast.data.clips import ShortClips, choose_frames, load_clip
 from seppo_fast.data.latents import INDEX
+from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import DataError
 from tests.clips import frame_numbers, numbered_frames, write_clip
@@ -78,10 +79,42 @@ def test_the_chosen_frames_are_cached(tmp_path):
     assert cache.repeating == ["clip3"]
     assert lines[0].endswith("encoding 5 examples at 4 x 16 x 16")
     assert lines[-1] == "1 of 5 clips have fewer than 4 frames and repeat some"
+    assert cache.closer == []  # of clips that are no time-lapses both are long enough or too short
     again = ClipEncoder()
     second = opened(open_source(str(tmp_path / "d")), tmp_path / "cache", encoder=again)
     assert (again.batches, second.repeating) == ([], ["clip3"])
     assert torch.equal(second.winners([4, 1]), cache.winners([4, 1]))
+
+
+def test_clips_with_a_smaller_stride_are_counted(tmp_path, capsys):
+    """Windows of 4 frames at stride 4 span 13."""
+    folder = tmp_path / "d"
+    for name, length in {"a": 13, "b": 12, "c": 4, "d": 3, "e": 12}.items():
+        write_clip(folder / f"{name}.mp4", numbered_frames(length))
+    rows = ["a,x,1", "b,x,1", "c,x,1", "d,x,1", "e,a time-lapse,0", "a,x,1"]
+    (folder / "list.csv").write_text("\n".join(["videoid,name,is_transmit", *rows]))
+    expected = [
+        "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 7",
+        "1 of 5 clips have fewer than 4 frames and repeat some",
+        "2 of 5 clips are too short for 4 frames with a stride of 4 (13 frames) and take a smaller one",
+    ]
+    lines: list[str] = []
+    cache = opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)
+    assert (cache.closer, cache.repeating, cache.dropped) == (["b", "c"], ["d"], [])
+    assert [line for line in lines if " of " in line and "encod" not in line] == expected
+    short = ShortClips()
+    assert scan(open_source(str(folder)), frames=FRAMES, short=short) == []
+    assert (short.closer, short.repeating) == ({"b", "c"}, {"d"})
+
+
+def test_a_csv_calls_files_of_other_kinds_what_they_are(tmp_path):
+    folder = make_clips(tmp_path / "d", [5])
+    (folder / "moving.gif").write_bytes(b"GIF89a")
+    rows = ["clip0,a,0", "moving,a,0", "moving.gif,a,0", "gone,a,0"]
+    (folder / "list.csv").write_text("\n".join(["videoid,name,is_transmit", *rows]))
+    reasons = [problem.reason for problem in open_source(str(folder)).problems]
+    assert reasons[:2] == ["moving.gif is not a clip: none of .mp4, .mov, .m4v, .webm, .mkv, .avi"] * 2
+    assert reasons[2].startswith("the file is missing")
 
 
 @pytest.mark.parametrize(("limit", "size"), [(1 << 27, 1024), (3 * 4 * 16 * 16 * 2 * 2, 2), (1, 1)])

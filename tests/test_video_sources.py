@@ -364,12 +364,13 @@ def test_csv_problems_are_named(tmp_path):
         ("good.mp4", "another caption"),
         ("good#8", "a third caption"),
     ]
+    repeats = "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 6"
+    assert source.notes[0] == repeats
     found = [(problem.id, problem.reason) for problem in source.problems]
     expected = [
         ("gone", "the file is missing"),
         ("good", "the caption, is empty"),
         ("list.csv:5", "videoid is empty"),
-        ("list.csv:6", "the same clip and caption as in line 2"),
         ("list.csv:9", "4 fields in 3 columns: a caption with a comma needs quotes"),
         ("twin", "several clips have that name: one/twin.mp4, two/twin.mp4"),
         ("good", "is_transmit must be 0 or 1, got '2'"),

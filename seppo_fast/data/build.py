@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from seppo_fast.data.clips import load_clip
+from seppo_fast.data.clips import ShortClips, load_clip
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import Opened, decode_image, fit_square
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX
 from seppo_fast.data.scan import Decode, decode_all
 from seppo_fast.errors import DataError, NonFiniteError
+from seppo_fast.faults import fault
 
 SHARD_SIZE = 1024
 CLIP_SHARD_BYTES = 1 << 27
@@ -68,8 +69,8 @@ def build(
     problems = list(source.problems)
     for problem in problems if not _too_many(problems, total) else ():
         report(f"left out: {problem}")
-    repeating: set[str] = set()
-    decode = _to_square(resolution) if frames is None else _to_clip(resolution, frames, flip, repeating)
+    short = ShortClips()
+    decode = _to_square(resolution) if frames is None else _to_clip(resolution, frames, flip, short)
     batch_size = batch_size if frames is None else max(1, batch_size // frames)
     writer = _Writer(source, encoder, folder, losers, clips=frames is not None)
     batch: list[tuple[Example, list[np.ndarray]]] = []
@@ -91,20 +92,19 @@ def build(
         raise DataError(_bad_list(source, problems, total))
     if batch:
         writer.add(batch)
-    writer.finish(key, problems, repeating)
+    writer.finish(key, problems, short)
 
 
 def _to_square(resolution: int) -> Decode[np.ndarray]:
     return lambda _, name, opened: fit_square(decode_image(name, opened), resolution)
 
 
-def _to_clip(resolution: int, frames: int, flip: bool, repeating: set[str]) -> Decode[np.ndarray]:
-    """Also puts the ids of clips with fewer than `frames` frames into `repeating`."""
+def _to_clip(resolution: int, frames: int, flip: bool, short: ShortClips) -> Decode[np.ndarray]:
+    """`short` takes note of clips that are too short."""
 
     def decode(example: Example, name: str, opened: Opened) -> np.ndarray:
         clip = load_clip(example, name, opened, resolution, frames, flip)
-        if clip.length < frames:
-            repeating.add(example.id)
+        short.see(example, clip.length, frames)
         return clip.pixels
 
     return decode
@@ -207,8 +207,8 @@ class _Writer:
                 raise self._no_space() from error
             raise
 
-    def finish(self, key: str, problems: list[Problem], repeating: set[str]) -> None:
-        """Writes the last shards and the index, that of clips with two entries more."""
+    def finish(self, key: str, problems: list[Problem], short: ShortClips) -> None:
+        """Writes the last shards and the index, that of clips with three entries more."""
         self._latents.close()
         self._embeds.close()
         index = {
@@ -227,7 +227,8 @@ class _Writer:
         }
         if self._clips:
             index["latent_shard_size"] = self._latents.size
-            index["repeating"] = [id for id in self._ids if id in repeating]
+            index["repeating"] = [id for id in self._ids if id in short.repeating]
+            index["closer"] = [id for id in self._ids if id in short.closer]
         self._write(self._folder / INDEX, json.dumps(index, indent=0).encode())
 
 
@@ -272,4 +273,5 @@ def _checked(encoded: Tensor, what: str) -> Tensor:
 
 def write_file(path: Path, content: bytes) -> None:
     """All writing of cache files goes through here."""
+    fault("cache-write")
     path.write_bytes(content)

@@ -6,20 +6,25 @@ changes what is in it, so a cache is never updated: other data, another resoluti
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from seppo_fast.data.build import Encoder, build
+from seppo_fast.data.clips import short_lines
 from seppo_fast.data.examples import Source, require_kind
 from seppo_fast.data.images import check_framing
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX, LatentCache
 from seppo_fast.errors import DataError
-from seppo_fast.files import staged_folder
+from seppo_fast.files import disk_message, staged_folder
 
 __all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build", "truncation"]
 
@@ -58,7 +63,8 @@ def open_or_build(
             truncated or clips too short.
 
     Returns:
-        The cache, whole: it is built in a folder beside its place and renamed once complete.
+        The cache, whole: it is built in a folder beside its place and renamed once complete, by one process, while
+        others that want the same one wait; where that one is killed, another of them builds it.
 
     Raises:
         DataError: no data; more than 1 % of them bad; no space left or `folder` not writable; a cache that is damaged;
@@ -87,19 +93,81 @@ def open_or_build(
     final = folder / f"latents-{key[:16]}"
     _remove_abandoned(folder)
     if not final.exists():
-        try:
-            with staged_folder(final, DataError) as staging:
-                build(source, encoder, staging, key, resolution, batch_size, losers, frames, flip, report)
-        except DataError:
-            # another process may have finished this very cache meanwhile, and then the rename fails
-            if not (final / INDEX).exists():
-                raise
+        with _alone(final, report):
+            if not final.exists():  # it may have been finished while we waited
+                _build(source, encoder, final, key, resolution, batch_size, losers, frames, flip, report)
     cache = LatentCache(final, key)
     for line in truncation(cache.truncated, len(set(cache.prompts))):
         report(line)
-    if cache.repeating:
-        report(f"{len(cache.repeating)} of {len(cache)} clips have fewer than {frames} frames and repeat some")
+    for line in short_lines(len(cache.repeating), len(cache.closer), len(cache), frames or 0):
+        report(line)
     return cache
+
+
+def _build(source: Source, encoder: Encoder, final: Path, *settings: Any) -> None:
+    """`build` into a folder that appears whole or not at all."""
+    try:
+        with staged_folder(final, DataError) as staging:
+            build(source, encoder, staging, *settings)
+    except DataError:
+        # without locks another process may have finished this very cache meanwhile, and then the rename fails
+        if not (final / INDEX).exists():
+            raise
+
+
+@contextmanager
+def _alone(final: Path, report: Callable[[str], object]) -> Iterator[None]:
+    """Holds the building of a cache, after waiting for another process that has it; one that is killed lets go.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(final, report)
+    except OSError as problem:
+        raise DataError(disk_message(final, problem)) from problem
+    try:
+        if handle is not None:
+            for left in final.parent.glob(f".tmp-{final.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)  # who wrote it was killed: it would hold the lock
+        yield
+    finally:
+        if handle is not None:
+            _lock_file(final).unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _lock_file(final: Path) -> Path:
+    return final.with_name(f".lock-{final.name}")
+
+
+def _locked(final: Path, report: Callable[[str], object]) -> int | None:
+    """The open and locked lock file; None where the file system has no locks, so that two may build the same."""
+    waiting = False
+    while True:
+        handle = os.open(_lock_file(final), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
+            # Who had it before us removes the file; then ours is a file without a name, which locks nobody out.
+            if os.path.samestat(os.fstat(handle), _lock_file(final).stat()):
+                return handle
+            os.close(handle)
+        except OSError as problem:
+            os.close(handle)
+            if problem.errno in (errno.EAGAIN, errno.EACCES):
+                report(f"another process is filling this cache, {final}; waiting for it")
+                waiting = True
+            elif problem.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                report(
+                    f"{final.parent}: files cannot be locked there ({problem.strerror}); two runs may encode the same"
+                )
+                return None
+            elif problem.errno != errno.ENOENT:
+                raise
+        except BaseException:
+            os.close(handle)
+            raise
 
 
 def truncation(too_long: Sequence[str], prompts: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -32,6 +32,39 @@ class Clip:
 
     pixels: np.ndarray
     length: int
+
+
+@dataclass(frozen=True)
+class ShortClips:
+    """The ids of clips that are too short for frames at `STRIDE`, as `choose_frames` takes them.
+
+    Attributes:
+        repeating: fewer frames than are asked for.
+        closer: enough of them, but taken from closer together. Of a time-lapse that is nothing to tell.
+    """
+
+    repeating: set[str] = field(default_factory=set)
+    closer: set[str] = field(default_factory=set)
+
+    def see(self, example: Example, length: int, frames: int) -> None:
+        """Takes note of a clip of `length` frames, of which `frames` are chosen."""
+        if length < frames:
+            self.repeating.add(example.id)
+        elif length <= STRIDE * (frames - 1) and not example.time_lapse:
+            self.closer.add(example.id)
+
+
+def short_lines(repeating: int, closer: int, clips: int, frames: int) -> list[str]:
+    """What a user is told of short clips, of which there are so many among `clips`."""
+    lines = []
+    if repeating:
+        lines.append(f"{repeating} of {clips} clips have fewer than {frames} frames and repeat some")
+    if closer:
+        lines.append(
+            f"{closer} of {clips} clips are too short for {frames} frames with a stride of {STRIDE} "
+            f"({STRIDE * (frames - 1) + 1} frames) and take a smaller one"
+        )
+    return lines
 
 
 def load_clip(example: Example, name: str, opened: Opened, resolution: int, frames: int, flip: bool = False) -> Clip:

@@ -37,7 +37,8 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.id}: {self.reason}"
+        # A file's name need not be UTF-8, and then printing it as it is would fail.
+        return f"{self.id}: {self.reason}".encode("utf-8", "backslashreplace").decode()
 
 
 class Source(ABC):

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from seppo_fast.data.captions import MAX_CAPTION_BYTES, checked_caption, decoded_caption
 from seppo_fast.data.examples import Example, Problem, Source
-from seppo_fast.data.images import file_ref
+from seppo_fast.data.images import file_ref, open_file
 from seppo_fast.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
-MAX_CAPTION_BYTES = 65_536
 _END_BYTES = 1 << 20
 
 
@@ -101,9 +101,12 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
             entries.append(Entry(name, name, _read_caption(captions[stem])))
         except ValueError as error:
             problems.append(Problem(name, str(error)))
+    others = {path.with_suffix(""): path.name for path in files if path.suffix.lower() not in (*suffixes, ".txt")}
     for stem, path in captions.items():
         if stem not in used:
             reason = f"a caption without {'a clip' if clips else 'an image'}"
+            if stem in others:
+                reason += f": {others[stem]} is none of {', '.join(suffixes)}"
             problems.append(Problem(path.relative_to(folder).as_posix(), reason))
     return FolderSource(spec, folder, entries, problems, clips)
 
@@ -111,19 +114,11 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
 def _read_caption(path: Path) -> str:
     """The caption file's text, stripped; ValueError says what is wrong with it."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             content = file.read(MAX_CAPTION_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
-    if len(content) > MAX_CAPTION_BYTES:
-        raise ValueError(f"{path.name} is longer than {MAX_CAPTION_BYTES} bytes: not a caption")
-    try:
-        text = content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path.name} is not UTF-8 text") from None
-    if not text:
-        raise ValueError(f"{path.name} is empty")
-    return text
+    return decoded_caption(path.name, content)
 
 
 def open_metadata(spec: str, folder: Path) -> Source:
@@ -172,22 +167,23 @@ def _parse_line(line: str) -> tuple[str, str]:
     name, prompt = record.get("file_name"), record.get("text")
     if not isinstance(name, str) or not name:
         raise ValueError('"file_name" is missing')
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f'{name}: "text" is missing or empty')
+    if not isinstance(prompt, str):
+        raise ValueError(f'{name}: "text" is missing')
+    prompt = checked_caption(f'{name}: "text"', prompt)
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(f"{name!r} points outside the folder")
-    return path.as_posix(), prompt.strip()
+    return path.as_posix(), prompt
 
 
 def _file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, or what kept them from being read (a missing file is a bad example later on)."""
     sha = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while block := file.read(1 << 20):
                 sha.update(block)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
         return type(error).__name__
     return sha.hexdigest()
 
@@ -199,12 +195,12 @@ def _ends_sha256(path: Path) -> str:
     and ends is not noticed; hashing all of it would read, at every start, as much as encoding does.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             sha = hashlib.sha256(f"{size} ".encode() + file.read(_END_BYTES))
             file.seek(max(0, size - _END_BYTES))
             sha.update(file.read(_END_BYTES))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return type(error).__name__
     return sha.hexdigest()

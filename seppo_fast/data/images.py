@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +54,20 @@ class ImageRef:
 
 def file_ref(path: Path) -> ImageRef:
     """An image or a clip in a file of its own."""
-    return ImageRef(str(path), lambda: open(path, "rb"))
+    return ImageRef(str(path), lambda: open_file(path))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file for reading.
+
+    Raises:
+        OSError: it cannot be opened, or is a device or a pipe, which may never end.
+        ValueError: no file can have that name.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a device or a pipe", str(path))
+    return open(path, "rb")
 
 
 def bytes_ref(name: str, read: Callable[[], bytes | None]) -> ImageRef:

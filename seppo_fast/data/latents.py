@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from seppo_fast.data.examples import Problem
 from seppo_fast.errors import DataError
+from seppo_fast.files import read_json
 
 FORMAT_VERSION = 2
 INDEX = "index.json"
@@ -31,6 +31,7 @@ class LatentCache:
         truncated: Prompts of which the text encoder sees only the beginning.
         dropped: The examples left out while building, each with its reason.
         repeating: The ids of clips that have too few frames and repeat some.
+        closer: The ids of clips whose frames are taken from closer together than others', since they are short.
         uncond_embeds: (1, L, D), the embedding of the empty prompt.
     """
 
@@ -38,6 +39,13 @@ class LatentCache:
         """Opens a cache folder; raises DataError unless it is complete and has this key."""
         self.folder = folder
         index = self._read_index(key)
+        try:
+            self._take(index)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._damaged(f"{INDEX} is not readable ({error!r})") from error
+        self.uncond_embeds = self._gather("prompts", "embeds", [0])
+
+    def _take(self, index: dict[str, Any]) -> None:
         self.fingerprint: str = index["key"]
         self.num_examples: int = index["num_examples"]
         self.has_losers: bool = index["has_losers"]
@@ -45,13 +53,17 @@ class LatentCache:
         self.ids: list[str] = index["ids"]
         self._prompt_rows: list[int] = index["prompt_rows"]
         self.prompts: list[str] = [index["prompts"][row] for row in self._prompt_rows]
+        if not len(self.ids) == len(self.prompts) == self.num_examples:
+            raise ValueError(f"{len(self.ids)} ids and {len(self.prompts)} prompts of {self.num_examples} examples")
         self.truncated: list[str] = index["truncated"]
         self.dropped = [Problem(*entry) for entry in index["dropped"]]
-        self.repeating: list[str] = index.get("repeating", [])  # caches of images have neither entry
-        embeds = index["shard_size"]
+        self.repeating: list[str] = index.get("repeating", [])  # caches of images have none of these entries
+        self.closer: list[str] = index.get("closer", [])
+        embeds = int(index["shard_size"])
         self._shard_sizes: dict[str, int] = {"prompts": embeds, "latents": index.get("latent_shard_size", embeds)}
         self._mapped: dict[tuple[str, str], Tensor] = {}
-        self.uncond_embeds = self._gather("prompts", "embeds", [0])
+        if min(self._shard_sizes.values()) < 1:
+            raise ValueError(f"shards of {self._shard_sizes} rows")
 
     def __len__(self) -> int:
         return self.num_examples
@@ -99,21 +111,25 @@ class LatentCache:
         if key not in self._mapped:
             try:
                 with safe_open(self.folder / key[0], framework="pt") as file:
-                    self._mapped[key] = file.get_tensor(name)
+                    tensor = file.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise self._damaged(f"{key[0]}: {error}") from error
+            expected = self.latent_shape if stem == "latents" else tuple(tensor.shape[1:])
+            if not tensor.is_floating_point() or tuple(tensor.shape[1:]) != expected:
+                raise self._damaged(f"{key[0]}: {name} is {tuple(tensor.shape)} {tensor.dtype}")
+            self._mapped[key] = tensor
         return self._mapped[key]
 
     def _read_index(self, key: str) -> dict[str, Any]:
         """The index, once its version, its key and every file's size are as they should be."""
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = read_json(self.folder / INDEX, most=1 << 32)
             sizes = {name: (self.folder / name).stat().st_size for name in index["files"]}
             if index["format_version"] != FORMAT_VERSION or index["key"] != key:
                 raise self._damaged(f"{INDEX} belongs to another cache")
         except OSError as error:
             raise self._damaged(f"{error.filename}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(f"{INDEX} is not readable ({error!r})") from error
         for name, size in index["files"].items():
             if sizes[name] != size:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from seppo_fast.data.clips import load_clip
+from seppo_fast.data.clips import ShortClips, load_clip
 from seppo_fast.data.examples import Example, Problem, Source, require_kind
 from seppo_fast.data.images import ImageError, ImageRef, Opened, decode_image, open_image
 
@@ -20,13 +20,16 @@ Decode = Callable[[Example, str, Opened], T]
 """(example, name of the image or clip, what its ref opened) to anything; raises ImageError."""
 
 
-def scan(source: Source, losers: bool = True, frames: int | None = None) -> list[Problem]:
+def scan(
+    source: Source, losers: bool = True, frames: int | None = None, short: ShortClips | None = None
+) -> list[Problem]:
     """Every example of `source` that cannot be used, with the reason; each image is decoded once.
 
     Args:
         source: The data.
         losers: Whether the losers of labelled pairs are looked at too.
         frames: How many frames a cache would take of each clip (those are what is decoded); None for images.
+        short: Takes note of clips that are too short.
 
     Returns:
         What names, captions and labels already told (`source.problems`), then the bad images in order. Ties are none.
@@ -35,7 +38,7 @@ def scan(source: Source, losers: bool = True, frames: int | None = None) -> list
         DataError: images where `frames` is given, or clips where it is not; PyAV is not installed.
     """
     require_kind(source, frames)
-    decode = _try_image if frames is None else partial(_try_clip, frames)
+    decode = _try_image if frames is None else partial(_try_clip, frames, short or ShortClips())
     bad = (outcome for _, outcome in decode_all(source, decode, losers) if isinstance(outcome, Problem))
     return [*source.problems, *bad]
 
@@ -44,8 +47,8 @@ def _try_image(_: Example, name: str, opened: Opened) -> None:
     decode_image(name, opened)
 
 
-def _try_clip(frames: int, example: Example, name: str, opened: Opened) -> None:
-    load_clip(example, name, opened, resolution=1, frames=frames)
+def _try_clip(frames: int, short: ShortClips, example: Example, name: str, opened: Opened) -> None:
+    short.see(example, load_clip(example, name, opened, resolution=1, frames=frames).length, frames)
 
 
 def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterator[tuple[Example, list[T] | Problem]]:

@@ -1,4 +1,4 @@
-"""Finds out what a data set is and opens it: a folder, parquet, a csv of clips, a hub id, or the embedded worlds."""
+"""Finds out what a data set is and opens it: a folder, tables, tar shards, a hub id, or the embedded worlds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, open_metadata, open_sidecars, walk_files
 from seppo_fast.data.images import ImageRef, load_image
 from seppo_fast.data.rows import open_hub, open_parquet
+from seppo_fast.data.shards import expand_braces, open_shards
 from seppo_fast.data.videos import open_clip_csv, open_clip_folder
 from seppo_fast.errors import DataError
 
@@ -20,6 +21,8 @@ CHOICES = """A data set is one of:
   a folder of images, x.png (jpg, jpeg, webp), each beside its caption x.txt
   a folder with metadata.jsonl, lines such as {"file_name": "x.png", "text": "a red fox"}
   a parquet file or a folder of them, with columns jpg_0, jpg_1, label_0, label_1, caption (Pick-a-Pic), or image, text
+  webdataset shards: a tar file (not compressed), a folder of them, or shards/{000..003}.tar, holding x.jpg (jpeg, png,
+    webp) with x.txt, or with x.json that has the caption under text, caption, prompt or txt
   a hub id such as yuvalkirstain/pickapic_v2
   shapes:N or shapes:N:SEED, the first N scenes of the embedded world
 For a model with a motion adapter, one of:
@@ -35,12 +38,13 @@ def open_source(spec: str, split: str = "train") -> Source:
     """Opens a data set without decoding any image or clip.
 
     Args:
-        spec: A path, a hub id, `shapes:N[:SEED]` or `shapes-motion:N[:SEED]`; a path that exists is never taken for a
-            hub id.
+        spec: A path, a pattern of tar files, a hub id, `shapes:N[:SEED]` or `shapes-motion:N[:SEED]`; a path that
+            exists is never taken for anything else.
         split: Which split of a hub data set, or of parquet files named `<split>-00000-of-00007.parquet`.
 
     Returns:
-        The examples in a fixed order: sorted by path, or as metadata.jsonl, the csv or the table has them.
+        The examples in a fixed order: sorted by path, or as metadata.jsonl, the csv, the table or the tar
+        has them.
 
     Raises:
         DataError: nothing there that can be read; the message lists what can.
@@ -55,11 +59,15 @@ def open_source(spec: str, split: str = "train") -> Source:
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return open_parquet(spec, [path], path.parent)
+        if path.suffix.lower() == ".tar":
+            return open_shards(spec, [path])
         if path.name == "metadata.jsonl":
             return open_metadata(spec, path.parent)
         if path.suffix.lower() == ".csv":
             return open_clip_csv(spec, path, walk_files(path.parent))
         raise DataError(f"{spec}: not a kind of file that can be read as data.\n{CHOICES}")
+    if shards := expand_braces(spec):
+        return open_shards(spec, shards)
     if _HUB_ID.fullmatch(spec):
         return open_hub(spec, split)
     raise DataError(f"{spec}: no such file or folder.\n{CHOICES}")
@@ -72,17 +80,20 @@ def _open_folder(spec: str, folder: Path, split: str) -> Source:
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
     images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
     clips = any(path.suffix.lower() in VIDEO_SUFFIXES for path in files)
-    kinds = {"parquet files": bool(tables), "images": images, "clips": clips}
+    shards = [path for path in files if path.suffix.lower() == ".tar"]
+    kinds = {"parquet files": bool(tables), "tar files": bool(shards), "images": images, "clips": clips}
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
         raise DataError(f"{spec}: holds both {' and '.join(found)}; give each a folder of its own.")
     if tables:
         return open_parquet(spec, _of_split(spec, tables, split), folder)
+    if shards:
+        return open_shards(spec, shards)
     if images:
         return open_sidecars(spec, folder, files)
     if clips:
         return open_clip_folder(spec, folder, files)
-    raise DataError(f"{spec}: no images, no clips and no parquet files in this folder.\n{CHOICES}")
+    raise DataError(f"{spec}: no images, no clips, no parquet and no tar files in this folder.\n{CHOICES}")
 
 
 def _of_split(spec: str, tables: list[Path], split: str) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import ImageRef, bytes_ref
 from seppo_fast.errors import DataError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-TEXT_COLUMNS = ("text", "caption", "prompt", "txt")
 
 
 class Rows(ABC):
@@ -72,11 +72,24 @@ class TableSource(Source):
         """Keeps the rows with a winner and a caption; the rest, but for ties, become problems."""
         import pyarrow.compute as pc
 
-        has_caption = pc.fill_null(pc.greater(pc.utf8_length(self._captions), 0), False).to_numpy(zero_copy_only=False)
-        self._kept = np.flatnonzero((winners >= 0) & has_caption)
+        def chosen(condition: pa.ChunkedArray) -> np.ndarray:
+            return pc.fill_null(condition, False).to_numpy(zero_copy_only=False)
+
+        there = chosen(pc.greater(pc.utf8_length(self._captions), 0))
+        long = chosen(pc.greater(pc.binary_length(self._captions), MAX_CAPTION_BYTES))
+        nul = chosen(pc.match_substring(self._captions, "\0"))
+        usable = there & ~long & ~nul
+        self._kept = np.flatnonzero((winners >= 0) & usable)
         self._winners = winners[self._kept]
-        for row in np.flatnonzero((winners == _UNCLEAR) | ((winners >= 0) & ~has_caption)):
-            reason = "the labels name no winner (1 and 0)" if winners[row] == _UNCLEAR else "the caption is empty"
+        for row in np.flatnonzero((winners == _UNCLEAR) | ((winners >= 0) & ~usable)):
+            if winners[row] == _UNCLEAR:
+                reason = "the labels name no winner (1 and 0)"
+            elif not there[row]:
+                reason = "the caption is empty"
+            elif long[row]:
+                reason = f"the caption is longer than {MAX_CAPTION_BYTES} bytes: not a caption"
+            else:
+                reason = "the caption holds NUL characters: not text"
             self.problems.append(Problem(self._rows.row_name(int(row)), reason))
 
     def __len__(self) -> int:

@@ -6,9 +6,10 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from seppo_fast.data.captions import checked_caption
 from seppo_fast.data.clips import require_av
 from seppo_fast.data.examples import Problem, Source
-from seppo_fast.data.folders import MAX_CAPTION_BYTES, VIDEO_SUFFIXES, Entry, FolderSource, open_sidecars
+from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource, open_sidecars
 from seppo_fast.errors import DataError
 
 
@@ -32,8 +33,8 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
     """The clips that the rows of a csv name, in their order: `videoid`, `name` (the caption), maybe `is_transmit`.
 
     `videoid` is a clip's file name, with or without its suffix, among those `files` that lie in the csv's folder or
-    below it. A clip named again with another caption gets `#<line>` at the end of its id. Clips that no row names are
-    not used, and a note says how many.
+    below it. A clip named again with another caption gets `#<line>` at the end of its id. Rows that repeat an earlier
+    one's clip and caption, and clips that no row names, are not used, and notes say how many.
 
     Raises:
         DataError: the csv cannot be read as UTF-8, is broken, or lacks a column; PyAV is not installed.
@@ -44,27 +45,35 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
     entries: list[Entry] = []
     problems: list[Problem] = []
     ids: set[str] = set()
-    seen: dict[tuple[str, str], int] = {}
+    seen: set[tuple[str, str]] = set()
+    repeated: list[int] = []
     for line, fields in _read_rows(table):
         place = f"{table.name}:{line}"
         if isinstance(fields, str):
             problems.append(Problem(place, fields))
             continue
-        videoid, prompt = fields["videoid"].strip(), fields["name"].strip()
+        videoid = fields["videoid"].strip()
         try:
-            _check(videoid, prompt)
+            if not videoid:
+                raise ValueError("videoid is empty")
+            prompt = checked_caption("name, the caption,", fields["name"])
             name, time_lapse = clips.find(videoid), _is_time_lapse(fields.get("is_transmit", ""))
         except ValueError as error:
             problems.append(Problem(videoid or place, str(error)))
             continue
-        first = seen.setdefault((name, prompt), line)
-        if first != line:
-            problems.append(Problem(place, f"the same clip and caption as in line {first}"))
+        if (name, prompt) in seen:
+            repeated.append(line)
             continue
+        seen.add((name, prompt))
         entry = Entry(f"{videoid}#{line}" if videoid in ids else videoid, name, prompt, time_lapse)
         entries.append(entry)
         ids.add(entry.id)
     source = FolderSource(spec, folder, entries, problems, clips=True)
+    if repeated:
+        source.notes.append(
+            f"{len(repeated)} rows of {table.name} repeat an earlier row's clip and caption and are not used, "
+            f"the first in line {repeated[0]}"
+        )
     if clips.unused:
         source.notes.append(f"{len(clips.unused)} clips in {folder} are not listed in {table.name} and are not used")
     return source
@@ -94,15 +103,6 @@ def _read_rows(table: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
         raise DataError(f"{table}: cannot be read as UTF-8 text ({error}).") from error
 
 
-def _check(videoid: str, prompt: str) -> None:
-    if not videoid:
-        raise ValueError("videoid is empty")
-    if not prompt:
-        raise ValueError("name, the caption, is empty")
-    if len(prompt.encode()) > MAX_CAPTION_BYTES:
-        raise ValueError(f"name is longer than {MAX_CAPTION_BYTES} bytes: not a caption")
-
-
 def _is_time_lapse(is_transmit: str) -> bool:
     """Whether the column says 0: a time-lapse in one shot. Where it says nothing, a clip is not taken for one."""
     known = {"0": True, "0.0": True, "false": True, "1": False, "1.0": False, "true": False, "": False}
@@ -116,18 +116,26 @@ class _Clips:
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self._by_name: dict[str, list[str]] = {}
+        self._others: dict[str, str] = {}
         self.unused: set[str] = set()
         for path in files:
-            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_relative_to(folder):
-                relative = path.relative_to(folder)
+            if not path.is_relative_to(folder):
+                continue
+            relative = path.relative_to(folder)
+            bare = relative.with_suffix("")
+            names = {relative.as_posix(), relative.name, bare.as_posix(), bare.name}
+            if path.suffix.lower() in VIDEO_SUFFIXES:
                 self.unused.add(relative.as_posix())
-                bare = relative.with_suffix("")
-                for name in {relative.as_posix(), relative.name, bare.as_posix(), bare.name}:
+                for name in names:
                     self._by_name.setdefault(name, []).append(relative.as_posix())
+            else:
+                self._others |= dict.fromkeys(names, relative.as_posix())
 
     def find(self, videoid: str) -> str:
         """The one path that `videoid` names; ValueError if there is none or several."""
         found = self._by_name.get(videoid, [])
+        if not found and videoid in self._others:
+            raise ValueError(f"{self._others[videoid]} is not a clip: none of {', '.join(VIDEO_SUFFIXES)}")
         if not found:
             raise ValueError("the file is missing: no clip of that name beside the csv or below")
         if len(found) > 1 and videoid not in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from seppo_fast.config import Config
 from seppo_fast.data.sources import Source
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.evaluate.pictures import generate
+from seppo_fast.families.folders import load_as
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.forward import Forward
@@ -79,10 +81,12 @@ def judged_model(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `judged_pictures`, of the model of a configuration, or of the `weights` that its run wrote."""
     full = weights is not None and config.model.train == "full"
-    model = config.model.model_copy(update={"path": str(weights)}) if full else config.model
+    # What a run on clips wrote has its motion modules inside.
+    model = config.model.model_copy(update={"path": str(weights), "motion_adapter": ""}) if full else config.model
     family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
     if weights is not None and not full:
-        family.pipe.load_lora_weights(weights)
+        adapter = partial(family.pipe.load_lora_weights, weights, use_safetensors=True)
+        load_as("weights", str(weights), "a LoRA", adapter)
     forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
     sampler = Sampler(family.scheduler_config, config.sampler)
     return judged_pictures(family, forward, family.unet, sampler, prompts, seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
-from seppo_fast.families.folders import check_place, check_weights, expanded, load_as
+from seppo_fast.families.folders import check_complete, check_place, check_weights, expanded, load_as
 from seppo_fast.families.sd import StableDiffusion, check_pipeline, load_pipeline, rescheduled
 
 # What the motion modules were trained on. Neither an SD-1.5 folder nor an adapter carries it.
@@ -87,8 +88,15 @@ class AnimateDiff(StableDiffusion):
             unet = load_as(
                 "model.path", path, "a UNetMotionModel", lambda: _read_config(UNetMotionModel, where, "unet")
             )
+            if unet["_class_name"] != "UNetMotionModel":
+                raise ConfigError(
+                    f"model.path = {path!r}: its unet is a {unet['_class_name']}, that of an AnimateDiffPipeline is a "
+                    "UNetMotionModel"
+                )
             _check_frames(frames, unet["motion_max_seq_length"])
             pipe = load_pipeline(where, AnimateDiffPipeline)
+            # Of a folder that diffusers wrote; the UNet holds the same modules, and is what is trained.
+            pipe.register_modules(motion_adapter=None)
             if override:
                 pipe.scheduler = rescheduled(pipe.scheduler, type(pipe.scheduler), **override)
         pipe.set_progress_bar_config(disable=True)
@@ -127,6 +135,8 @@ def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPip
 
     def load() -> UNetMotionModel:
         adapter = MotionAdapter.from_pretrained(where, use_safetensors=True).float()
+        if Path(where).is_dir():
+            check_complete("model.motion_adapter", Path(where), adapter)
         return UNetMotionModel.from_unet2d(pipe.unet, adapter)
 
     unet = load_as("model.motion_adapter", path, "a MotionAdapter", load)
@@ -149,7 +159,7 @@ def _check_adapter(path: str, unet: Mapping[str, Any], frames: int) -> str:
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.motion_adapter = {path!r} holds no config.json, so it is no MotionAdapter folder")
-        check_weights("model.motion_adapter", path, folder)
+        check_weights("model.motion_adapter", path, folder, loader="MotionAdapter")
     adapter = load_as("model.motion_adapter", path, "a MotionAdapter", lambda: _read_config(MotionAdapter, where))
     if adapter["_class_name"] != "MotionAdapter":
         raise ConfigError(f"model.motion_adapter = {path!r} is a {adapter['_class_name']}, a MotionAdapter is needed")

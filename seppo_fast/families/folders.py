@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from seppo_fast.errors import ConfigError
+from seppo_fast.files import read_json
 
 _UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 
@@ -44,19 +48,79 @@ def check_place(key: str, path: str, converter: str) -> Path | None:
     return folder
 
 
-def check_weights(key: str, path: str, folder: Path, part: str = "") -> None:
-    """Raises ConfigError where `folder / part` holds no safetensors weights; pickled ones are never loaded."""
+def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str = "DiffusionPipeline") -> None:
+    """Raises ConfigError where `folder / part` holds no safetensors weights; pickled ones are never loaded.
+
+    Args:
+        key: `section.key`, for messages.
+        path: its value.
+        folder: of the model.
+        part: a folder in it.
+        loader: the diffusers class that reads the whole folder.
+    """
     place = folder / part
     files = [file.name for file in place.glob("*")] if place.is_dir() else []
+    for file in place.glob("*.safetensors.index.json"):
+        _check_index(key, file)
     if any(name.endswith(".safetensors") for name in files):
         return
     unsafe = [name for name in files if Path(name).suffix in _UNSAFE_SUFFIXES]
     if unsafe:
         raise ConfigError(
-            f"{place / unsafe[0]}: pickled weights are not loaded, they can run code; load the model "
-            "once where you trust it and save it with save_pretrained(FOLDER, safe_serialization=True)"
+            f"{place / unsafe[0]}: pickled weights are not loaded, they can run code. Where you trust them: "
+            f"{loader}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
         )
     raise ConfigError(f"{key} = {path!r}: {part + '/' if part else 'it'} holds no safetensors weights")
+
+
+def check_complete(key: str, place: Path, module: nn.Module) -> None:
+    """Raises ConfigError where the safetensors files in a folder hold fewer values than the module that they made.
+
+    What is missing there the libraries fill with random numbers. Values are counted, since names may be old ones.
+    """
+    held = 0
+    for file in place.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            held += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    needed = sum(parameter.numel() for parameter in module.parameters())
+    if held < needed:
+        raise ConfigError(f"{key}: {place} holds {held:,} of the {needed:,} weights that its config.json asks for")
+
+
+def _check_index(key: str, file: Path) -> None:
+    """Raises ConfigError where an index of split weights names anything but safetensors files beside it."""
+    try:
+        names = {str(name) for name in read_json(file)["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ConfigError(f"{key}: {file} cannot be read as an index of weights ({problem!r})") from problem
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{key}: {file} names {name!r}; only safetensors files beside it are loaded")
+
+
+def check_parts(key: str, path: str, index: Mapping[str, Any]) -> None:
+    """Refuses a pipeline whose `model_index.json` asks for code of its own, or of a library that we do not load from.
+
+    Args:
+        key: `section.key`, for messages.
+        path: its value.
+        index: the file's content.
+
+    Raises:
+        ConfigError: such a part.
+    """
+    for name, part in index.items():
+        if name.startswith("_") or not isinstance(part, (list, tuple)):
+            continue
+        library = part[0] if len(part) == 2 else part
+        if name == "safety_checker" or library in (None, "diffusers", "transformers"):
+            if (Path(path) / name / f"{library}.py").exists():
+                raise ConfigError(f"{key} = {path!r}: {name}/{library}.py is code, which is never run; remove it")
+            continue
+        raise ConfigError(
+            f"{key} = {path!r}: model_index.json takes {name} from {library!r}; only diffusers and transformers are "
+            "used, and code in a model's folder is never run"
+        )
 
 
 def load_as(key: str, path: str, what: str, load: Callable[[], T]) -> T:

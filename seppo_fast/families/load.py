@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seppo_fast.config import Config
+from seppo_fast.config import Config, makes_clips
 from seppo_fast.families.animatediff import AnimateDiff
 from seppo_fast.families.sd import StableDiffusion
 
@@ -13,7 +13,7 @@ def load_family(config: Config, device: torch.device) -> StableDiffusion:
     """The model of a configuration; its encoders run in half precision only on a GPU."""
     half = device.type == "cuda" and config.model.precision != "fp32"
     model, dtype = config.model, torch.float16 if half else torch.float32
-    if not model.motion_adapter:
+    if not makes_clips(model):
         return StableDiffusion.load(model.path, device, dtype, beta_schedule=model.beta_schedule)
     return AnimateDiff.load(
         model.path,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
 from seppo_fast.families import UNet
-from seppo_fast.families.folders import check_place, check_weights, expanded, load_as
+from seppo_fast.families.folders import check_complete, check_parts, check_place, check_weights, expanded, load_as
 
 # One set of parts, two ways to call it.
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -215,20 +215,22 @@ def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
         for part in _WEIGHTS:
             check_weights("model.path", where, folder, part)
 
-    def kind() -> str:
-        return str(StableDiffusionPipeline.load_config(where).get("_class_name"))
+    def read() -> dict[str, Any]:
+        return dict(StableDiffusionPipeline.load_config(where))
 
-    found = load_as("model.path", where, "a Stable Diffusion pipeline", kind)
+    index = load_as("model.path", where, "a Stable Diffusion pipeline", read)
+    found = str(index.get("_class_name"))
     if found == "AnimateDiffPipeline" and found not in allowed:
         raise ConfigError(
-            f"model.path = {path!r} is an AnimateDiffPipeline: give the Stable Diffusion pipeline here, and the motion "
-            "modules as model.motion_adapter"
+            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: give it as a folder, not "
+            "as a hub id, and leave model.motion_adapter empty; or give a Stable Diffusion pipeline and an adapter"
         )
     if found not in allowed:
         raise ConfigError(
             f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline: it is a {found}, the SD-1.5 "
             f"format ({allowed[0]}) is needed"
         )
+    check_parts("model.path", where, index)
     return where
 
 
@@ -241,7 +243,10 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind is StableDiffusionPipeline else {}
 
     def load() -> DiffusionPipeline:
-        return kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
+        pipe = kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
+        for part in _WEIGHTS if Path(where).is_dir() else ():
+            check_complete("model.path", Path(where) / part, pipe.components[part])
+        return pipe
 
     pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
     pipe.set_progress_bar_config(disable=True)
