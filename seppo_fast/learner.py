@@ -19,6 +19,7 @@ from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 from seppo_fast.pairs import Pairs
 from seppo_fast.policy import make_ema, make_optimizer, trainable
 from seppo_fast.reference_errors import ReferenceErrors
+from seppo_fast.sharding import fill, is_sharded, whole
 
 _MAX_SKIPPED = 3  # updates in a row with a non-finite gradient before the run stops
 
@@ -27,7 +28,7 @@ class Learner:
     """Trains the policy on pairs; it holds no reference unless `errors` does.
 
     Args:
-        unet: the policy, its trained weights marked.
+        unet: the policy, its trained weights marked; sharded or not.
         errors: the way to the reference's errors; it makes the policy's forward.
         config: of the run, its micro-batch chosen.
         accelerator: devices and processes.
@@ -52,7 +53,9 @@ class Learner:
         self._objective = OBJECTIVES[config.objective]
         self._accelerator = accelerator
         self._optimizer = make_optimizer(unet, config.learning_rate, config.train)
-        self._model = accelerator.prepare_model(unet) if accelerator.num_processes > 1 else unet
+        self._sharded = is_sharded(unet)
+        copies = accelerator.num_processes > 1 and not self._sharded
+        self._model = accelerator.prepare_model(unet) if copies else unet
         half = config.model.precision == "fp16"
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
         self._skipped = 0
@@ -71,7 +74,7 @@ class Learner:
         sums = self._accumulate(pairs)
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.unet).values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
         searching = self._scaler.is_enabled() and self._scaler.get_scale() > 1 and math.isfinite(sums["loss"])
         finite = math.isfinite(norm)
         if finite:
@@ -101,10 +104,11 @@ class Learner:
         for index, batch in enumerate(batches):
             self._check()
             fault("micro-batch")
-            last = index == len(batches) - 1
-            with nullcontext() if last else self._accelerator.no_sync(self._model):
+            # Sharded gradients are shared out at once: kept whole until the last batch, they would be no shards.
+            shares = self._sharded or index == len(batches) - 1
+            with nullcontext() if shares else self._accelerator.no_sync(self._model):
                 prediction, target, ref_error = self._errors(self._model, batch)
-                # DDP averages over ranks, so each rank's share is scaled up by their number.
+                # DDP, and so FSDP, averages over ranks, so each rank's share is scaled up by their number.
                 share = len(batch) * self._accelerator.num_processes / train.pairs_per_update
                 step = step_loss(
                     self._objective,
@@ -144,14 +148,16 @@ class Learner:
             own = parameters[name]
             if isinstance(value, torch.Tensor):
                 # Moments lie in memory as their parameter does, whatever the file's order.
-                like = torch.empty_like(own, dtype=value.dtype) if value.shape == own.shape else None
-                value = value.to(own.device) if like is None else like.copy_(value)
+                like = torch.empty_like(own.detach(), dtype=value.dtype) if value.shape == own.shape else None
+                if like is not None:
+                    fill(like, value)
+                value = value.to(own.device) if like is None else like
             self._optimizer.state[own][key] = value
         self._scaler.load_state_dict(numbers["scaler"])
         self._skipped = numbers["skipped"]
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
-                shadow.copy_(files["average"][name])
+                fill(shadow, files["average"][name])
             self.ema.optimization_step = numbers["average_step"]
 
     @contextmanager
