@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,9 +53,6 @@ class Learner:
         self._objective = OBJECTIVES[config.objective]
         self._accelerator = accelerator
         self._optimizer = make_optimizer(unet, config.learning_rate, config.train)
-        self._sharded = is_sharded(unet)
-        copies = accelerator.num_processes > 1 and not self._sharded
-        self._model = accelerator.prepare_model(unet) if copies else unet
         half = config.model.precision == "fp16"
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
         self._skipped = 0
@@ -101,30 +98,38 @@ class Learner:
         batches = list(pairs.micro_batches(self._micro_batch))
         scale = self._scaler.scale(torch.ones((), device=self._accelerator.device))  # a tensor: it stays on the device
         steps: list[dict[str, torch.Tensor]] = []
-        for index, batch in enumerate(batches):
+        for batch in batches:
             self._check()
             fault("micro-batch")
-            # Sharded gradients are shared out at once: kept whole until the last batch, they would be no shards.
-            shares = self._sharded or index == len(batches) - 1
-            with nullcontext() if shares else self._accelerator.no_sync(self._model):
-                prediction, target, ref_error = self._errors(self._model, batch)
-                # DDP, and so FSDP, averages over ranks, so each rank's share is scaled up by their number.
-                share = len(batch) * self._accelerator.num_processes / train.pairs_per_update
-                step = step_loss(
-                    self._objective,
-                    prediction,
-                    target,
-                    ref_error,
-                    beta=train.beta,
-                    tie_tol=train.tie_tol,
-                    grad_scale=scale * share,
-                    backend=train.backend,
-                )
-                prediction.backward(step.grad)
+            prediction, target, ref_error = self._errors(self.unet, batch)
+            step = step_loss(
+                self._objective,
+                prediction,
+                target,
+                ref_error,
+                beta=train.beta,
+                tie_tol=train.tie_tol,
+                grad_scale=scale * (len(batch) / train.pairs_per_update),
+                backend=train.backend,
+            )
+            prediction.backward(step.grad)
             steps.append(step.sums)
+        if self._accelerator.num_processes > 1 and not is_sharded(self.unet):
+            self._add_gradients()
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))
+
+    def _add_gradients(self) -> None:
+        """Each gradient becomes its sum over all processes.
+
+        Once an update, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
+        processes or more add up other pieces in another order, so that a run that goes on would not be the same.
+        """
+        gradients = [weight.grad for weight in trainable(self.unet).values() if weight.grad is not None]
+        works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for work in works:
+            work.wait()
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """What it holds beside the weights: live tensors by file and name, and what is no tensor."""

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 
 from seppo_fast.node import Node
@@ -35,9 +35,7 @@ def processes() -> Accelerator:
     """
     # Autocast is ours, one for policy and reference.
     timeout = InitProcessGroupKwargs(timeout=_TIMEOUT)
-    # Gradients live in DDP's buckets: else it keeps a second copy of them.
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[timeout, buckets], fsdp_plugin=sharding_plugin())
+    return Accelerator(mixed_precision="no", kwargs_handlers=[timeout], fsdp_plugin=sharding_plugin())
 
 
 def node_of(accelerator: Accelerator) -> Node:

@@ -105,6 +105,9 @@ def shard(unet: UNet, device: torch.device) -> UNet:
         if isinstance(module, _UNITS):
             fully_shard(module, **settings)
     fully_shard(unet, **settings)
+    for module in unet.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # gradients of all processes are added up, not averaged
     return plain
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative: the signal that killed it), what it printed, when it ended."""
+    """How a process ended: its exit code (negative: the signal that killed it), and what it printed."""
 
     code: int
     out: str
-    seconds: float
 
 
 class Ranks:
@@ -29,7 +29,6 @@ class Ranks:
 
     Args:
         folder: for what they print.
-        observe: `module:function`, called in each as `train` calls it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,6 +54,8 @@ class Ranks:
         fsdp: bool = False,
         faults: Mapping[int, str] | None = None,
         record: Path | None = None,
+        broken: bool = False,
+        seconds: float = 120,
     ) -> list[Ended]:
         """`seppo-fast ARGV` in each of `world` processes.
 
@@ -63,7 +64,9 @@ class Ranks:
             argv: of the command line.
             fsdp: as `accelerate launch --use_fsdp --fsdp_version 2`.
             faults: `SEPPO_FAULT` by rank.
-            record: a folder in which each rank writes what pairs it was given, `RANK.json`.
+            record: a folder in which each rank writes what it was given and what it held, `RANK.json`.
+            broken: whether the last rank's winners of the second update are not finite.
+            seconds: after which those that still live are killed.
 
         Returns:
             How each ended, by rank.
@@ -83,12 +86,12 @@ class Ranks:
         files = [str(self._folder / f"out-{rank}.txt") for rank in range(world)]
         order = {
             "argv": [str(word) for word in argv], "environments": environments, "files": files,
-            "record": record and str(record),
+            "record": record and str(record), "broken": broken, "seconds": seconds,
         }  # fmt: skip
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         ends = json.loads(self._server.stdout.readline())
-        return [Ended(code, Path(file).read_text(), lived) for file, (code, lived) in zip(files, ends, strict=True)]
+        return [Ended(code, Path(file).read_text()) for file, code in zip(files, ends, strict=True)]
 
 
 def _serve() -> None:
@@ -98,12 +101,21 @@ def _serve() -> None:
     quiet_libraries()
     for line in sys.stdin:
         order = json.loads(line)
-        began = time.monotonic()
         children = [_forked(order, rank) for rank in range(len(order["files"]))]
-        ends = {}
+        ends: dict[int, int] = {}
+
+        def kill(living: list[int] = children, ends: dict[int, int] = ends) -> None:
+            for child in living:
+                if child not in ends:
+                    os.kill(child, signal.SIGKILL)
+
+        limit = threading.Timer(order["seconds"], kill)
+        limit.start()
         while len(ends) < len(children):
             child, status = os.wait()
-            ends[child] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+            ends[child] = os.waitstatus_to_exitcode(status)
+        limit.cancel()
+        limit.join()
         print(json.dumps([ends[child] for child in children]), flush=True)
 
 
@@ -119,6 +131,8 @@ def _forked(order: dict, rank: int) -> int:
     try:
         if order["record"]:
             _record(Path(order["record"]), rank)
+        if order["broken"] and rank == len(order["files"]) - 1:
+            _break()
         from seppo_fast.cli import main
 
         code = main(order["argv"])
@@ -135,18 +149,47 @@ def _forked(order: dict, rank: int) -> int:
 
 
 def _record(folder: Path, rank: int) -> None:
-    """From now on the learner writes down which sample ids, timesteps and noises it is given, update by update."""
-    from seppo_fast.learner import Learner
+    """From now on each update's pairs are written down, and how many numbers of each kind this process holds."""
+    import torch
 
-    step, taken = Learner.step, []
+    from seppo_fast.learner import Learner
+    from seppo_fast.policy import trainable
+
+    step, clip, taken = Learner.step, torch.nn.utils.clip_grad_norm_, []
+    held: dict[str, int] = {}
+
+    def count(tensors):
+        return sum((t.to_local() if isinstance(t, torch.distributed.tensor.DTensor) else t).numel() for t in tensors)
+
+    def counting(parameters, *arguments):
+        held["gradients"] = count([parameter.grad for parameter in parameters])
+        return clip(parameters, *arguments)
 
     def recording(self, pairs, update):
         rows = zip(pairs.sample_ids, pairs.timesteps.tolist(), pairs.noise.flatten(1).tolist(), strict=True)
-        taken.append([update, list(rows)])
+        stats = step(self, pairs, update)
+        own = trainable(self.unet).values()
+        moments = [state[name] for state in self._optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        held.update(weights=count(own), moments=count(moments), average=count(self.ema.shadow_params))
+        taken.append({"update": update, "rows": list(rows), "held": dict(held)})
         (folder / f"{rank}.json").write_text(json.dumps(taken))
-        return step(self, pairs, update)
+        return stats
 
     Learner.step = recording
+    torch.nn.utils.clip_grad_norm_ = counting
+
+
+def _break() -> None:
+    from seppo_fast.learner import Learner
+
+    step = Learner.step
+
+    def breaking(self, pairs, update):
+        if update == 1:
+            pairs.winners.fill_(float("nan"))
+        return step(self, pairs, update)
+
+    Learner.step = breaking
 
 
 if __name__ == "__main__":
