@@ -49,14 +49,15 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
     if plugin.fsdp_version != 2:
         raise ConfigError("--use_fsdp alone means the first FSDP; give --fsdp_version 2 too")
+    offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     refused = {
-        "--fsdp_offload_params true": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
-        "--fsdp_activation_checkpointing true": plugin.activation_checkpointing,
-        "--fsdp_reshard_after_forward false": not plugin.reshard_after_forward,
+        "--fsdp_offload_params true": (offloads, "leave it out"),
+        "--fsdp_activation_checkpointing true": (plugin.activation_checkpointing, "use model.gradient_checkpointing"),
+        "--fsdp_reshard_after_forward false": (not plugin.reshard_after_forward, "leave it out"),
     }
-    for flag, given in refused.items():
-        if given:
-            raise ConfigError(f"{flag} is not supported; leave it out")
+    for flag, (is_given, instead) in refused.items():
+        if is_given:
+            raise ConfigError(f"{flag} is not supported; {instead}")
     return plugin
 
 
@@ -107,7 +108,9 @@ def shard(unet: UNet, device: torch.device) -> UNet:
     fully_shard(unet, **settings)
     for module in unet.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # gradients of all processes are added up, not averaged
+            # Gradients of all processes are added up, not averaged; by a plain sum, which gloo has too.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     return plain
 
 

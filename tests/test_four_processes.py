@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_half_the_processes_and_again(ranks, straight, start,
 
 @pytest.mark.parametrize(
     ("world", "rank", "fault", "left"),
-    [(4, 2, "micro-batch@3=kill", 2), (2, 0, "save-optimizer@2=kill", 1), (2, 1, "sampling@2=error", 2)],
+    [(4, 2, "micro-batch@3=kill", 2), (2, 0, "save-optimizer@2=kill", 1), (2, 1, "micro-batch@3=error", 1)],
     ids=["in mid-step", "in mid-save", "an error of its own"],
 )
 def test_a_dead_process_ends_all_and_the_same_command_goes_on(ranks, straight, tmp_path, world, rank, fault, left):
