@@ -21,10 +21,8 @@ from seppo_fast.sharding import sharding_plugin
 
 _TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(days=2)
-# What gloo says where the other end of a connection is gone or silent; NCCL's errors have a type of their own.
-_LOST = re.compile(
-    r"gloo.*(connection|timed out|socket|read error|write error)|connection (closed|reset) by peer", re.I | re.S
-)
+# What gloo says, of which every message names its source file; NCCL's errors have a type of their own.
+_LOST = re.compile(r"gloo.*(connection|timed out|socket|read error|write error|broken pipe)", re.IGNORECASE | re.DOTALL)
 
 
 def processes() -> Accelerator:

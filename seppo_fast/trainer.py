@@ -90,6 +90,8 @@ class Trainer:
         with patience.first_alone():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
         self._fingerprints["data"] = self.cache.fingerprint
+        if not node_of(self.accelerator).alike(self._fingerprints):
+            raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
         if saved is not None:
             refuse_other_content(saved, self._fingerprints)
         make_trainable(self.unet, config.model, config.seed)

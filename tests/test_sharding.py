@@ -5,6 +5,7 @@ The tolerance is that of `test_four_processes`.
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from seppo_fast.config import to_yaml
+from seppo_fast.dial import _learner_bytes
 from seppo_fast.errors import ConfigError
 from seppo_fast.journal import read_journal
 from seppo_fast.saved_state import saved_states
@@ -21,6 +23,7 @@ from tests.ranks import Ranks
 from tests.runs import log_of, tiny_config
 from tests.test_four_processes import assert_same_training, in_folder, recorded, start  # noqa: F401 - a fixture
 from tests.test_resume import assert_same_run
+from tests.tiny import tiny_unet
 
 # Name: processes, sharded.
 RUNS = {"one": (1, False), "copies": (2, False), "shards": (2, True), "alone": (1, True)}
@@ -151,6 +154,14 @@ def test_what_shards_do_not_go_with_is_refused(tiny, tmp_path, monkeypatch, sect
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ConfigError, match=said):
         settled(tiny_config(tiny, tmp_path, **sections), 4)
+
+
+def test_a_batch_is_fitted_beside_a_share_of_the_optimizer(tiny, tmp_path, monkeypatch):
+    config, unet, four = tiny_config(tiny, tmp_path), tiny_unet(), SimpleNamespace(num_processes=4)
+    whole = sum(weight.numel() * 4 * 2 for weight in unet.parameters())  # Adam's two moments
+    assert _learner_bytes(config, unet, four) == whole
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert _learner_bytes(config, unet, four) == whole // 4
 
 
 def test_what_is_left_open_is_off(tiny, tmp_path, monkeypatch):
