@@ -111,6 +111,22 @@ def test_a_dead_process_of_a_sharded_run_ends_all_and_it_goes_on_bit_for_bit(ran
     assert_same_run(in_folder(config, tmp_path / "run"), in_folder(config, folder / "shards"))
 
 
+def test_a_signal_to_one_process_ends_all_with_a_state(ranks, folder, tmp_path):
+    command = (
+        "train",
+        folder / "run.yaml",
+        "--output",
+        tmp_path / "run",
+        "--save.minutes",
+        60,
+        "--log.sample_every",
+        0,
+    )
+    ends = ranks.run(2, *command, fsdp=True, faults={1: "micro-batch@1=term"})
+    assert [end.code for end in ends] == [130, 130], ends[0].out
+    assert [state.name for state in saved_states(tmp_path / "run")] == ["update-000001"]
+
+
 def test_what_one_process_finds_not_finite_all_skip(ranks, folder, tmp_path):
     command = ("train", folder / "run.yaml", "--output", tmp_path / "run", "--train.updates", 3)
     ends = ranks.run(2, *command, "--log.sample_every", 0, fsdp=True, broken=True)
