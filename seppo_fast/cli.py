@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seppo_fast import __version__
-from seppo_fast.errors import EXIT_INTERRUPTED, CheckpointError, OutOfMemoryError, SeppoError
+from seppo_fast.errors import EXIT_INTERRUPTED, CheckpointError, LostProcessError, OutOfMemoryError, SeppoError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 ok, 2 config, 3 data, 4 out of memory, 5 non-finite, 6 checkpoint, 130 interrupted.
+    0 ok, 2 config, 3 data, 4 out of memory, 5 non-finite, 6 checkpoint, 7 another process lost, 130 interrupted.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -101,7 +101,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     except (MemoryError, RuntimeError) as error:
         from seppo_fast.memory import is_out_of_memory
+        from seppo_fast.processes import is_lost_process
 
+        if is_lost_process(error):
+            raise LostProcessError(
+                f"another process of this run is gone or does not answer: {str(error).splitlines()[0]}. What it said "
+                "itself stands above; the same command goes on from the last saved state"
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(

@@ -27,6 +27,7 @@ from seppo_fast.memory import (
 )
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, trainable
+from seppo_fast.sharding import sharding_asked
 from seppo_fast.slab import Table
 
 
@@ -134,7 +135,7 @@ def _with_pool(config: Config, unet: UNet, accelerator: Accelerator) -> Config:
 
 def _with_micro_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
-    beside = learner_bytes(config, unet) + pool_bytes(config, unet, accelerator.device)
+    beside = learner_bytes(config, unet, _shards(accelerator)) + pool_bytes(config, unet, accelerator.device)
     most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
     return filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
 
@@ -143,7 +144,7 @@ def _with_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: A
     setting = DIAL[config.memory]
     average = trained_bytes(unet) if config.train.ema_decay else 0
     pool = pool_bytes(config, unet, accelerator.device)
-    beside = learner_bytes(config, unet) + pool
+    beside = learner_bytes(config, unet, _shards(accelerator)) + pool
     most = config.sampler.batch or setting.batch
     park = config.reference.park
     if park is None:
@@ -189,10 +190,14 @@ def pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
     return kept + slab + (slab if comes_up else 0)
 
 
-def learner_bytes(config: Config, unet: UNet) -> int:
+def _shards(accelerator: Accelerator) -> int:
+    return accelerator.num_processes if sharding_asked() else 1
+
+
+def learner_bytes(config: Config, unet: UNet, shards: int = 1) -> int:
     """Of what the learner adds to the weights and their gradients: Adam's two moments, the moving average."""
     moments = 0.5 if config.train.optimizer == "adamw8bit" else 2
-    return int(trained_bytes(unet) * (moments + (1 if config.train.ema_decay else 0)))
+    return int(trained_bytes(unet) * (moments + (1 if config.train.ema_decay else 0)) / shards)
 
 
 def filled(config: Config, **sections: dict[str, Any]) -> Config:

@@ -44,3 +44,9 @@ class CheckpointError(SeppoError):
     """No checkpoint that can be read, or none that can be written."""
 
     exit_code = 6
+
+
+class LostProcessError(SeppoError):
+    """Another process of the run is gone, or did not answer."""
+
+    exit_code = 7

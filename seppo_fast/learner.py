@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 from seppo_fast.pairs import Pairs
 from seppo_fast.policy import make_ema, make_optimizer, trainable
 from seppo_fast.reference_errors import ReferenceErrors
+from seppo_fast.sharding import fill, is_sharded, whole
 
 _MAX_SKIPPED = 3  # updates in a row with a non-finite gradient before the run stops
 
@@ -29,7 +30,7 @@ class Learner:
     """Trains the policy on pairs; it holds no reference unless `errors` does.
 
     Args:
-        unet: the policy, its trained weights marked.
+        unet: the policy, its trained weights marked; sharded or not.
         errors: the way to the reference's errors; it makes the policy's forward.
         config: of the run, its micro-batch chosen.
         accelerator: devices and processes.
@@ -58,7 +59,6 @@ class Learner:
         self._objective = OBJECTIVES[config.objective]
         self._accelerator = accelerator
         self._optimizer = make_optimizer(unet, config.learning_rate, config.train)
-        self._model = accelerator.prepare_model(unet) if accelerator.num_processes > 1 else unet
         half = config.model.precision == "fp16"
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
         self._skipped = 0
@@ -77,7 +77,7 @@ class Learner:
         sums = self._accumulate(pairs)
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.unet).values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
         searching = self._scaler.is_enabled() and self._scaler.get_scale() > 1 and math.isfinite(sums["loss"])
         finite = math.isfinite(norm)
         if finite:
@@ -106,29 +106,38 @@ class Learner:
         batches = list(pairs.micro_batches(self._micro_batch))
         scale = self._scaler.scale(torch.ones((), device=self._accelerator.device))  # a tensor: it stays on the device
         steps: list[dict[str, torch.Tensor]] = []
-        for index, batch in enumerate(batches):
+        for batch in batches:
             self._check()
             fault("micro-batch")
-            last = index == len(batches) - 1
-            with nullcontext() if last else self._accelerator.no_sync(self._model):
-                prediction, target, ref_error = self._errors(self._model, batch)
-                # DDP averages over ranks, so each rank's share is scaled up by their number.
-                share = len(batch) * self._accelerator.num_processes / train.pairs_per_update
-                step = step_loss(
-                    self._objective,
-                    prediction,
-                    target,
-                    ref_error,
-                    beta=train.beta,
-                    tie_tol=train.tie_tol,
-                    grad_scale=scale * share,
-                    backend=train.backend,
-                )
-                prediction.backward(step.grad)
+            prediction, target, ref_error = self._errors(self.unet, batch)
+            step = step_loss(
+                self._objective,
+                prediction,
+                target,
+                ref_error,
+                beta=train.beta,
+                tie_tol=train.tie_tol,
+                grad_scale=scale * (len(batch) / train.pairs_per_update),
+                backend=train.backend,
+            )
+            prediction.backward(step.grad)
             steps.append(step.sums)
+        if self._accelerator.num_processes > 1 and not is_sharded(self.unet):
+            self._add_gradients()
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))
+
+    def _add_gradients(self) -> None:
+        """Each gradient becomes its sum over all processes.
+
+        Once an update, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
+        processes or more add up other pieces in another order, so that a run that goes on would not be the same.
+        """
+        gradients = [weight.grad for weight in trainable(self.unet).values() if weight.grad is not None]
+        works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for work in works:
+            work.wait()
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """What it holds beside the weights: live tensors by file and name, and what is no tensor."""
@@ -152,14 +161,16 @@ class Learner:
             own = parameters[name]
             if isinstance(value, torch.Tensor):
                 # Moments lie in memory as their parameter does, whatever the file's order.
-                like = torch.empty_like(own, dtype=value.dtype) if value.shape == own.shape else None
-                value = value.to(own.device) if like is None else like.copy_(value)
+                like = torch.empty_like(own.detach(), dtype=value.dtype) if value.shape == own.shape else None
+                if like is not None:
+                    fill(like, value)
+                value = value.to(own.device) if like is None else like
             self._optimizer.state[own][key] = value
         self._scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
-                shadow.copy_(files["average"][name])
+                fill(shadow, files["average"][name])
             self.ema.optimization_step = numbers["average_step"]
 
     @contextmanager

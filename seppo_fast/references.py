@@ -249,12 +249,14 @@ class ReferencePool:
         before = None if previous is None else Path(previous)
         save_members(Path(folder), self._tiers.members, self._tiers.table, self._count, self._settings(), before)
 
-    def restore(self, folder: str | Path, device: str | torch.device) -> None:
+    def restore(self, folder: str | Path, device: str | torch.device, like: nn.Module | None = None) -> None:
         """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
 
         Args:
             folder: that `save` wrote; nothing of it is needed afterwards.
             device: of the modules that will be references.
+            like: their tensors will lie in memory as this module's; None: as in the first checkpoint. Equal weights
+                that lie otherwise may round otherwise.
 
         Raises:
             CheckpointError: checkpoints that are missing or damaged; names every one. The pool stays empty.
@@ -268,8 +270,8 @@ class ReferencePool:
         try:
             files, count = checked_members(folder, self._settings())
             members = {number: map_member(file) for number, file in files.items()}
-            table = next(iter(members.values()))[1]
-            if any(other != table for _, other in members.values()):
+            table = next(iter(members.values()))[1] if like is None else Table.of(like, self._compute)
+            if any(other.tensors != table.tensors for _, other in members.values()):
                 problem = f"{folder}: its checkpoints are of different modules"
         except CheckpointError as error:
             problem = str(error)
@@ -278,8 +280,8 @@ class ReferencePool:
             raise CheckpointError(problem)
         tiers = Tiers(table, device, self._budget, self._folder, self._node)
         try:
-            for number, (slab, _) in members.items():
-                tiers.put(number, slab)
+            for number, (slab, theirs) in members.items():
+                tiers.put(number, slab if theirs == table else theirs.views(slab))
         except PoolFullError:
             tiers.close()
             raise

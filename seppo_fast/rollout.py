@@ -59,6 +59,7 @@ class Rollout:
         report: takes a line on progress now and then.
         warn: takes a line on trouble.
         check: called before each batch; what it raises leaves everything as it was.
+        wait: called after a rollout, until all processes have theirs.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Rollout:
         report: Callable[[str], object] = print,
         warn: Callable[[str], object] = print,
         check: Callable[[], None] = lambda: None,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
         assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
@@ -91,6 +93,7 @@ class Rollout:
         self._report = report
         self._warn = warn
         self._check = check
+        self._wait = wait
         self.batch = config.sampler.batch
         self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
@@ -102,6 +105,7 @@ class Rollout:
             window, started = self.window(update), time.perf_counter()
             self._waiting = self._roll_out(window, update)
             self._prefetch(window)
+            self._wait()
             self._window_share = (time.perf_counter() - started) / len(self._waiting)
         started = time.perf_counter()
         samples, errors = self._waiting.pop(update, (None, None))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.sharding import whole
+
 _ALIGNMENT = 128  # bytes: a cache line, so that kernels choose as they do for memory of their own
 # Of these, autocast casts the parameters before each use.
 _CAST = (
@@ -96,6 +98,11 @@ class Table:
         return {"size": self.size, "entries": [asdict(entry) for entry in self.entries]}
 
     @property
+    def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Names, shapes and dtypes, without how they lie in memory."""
+        return [(entry.name, entry.shape, entry.dtype) for entry in self.entries]
+
+    @property
     def payload(self) -> int:
         """Bytes of the tensors alone."""
         return sum(_bytes(entry) for entry in self.entries)
@@ -112,10 +119,18 @@ class Table:
         return {entry.name: _view(slab, entry) for entry in self.entries}
 
     @torch.no_grad()
-    def fill(self, slab: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Copies tensors to their places in a slab, rounded to the dtypes in which they are kept."""
-        for name, view in self.views(slab).items():
-            view.copy_(tensors[name])
+    def fill(self, slab: Tensor | None, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors to their places in a slab, rounded to the dtypes in which they are kept.
+
+        Args:
+            slab: None in a process that only takes part in gathering.
+            tensors: by name; sharded ones are gathered, one at a time, for which all processes call this.
+        """
+        views = {} if slab is None else self.views(slab)
+        for entry in self.entries:
+            values = whole(tensors[entry.name])
+            if slab is not None:
+                views[entry.name].copy_(values)
 
     def check(self, module: nn.Module) -> dict[str, Tensor]:
         """A module's trained state, its names and shapes compared with the table's.

@@ -22,15 +22,26 @@ from seppo_fast.files import disk_message
 from seppo_fast.pool_files import is_saved_pool
 from seppo_fast.references import ReferencePool
 from seppo_fast.saved_state import REFERENCES, SavedState, prune, saved_states, state_folder, write_state
+from seppo_fast.sharding import fill, whole
 from seppo_fast.slab import trained_state
 
 POLICY, OPTIMIZER, AVERAGE = "policy", "optimizer", "average"
 _MAX_FAILED = 3  # saves in a row that the disk refuses before the run stops
 
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, which nothing changes any more."""
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
+def on_cpu(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, which nothing changes any more.
+
+    Args:
+        tensors: sharded ones are gathered, one at a time, for which all processes call this.
+        keep: False in a process that only takes part in that; it gets none.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        values = whole(tensor.detach())
+        if keep:
+            copies[name] = torch.empty(values.shape, dtype=values.dtype).copy_(values)
+    return copies
 
 
 def load_policy(module: nn.Module, saved: SavedState) -> None:
@@ -47,9 +58,8 @@ def load_policy(module: nn.Module, saved: SavedState) -> None:
     )
     if different:
         raise CheckpointError(f"{saved.folder}: holds other weights than this model's: {', '.join(different[:5])} ...")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        fill(state[name], tensor)
 
 
 class Saver:
@@ -74,6 +84,18 @@ class Saver:
         """Whether enough time went by since the last state."""
         return time.monotonic() - self._started >= self._seconds
 
+    def begins(self, update: int) -> bool:
+        """Whether a state is still to be saved; until the one before is written, it waits.
+
+        Raises:
+            CheckpointError: as `wait`.
+        """
+        self.wait()
+        if state_folder(self._run, update).exists():
+            return False
+        self._started = time.monotonic()
+        return True
+
     def save(
         self,
         update: int,
@@ -81,17 +103,8 @@ class Saver:
         numbers: Mapping[str, Any],
         references: ReferencePool | None,
     ) -> None:
-        """Starts writing a state; nothing may change `files` any more, nor add to `references` before `wait`.
-
-        Raises:
-            CheckpointError: as `wait`.
-        """
-        self.wait()
-        if state_folder(self._run, update).exists():
-            return
-        self._started = time.monotonic()
-        copies = {name: on_cpu(tensors) for name, tensors in files.items()}
-        self._thread = threading.Thread(target=self._write, args=(update, copies, dict(numbers), references))
+        """Starts writing a state that `begins`: `on_cpu`; nothing may add to `references` before `wait`."""
+        self._thread = threading.Thread(target=self._write, args=(update, files, dict(numbers), references))
         self._thread.start()
         self.stalled += time.monotonic() - self._started
 

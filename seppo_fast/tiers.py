@@ -91,8 +91,7 @@ class Tiers:
             self.members[number] = self._written(tensors)
             return
         self._settle()  # another process may still read what the slab held
-        if member.tier == "device" or self._node.owns:
-            self._fill(member.slab, tensors)
+        self._fill(member.slab if member.tier == "device" or self._node.owns else None, tensors)
         self._settle()
         self.members[number] = member
 
@@ -155,10 +154,16 @@ class Tiers:
         return None
 
     def _written(self, tensors: Mapping[str, Tensor] | Tensor) -> Member:
-        problem, file, mapped = None, None, None
+        problem, slab, file, mapped = None, None, None, None
         try:
             if self._node.owns:
-                file = self._write(tensors)
+                slab = torch.zeros(self.table.size, dtype=torch.uint8)
+        except RuntimeError as error:
+            problem = str(error)
+        self._fill(slab, tensors)
+        try:
+            if slab is not None:
+                file = self._write(slab)
         except (OSError, SafetensorError, RuntimeError) as error:
             problem = disk_message(self._folder, error)
         try:
@@ -177,9 +182,7 @@ class Tiers:
         self._rooms["disk"] -= self.table.size
         return Member("disk", mapped)
 
-    def _write(self, tensors: Mapping[str, Tensor] | Tensor) -> Path:
-        slab = torch.zeros(self.table.size, dtype=torch.uint8)
-        self._fill(slab, tensors)
+    def _write(self, slab: Tensor) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".seppo-reference-", dir=self._folder))
         try:
@@ -189,11 +192,12 @@ class Tiers:
             raise
         return folder / member_name(0)
 
-    def _fill(self, slab: Tensor, tensors: Mapping[str, Tensor] | Tensor) -> None:
-        if isinstance(tensors, Tensor):
-            slab.copy_(tensors)
-        else:
+    def _fill(self, slab: Tensor | None, tensors: Mapping[str, Tensor] | Tensor) -> None:
+        """For all processes; one that does not write the slab has None."""
+        if not isinstance(tensors, Tensor):
             self.table.fill(slab, tensors)
+        elif slab is not None:
+            slab.copy_(tensors)
 
     def _settle(self) -> None:
         """All processes have done what they began with the slabs."""

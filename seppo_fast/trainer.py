@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import gather_object
+from accelerate import Accelerator
+from torch import nn
 
 from seppo_fast.attention import set_attention
 from seppo_fast.config import Config, to_yaml
@@ -22,6 +20,7 @@ from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.estimate import out_of_memory
 from seppo_fast.evaluate.pictures import FixedPrompts
+from seppo_fast.exchange import exchange
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.faults import fault
@@ -31,18 +30,19 @@ from seppo_fast.interrupt import Interrupted, Interruption
 from seppo_fast.journal import Journal
 from seppo_fast.learner import Learner
 from seppo_fast.memory import is_out_of_memory
-from seppo_fast.node import Node
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.pairs import PairMaker
 from seppo_fast.policy import DTYPES, compile_blocks, lora_weights, make_trainable, trainable
 from seppo_fast.preflight import preflight
+from seppo_fast.processes import Patience, node_of, processes
 from seppo_fast.reference_errors import WAYS
 from seppo_fast.references import ReferencePool
 from seppo_fast.resume import refuse_other_content, resumed_config
 from seppo_fast.rollout import Rollout
 from seppo_fast.saved_state import REFERENCES, SavedState, put_aside_newer
+from seppo_fast.sharding import settled, shard, sharding_asked
 from seppo_fast.slab import trained_state
-from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy
+from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy, on_cpu
 from seppo_fast.temporal import set_temporal_attention
 from seppo_fast.tiers import Budget, PoolFullError
 from seppo_fast.trackers import Trackers
@@ -75,6 +75,9 @@ class Trainer:
         self.accelerator = accelerator or processes()
         device, world = self.accelerator.device, self.accelerator.num_processes
         self.folder = Path(config.output)
+        self.sharded = sharding_asked()
+        if self.sharded:
+            config = settled(config, world)
         self._asked = config
         if saved is not None:
             config = resumed_config(config, saved)
@@ -86,14 +89,18 @@ class Trainer:
         self._fingerprints = {"model": self.family.identity()}
         if saved is not None:
             refuse_other_content(saved, self._fingerprints)
-        with self.accelerator.main_process_first():
+        patience = Patience(self.accelerator)
+        with patience.first_alone():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
         self._fingerprints["data"] = self.cache.fingerprint
+        if not node_of(self.accelerator).alike(self._fingerprints):
+            raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
         if saved is not None:
             refuse_other_content(saved, self._fingerprints)
         make_trainable(self.unet, config.model, config.seed)
-        # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise.
-        plain = config.train.optimizer == "adamw8bit"
+        # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise. Shards
+        # are of contiguous weights only.
+        plain = config.train.optimizer == "adamw8bit" or self.sharded
         self.unet.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
         self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator, self.family.denoise)
         assert config.model.attention != "auto", "the attention is chosen"
@@ -103,7 +110,9 @@ class Trainer:
         self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
         self.sampler = Sampler(self.family.scheduler_config, config.sampler)
         self.references = open_pool(config, self.accelerator) if self.objective.draw else None
-        errors = WAYS[config.reference.errors](self.forward, self.unet, config)
+        if self.sharded:
+            self.family.pipe.unet = shard(self.unet, device)
+        errors = WAYS[config.reference.errors](self.forward, self.family.unet, config)
         if config.model.compile:
             compile_blocks(self.unet, config.model.attention)
         self.interruption = Interruption(self._warn, alone=world == 1)
@@ -123,6 +132,7 @@ class Trainer:
             report=self.accelerator.print,
             warn=self._warn,
             check=self.interruption.check,
+            wait=patience.wait,
         )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
         self._trackers = Trackers(config, self._warn)
@@ -154,13 +164,21 @@ class Trainer:
     def report(self, stats: dict[str, float]) -> None:
         """Counts an update as finished; writes the log, and where they are due a picture and the run's state."""
         self.finished += 1
-        updates = self.finished
         if self.accelerator.is_main_process:
-            self._write(updates, stats)
-        if self.accelerator.num_processes > 1:
-            asked = torch.tensor(float(self.interruption.asked), device=self.accelerator.device)
-            if self.accelerator.reduce(asked, "sum") > 0:
-                raise Interrupted("interrupted")
+            self._write(self.finished, stats)
+        self._draw_samples(self.finished)
+        due, asked = self._any(self.accelerator.is_main_process and self._saver.due(), self.interruption.asked)
+        if due:
+            self.save_state()
+        if asked and self.accelerator.num_processes > 1:
+            raise Interrupted("interrupted")
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is up in any process."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        counts = torch.tensor([float(flag) for flag in flags], device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
 
     def _write(self, updates: int, stats: dict[str, float]) -> None:
         if not self._opened:
@@ -172,12 +190,17 @@ class Trainer:
         self._trackers.log(updates, stats)
         try:
             self._journal.write(updates, stats)
-            if self._samples is not None and updates % self.config.log.sample_every == 0:
-                self._samples.write(self.folder / "samples" / f"update-{updates:06d}.png", f"update {updates}")
         except OSError as problem:
             self._warn(f"the run goes on: {disk_message(self.folder, problem)}")
-        if self._saver.due():
-            self.save_state()
+
+    def _draw_samples(self, updates: int) -> None:
+        if self._samples is None or updates % self.config.log.sample_every:
+            return
+        file = self.folder / "samples" / f"update-{updates:06d}.png"
+        try:
+            self._samples.write(file if self.accelerator.is_main_process else None, f"update {updates}")
+        except OSError as problem:
+            self._warn(f"the run goes on: {disk_message(self.folder, problem)}")
 
     def _record_skipped(self, update: int, sample_ids: list[int], searching: bool) -> None:
         """Writes down whose gradient was not finite, before the learner may end the run for it."""
@@ -196,10 +219,19 @@ class Trainer:
         Raises:
             CheckpointError: the third one in a row that the disk refused.
         """
-        if not self.finished or not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if not self.finished or not (main or self.sharded):
             return
-        files, numbers = self.learner.state()
-        files[POLICY] = trained_state(self.unet)
+        begins = main and self._saver.begins(self.finished)
+        if self.sharded:
+            (begins,) = self._any(begins)
+        if not begins:
+            return
+        tensors, numbers = self.learner.state()
+        tensors[POLICY] = trained_state(self.unet)
+        files = {name: on_cpu(those, keep=main) for name, those in tensors.items()}
+        if not main:
+            return
         batch = self.config.sampler.model_copy(update={"batch": self.rollout.batch})
         configs = {"asked": self._asked, "config": self.config.model_copy(update={"sampler": batch})}
         numbers |= {"update": self.finished, "added": self._added, "fingerprints": self._fingerprints}
@@ -219,7 +251,7 @@ class Trainer:
             ) from problem
         if self.references is not None:
             try:
-                self.references.restore(saved.folder / REFERENCES, self.accelerator.device)
+                self.references.restore(saved.folder / REFERENCES, self.accelerator.device, self.unet)
             except PoolFullError as problem:
                 raise ConfigError(
                     f"reference.gpu_gib, host_gib, disk_gib: no room for the past policies of the run: {problem}"
@@ -250,8 +282,8 @@ class Trainer:
                     done = f"after update {self.finished}; the same command goes on"
                     raise Interrupted(f"interrupted {done if self.finished else 'before an update'}") from None
                 except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
+                    if self.sharded or not is_out_of_memory(error):
+                        raise  # what a shard takes is not counted
                     problem = (str(error).splitlines() or ["allocation failed"])[0]
                     raise out_of_memory(self.config, self.family, self.accelerator.device, problem) from error
         finally:
@@ -270,24 +302,34 @@ class Trainer:
         """
         folder = self.folder / "weights"
         self.save_state()
-        if self.accelerator.is_main_process and _update_of(folder) != self.finished:
-            if folder.exists():
-                folder.rename(free_name(folder.with_name("weights-before")))  # the run was made longer
-            parameters = list(trainable(self.unet).values())
-            if self.learner.ema is not None:
-                self.learner.ema.copy_to(parameters)
-            with staged_folder(folder, CheckpointError) as staging:
-                if self.config.model.train == "full":
-                    self.family.save(staging)
-                else:
-                    self.family.save_lora(staging, lora_weights(self.unet))
-                fault("weights-write")
-                (staging / _STAMP).write_text(json.dumps({"update": self.finished}) + "\n", encoding="utf-8")
-            fault("weights")
+        main = self.accelerator.is_main_process
+        (missing,) = self._any(main and _update_of(folder) != self.finished)
+        if missing and self.learner.ema is not None:
+            self.learner.ema.copy_to(trainable(self.unet).values())
+        if missing and self.sharded:
+            wholes = on_cpu(trainable(self.unet), keep=main)
+            if main:
+                exchange(
+                    self.family.unet, trainable(self.family.unet), {name: nn.Parameter(t) for name, t in wholes.items()}
+                )
+        if missing and main:
+            self._write_weights(folder)
         self.accelerator.print(f"weights: {folder}")
         self._saver.wait(last=True)
         self.accelerator.wait_for_everyone()
         return folder
+
+    def _write_weights(self, folder: Path) -> None:
+        if folder.exists():
+            folder.rename(free_name(folder.with_name("weights-before")))  # the run was made longer
+        with staged_folder(folder, CheckpointError) as staging:
+            if self.config.model.train == "full":
+                self.family.save(staging)
+            else:
+                self.family.save_lora(staging, lora_weights(self.unet))
+            fault("weights-write")
+            (staging / _STAMP).write_text(json.dumps({"update": self.finished}) + "\n", encoding="utf-8")
+        fault("weights")
 
     def _open_folder(self, finished: int) -> None:
         try:
@@ -300,10 +342,10 @@ class Trainer:
         self._opened = True
 
     def _fixed_prompts(self) -> FixedPrompts | None:
-        if not self.config.log.sample_every or not self.accelerator.is_main_process:
+        if not self.config.log.sample_every or not (self.accelerator.is_main_process or self.sharded):
             return None
         prompts = self.config.log.sample_prompts or tuple(dict.fromkeys(self.cache.prompts))[:4]
-        return FixedPrompts(self.family, self.forward, self.sampler, prompts, self.config.data.resolution)
+        return FixedPrompts(self.family, self.forward, self.unet, self.sampler, prompts, self.config.data.resolution)
 
 
 def _update_of(weights: Path) -> int | None:
@@ -312,24 +354,6 @@ def _update_of(weights: Path) -> int | None:
         return int(read_json(weights / _STAMP)["update"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-
-
-def processes() -> Accelerator:
-    """The device of this process and its ways to the others."""
-    # Autocast is ours, one for policy and reference. The others wait while the first fills the cache: hours.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    # Gradients live in DDP's buckets: else it keeps a second copy of them.
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[patience, buckets])
-
-
-def node_of(accelerator: Accelerator) -> Node:
-    """The processes of a run as those of a machine see each other."""
-
-    def gather(value: Any) -> list[Any]:
-        return gather_object([value]) if accelerator.num_processes > 1 else [value]
-
-    return Node(gather, accelerator.process_index)
 
 
 def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:

@@ -69,6 +69,7 @@ def test_alone_nothing_is_asked():
 
 def share(rank, node, folder):
     assert node.world == 2 and node.owns == (rank == 0)
+    assert node.alike("same") and not node.alike(rank)
     assert node.least(5 + rank) == 5 and node.agree("no" if rank else None) == "no" and node.from_owner(rank) == 0
     pool = ReferencePool(0, keep=4, budget=Budget(host=2 * SIZE, disk=2 * SIZE), folder=folder, node=node)
     values = {}

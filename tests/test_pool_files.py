@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 import seppo_fast.pool_files as pool_files
 from seppo_fast.errors import CheckpointError
@@ -43,6 +44,34 @@ def test_a_saved_pool_comes_back_bit_for_bit_whatever_the_budgets(saved, tmp_pat
         shutil.rmtree(folder)  # nothing of it is needed afterwards
         assert list(pool.tiers.values()) == tiers and len(pool) == 3
         assert_holds(pool, expected)
+
+
+@pytest.mark.parametrize("saved_as", ["channels last", "both ways"])
+def test_a_restored_pool_lies_in_memory_as_it_is_asked_to(tmp_path, saved_as):
+    def layer(seed, memory_format):
+        torch.manual_seed(seed)
+        return nn.Conv2d(3, 5, 3).to(memory_format=memory_format)
+
+    pool = ReferencePool(0)
+    for seed in range(2):
+        pool.add(layer(seed, torch.channels_last))
+    pool.save(tmp_path / "first")
+    last = tmp_path / "first"
+    if saved_as == "both ways":
+        pool = ReferencePool(0)
+        pool.restore(last, CPU, layer(9, torch.contiguous_format))
+        pool.add(layer(2, torch.contiguous_format))
+        last = tmp_path / "second"
+        pool.save(last, previous=tmp_path / "first")  # two of its files are the first ones
+    plain = layer(9, torch.contiguous_format)
+    restored = ReferencePool(0)
+    restored.restore(last, CPU, plain)
+    for number in restored.tiers:
+        with restored.resident(plain, number):
+            assert plain.weight.stride() == (27, 9, 3, 1)
+            assert torch.equal(plain.weight, layer(number, torch.contiguous_format).weight)
+    with pytest.raises(CheckpointError, match="different modules"):
+        ReferencePool(0).restore(last, CPU, nn.Conv2d(3, 4, 3))
 
 
 def test_a_pool_that_fits_nowhere_stays_empty(saved, tmp_path):

@@ -50,8 +50,9 @@ class FixedPrompts:
     """The same prompts and seeds again and again: base beside current.
 
     Args:
-        family: the model; its UNet as it is now is the base.
+        family: the model.
         forward: how it is called.
+        model: its UNet, which as it is now is the base; for all processes to call where it is sharded.
         sampler: how pictures are made.
         prompts: one row each.
         resolution: in pixels.
@@ -62,6 +63,7 @@ class FixedPrompts:
         self,
         family: StableDiffusion,
         forward: Forward,
+        model: nn.Module,
         sampler: Sampler,
         prompts: Sequence[str],
         resolution: int,
@@ -69,13 +71,15 @@ class FixedPrompts:
     ) -> None:
         self._prompts = list(prompts)
         self._generate = partial(
-            generate, family, forward, family.unet, sampler, self._prompts, resolution=resolution, seed=seed
+            generate, family, forward, model, sampler, self._prompts, resolution=resolution, seed=seed
         )
         self._base = self._generate()
 
-    def write(self, file: Path, name: str) -> None:
-        """Writes a PNG of base beside the model as it is now, under the title `name`."""
-        side_by_side(self._prompts, {"base": self._base, name: self._generate()}).save(file)
+    def write(self, file: Path | None, name: str) -> None:
+        """Writes a PNG of base beside the model as it is now, under the title `name`; None: only generates."""
+        pictures = self._generate()
+        if file is not None:
+            side_by_side(self._prompts, {"base": self._base, name: pictures}).save(file)
 
 
 def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:

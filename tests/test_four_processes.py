@@ -1,0 +1,119 @@
+"""One, two and four processes over gloo: the same data and noise, the same training; a dead one ends all.
+
+In float32: losses and norms within 1e-5 of themselves, weights within 0.1 % of the way that they went. Sums in another
+order differ by some 1e-7, and Adam's first steps are the sign of a gradient that may itself be rounding.
+"""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from seppo_fast.config import to_yaml
+from seppo_fast.saved_state import saved_states, state_folder
+from tests.ranks import Ranks
+from tests.runs import log_of, tiny_config
+from tests.test_resume import assert_same_run, content
+
+NUMBERS = ("loss", "winner_error", "ref_winner_error", "loser_error", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with Ranks(tmp_path_factory.mktemp("ranks")) as server:
+        yield server
+
+
+def in_folder(config, name, **keys):
+    return config.model_copy(update={"output": str(name), **keys})
+
+
+@pytest.fixture(scope="module")
+def straight(ranks, tiny, tmp_path_factory):
+    """Runs of one process in four micro-batches, two in two, four in one; the configuration, and folders by world."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = tiny_config(
+        tiny, folder, save={"minutes": 0, "keep": 9},
+        train={"beta": 100.0, "pairs_per_update": 8, "micro_batch": 2, "ema_decay": 0.5},
+    )  # fmt: skip
+    (folder / "run.yaml").write_text(to_yaml(config))
+    runs = {}
+    for world in (1, 2, 4):
+        (folder / f"record{world}").mkdir()
+        ends = ranks.run(
+            world, "train", folder / "run.yaml", "--output", folder / str(world), record=folder / f"record{world}"
+        )
+        assert [end.code for end in ends] == [0] * world, ends[0].out
+        runs[world] = folder / str(world)
+    return SimpleNamespace(config=config, folder=folder, file=folder / "run.yaml", runs=runs)
+
+
+def recorded(folder, world):
+    """Of each update what all ranks were given, by sample id."""
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return [{row[0]: row[1:] for one in update for row in one["rows"]} for update in zip(*ranks, strict=True)]
+
+
+def assert_same_training(one, other, start):
+    """Two runs' logs and last states agree within the tolerance; `start`: the weights of the beginning."""
+    for ours, theirs in zip(log_of(one), log_of(other), strict=True):
+        assert ours["aaf_rate"] == theirs["aaf_rate"]
+        for name in NUMBERS:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    ours, theirs = content(one.output), content(other.output)
+    assert {name: (t.shape, t.dtype) for name, t in ours.items() if "references" not in name} == {
+        name: (t.shape, t.dtype) for name, t in theirs.items() if "references" not in name
+    }
+    name_of = re.compile(r".*policy\.safetensors (.*)")
+    policy = {match[1]: (tensor, theirs[name]) for name, tensor in ours.items() if (match := name_of.match(name))}
+    moved = torch.cat([(mine - start[name]).flatten() for name, (mine, _) in policy.items()])
+    apart = torch.cat([(mine - its).flatten() for mine, its in policy.values()])
+    assert apart.norm() < 0.001 * moved.norm()
+
+
+@pytest.fixture(scope="module")
+def start(tiny):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(tiny, subfolder="unet").state_dict()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_more_processes_are_given_the_same_and_train_alike(straight, start, world):
+    alone = recorded(straight.folder / "record1", 1)
+    assert recorded(straight.folder / f"record{world}", world) == alone and len(alone[0]) == 8
+    one, many = (in_folder(straight.config, straight.runs[number]) for number in (1, world))
+    assert_same_training(many, one, start)
+
+
+def test_a_run_goes_on_with_half_the_processes_and_again(ranks, straight, start, tmp_path):
+    for world, updates in ((4, 1), (2, 2), (1, 3)):
+        ends = ranks.run(world, "train", straight.file, "--output", tmp_path / "run", "--train.updates", updates)
+        assert [end.code for end in ends] == [0] * world, ends[0].out
+    assert_same_training(
+        in_folder(straight.config, tmp_path / "run"), in_folder(straight.config, straight.runs[1]), start
+    )
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "fault", "left"),
+    [(4, 2, "micro-batch@3=kill", 2), (2, 0, "save-optimizer@2=kill", 1), (2, 1, "micro-batch@3=error", 1)],
+    ids=["in mid-step", "in mid-save", "an error of its own"],
+)
+def test_a_dead_process_ends_all_and_the_same_command_goes_on(ranks, straight, tmp_path, world, rank, fault, left):
+    command = ("train", straight.file, "--output", tmp_path / "run")
+    ends = ranks.run(world, *command, faults={rank: fault}, seconds=60)
+    for number, end in enumerate(ends):
+        if number != rank:
+            assert end.code == 7, end.out
+            assert "another process of this run is gone" in end.out and "the same command goes on" in end.out
+            assert "Traceback" not in end.out
+    assert ends[rank].code == (-9 if fault.endswith("kill") else 70)
+    newest = saved_states(tmp_path / "run")[0]
+    assert newest in (state_folder(tmp_path / "run", left), state_folder(tmp_path / "run", left - 1))
+    ends = ranks.run(world, *command)
+    assert [end.code for end in ends] == [0] * world, ends[0].out
+    assert f"going on after update {int(newest.name[-6:])} of 3" in ends[0].out
+    assert_same_run(in_folder(straight.config, tmp_path / "run"), in_folder(straight.config, straight.runs[world]))
