@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forks import Ended, Forks
+from seppo_fast.errors import EXIT_INTERRUPTED
 
 UPDATES = 12
 POINTS = (
@@ -47,7 +48,7 @@ class Soak:
         disturbed: commands that were killed or told to end, by how; a full disk counts though the run outlives it.
         runs: brought to their end.
         corrupt: what a corrupt resume looked like, a line each.
-        lost: updates finished before a kill that were made again, one number a kill.
+        lost: updates that were finished and made again, one number a command that goes on.
         first, resumed: seconds from the command to its first update, of a run that begins and of one that goes on.
     """
 
@@ -160,8 +161,11 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
             seen.corrupt.append(f"{command.train}, {kind}: ended with {code}: {ended.err.strip()[-500:]}")
             command.output.rename(command.output.with_name(f"corrupt-{len(seen.corrupt)}"))
             return
-    seen.corrupt += [f"{command.train}: {name} differs" for name in differences(command.straight, command.output)]
-    shutil.rmtree(command.output)
+    if problems := differences(command.straight, command.output):
+        seen.corrupt += [f"{command.train}: {name} differs" for name in problems]
+        command.output.rename(command.output.with_name(f"corrupt-{len(seen.corrupt)}"))
+    else:
+        shutil.rmtree(command.output)
 
 
 def disturbance(kind: str, seconds: float, choose: random.Random) -> dict[str, Any]:
@@ -178,7 +182,8 @@ def disturbance(kind: str, seconds: float, choose: random.Random) -> dict[str, A
 def count(ended: Ended, kind: str, before: int, seen: Soak) -> None:
     """Adds what one command shows; `before`: updates that had been logged when it was started."""
     full = kind == FULL and "no space left" in (ended.out + ended.err).lower()
-    seen.disturbed[kind] += full if kind == FULL else ended.code not in (0, 6)
+    code = {TIMED: -signal.SIGKILL, POINT: -signal.SIGKILL, TERM: EXIT_INTERRUPTED}
+    seen.disturbed[kind] += full if kind == FULL else ended.code == code[kind]
     lines = ended.out.splitlines()
     first = next((when for when, line in zip(ended.times, lines, strict=True) if line.startswith("update ")), None)
     goes_on = _GOES_ON.search(ended.out)
@@ -230,7 +235,10 @@ def main(words: list[str] | None = None) -> int:
     with Forks(folder) as forks:
         commands = [Command(forks, folder, train) for train in KINDS]
         seen = soak(commands, arguments.kills, random.Random(arguments.seed))
-    shutil.rmtree(folder)
+    if seen.corrupt:
+        print(f"what is left of corrupt runs is in {folder}")
+    else:
+        shutil.rmtree(folder)
     made = result(seen, commands, began)
     print(json.dumps(made, indent=1))
     if arguments.json:

@@ -10,7 +10,7 @@ from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import truncation
 from seppo_fast.data.clips import ShortClips, short_lines
 from seppo_fast.data.scan import scan
-from seppo_fast.dial import DIAL, checkpoints, turn_dial
+from seppo_fast.dial import checkpoints, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.duration import seconds_of_run
 from seppo_fast.errors import DataError
@@ -58,7 +58,7 @@ def check(config: Config) -> int:
     ties = f", {source.ties} ties dropped" if source.ties else ""
     print(f"data: {len(source)} examples, {len(problems)} bad{ties}")
     room = room_on(device)
-    need = need_of(config, family, device, DIAL[config.memory].share * room)
+    need = need_of(config, family, device, room)
     print(f"device memory, of {size(room)} on {device.type}:")
     print("\n".join(need.table()))
     for line in _places(config, family, need, device):
@@ -66,7 +66,7 @@ def check(config: Config) -> int:
     text = len(prompts) * family.pipe.tokenizer.model_max_length * family.unet.config.cross_attention_dim
     latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
     print(f"disk: {size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
-    states = need.trained + need.optimizer
+    states = need.trained + need.moments + need.average
     print(f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, and the past policies once")
     forward = Forward(family, schedule, DTYPES[config.model.precision])
     seconds = seconds_of_run(config, need, family, forward)
@@ -87,8 +87,8 @@ def _places(config: Config, family: StableDiffusion, need: Need, device: torch.d
         f"past policies: {references} of {size(slab)}, in GPU memory, else in {_tier(config.reference.host_gib)} of "
         f"the machine's memory, else on {_tier(config.reference.disk_gib)} of disk"
     )
-    if need.parked and device.type == "cuda":
-        yield f"host memory: {size(need.optimizer + need.trained)} a process for what is parked"
+    if need.parked:
+        yield f"host memory: {size(need.moments + need.trained)} a process for what is parked"
 
 
 def _tier(gib: float | None) -> str:

@@ -58,7 +58,7 @@ DIAL = {
     "fast": Setting(share=0.9, micro_batch=32, batch=128, park=False, checkpointing=False, compile=True),
 }
 # Beside the optimizer's state at least so many samples should fit, or the state is parked.
-_FEW_SAMPLES = 16
+FEW_SAMPLES = 16
 # Of a GPU's free memory, for past policies.
 _POOL_SHARE = 0.15
 # A CPU is busy with a few rows; more only leave its caches.
@@ -135,7 +135,8 @@ def _with_pool(config: Config, unet: UNet, accelerator: Accelerator) -> Config:
 
 def _with_micro_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
-    beside = learner_bytes(config, unet, _shards(accelerator)) + pool_bytes(config, unet, accelerator.device)
+    pool = pool_bytes(config, unet, accelerator.device, free_bytes(accelerator.device))
+    beside = learner_bytes(config, unet, _shards(accelerator)) + pool
     most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
     return filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
 
@@ -143,12 +144,12 @@ def _with_micro_batch(config: Config, unet: UNet, footprint: Footprint, accelera
 def _with_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
     average = trained_bytes(unet) if config.train.ema_decay else 0
-    pool = pool_bytes(config, unet, accelerator.device)
+    pool = pool_bytes(config, unet, accelerator.device, free_bytes(accelerator.device))
     beside = learner_bytes(config, unet, _shards(accelerator)) + pool
     most = config.sampler.batch or setting.batch
     park = config.reference.park
     if park is None:
-        park = _fitting(setting, footprint, beside, most, accelerator) < min(most, _FEW_SAMPLES)
+        park = _fitting(setting, footprint, beside, most, accelerator) < min(most, FEW_SAMPLES)
     batch = config.sampler.batch
     if batch is None:
         batch = _fitting(setting, footprint, average + pool if park else beside, most, accelerator)
@@ -177,15 +178,17 @@ def checkpoints(config: Config) -> int:
     return min(made, 2 if draw == "newest" else config.reference.keep or made)
 
 
-def pool_bytes(config: Config, unet: UNet, device: torch.device) -> int:
-    """Of the device's memory: past policies that stay there, the one that is resident, one that comes up."""
+def pool_bytes(config: Config, unet: UNet, device: torch.device, free: int) -> int:
+    """Of the device's memory, of which `free` bytes are for a run: past policies there, the resident one, the next."""
     count = checkpoints(config)
     if not count:
         return 0
     slab = Table.of(unet, DTYPES[config.model.precision]).size
     # On a CPU host memory is the device's; unless a budget is given, the pool takes half of it at most.
-    given = config.reference.gpu_gib or 0 if device.type == "cuda" else config.reference.host_gib
-    kept = min(count * slab, free_bytes(device) // 2 if given is None else int(given * 2**30))
+    cuda = device.type == "cuda"
+    given = config.reference.gpu_gib if cuda else config.reference.host_gib
+    share = _POOL_SHARE if cuda else 0.5
+    kept = min(count * slab, int(share * free) // slab * slab if given is None else int(given * 2**30))
     comes_up = device.type == "cuda" and kept < count * slab and not config.reference.park
     return kept + slab + (slab if comes_up else 0)
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
 from seppo_fast.config import Config
-from seppo_fast.dial import CPU_ROWS, DIAL, filled, learner_bytes, pool_bytes, trained_bytes
+from seppo_fast.dial import CPU_ROWS, DIAL, FEW_SAMPLES, filled, learner_bytes, pool_bytes, trained_bytes
 from seppo_fast.errors import ConfigError, OutOfMemoryError
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
 from seppo_fast.policy import DTYPES, make_trainable
+from seppo_fast.saved_state import saved_states
 
 _SHARE = 0.9  # of the memory there is, or of what was too much: what a suggestion may fill
 _SUGGESTIONS = 3
@@ -31,18 +33,20 @@ class Need:
     Attributes:
         weights: of the UNet, trained and frozen.
         trained: of the trained ones.
-        optimizer: Adam's moments, and the moving average.
+        moments: of Adam.
+        average: the moving average of the trained weights.
         references: past policies that stay on the device, and the one in use.
         pair: what a micro-batch adds while learning, gradients included.
         sample: what a batch adds while sampling.
         micro_batch: pairs in the one.
         batch: samples in the other.
-        parked: while sampling, optimizer and trained weights wait elsewhere.
+        parked: while sampling, moments and trained weights wait in host memory.
     """
 
     weights: int
     trained: int
-    optimizer: int
+    moments: int
+    average: int
     references: int
     pair: Footprint
     sample: Footprint
@@ -53,13 +57,17 @@ class Need:
     @property
     def learning(self) -> int:
         """At the peak of an update."""
-        return self.weights + self.optimizer + self.references + self.pair.fixed + self.micro_batch * self.pair.per_row
+        return self._kept + self.pair.fixed + self.micro_batch * self.pair.per_row
 
     @property
     def sampling(self) -> int:
         """At the peak of a rollout."""
-        there = self.weights - self.trained if self.parked else self.weights + self.optimizer
-        return there + self.references + self.sample.fixed + self.batch * self.sample.per_row
+        aside = self.moments + self.trained if self.parked else 0
+        return self._kept - aside + self.sample.fixed + self.batch * self.sample.per_row
+
+    @property
+    def _kept(self) -> int:
+        return self.weights + self.moments + self.average + self.references
 
     @property
     def peak(self) -> int:
@@ -68,10 +76,11 @@ class Need:
 
     def table(self) -> list[str]:
         """Lines that say what takes the memory."""
-        away = "elsewhere while sampling" if self.parked else ""
+        away = "in host memory while sampling" if self.parked else ""
         rows = [
             ("weights", self.weights, ""),
-            ("optimizer and average", self.optimizer, away),
+            ("Adam's moments", self.moments, away),
+            ("moving average", self.average, ""),
             ("past policies", self.references, ""),
             ("gradients and casts", self.pair.fixed, "while learning"),
             (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
@@ -81,14 +90,15 @@ class Need:
         return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
 
 
-def need_of(config: Config, family: StableDiffusion, device: torch.device, room: float) -> Need:
-    """What a configuration needs; batches that it leaves open are the largest that fit, as the dial would choose them.
+def need_of(config: Config, family: StableDiffusion, device: torch.device, room: int, most: int | None = None) -> Need:
+    """What a configuration needs in one process; what it leaves open is filled in by the rules of the dial.
 
     Args:
         config: of the run, through `turn_dial`.
         family: of the model; its UNet is not touched, and may be trained already.
         device: on which it would run.
-        room: bytes of it that the run may fill.
+        room: bytes of it that are there for the run.
+        most: bytes that a batch may fill them up to; None: the dial's share of what the weights leave.
 
     Raises:
         ConfigError: a resolution that the model does not take.
@@ -105,28 +115,41 @@ def need_of(config: Config, family: StableDiffusion, device: torch.device, room:
         "device": device,
         "denoise": family.denoise,
     }
-    guided = config.sampler.guidance > 1
-    setting = DIAL[config.memory]
+    weights = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
+    average = trained_bytes(unet) if config.train.ema_decay else 0
     need = Need(
-        weights=sum(weight.numel() * weight.element_size() for weight in unet.parameters()),
+        weights=weights,
         trained=trained_bytes(unet),
-        optimizer=learner_bytes(config, unet),
-        references=pool_bytes(config, unet, device),
+        moments=learner_bytes(config, unet) - average,
+        average=average,
+        references=pool_bytes(config, unet, device, max(0, room - weights)),
         pair=training_footprint(unet, **shapes),
-        sample=sampling_footprint(unet, **shapes, guided=guided),
+        sample=sampling_footprint(unet, **shapes, guided=config.sampler.guidance > 1),
         micro_batch=config.train.micro_batch or 0,
         batch=config.sampler.batch or 0,
-        parked=setting.park if config.reference.park is None else config.reference.park,
+        parked=device.type == "cuda" and bool(config.reference.park),
     )
-    most = CPU_ROWS if device.type == "cpu" else max(setting.batch, setting.micro_batch)
+    if most is None:
+        most = weights + int(DIAL[config.memory].share * max(0, room - weights))
+    return _filled_in(need, config, device, most)
+
+
+def _filled_in(need: Need, config: Config, device: torch.device, room: int) -> Need:
+    """Batches and parking as the dial chooses them, where the configuration leaves them open."""
+    setting = DIAL[config.memory]
+    most = CPU_ROWS if device.type == "cpu" else 2**30
     if not need.micro_batch:
         cap = min(setting.micro_batch, config.train.pairs_per_update, most)
-        rows = need.pair.largest(int(room - need.learning + need.pair.fixed), cap)
+        rows = need.pair.largest(room - need.learning + need.pair.fixed, cap)
         need = replace(need, micro_batch=max(1, rows))
-    if not need.batch:
-        rows = need.sample.largest(int(room - need.sampling + need.sample.fixed), min(setting.batch, most))
-        need = replace(need, batch=max(1, rows))
-    return need
+    cap = min(config.sampler.batch or setting.batch, most)
+
+    def fitting(need: Need) -> int:
+        return max(1, need.sample.largest(room - replace(need, batch=0).sampling + need.sample.fixed, cap))
+
+    if config.reference.park is None and device.type == "cuda":
+        need = replace(need, parked=setting.park or fitting(need) < min(cap, FEW_SAMPLES))
+    return need if need.batch else replace(need, batch=fitting(need))
 
 
 def room_on(device: torch.device) -> int:
@@ -136,20 +159,28 @@ def room_on(device: torch.device) -> int:
     return free_bytes(device) + int(psutil.Process().memory_info().rss)
 
 
-def out_of_memory(config: Config, family: StableDiffusion, device: torch.device, problem: str) -> OutOfMemoryError:
+def out_of_memory(
+    config: Config, family: StableDiffusion, device: torch.device, error: BaseException
+) -> OutOfMemoryError:
     """The error that says what takes the memory of a run, and which settings would fit.
 
     Args:
         config: of the run, with its batches.
         family: its model.
-        device: that is full.
-        problem: what the allocator said.
+        device: of the run.
+        error: of the allocator that has no more.
     """
+    problem = (str(error).splitlines() or ["allocation failed"])[0]
+    if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+        return OutOfMemoryError(
+            f"out of host memory, not the GPU's: {problem}; --reference.park false, a smaller reference.host_gib (past "
+            "policies then go to disk), reference.pairs_gib, or fewer processes on the machine take less"
+        )
     room = room_on(device)
     need = need_of(config, family, device, room)
     fitting = [
         f"  {' '.join(f'--{key} {_word(value)}' for key, value in changes.items())}: {size(lighter.peak)}"
-        for changes, lighter in suggestions(config, family, device, _SHARE * min(room, need.peak))
+        for changes, lighter in suggestions(config, family, device, room, int(_SHARE * min(room, need.peak)))
     ]
     lines = [
         f"out of memory: {problem}",
@@ -162,14 +193,14 @@ def out_of_memory(config: Config, family: StableDiffusion, device: torch.device,
 
 
 def suggestions(
-    config: Config, family: StableDiffusion, device: torch.device, room: float
+    config: Config, family: StableDiffusion, device: torch.device, room: int, most: int
 ) -> Iterator[tuple[dict[str, Any], Need]]:
-    """Up to three changes with which a run fits into `room` bytes, and what it needs then; the mildest first."""
+    """Up to three changes with which a run takes at most `most` of `room` bytes, and what it needs; mildest first."""
     found = 0
     for changes in _ladder(config, device):
         lighter = _with(config, {**changes, "train.micro_batch": None, "sampler.batch": None})
         try:
-            need = need_of(lighter, family, device, room)
+            need = need_of(lighter, family, device, room, most)
         except ConfigError:
             continue  # half the resolution is not one that the model takes
         batches = {"train.micro_batch": need.micro_batch, "sampler.batch": need.batch}
@@ -177,7 +208,7 @@ def suggestions(
         for key, rows in batches.items():
             batches[key] = min(rows, before[key] or rows)
         need = replace(need, micro_batch=batches["train.micro_batch"], batch=batches["sampler.batch"])
-        if need.peak <= room:
+        if need.peak <= most:
             found += 1
             yield {**{key: rows for key, rows in batches.items() if rows != before[key]}, **changes}, need
         if found == _SUGGESTIONS:
@@ -190,14 +221,16 @@ def _ladder(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
     changes: dict[str, Any] = {}
     if not config.model.gradient_checkpointing:
         changes["model.gradient_checkpointing"] = True
-    if not config.reference.park:
-        changes["reference.park"] = True
+    if device.type == "cuda" and not config.reference.park:
+        changes["reference.park"] = True  # on a CPU it moves nothing
     if changes:
         yield dict(changes)
     near, beyond = ("gpu_gib", "host_gib") if device.type == "cuda" else ("host_gib", "disk_gib")
     if getattr(config.reference, near) != 0 and getattr(config.reference, beyond) != 0:
         changes[f"reference.{near}"] = 0
         yield dict(changes)
+    if saved_states(Path(config.output)):
+        return  # what follows is another run, and would not go on with this one
     if config.model.train == "full":
         yield {**changes, "model.train": "lora"}
     yield {**changes, "data.resolution": config.data.resolution // 2}

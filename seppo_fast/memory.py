@@ -67,7 +67,10 @@ class Footprint:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is spent, the host's or the device's. On a CPU torch says so in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in said or "out of memory" in said
+    )
 
 
 def free_bytes(

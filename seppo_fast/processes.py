@@ -63,6 +63,13 @@ class Patience:
         if self._group is not None:
             torch.distributed.barrier(group=self._group)
 
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values, once all have one."""
+        smallest = torch.tensor(value)
+        if self._group is not None:
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._group)
+        return int(smallest)
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process goes through the block alone, then the others do."""
@@ -75,4 +82,6 @@ class Patience:
 
 def is_lost_process(error: BaseException) -> bool:
     """Whether an error says that another process is gone or does not answer."""
+    if "out of memory" in str(error).lower():
+        return False  # NCCL's own buffers
     return isinstance(error, torch.distributed.DistError) or bool(_LOST.search(str(error)))

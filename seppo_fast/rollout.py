@@ -59,7 +59,7 @@ class Rollout:
         report: takes a line on progress now and then.
         warn: takes a line on trouble.
         check: called before each batch; what it raises leaves everything as it was.
-        wait: called after a rollout, until all processes have theirs.
+        least: of a value of each process the smallest, once all have one; called after a rollout.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Rollout:
         report: Callable[[str], object] = print,
         warn: Callable[[str], object] = print,
         check: Callable[[], None] = lambda: None,
-        wait: Callable[[], None] = lambda: None,
+        least: Callable[[int], int] = lambda value: value,
     ) -> None:
         assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
@@ -93,7 +93,7 @@ class Rollout:
         self._report = report
         self._warn = warn
         self._check = check
-        self._wait = wait
+        self._least = least
         self.batch = config.sampler.batch
         self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
@@ -105,7 +105,8 @@ class Rollout:
             window, started = self.window(update), time.perf_counter()
             self._waiting = self._roll_out(window, update)
             self._prefetch(window)
-            self._wait()
+            # One process may have found less memory; windows follow the batch, and must be the same for all.
+            self.batch = self._least(self.batch)
             self._window_share = (time.perf_counter() - started) / len(self._waiting)
         started = time.perf_counter()
         samples, errors = self._waiting.pop(update, (None, None))
@@ -170,9 +171,9 @@ class Rollout:
         told, skipped = began, start
         while start < len(keys):
             self._check()
-            fault("sampling")
             noise, embeds = self._maker.generation(keys[start : start + self.batch])
             try:
+                fault("sampling")
                 made = sample_latents(self._forward, model, self._sampler, noise, embeds, self._uncond_embeds)
             except (RuntimeError, MemoryError) as error:
                 if len(noise) == 1 or not is_out_of_memory(error):

@@ -92,6 +92,7 @@ class Trainer:
         patience = Patience(self.accelerator)
         with patience.first_alone():
             self.cache = open_cache(config, source, self.family, self.accelerator.print)
+        patience.wait()  # each process reads all of the data for its digest
         self._fingerprints["data"] = self.cache.fingerprint
         if not node_of(self.accelerator).alike(self._fingerprints):
             raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
@@ -132,7 +133,7 @@ class Trainer:
             report=self.accelerator.print,
             warn=self._warn,
             check=self.interruption.check,
-            wait=patience.wait,
+            least=patience.least,
         )
         self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
         self._trackers = Trackers(config, self._warn)
@@ -284,8 +285,7 @@ class Trainer:
                 except (MemoryError, RuntimeError) as error:
                     if self.sharded or not is_out_of_memory(error):
                         raise  # what a shard takes is not counted
-                    problem = (str(error).splitlines() or ["allocation failed"])[0]
-                    raise out_of_memory(self.config, self.family, self.accelerator.device, problem) from error
+                    raise out_of_memory(self.config, self.family, self.accelerator.device, error) from error
         finally:
             try:
                 self._saver.wait()

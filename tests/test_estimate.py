@@ -1,6 +1,7 @@
 """What `check` and exit 4 say a run takes, against what runs take; what they suggest, and how long it lasts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 import seppo_fast.estimate
 from benchmarks.forks import Forks
 from seppo_fast.config import parse_config, to_yaml
-from seppo_fast.dial import turn_dial
+from seppo_fast.dial import DIAL, turn_dial
 from seppo_fast.duration import forwards_per_pair
-from seppo_fast.estimate import Need, need_of, out_of_memory, suggestions
+from seppo_fast.estimate import Need, _ladder, need_of, out_of_memory, suggestions
 from seppo_fast.memory import Footprint
+from seppo_fast.slab import Table
 from seppo_fast.trainer import Trainer
 from tests.runs import tiny_config
 
@@ -66,7 +68,7 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     average = sum(value.nbytes for value in trainer.learner.ema.shadow_params)
     assert need.weights == sum(value.nbytes for value in parameters)
     assert need.trained == sum(value.nbytes for value in parameters if value.requires_grad)
-    assert need.optimizer == moments + average
+    assert (need.moments, need.average) == (moments, average)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -86,9 +88,9 @@ def test_a_run_on_a_gpu_takes_what_is_estimated(tiny, tmp_path, kind):
 
 
 def test_the_peaks_add_up():
-    need = Need(100, 80, 160, 50, Footprint(30, 7), Footprint(3, 2), micro_batch=4, batch=8, parked=False)
+    need = Need(100, 80, 120, 40, 50, Footprint(30, 7), Footprint(3, 2), micro_batch=4, batch=8, parked=False)
     assert need.learning == 100 + 160 + 50 + 30 + 28 and need.sampling == 100 + 160 + 50 + 3 + 16
-    assert replace(need, parked=True).sampling == 20 + 50 + 3 + 16
+    assert replace(need, parked=True).sampling == 20 + 40 + 50 + 3 + 16  # nothing parks the average
     assert need.peak == 368
     assert replace(need, batch=200).peak == 313 + 400
 
@@ -102,39 +104,73 @@ def test_open_batches_are_the_largest_that_fit(tiny, tmp_path):
     assert (full.micro_batch, full.batch) == (16, 32)  # the dial's, as many pairs as there are; what a CPU takes
     for rows in (1, 2, 8):
         for spare, fitting in ((0, rows), (-1, max(1, rows // 2))):
-            room = replace(full, micro_batch=rows).learning + spare
-            assert need_of(config, trainer.family, CPU, room).micro_batch == fitting
-            room = replace(full, batch=rows).sampling + spare
-            assert need_of(config, trainer.family, CPU, room).batch == fitting
+            most = replace(full, micro_batch=rows).learning + spare
+            assert need_of(config, trainer.family, CPU, 2**40, most).micro_batch == fitting
+            most = replace(full, batch=rows).sampling + spare
+            assert need_of(config, trainer.family, CPU, 2**40, most).batch == fitting
 
 
 def test_suggestions_fit_and_the_mildest_comes_first(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, "full")
     need = need_of(trainer.config, trainer.family, CPU, 2**40)
-    found = list(suggestions(trainer.config, trainer.family, CPU, 0.8 * need.peak))
+    found = list(suggestions(trainer.config, trainer.family, CPU, 2**40, int(0.8 * need.peak)))
     batches, recomputed, on_disk = (changes for changes, _ in found)
     assert batches.keys() <= {"train.micro_batch", "sampler.batch"} and batches["train.micro_batch"] < 16
-    assert recomputed["model.gradient_checkpointing"] is True and recomputed["reference.park"] is True
+    assert recomputed["model.gradient_checkpointing"] is True and "reference.park" not in recomputed  # on a CPU
     assert on_disk["reference.host_gib"] == 0 and "model.train" not in on_disk
     assert all(lighter.peak <= 0.8 * need.peak for _, lighter in found)
     tree = trainer.config.model_dump(mode="json")
     for key, value in recomputed.items():
         section, name = key.split(".")
         tree[section][name] = value
-    assert need_of(parse_config(tree), trainer.family, CPU, 0).peak == found[1][1].peak  # as a user would type it
+    assert need_of(parse_config(tree), trainer.family, CPU, 2**40).peak == found[1][1].peak  # as a user would type it
+
+
+def test_what_stays_open_on_a_gpu_is_chosen_as_the_dial_does(tiny, tmp_path):
+    """Counted without one: past policies take a share of what is free, and few samples beside Adam's state park it."""
+    trainer = trainer_of(tiny, tmp_path, "full")
+    tree = trainer.config.model_dump(mode="json")
+    tree["reference"]["park"] = tree["sampler"]["batch"] = tree["reference"]["gpu_gib"] = None
+    config, cuda = parse_config(tree), torch.device("cuda")
+    slab = Table.of(trainer.unet).size
+    full = need_of(config, trainer.family, cuda, 2**40)
+    assert not full.parked and full.references == (2 + 1) * slab and full.batch == DIAL["balanced"].batch
+    few = replace(full, batch=15).sampling
+    tight = need_of(config, trainer.family, cuda, 2**40, few)
+    assert tight.parked and tight.batch > 8 and tight.sampling <= few
+    assert not need_of(config, trainer.family, cuda, 2**40, replace(full, batch=16).sampling).parked
+    # 15 % of what is free holds one past policy of the two; another one is on its way up.
+    room = full.weights + int(1.5 * slab / 0.15)
+    assert need_of(config, trainer.family, cuda, room).references == (1 + 1 + 1) * slab
+
+
+def test_a_full_host_beside_a_gpu_gets_no_table_of_the_gpu(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, "full")
+    cuda = torch.device("cuda")
+    said = str(out_of_memory(trainer.config, trainer.family, cuda, RuntimeError("can't allocate memory: 2 GiB")))
+    assert said.startswith("out of host memory, not the GPU's: can't allocate memory: 2 GiB") and "\n" not in said
+
+
+def test_a_run_with_states_is_not_told_to_become_another(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, "full")
+    (tmp_path / "run" / "state" / "update-000001").mkdir(parents=True)
+    found = list(suggestions(trainer.config, trainer.family, CPU, 2**40, 1))
+    assert found == [] and all("model.train" not in changes for changes in _ladder(trainer.config, CPU))
+    shutil.rmtree(tmp_path / "run")
+    assert any("model.train" in changes for changes in _ladder(trainer.config, CPU))
 
 
 def test_where_nothing_fits_it_says_so(tiny, tmp_path, monkeypatch):
     trainer = trainer_of(tiny, tmp_path, "full")
     monkeypatch.setattr(seppo_fast.estimate, "room_on", lambda device: 1)
     assert "no other batch, nor recomputing, would be enough" in str(
-        out_of_memory(trainer.config, trainer.family, CPU, "no")
+        out_of_memory(trainer.config, trainer.family, CPU, MemoryError("no"))
     )
 
 
 def test_the_error_holds_the_table(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, "full")
-    said = str(out_of_memory(trainer.config, trainer.family, CPU, "no"))
+    said = str(out_of_memory(trainer.config, trainer.family, CPU, MemoryError("no")))
     assert "out of memory: no" in said and "16 pairs" in said and said.count("\n  --") == 3
 
 

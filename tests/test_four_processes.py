@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
-from seppo_fast.config import to_yaml
+from seppo_fast.config import parse_config, to_yaml
 from seppo_fast.saved_state import saved_states, state_folder
 from tests.ranks import Ranks
 from tests.runs import log_of, tiny_config
@@ -117,3 +118,17 @@ def test_a_dead_process_ends_all_and_the_same_command_goes_on(ranks, straight, t
     assert [end.code for end in ends] == [0] * world, ends[0].out
     assert f"going on after update {int(newest.name[-6:])} of 3" in ends[0].out
     assert_same_run(in_folder(straight.config, tmp_path / "run"), in_folder(straight.config, straight.runs[world]))
+
+
+def test_less_memory_in_one_process_leaves_all_in_step(ranks, straight, tmp_path):
+    """Windows follow the sampling batch, and a process that rolls out alone would wait for the others forever."""
+    sizes = ("--train.updates", 8, "--train.updates_per_iteration", 8, "--sampler.batch", 2)
+    ends = ranks.run(
+        2, "train", straight.file, "--output", tmp_path / "run", *sizes, faults={1: "sampling@1=memory"}, seconds=60
+    )
+    assert [end.code for end in ends] == [0, 0], ends[0].out
+    assert "process 1: out of memory with 2 samples; going on with sampler.batch = 1" in ends[1].out
+    config = parse_config(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert config.sampler.batch == 2 and len(log_of(in_folder(straight.config, tmp_path / "run"))) == 8
+    saved = json.loads((saved_states(tmp_path / "run")[0] / "numbers.json").read_text())
+    assert saved["config"]["sampler"]["batch"] == 1

@@ -11,6 +11,7 @@ def test_one_process_waits_for_nobody():
     accelerator = Accelerator(cpu=True)
     patience = Patience(accelerator)
     patience.wait()
+    assert patience.least(5) == 5
     with patience.first_alone():
         assert node_of(accelerator).world == 1
 
@@ -32,6 +33,7 @@ def test_what_says_that_a_process_is_lost(error):
     "error",
     [
         RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        torch.distributed.DistBackendError("NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         MemoryError(),
         ConnectionResetError(104, "Connection reset by peer"),  # of a download, say

@@ -287,11 +287,10 @@ def animate(folder: Path, prompts: list[str], steps: int, guidance: float = 3.0)
 def shipped_clips():
     """Prompts that ask for a motion, and what the shipped adapter makes of them."""
     moving = [text for text in motion.all_captions() if motion.parse(text).motion != "stays still"]
-    prompts = [moving[number] for number in np.random.default_rng(0).permutation(len(moving))[:18]]
-    return prompts, animate(FOLDER, prompts, steps=8)
+    prompts = [moving[number] for number in np.random.default_rng(1).permutation(len(moving))[:96]]
+    return prompts, np.concatenate([animate(FOLDER, prompts[at : at + 24], steps=10) for at in range(0, 96, 24)])
 
 
-@pytest.mark.xfail(reason="trained for 1500 updates it follows motion words too rarely: 0.17 of these captions")
 def test_the_shipped_adapter_moves_what_it_is_told_to(shipped_clips):
     prompts, clips = shipped_clips
     followed = np.mean([list(entry.values())[-1] for entry in judge_all(prompts, clips)])

@@ -24,8 +24,7 @@ RESIZING = ("grows", "shrinks")  # from small to large, or back; no size can be 
 STILL = "stays still"
 MOTIONS = (*RESIZING, *DIRECTIONS, STILL)
 TRAVEL = (10.0, 12.0)  # pixels that a moving thing covers from the first frame to the last
-LEAN = 0.15  # of a way, by which its middle lies beyond the middle of the room, the way it goes
-OFF_MIDDLE = 1.5  # pixels by which it misses that place across its direction, at most; a tenth of that along
+OFF_MIDDLE = 1.5  # pixels by which the middle of a way misses the middle of the room for it, at most
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,8 @@ def arrange(action: Action, rng: np.random.Generator) -> MovingScene:
     extents = np.array(EXTENTS[action.shape]) * max(areas) ** 0.5
     low, high = extents[:2] + MARGIN, SIZE - MARGIN - extents[2:]  # of a centroid
     # Everything happens around the middle, so the caption alone says nearly all of every frame: a tiny model learns
-    # it in minutes. Not quite in it: clips that go left and right would be the same frames in another order, and a
-    # model that knows the direction only by the order of frames has not learned it in an hour.
-    off = rng.uniform(-OFF_MIDDLE, OFF_MIDDLE, 2) * np.where(way == 0, 1, 0.1)
-    start = (low + high) / 2 + off + (LEAN - 0.5) * way
+    # it in minutes.
+    start = (low + high) / 2 + rng.uniform(-OFF_MIDDLE, OFF_MIDDLE, 2) - way / 2
     first, last = (
         Pose(float(x), float(y), float(area)) for (x, y), area in zip((start, start + way), areas, strict=True)
     )

@@ -70,7 +70,7 @@ class Settings:
     output: Path
     clips: int = 2500
     wrong: float = 0.2
-    steps: int = 4000
+    steps: int = 5000
     batch: int = 8
     lr: float = 1e-3
     ema: float = 0.995
