@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.forks import Ended, Forks
 from seppo_fast.errors import EXIT_INTERRUPTED
 
-UPDATES = 12
+UPDATES = 24
 POINTS = (
     "sampling", "micro-batch", "save", "save-policy", "save-optimizer", "save-average", "save-references",
     "save-manifest", "save-rename", "save-done", "prune", "weights-write", "weights",
@@ -176,7 +176,7 @@ def disturbance(kind: str, seconds: float, choose: random.Random) -> dict[str, A
         return {"fault": f"{choose.choice(['sampling', 'micro-batch'])}@{choose.randint(1, 2 * UPDATES)}=term"}
     names = [name for name in POINTS if kind == POINT or name.startswith(("save", "prune"))]
     what = "kill" if kind == POINT else "full"
-    return {"fault": f"{choose.choice(names)}@{choose.randint(1, 4)}={what}"}
+    return {"fault": f"{choose.choice(names)}@{choose.randint(1, 2)}={what}"}
 
 
 def count(ended: Ended, kind: str, before: int, seen: Soak) -> None:
