@@ -155,13 +155,14 @@ def _settings(run: Path) -> bytes:
     return content if len(content) <= MOST_BYTES else b""
 
 
-def _setting(settings: bytes, section: str, key: str) -> int | None:
-    """One count of config.yaml; None where it is not what a run writes."""
+def _counts(settings: bytes) -> list[int | None]:
+    """Updates and pairs an update by config.yaml; None where that is not what a run writes."""
     try:
-        value = parse_yaml(settings)[section][key]
+        train = parse_yaml(settings)["train"]
+        values = [train[key] for key in ("updates", "pairs_per_update")]
     except (ValueError, KeyError, TypeError):
-        return None
-    return value if isinstance(value, int) and 0 < value <= _MOST_UPDATES else None
+        return [None, None]
+    return [value if isinstance(value, int) and 0 < value <= _MOST_UPDATES else None for value in values]
 
 
 def _warnings(log: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -181,7 +182,7 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def _summary(run: Path, log: Sequence[dict[str, Any]], settings: bytes) -> dict[str, str]:
-    total, pairs = (_setting(settings, "train", key) for key in ("updates", "pairs_per_update"))
+    total, pairs = _counts(settings)
     finished = log[-1]["update"] if log else 0
     rows = {"updates": f"{finished} of {total}" if total else str(finished)}
     if not log:

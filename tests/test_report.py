@@ -257,15 +257,22 @@ def test_numbers_that_are_too_large_are_gaps_and_end_the_log(tmp_path):
 def laughs():
     lines = ["a0: &a0 [lol]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 7)]
-    return "\n".join([*lines, "train: {updates: *a6}"])
+    return "\n".join([*lines, "train: {updates: *a6, pairs_per_update: 8}"])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    ["x: 2024-99-99", laughs(), "train: {updates: 0x" + "f" * 5000 + "}", "train: {updates: [40]}", "train: 3",
-     "train: {updates: !!int ''}", "[" * 60_000, "train:\n  updates: 40\n" + "# x\n" * 20_000],
-    ids=["date", "aliases", "huge", "list", "number", "tag", "deep", "long"],
-)  # fmt: skip
+ODD_SETTINGS = {
+    "no date": "x: 2024-99-99",
+    "aliases": laughs(),
+    "a huge number": f"train: {{pairs_per_update: 8, updates: 0x{'f' * 5000}}}",
+    "a list": "train: {pairs_per_update: 8, updates: [40]}",
+    "no section": "train: 3",
+    "a tag": "train: {updates: !!int ''}",
+    "deep": "[" * 600,
+    "long": "train: {updates: 40, pairs_per_update: 8}\n" + "# x\n" * 20_000,
+}
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS.values(), ids=ODD_SETTINGS)
 def test_odd_settings_take_nothing_from_the_page(tmp_path, settings):
     run = run_folder(tmp_path / "run", [entry(1), entry(2)], settings=settings)
     report(run)  # imports and caches
