@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-_MOST_BYTES = 1 << 16  # a recipe has some thousands; PyYAML needs minutes for a mebibyte of brackets
+MOST_BYTES = 1 << 16  # a recipe has some thousands; PyYAML needs minutes for a mebibyte of brackets
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,12 +40,18 @@ def read_yaml(file: Path) -> Any:
         OSError: it cannot be read.
     """
     with open(file, "rb") as opened:
-        content = opened.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"more than {_MOST_BYTES} bytes: no configuration")
+        return parse_yaml(opened.read(MOST_BYTES + 1))
+
+
+def parse_yaml(content: bytes) -> Any:
+    """What YAML in UTF-8 holds; raises ValueError as `read_yaml` does."""
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES} bytes: no configuration")
     try:
         return yaml.load(content.decode("utf-8-sig"), _Loader)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (LookupError, AttributeError):  # of PyYAML, over a value such as `!!float ""`
+        raise ValueError("a value that is not what its tag (!!) says") from None
     except (yaml.YAMLError, OverflowError) as error:
         raise ValueError(str(error)) from error

@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import os
+import stat
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from seppo_fast import __version__, curves
+from seppo_fast.data.images import ImageError, decode_image, file_ref, open_file, open_image
 from seppo_fast.errors import ConfigError
 from seppo_fast.evaluate.pictures import CAPTION_WIDTH
 from seppo_fast.journal import LOG, SKIPPED, read_journal
+from seppo_fast.plain_yaml import MOST_BYTES, parse_yaml
 from seppo_fast.scores import read_scores
-from seppo_fast.watch import WINDOW, spells
+from seppo_fast.watch import LARGEST, WINDOW, spells
 
 NAME = "report.html"
 _PICTURES = 6  # of samples
 _WIDEST = 1600  # pixels of a picture in the page
-_MOST_PIXELS = 64 * 2**20  # looked at before a picture is decoded
+_MOST_LOG_BYTES = 1 << 27  # some hundred thousand updates
+_MOST_UPDATES = 10**9
 
 _PANELS = {
     "loss": {"loss": "loss"},
@@ -77,11 +82,10 @@ def report(run: Path, output: Path | None = None, say: Callable[[str], object] =
     Raises:
         ConfigError: no run there, or a file that cannot be read or written.
     """
-    try:
-        log = read_journal(run)
-    except OSError as problem:
-        raise ConfigError(f"{run}: no run is there: {LOG} cannot be read ({problem.strerror})") from problem
+    log = _log(run)
     file = output or run / NAME
+    if not file.name:
+        raise ConfigError(f"{file}: a folder; name the file to write, such as {file / NAME}")
     # A path may hold bytes that are no text.
     content = page(run, log).encode("utf-8", errors="replace")
     staging = file.with_name(f".tmp-{file.name}")
@@ -89,7 +93,8 @@ def report(run: Path, output: Path | None = None, say: Callable[[str], object] =
         staging.write_bytes(content)
         os.replace(staging, file)
     except OSError as problem:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):
+            staging.unlink()
         raise ConfigError(f"{file}: cannot be written: {problem.strerror}") from problem
     say(f"report: {file}")
     return file
@@ -108,7 +113,9 @@ def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
         "<h2>Samples</h2>",
         _samples(run / "samples"),
         "<h2>Settings</h2>",
-        f"<pre>{escape(settings)}</pre>" if settings else '<p class="dim">no config.yaml</p>',
+        f"<pre>{escape(settings.decode('utf-8', errors='replace'))}</pre>"
+        if settings
+        else f'<p class="dim">no config.yaml of at most {MOST_BYTES} bytes</p>',
         f'<p class="dim">seppo_fast {escape(__version__)}</p>',
     ]
     title = f"{escape(run.resolve().name)} - seppo_fast"
@@ -124,19 +131,38 @@ def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _settings(run: Path) -> str:
+def _log(run: Path) -> list[dict[str, Any]]:
+    """The updates of a run's log up to the first that cannot be one; raises ConfigError."""
     try:
-        return (run / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        found = os.stat(run / LOG)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{run}: no run is there: {LOG} is no file")
+        if found.st_size > _MOST_LOG_BYTES:
+            raise ConfigError(f"{run / LOG}: {found.st_size} bytes, {_MOST_LOG_BYTES} at most")
+        log = read_journal(run)
+    except OSError as problem:
+        raise ConfigError(f"{run}: no run is there: {LOG} cannot be read ({problem.strerror})") from problem
+    return list(itertools.takewhile(lambda entry: 0 <= entry["update"] <= _MOST_UPDATES, log))
+
+
+def _settings(run: Path) -> bytes:
+    """config.yaml; nothing where there is none, or one larger than any that a run reads."""
+    try:
+        with open_file(run / "config.yaml") as opened:
+            content = opened.read(MOST_BYTES + 1)
     except OSError:
-        return ""
+        return b""
+    return content if len(content) <= MOST_BYTES else b""
 
 
-def _setting(settings: str, section: str, key: str) -> Any:
-    """One value of config.yaml; None where it is not what a run writes."""
+def _counts(settings: bytes) -> list[int | None]:
+    """Updates and pairs an update by config.yaml; None where that is not what a run writes."""
     try:
-        return yaml.safe_load(settings)[section][key]
-    except (yaml.YAMLError, KeyError, TypeError, RecursionError):
-        return None
+        train = parse_yaml(settings)["train"]
+        values = [train[key] for key in ("updates", "pairs_per_update")]
+    except (ValueError, KeyError, TypeError):
+        return [None, None]
+    return [value if isinstance(value, int) and 0 < value <= _MOST_UPDATES else None for value in values]
 
 
 def _warnings(log: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -155,8 +181,8 @@ def _table(rows: dict[str, str]) -> str:
     return f"<table>{cells}</table>"
 
 
-def _summary(run: Path, log: Sequence[dict[str, Any]], settings: str) -> dict[str, str]:
-    total, pairs = (_setting(settings, "train", key) for key in ("updates", "pairs_per_update"))
+def _summary(run: Path, log: Sequence[dict[str, Any]], settings: bytes) -> dict[str, str]:
+    total, pairs = _counts(settings)
     finished = log[-1]["update"] if log else 0
     rows = {"updates": f"{finished} of {total}" if total else str(finished)}
     if not log:
@@ -186,7 +212,7 @@ def _numbers(log: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 def _column(log: Sequence[dict[str, Any]], key: str) -> list[float | None]:
     values = [entry.get(key) for entry in log]
-    return [float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None for value in values]
+    return [float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None for value in values]
 
 
 def _skipped(log: Sequence[dict[str, Any]]) -> list[int]:
@@ -222,12 +248,11 @@ def _samples(folder: Path) -> str:
     images = []
     for file in (files[place] for place in chosen):
         try:
-            with Image.open(file) as opened:
-                if opened.width * opened.height > _MOST_PIXELS:
-                    raise ValueError("too large")
-                picture = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-            images.append(f'<p class="dim">{escape(file.name)} cannot be shown: {escape(str(problem))}</p>')
+            picture = decode_image(file.name, open_image(file_ref(file)), formats=("PNG",))
+            if picture.width <= CAPTION_WIDTH:
+                raise ImageError(file.name, "too narrow to be one of a run")
+        except ImageError as problem:
+            images.append(f'<p class="dim">{escape(file.name)} cannot be shown: {escape(problem.reason)}</p>')
             continue
         # As `FixedPrompts` writes them: captions, base, current.
         middle = CAPTION_WIDTH + max(0, picture.width - CAPTION_WIDTH) // 2

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from seppo_fast.errors import ConfigError
+from seppo_fast.files import read_json
 
 SCORES = "scores.json"
 
@@ -58,11 +59,11 @@ def read_scores(run: Path) -> Scores | None:
     if not file.exists():
         return None
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = read_json(file, most=1 << 16)
         numbers = {name: float(tree[name]) for name in ("base", "aligned", "low", "high")}
         if not all(math.isfinite(number) for number in numbers.values()):
             raise ValueError("a number is not finite")
         update, items = int(tree["update"]), int(tree["items"])
         return Scores(what=str(tree["what"]), update=update, average=bool(tree["average"]), items=items, **numbers)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:
         raise ConfigError(f"{file}: no scores of a run ({problem}); remove it") from problem

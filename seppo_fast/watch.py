@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WINDOW = 20
+LARGEST = 1e100
+"""What is larger counts as not finite; sums and squares of the rest do not overflow."""
 _STANDARD_ERRORS = 3.0
 
 
@@ -31,7 +33,7 @@ class WinnerWatch:
     def see(self, entry: Mapping[str, Any]) -> bool:
         """Takes the next update; returns whether a spell begins with it. `above`: whether it is within one."""
         errors: list[Any] = [entry.get(name) for name in ("winner_error", "ref_winner_error")]
-        if not all(isinstance(error, int | float) and math.isfinite(error) for error in errors):
+        if not all(isinstance(error, int | float) and abs(error) <= LARGEST for error in errors):
             return False
         self._differences.append(errors[0] - errors[1])
         if len(self._differences) < WINDOW:

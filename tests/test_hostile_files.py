@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from seppo_fast.cli import main
 from seppo_fast.config import Config, read_config
@@ -51,6 +51,8 @@ HOSTILE_YAML: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a huge number": (lambda _: b"seed: " + b"9" * 10_000, "cannot be read as YAML|seed"),
     "infinity": (lambda _: b"train: {beta: .inf}", "finite"),
     "not a number": (lambda _: b"train: {beta: .nan}", "finite"),
+    "no number of its tag": (lambda _: b'seed: !!int ""', "cannot be read as YAML"),
+    "no date of its tag": (lambda _: b"seed: !!timestamp x", "cannot be read as YAML"),
     "no date": (lambda _: b"seed: 2001-99-99", "cannot be read as YAML"),
     "a list for a key": (lambda _: b"? [a]\n: b\n", "cannot be read as YAML"),
     "a long value": (lambda _: b"seed: [" + b"1," * 30_000 + b"1]", "seed = "),
@@ -194,6 +196,30 @@ def test_hostile_safetensors_of_a_model(tmp_path, tiny, part, case):
     (weights,) = (model / part).glob("*.safetensors")
     weights.write_bytes(HOSTILE_SAFETENSORS[case])
     with pytest.raises(ConfigError, match=r"model\.path"):
+        StableDiffusion.load(str(model), torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_that_are_not_loaded_do_not_make_up_for_missing_ones(tmp_path, tiny, part):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (weights,) = (model / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    index = {"metadata": {}, "weight_map": {name: file for file, part in halves.items() for name in part}}
+    for file, some in halves.items():
+        save_file({name: tensors[name] for name in some}, model / part / file, {"format": "pt"})
+    (model / part / f"{weights.name}.index.json").write_text(json.dumps(index))
+    StableDiffusion.load(str(model), torch.device("cpu"))  # of both, either is whole
+    # diffusers reads the index, transformers the single file: that one loses its largest tensor
+    largest = max(names, key=lambda name: tensors[name].numel())
+    spoiled = weights if part == "text_encoder" else model / part / index["weight_map"][largest]
+    held = load_file(spoiled)
+    held.pop(largest)
+    save_file(held, spoiled, {"format": "pt"})
+    save_file(tensors, weights.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"{part} holds .* of the"):
         StableDiffusion.load(str(model), torch.device("cpu"))
 
 

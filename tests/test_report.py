@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -199,8 +201,14 @@ def test_clips_show_their_frames(tmp_path):
 
 @pytest.mark.parametrize(
     ("output", "said"),
-    [(None, "log.jsonl cannot be read"), ("none/x.html", "cannot be written")],
-    ids=["run", "output"],
+    [
+        (None, "log.jsonl cannot be read"),
+        ("none/x.html", "cannot be written"),
+        ("run/log.jsonl/x.html", "cannot be written"),
+        ("run/" + "x" * 254, "cannot be written"),
+        ("/", "name the file to write"),
+    ],
+    ids=["run", "output", "below a file", "long name", "no name"],
 )
 def test_mistakes_are_said(tmp_path, capsys, output, said):
     run = tmp_path / "run"
@@ -219,10 +227,102 @@ def test_scores_stand_in_the_summary_and_broken_ones_are_named(tmp_path, capsys)
     run = run_folder(tmp_path / "run", [entry(1)])
     Scores("judge", 1, True, 0.814, 0.829, 0.002, 0.028, 1200).write(run)
     assert "+0.015 [+0.002, +0.028] (95 %, 1200 pairs)" in Page(report(run)).text["td"]
-    for broken in ("[]", "{", '{"what": "judge"}', (run / "scores.json").read_text().replace("0.814", "NaN")):
+    good = (run / "scores.json").read_text()
+    changes = {"0.814": "NaN", "0.829": "9" * 400, "1200": "Infinity", '"judge"': json.dumps("x" * 100_000)}
+    for broken in (
+        "[]",
+        "{",
+        '{"what": "judge"}',
+        "[" * 60_000,
+        *(good.replace(*change) for change in changes.items()),
+    ):
         (run / "scores.json").write_text(broken)
         assert main(["report", str(run)]) == 2
         assert "scores.json: no scores of a run" in capsys.readouterr().err
+
+
+def test_numbers_that_are_too_large_are_gaps_and_end_the_log(tmp_path):
+    huge = 10**400
+    broken = {"loss": huge, "winner_error": huge, "seconds": huge, "grad_norm": -1e200, "margin": 1.7e308}
+    log = [entry(number, **(broken if number == 25 else {"margin": -1.7e308})) for number in range(1, 41)]
+    text = report(run_folder(tmp_path / "values", log)).read_text()
+    (loss,) = [figure for figure in text.split("<figure") if "<strong>loss</strong>" in figure]
+    assert loss.count("<polyline") == 2 and "<strong>margin</strong>" not in text
+    assert "40 of 40" in text and "19 m 30 s" in text
+    for number in (huge, -1):
+        ended = report(run_folder(tmp_path / "updates", [entry(1), entry(2), entry(number), entry(4)]))
+        assert "2 of 40" in Page(ended).text["td"]
+
+
+def laughs():
+    lines = ["a0: &a0 [lol]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 7)]
+    return "\n".join([*lines, "train: {updates: *a6, pairs_per_update: 8}"])
+
+
+ODD_SETTINGS = {
+    "no date": "x: 2024-99-99",
+    "aliases": laughs(),
+    "a huge number": f"train: {{pairs_per_update: 8, updates: 0x{'f' * 5000}}}",
+    "a list": "train: {pairs_per_update: 8, updates: [40]}",
+    "no section": "train: 3",
+    "a tag": "train: {updates: !!int ''}",
+    "deep": "[" * 600,
+    "long": "train: {updates: 40, pairs_per_update: 8}\n" + "# x\n" * 20_000,
+}
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS.values(), ids=ODD_SETTINGS)
+def test_odd_settings_take_nothing_from_the_page(tmp_path, settings):
+    run = run_folder(tmp_path / "run", [entry(1), entry(2)], settings=settings)
+    report(run)  # imports and caches
+    tracemalloc.start()
+    page = Page(report(run))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6
+    assert "updates2" in page.text["table"]
+    if len(settings) > 2**16:
+        assert "no config.yaml of at most 65536 bytes" in page.text["p"]
+    else:
+        assert page.text["pre"] == settings
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
+    run = run_folder(tmp_path / "run", [entry(1)])
+    (run / "samples").mkdir()
+    for name in ("config.yaml", "samples/update-000001.png"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    page = Page(report(run))
+    assert "no config.yaml" in page.text["p"] and "update-000001.png cannot be shown: " in page.text["p"]
+    for name in ("scores.json", "log.jsonl"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        assert main(["report", str(run)]) == 2
+        assert name in capsys.readouterr().err
+    (run / "log.jsonl").unlink()
+    with open(run / "log.jsonl", "wb") as file:
+        file.truncate(2**40)
+    assert main(["report", str(run)]) == 2
+    assert f"log.jsonl: {2**40} bytes" in capsys.readouterr().err
+
+
+def test_pictures_are_png_alone_and_of_a_runs_width(tmp_path):
+    run = run_folder(tmp_path / "run", [entry(1)])
+    (run / "samples").mkdir()
+    drawn = Image.new("RGB", (300, 20))
+    drawn.save(run / "samples" / "update-1.png", "EPS")
+    drawn.save(run / "samples" / "update-2.png", "TIFF")
+    drawn.crop((0, 0, 260, 20)).save(run / "samples" / "update-3.png")
+    data = io.BytesIO()
+    Image.effect_noise((300, 200), 50).save(data, "PNG")
+    (run / "samples" / "update-4.png").write_bytes(data.getvalue()[:-2000])
+    drawn.save(run / "samples" / "update-5.png", "PNG")
+    page = Page(report(run))
+    assert list(page.images()) == ["prompts and base", "update-5"]
+    said = dict(re.findall(r"update-(\d)\.png cannot be shown: (too narrow|truncated|not an image)", page.text["p"]))
+    assert said == {"1": "not an image", "2": "not an image", "3": "too narrow", "4": "truncated"}
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import hashlib
 import io
 import json
+import os
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ import pytest
 from PIL import Image
 
 from seppo_fast.cli import main
-from seppo_fast.data.images import file_ref, load_image
-from seppo_fast.data.scan import scan
+from seppo_fast.data.images import decode_image, file_ref, load_image
+from seppo_fast.data.scan import decode_all, scan
+from seppo_fast.data.shards import Member
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import DataError
 from tests.test_cache import FakeEncoder, direct, opened
@@ -164,6 +168,55 @@ def test_bad_members_are_named(tmp_path, case):
     with pytest.raises(DataError, match="cannot be used, more than 1 %"):
         opened(source, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_odd_names_are_escaped(tmp_path):
+    members = [*pair("a", 1), member("x.\udcff\x1b[2J\u202e", b"1"), member("y\udcfe\x1b\n.png", b"no caption")]
+    source = open_source(str(write_tar(tmp_path / "s.tar", members)))
+    assert source.notes == [
+        "1 members that are neither image nor caption are not read: .\\udcff\\x1b[2j\\u202e (1)"
+    ]  # fmt: skip
+    assert [str(problem).partition(": ")[0] for problem in source.problems] == [r"s.tar/y\udcfe\x1b\n.png"]
+    said: list[str] = []
+    with pytest.raises(DataError) as caught:
+        opened(source, tmp_path / "cache", report=said.append)
+    for text in (*said, str(caught.value), *source.notes):
+        assert text.encode() and text.replace("\n", "").isprintable()
+
+
+def test_a_digest_holds_no_member_whole(tmp_path):
+    large = encoded(pixels(1)) + bytes(np.random.default_rng(0).bytes(40_000_000))
+    path = write_tar(tmp_path / "s.tar", [member("a.png", large), member("a.txt", b"caption")])
+    source = open_source(str(path))
+    tracemalloc.start()
+    digest = source.digest()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    wanted = json.dumps(["s.tar/a.png", "caption", hashlib.sha256(large).hexdigest()])
+    assert digest == hashlib.sha256(wanted.encode()).hexdigest()
+    with open(path, "r+b") as file:
+        file.truncate(30_000_000)
+    cut = json.dumps(["s.tar/a.png", "caption", "ValueError"])
+    assert source.digest() == hashlib.sha256(cut.encode()).hexdigest()
+
+
+def test_few_large_members_are_open_at_once(tmp_path, monkeypatch):
+    source = open_source(str(shards(tmp_path, 1, 9)))
+    read: list[Member] = []
+    plain = Member.read
+    monkeypatch.setattr(Member, "read", lambda member: read.append(member) or plain(member))
+    read.clear()
+    for most, ahead in ((1, 2), (2**30, 2 * min(8, os.cpu_count() or 1) + 1)):
+        monkeypatch.setattr("seppo_fast.data.scan._MOST_BYTES", most)
+        read.clear()
+        ids = []
+        for example, outcome in decode_all(source, lambda _, name, stream: decode_image(name, stream).size):
+            ids.append(example.id)
+            assert outcome == [(32, 24)]
+            assert len(read) <= len(ids) + ahead - 1
+        assert ids == [example.id for example in source]
+        assert len(read) == 9
 
 
 def header_of(content: bytes, name: bytes) -> int:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from seppo_fast.data.clips import ShortClips, load_clip
-from seppo_fast.data.examples import Example, Problem, Source
+from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import Opened, decode_image, fit_square
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX
 from seppo_fast.data.scan import Decode, decode_all
@@ -63,7 +63,7 @@ def build(
     if total == 0:
         raise DataError(f"{source.spec}: no examples in it{''.join(f'; {note}' for note in source.notes)}.")
     size = f"{resolution} x {resolution}" if frames is None else f"{frames} x {resolution} x {resolution}"
-    report(f"{source.spec}: encoding {len(source)} examples at {size}")
+    report(f"{printable(source.spec)}: encoding {len(source)} examples at {size}")
     for note in source.notes:
         report(note)
     problems = list(source.problems)
@@ -164,7 +164,7 @@ class _Writer:
         tensors = {}
         for place, role in enumerate(("winners", "losers") if self._losers else ("winners",)):
             images = torch.from_numpy(np.stack([images[place] for _, images in batch]))
-            tensors[role] = _checked(self._encoder.encode_images(images), f"latents of {', '.join(names)}")
+            tensors[role] = _checked(self._encoder.encode_images(images), f"latents of {printable(', '.join(names))}")
             assert len(tensors[role]) == len(batch), "encode_images must return one latent an image"
         prompts = dict.fromkeys(example.prompt for example, _ in batch)
         self._add_prompts([prompt for prompt in prompts if prompt not in self._prompts])

@@ -29,6 +29,11 @@ class Example:
     time_lapse: bool = False
 
 
+def printable(text: str) -> str:
+    """`text` on one line for a terminal: names in files may hold surrogates, which print refuses, or control codes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One example that cannot be used: `id` says which, `reason` why (with the file's name where there is one)."""
@@ -37,8 +42,7 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        # A file's name need not be UTF-8, and then printing it as it is would fail.
-        return f"{self.id}: {self.reason}".encode("utf-8", "backslashreplace").decode()
+        return printable(f"{self.id}: {self.reason}")
 
 
 class Source(ABC):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from seppo_fast.data.captions import MAX_CAPTION_BYTES, checked_caption, decoded_caption
-from seppo_fast.data.examples import Example, Problem, Source
+from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import file_ref, open_file
 from seppo_fast.errors import DataError
 
@@ -152,7 +152,8 @@ def open_metadata(spec: str, folder: Path) -> Source:
     images = (path for path in walk_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
     unlisted = sum(path.relative_to(folder).as_posix() not in seen for path in images)
     if unlisted:
-        source.notes.append(f"{unlisted} images in {folder} are not listed in metadata.jsonl and are not used")
+        where = printable(str(folder))
+        source.notes.append(f"{unlisted} images in {where} are not listed in metadata.jsonl and are not used")
     return source
 
 

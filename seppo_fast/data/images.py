@@ -121,8 +121,14 @@ def open_image(ref: ImageRef) -> Opened:
         raise ImageError(ref.name, str(error)) from error
 
 
-def decode_image(name: str, opened: Opened) -> Image.Image:
-    """Decodes what `open_image` gave, closes it, and returns it upright in mode RGB; raises ImageError."""
+def decode_image(name: str, opened: Opened, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Decodes what `open_image` gave, closes it, and returns it upright in mode RGB; raises ImageError.
+
+    Args:
+        name: how an error names it.
+        opened: what to decode.
+        formats: Pillow's names of those that it may be in.
+    """
     if isinstance(opened, np.ndarray):
         if opened.dtype != np.uint8 or opened.ndim != 3 or opened.shape[2] != 3:
             raise ImageError(name, f"pixels must be uint8 (H, W, 3), got {opened.dtype} {opened.shape}")
@@ -132,20 +138,20 @@ def decode_image(name: str, opened: Opened) -> Image.Image:
             raise ImageError(name, "zero bytes")
         opened.seek(0)
         try:
-            return _decode_stream(name, opened)
+            return _decode_stream(name, opened, formats)
         except ImageError:
             raise
         except Image.UnidentifiedImageError:
-            raise ImageError(name, f"not an image ({', '.join(FORMATS)} are read)") from None
+            raise ImageError(name, f"not an image ({', '.join(formats)} are read)") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError(name, f"too large: {error}") from None
         except Exception as error:  # a damaged file raises whatever its decoder trips over, SyntaxError included
             raise ImageError(name, f"truncated or damaged ({error})") from error
 
 
-def _decode_stream(name: str, stream: BinaryIO) -> Image.Image:
+def _decode_stream(name: str, stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     """Decodes a stream of at least one byte, after looking at the size in its header."""
-    with Image.open(stream, formats=FORMATS) as image:
+    with Image.open(stream, formats=formats) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             megapixels = width * height / 1e6

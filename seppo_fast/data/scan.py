@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -14,6 +15,9 @@ import numpy as np
 from seppo_fast.data.clips import ShortClips, load_clip
 from seppo_fast.data.examples import Example, Problem, Source, require_kind
 from seppo_fast.data.images import ImageError, ImageRef, Opened, decode_image, open_image
+
+_MOST_BYTES = 1 << 29
+"""Of opened images that wait in memory; a shard's image may have 256 MiB."""
 
 T = TypeVar("T")
 Decode = Callable[[Example, str, Opened], T]
@@ -55,10 +59,10 @@ def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterat
     """Each example with `decode` of its winner (and loser, where there is one and `losers` is set).
 
     Files are opened here, in order, since a table reads fast only in order; decoding, which frees the interpreter,
-    runs in threads.
+    runs in threads. What is open ahead is bounded in number and in bytes.
     """
     workers = min(8, os.cpu_count() or 1)
-    waiting: deque[tuple[Example, list[Future[T]]]] = deque()
+    waiting: deque[tuple[Example, list[tuple[Future[T], int]]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for example in source:
@@ -66,7 +70,7 @@ def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterat
             if losers and example.loser is not None:
                 refs.append(example.loser)
             waiting.append((example, [_submit(pool, example, ref, decode) for ref in refs]))
-            if len(waiting) > 2 * workers:
+            while len(waiting) > 2 * workers or (len(waiting) > 1 and _held(waiting) > _MOST_BYTES):
                 yield _collect(*waiting.popleft())
         while waiting:
             yield _collect(*waiting.popleft())
@@ -74,23 +78,29 @@ def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor, example: Example, ref: ImageRef, decode: Decode[T]) -> Future[T]:
+def _held(waiting: Iterable[tuple[Example, list[tuple[Future[T], int]]]]) -> int:
+    return sum(size for _, images in waiting for _, size in images)
+
+
+def _submit(pool: ThreadPoolExecutor, example: Example, ref: ImageRef, decode: Decode[T]) -> tuple[Future[T], int]:
+    """The decoding to come, and the bytes of memory that its input takes."""
     try:
         opened = open_image(ref)
     except ImageError as error:
         failed: Future[T] = Future()
         failed.set_exception(error)
-        return failed
-    future = pool.submit(decode, example, ref.name, opened)
-    if not isinstance(opened, np.ndarray):
-        stream = opened
-        future.add_done_callback(lambda _: stream.close())  # also where it is cancelled before it begins
-    return future
+        return failed, 0
+    if isinstance(opened, np.ndarray):
+        return pool.submit(decode, example, ref.name, opened), opened.nbytes
+    stream, size = opened, opened.getbuffer().nbytes if isinstance(opened, io.BytesIO) else 0
+    future = pool.submit(decode, example, ref.name, stream)
+    future.add_done_callback(lambda _: stream.close())  # also where it is cancelled before it begins
+    return future, size
 
 
-def _collect(example: Example, images: list[Future[T]]) -> tuple[Example, list[T] | Problem]:
+def _collect(example: Example, images: list[tuple[Future[T], int]]) -> tuple[Example, list[T] | Problem]:
     results: list[T] = []
-    for image, role in zip(images, ("winner", "loser"), strict=False):
+    for (image, _), role in zip(images, ("winner", "loser"), strict=False):
         try:
             results.append(image.result())
         except ImageError as error:

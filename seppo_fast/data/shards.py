@@ -22,7 +22,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 
 from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS, checked_caption, decoded_caption
-from seppo_fast.data.examples import Example, Problem, Source
+from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
 from seppo_fast.errors import DataError
 
@@ -30,6 +30,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 1 << 28
 """A member is read whole. 64 megapixels with nothing compressed are as much."""
 _MAX_JSON_BYTES = 1 << 20
+_HASHED_BYTES = 1 << 20  # at once: every core hashes a member, and whole ones would be gigabytes
 _MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -67,7 +68,7 @@ class ShardSource(Source):
             self.problems += shard.problems
             others += shard.others
         if others:
-            kinds = ", ".join(f".{suffix} ({count})" for suffix, count in others.most_common(5))
+            kinds = ", ".join(f".{printable(suffix)} ({count})" for suffix, count in others.most_common(5))
             self.notes.append(f"{others.total()} members that are neither image nor caption are not read: {kinds}")
 
     def __len__(self) -> int:
@@ -266,7 +267,16 @@ def _caption(key: str, fields: dict[str, Member]) -> str:
 
 def _sha256(member: Member) -> str:
     """sha256 of a member's bytes, or what kept them from being read."""
+    sha, left = hashlib.sha256(), member.size
     try:
-        return hashlib.sha256(member.read()).hexdigest()
-    except (OSError, ValueError) as error:
+        with open(member.shard, "rb") as file:
+            file.seek(member.offset)
+            while left:
+                block = file.read(min(left, _HASHED_BYTES))
+                if not block:
+                    return ValueError.__name__  # as `read` has it
+                sha.update(block)
+                left -= len(block)
+    except OSError as error:
         return type(error).__name__
+    return sha.hexdigest()

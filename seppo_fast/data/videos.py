@@ -8,7 +8,7 @@ from pathlib import Path
 
 from seppo_fast.data.captions import checked_caption
 from seppo_fast.data.clips import require_av
-from seppo_fast.data.examples import Problem, Source
+from seppo_fast.data.examples import Problem, Source, printable
 from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource, open_sidecars
 from seppo_fast.errors import DataError
 
@@ -75,7 +75,8 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
             f"the first in line {repeated[0]}"
         )
     if clips.unused:
-        source.notes.append(f"{len(clips.unused)} clips in {folder} are not listed in {table.name} and are not used")
+        where = printable(str(folder))
+        source.notes.append(f"{len(clips.unused)} clips in {where} are not listed in {table.name} and are not used")
     return source
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import nn
 
@@ -77,14 +78,25 @@ def check_complete(key: str, place: Path, module: nn.Module) -> None:
     """Raises ConfigError where the safetensors files in a folder hold fewer values than the module that they made.
 
     What is missing there the libraries fill with random numbers. Values are counted, since names may be old ones.
+    Variants (`model.fp16.safetensors`) and other files beside those that were loaded do not count.
     """
     held = 0
-    for file in place.glob("*.safetensors"):
+    for file in _loaded(place, module):
         with safe_open(file, framework="pt") as opened:
             held += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     needed = sum(parameter.numel() for parameter in module.parameters())
     if held < needed:
         raise ConfigError(f"{key}: {place} holds {held:,} of the {needed:,} weights that its config.json asks for")
+
+
+def _loaded(place: Path, module: nn.Module) -> list[Path]:
+    """What `from_pretrained` took of a folder: of diffusers the index of split weights first, of transformers last."""
+    index_first = isinstance(module, ModelMixin)
+    whole = place / ("diffusion_pytorch_model.safetensors" if index_first else "model.safetensors")
+    index = whole.with_name(f"{whole.name}.index.json")
+    if index.is_file() and (index_first or not whole.is_file()):
+        return [place / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [whole] if whole.is_file() else []
 
 
 def _check_index(key: str, file: Path) -> None:
