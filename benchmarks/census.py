@@ -173,11 +173,12 @@ class Phases:
         self._mode, self._device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
         self._latent = meta.config.in_channels, meta.config.sample_size, meta.config.sample_size
         self._width = meta.config.cross_attention_dim
+        schedule = NoiseSchedule(_scheduler())  # which looks at its own numbers
         with self._mode:
             self._unet = fake_copy(meta)
             denoise = partial(StableDiffusion.denoise, cast(StableDiffusion, None))
             family = SimpleNamespace(device=self._device, denoise=denoise)
-            self._forward = Forward(cast(StableDiffusion, family), NoiseSchedule(_scheduler()), torch.bfloat16)
+            self._forward = Forward(cast(StableDiffusion, family), schedule, torch.bfloat16)
 
     def sampling(self) -> Count:
         """A forward of the doubled batch of `SAMPLES` samples."""

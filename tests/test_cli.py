@@ -250,6 +250,7 @@ def test_a_run_that_diverges_exits_5_and_writes_no_weights(config, tmp_path):
         "config.yaml",
         "log.jsonl",
         "samples",
+        "skipped.jsonl",
     ]
 
 

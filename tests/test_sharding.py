@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from seppo_fast.config import to_yaml
-from seppo_fast.dial import _learner_bytes
+from seppo_fast.dial import _shards, learner_bytes
 from seppo_fast.errors import ConfigError
 from seppo_fast.journal import read_journal
 from seppo_fast.saved_state import saved_states
@@ -175,9 +175,9 @@ def test_what_shards_do_not_go_with_is_refused(tiny, tmp_path, monkeypatch, sect
 def test_a_batch_is_fitted_beside_a_share_of_the_optimizer(tiny, tmp_path, monkeypatch):
     config, unet, four = tiny_config(tiny, tmp_path), tiny_unet(), SimpleNamespace(num_processes=4)
     whole = sum(weight.numel() * 4 * 2 for weight in unet.parameters())  # Adam's two moments
-    assert _learner_bytes(config, unet, four) == whole
+    assert learner_bytes(config, unet, _shards(four)) == whole
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert _learner_bytes(config, unet, four) == whole // 4
+    assert learner_bytes(config, unet, _shards(four)) == whole // 4
 
 
 def test_what_is_left_open_is_off(tiny, tmp_path, monkeypatch):
