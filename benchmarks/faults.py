@@ -35,7 +35,8 @@ POINTS = (
 )  # fmt: skip
 KINDS = {"lora": 1e-3, "full": 1e-4}  # what is trained, with its learning rate
 TIMED, POINT, TERM, FULL = "SIGKILL at a time", "SIGKILL at a point", "SIGTERM", "full disk"
-WEIGHTS = {TIMED: 5, POINT: 3, TERM: 1, FULL: 1}
+WEIGHTS = {TIMED: 6, POINT: 4, TERM: 1, FULL: 1}
+_START = 0.7  # seconds from a command to its first update, about
 TIMES = ("seconds", "memory_gib", "pairs_per_second")  # of the log, which no two runs share
 _GOES_ON = re.compile(r"going on after update (\d+)")
 
@@ -152,7 +153,8 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
     while code:
         before = len(logged(command.output))
         kind = choose.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        ended = command.run(**disturbance(kind, command.seconds, choose))
+        left = max(_START, command.seconds * (1 - before / UPDATES))
+        ended = command.run(**disturbance(kind, left, choose))
         code = ended.code
         count(ended, kind, before, seen)
         seen.corrupt += [line for line in ended.out.splitlines() if "looking for an older state" in line]
@@ -168,15 +170,15 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
         shutil.rmtree(command.output)
 
 
-def disturbance(kind: str, seconds: float, choose: random.Random) -> dict[str, Any]:
-    """Arguments of `Forks.run` for one that is drawn at random."""
+def disturbance(kind: str, left: float, choose: random.Random) -> dict[str, Any]:
+    """Arguments of `Forks.run` for one that is drawn at random; `left`: seconds that the run would take."""
     if kind == TIMED:
-        return {"seconds": choose.uniform(0, seconds)}
+        return {"seconds": choose.uniform(0, left)}
     if kind == TERM:
         return {"fault": f"{choose.choice(['sampling', 'micro-batch'])}@{choose.randint(1, 2 * UPDATES)}=term"}
-    names = [name for name in POINTS if kind == POINT or name.startswith(("save", "prune"))]
-    what = "kill" if kind == POINT else "full"
-    return {"fault": f"{choose.choice(names)}@{choose.randint(1, 2)}={what}"}
+    name = choose.choice([name for name in POINTS if kind == POINT or name.startswith(("save", "prune"))])
+    time = 1 if name.startswith("weights") else choose.randint(1, 2)  # these are passed once
+    return {"fault": f"{name}@{time}={'kill' if kind == POINT else 'full'}"}
 
 
 def count(ended: Ended, kind: str, before: int, seen: Soak) -> None:
