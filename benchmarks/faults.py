@@ -36,7 +36,7 @@ POINTS = (
 KINDS = {"lora": 1e-3, "full": 1e-4}  # what is trained, with its learning rate
 TIMED, POINT, TERM, FULL = "SIGKILL at a time", "SIGKILL at a point", "SIGTERM", "full disk"
 WEIGHTS = {TIMED: 6, POINT: 4, TERM: 1, FULL: 1}
-_START = 0.7  # seconds from a command to its first update, about
+_SPAN = 1.5  # seconds within which a command is killed: half of them before its first update
 TIMES = ("seconds", "memory_gib", "pairs_per_second")  # of the log, which no two runs share
 _GOES_ON = re.compile(r"going on after update (\d+)")
 
@@ -96,7 +96,6 @@ class Command:
         ended = self.run()
         if ended.code:
             raise RuntimeError(f"the undisturbed run failed: {ended.err}")
-        self.seconds = ended.seconds
         self.straight = contents(self.output)
         entries = logged(self.output)
         self.stall = sum(entry.get("save_stall_seconds", 0) for entry in entries) / sum(
@@ -153,8 +152,7 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
     while code:
         before = len(logged(command.output))
         kind = choose.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        left = max(_START, command.seconds * (1 - before / UPDATES))
-        ended = command.run(**disturbance(kind, left, choose))
+        ended = command.run(**disturbance(kind, choose))
         code = ended.code
         count(ended, kind, before, seen)
         seen.corrupt += [line for line in ended.out.splitlines() if "looking for an older state" in line]
@@ -170,10 +168,10 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
         shutil.rmtree(command.output)
 
 
-def disturbance(kind: str, left: float, choose: random.Random) -> dict[str, Any]:
-    """Arguments of `Forks.run` for one that is drawn at random; `left`: seconds that the run would take."""
+def disturbance(kind: str, choose: random.Random) -> dict[str, Any]:
+    """Arguments of `Forks.run` for one that is drawn at random."""
     if kind == TIMED:
-        return {"seconds": choose.uniform(0, left)}
+        return {"seconds": choose.uniform(0, _SPAN)}
     if kind == TERM:
         return {"fault": f"{choose.choice(['sampling', 'micro-batch'])}@{choose.randint(1, 2 * UPDATES)}=term"}
     name = choose.choice([name for name in POINTS if kind == POINT or name.startswith(("save", "prune"))])
