@@ -28,14 +28,14 @@ from typing import Any
 from benchmarks.forks import Ended, Forks
 from seppo_fast.errors import EXIT_INTERRUPTED
 
-UPDATES = 24
+UPDATES = 60
 POINTS = (
     "sampling", "micro-batch", "save", "save-policy", "save-optimizer", "save-average", "save-references",
     "save-manifest", "save-rename", "save-done", "prune", "weights-write", "weights",
 )  # fmt: skip
 KINDS = {"lora": 1e-3, "full": 1e-4}  # what is trained, with its learning rate
 TIMED, POINT, TERM, FULL = "SIGKILL at a time", "SIGKILL at a point", "SIGTERM", "full disk"
-WEIGHTS = {TIMED: 6, POINT: 4, TERM: 1, FULL: 1}
+WEIGHTS = {TIMED: 6, POINT: 4, TERM: 1, FULL: 0.5}
 _SPAN = 1.5  # seconds within which a command is killed: half of them before its first update
 TIMES = ("seconds", "memory_gib", "pairs_per_second")  # of the log, which no two runs share
 _GOES_ON = re.compile(r"going on after update (\d+)")
