@@ -21,14 +21,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.forks import Ended, Forks
 from seppo_fast.errors import EXIT_INTERRUPTED
 
-UPDATES = 60
+UPDATES = 24
 POINTS = (
     "sampling", "micro-batch", "save", "save-policy", "save-optimizer", "save-average", "save-references",
     "save-manifest", "save-rename", "save-done", "prune", "weights-write", "weights",
@@ -59,6 +62,9 @@ class Soak:
     lost: list[int] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     resumed: list[float] = field(default_factory=list)
+
+    def __add__(self, other: Soak) -> Soak:
+        return Soak(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     @property
     def kills(self) -> int:
@@ -132,7 +138,16 @@ def logged(run: Path) -> list[dict[str, float]]:
     return read_journal(run) if (run / "log.jsonl").exists() else []
 
 
-def soak(commands: list[Command], kills: int, choose: random.Random, report: Any = print) -> Soak:
+def worker(folder: Path, number: int, kills: int, seed: int) -> tuple[Soak, list[Command]]:
+    """A soak in a folder of its own, with a stream of disturbances of its own."""
+    place = folder / str(number)
+    place.mkdir()
+    with Forks(place) as forks:
+        commands = [Command(forks, place, train) for train in KINDS]
+        return soak(commands, kills, random.Random(f"{seed} {number}"), partial(print, f"worker {number}:")), commands
+
+
+def soak(commands: list[Command], kills: int, choose: random.Random, report: Callable[[str], object] = print) -> Soak:
     """Disturbs the runs in turn until `kills` SIGKILLs have hit, and brings the last one to its end."""
     seen = Soak()
     while seen.kills < kills:
@@ -173,7 +188,7 @@ def disturbance(kind: str, choose: random.Random) -> dict[str, Any]:
     if kind == TIMED:
         return {"seconds": choose.uniform(0, _SPAN)}
     if kind == TERM:
-        return {"fault": f"{choose.choice(['sampling', 'micro-batch'])}@{choose.randint(1, 2 * UPDATES)}=term"}
+        return {"fault": f"{choose.choice(['sampling', 'micro-batch'])}@{choose.randint(1, 8)}=term"}
     name = choose.choice([name for name in POINTS if kind == POINT or name.startswith(("save", "prune"))])
     time = 1 if name.startswith("weights") else choose.randint(1, 2)  # these are passed once
     return {"fault": f"{name}@{time}={'kill' if kind == POINT else 'full'}"}
@@ -224,17 +239,20 @@ def main(words: list[str] | None = None) -> int:
     """Runs the soak, prints its numbers and writes them where asked; 1 where a resume was corrupt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000, help="SIGKILLs that must hit; 1000 without it")
+    parser.add_argument("--workers", type=int, default=1, help="soaks at the same time, which share the kills")
     parser.add_argument("--seed", type=int, default=0, help="of the disturbances")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args(words)
-    if arguments.kills < 1:
-        parser.error(f"--kills must be at least 1, got {arguments.kills}")
+    if arguments.kills < 1 or arguments.workers < 1:
+        parser.error(f"--kills and --workers must be at least 1, got {arguments.kills} and {arguments.workers}")
     began = time.monotonic()
     # Not removed where a run ends with an error: it is what there is to look at.
     folder = Path(tempfile.mkdtemp(prefix="seppo-soak-"))
-    with Forks(folder) as forks:
-        commands = [Command(forks, folder, train) for train in KINDS]
-        seen = soak(commands, arguments.kills, random.Random(arguments.seed))
+    share = -(-arguments.kills // arguments.workers)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        ends = list(pool.map(lambda number: worker(folder, number, share, arguments.seed), range(arguments.workers)))
+    seen = sum((each for each, _ in ends), Soak())
+    commands = ends[0][1]
     if seen.corrupt:
         print(f"what is left of corrupt runs is in {folder}")
     else:

@@ -16,7 +16,8 @@ BEGINS = "update 1/12  loss 0.7\nupdate 2/12  loss 0.7\n"
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soak")
-    with Forks(folder) as forks:
+    with pytest.MonkeyPatch.context() as patch, Forks(folder) as forks:
+        patch.setattr(faults, "UPDATES", 6)
         yield Command(forks, folder, "lora")
 
 
@@ -61,6 +62,13 @@ def test_only_disturbances_that_hit_are_counted(kind, code, out, err, hit):
     assert seen.first == [1] * (out != "") and seen.resumed == seen.lost == []
 
 
+def test_what_several_workers_saw_adds_up():
+    one, other = Soak(runs=2, corrupt=["a"], lost=[1]), Soak(runs=3, corrupt=["b"], lost=[0], first=[0.5])
+    one.disturbed[TIMED], other.disturbed[TIMED] = 4, 5
+    both = one + other
+    assert (both.kills, both.runs, both.corrupt, both.lost, both.first) == (9, 5, ["a", "b"], [1, 0], [0.5])
+
+
 def test_lost_updates_and_the_seconds_of_a_resume():
     seen = Soak()
     count(Ended(0, "going on after update 3 of 12\nupdate 4/12  loss 0.7\n", "", 3.0, (0.5, 0.75)), TIMED, 4, seen)
@@ -71,7 +79,7 @@ def test_lost_updates_and_the_seconds_of_a_resume():
 def test_the_soak_through_its_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(faults, "UPDATES", 4)
     monkeypatch.setattr(faults, "KINDS", {"full": 1e-4})
-    assert faults.main(["--kills", "2", "--seed", "3", "--json", str(tmp_path / "soak.json")]) == 0
+    assert faults.main(["--kills", "2", "--workers", "2", "--seed", "3", "--json", str(tmp_path / "soak.json")]) == 0
     made = json.loads((tmp_path / "soak.json").read_text())
     assert made["kills"] >= 2 and made["corrupt"] == [] and 0 <= made["save_stall"]["full"] < 1
     assert "kills, " in capsys.readouterr().out
