@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forks import Ended, Forks
-from seppo_fast.errors import EXIT_INTERRUPTED
+from seppo_fast.errors import EXIT_INTERRUPTED, CheckpointError
 
 UPDATES = 24
 POINTS = (
@@ -39,7 +39,7 @@ POINTS = (
 KINDS = {"lora": 1e-3, "full": 1e-4}  # what is trained, with its learning rate
 TIMED, POINT, TERM, FULL = "SIGKILL at a time", "SIGKILL at a point", "SIGTERM", "full disk"
 WEIGHTS = {TIMED: 6, POINT: 4, TERM: 1, FULL: 0.5}
-_SPAN = 1.5  # seconds within which a command is killed: half of them before its first update
+_SPAN = 1.5  # seconds within which a command is killed, often before its first update
 TIMES = ("seconds", "memory_gib", "pairs_per_second")  # of the log, which no two runs share
 _GOES_ON = re.compile(r"going on after update (\d+)")
 
@@ -104,9 +104,8 @@ class Command:
             raise RuntimeError(f"the undisturbed run failed: {ended.err}")
         self.straight = contents(self.output)
         entries = logged(self.output)
-        self.stall = sum(entry.get("save_stall_seconds", 0) for entry in entries) / sum(
-            entry["seconds"] for entry in entries
-        )
+        stalled, took = (sum(entry[name] for entry in entries) for name in ("save_stall_seconds", "seconds"))
+        self.stall = stalled / took
         shutil.rmtree(self.output)
 
     def run(self, **how: Any) -> Ended:
@@ -116,17 +115,17 @@ class Command:
 
 def contents(run: Path) -> dict[str, Any]:
     """All that a run computed: the bytes of the tensors of its weights, last state and references, and its log."""
-    from safetensors import safe_open
+    import torch
+    from safetensors.torch import load_file
 
     from seppo_fast.saved_state import saved_states
 
     states = saved_states(run)[:1]
     found: dict[str, Any] = {}
     for file in sorted(file for folder in (run / "weights", *states) for file in folder.rglob("*.safetensors")):
-        with safe_open(file, framework="np") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                tensor = opened.get_tensor(name)
-                found[f"{file.relative_to(run)} {name}"] = (str(tensor.dtype), tensor.shape, tensor.tobytes())
+        for name, tensor in load_file(file).items():
+            content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[f"{file.relative_to(run)} {name}"] = (str(tensor.dtype), tensor.shape, content)
     found["log"] = [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in logged(run)]
     return found
 
@@ -171,8 +170,9 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
         code = ended.code
         count(ended, kind, before, seen)
         seen.corrupt += [line for line in ended.out.splitlines() if "looking for an older state" in line]
-        full = kind == FULL and code == 6 and "no space left" in ended.err  # the last state could not be written
-        if code not in (0, 130, -signal.SIGKILL) and not full:
+        # The last state could not be written.
+        full = kind == FULL and code == CheckpointError.exit_code and "no space left" in ended.err
+        if code not in (0, EXIT_INTERRUPTED, -signal.SIGKILL) and not full:
             seen.corrupt.append(f"{command.train}, {kind}: ended with {code}: {ended.err.strip()[-500:]}")
             command.output.rename(command.output.with_name(f"corrupt-{len(seen.corrupt)}"))
             return
@@ -190,8 +190,8 @@ def disturbance(kind: str, choose: random.Random) -> dict[str, Any]:
     if kind == TERM:
         return {"fault": f"{choose.choice(['sampling', 'micro-batch'])}@{choose.randint(1, 8)}=term"}
     name = choose.choice([name for name in POINTS if kind == POINT or name.startswith(("save", "prune"))])
-    time = 1 if name.startswith("weights") else choose.randint(1, 2)  # these are passed once
-    return {"fault": f"{name}@{time}={'kill' if kind == POINT else 'full'}"}
+    passed = 1 if name.startswith("weights") else choose.randint(1, 2)
+    return {"fault": f"{name}@{passed}={'kill' if kind == POINT else 'full'}"}
 
 
 def count(ended: Ended, kind: str, before: int, seen: Soak) -> None:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,21 +40,22 @@ class Ended:
     times: tuple[float, ...]
 
 
-class Forks:
-    """A process that has imported everything and forks for each command; a context manager.
+class Server:
+    """A process that has imported everything, on one thread, and is given orders; a context manager.
 
     Args:
-        folder: for what the commands print.
+        module: that is run; it answers each line of JSON with one.
+        environment: its own variables.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
+        self._module, self._environment = module, environment or {}
 
-    def __enter__(self) -> Forks:
+    def __enter__(self) -> Self:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.forks"],
+            [sys.executable, "-m", self._module],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **self._environment},
         )  # fmt: skip
         return self
 
@@ -60,14 +64,30 @@ class Forks:
         self._server.stdin.close()
         self._server.wait()
 
-    def run(self, *argv: object, fault: str = "", seconds: float | None = None) -> Ended:
-        """`seppo-fast ARGV` with `SEPPO_FAULT`; killed after `seconds` where they are given."""
+    def ask(self, order: Any) -> Any:
+        """What it answers."""
         assert self._server.stdin is not None and self._server.stdout is not None
-        err = self._folder / "err.txt"
-        order = {"argv": [str(word) for word in argv], "fault": fault, "err": str(err), "seconds": seconds}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
-        ended = json.loads(self._server.stdout.readline())
+        return json.loads(self._server.stdout.readline())
+
+
+class Forks(Server):
+    """Forks for each command.
+
+    Args:
+        folder: for what the commands print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("benchmarks.forks")
+        self._folder = folder
+
+    def run(self, *argv: object, fault: str = "", seconds: float | None = None) -> Ended:
+        """`seppo-fast ARGV` with `SEPPO_FAULT`; killed after `seconds` where they are given."""
+        err = self._folder / "err.txt"
+        order = {"argv": [str(word) for word in argv], "fault": fault, "err": str(err), "seconds": seconds}
+        ended = self.ask(order)
         return Ended(ended["code"], ended["out"], err.read_text(), ended["seconds"], tuple(ended["times"]))
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seppo_fast import __version__
-from seppo_fast.config import Config, makes_clips, to_yaml
+from seppo_fast.config import Config, to_yaml
+from seppo_fast.contradictions import makes_clips
 from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion

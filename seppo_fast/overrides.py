@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from seppo_fast.config import Config, keys, read_config, refuse_contradictions
+from seppo_fast.config import Config, keys, read_config
+from seppo_fast.contradictions import refuse_contradictions
 
 
 def configure(file: str, overrides: Sequence[str]) -> Config:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from seppo_fast.attention import require_xformers
-from seppo_fast.config import Config, makes_clips
+from seppo_fast.config import Config
+from seppo_fast.contradictions import makes_clips
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import ConfigError, DataError
 from seppo_fast.objectives import OBJECTIVES

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from torch import nn
 
 from seppo_fast.attention import set_attention
 from seppo_fast.config import Config, to_yaml
-from seppo_fast.data.cache import LatentCache, open_or_build
-from seppo_fast.data.examples import Source
 from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.errors import CheckpointError, ConfigError
@@ -22,21 +19,19 @@ from seppo_fast.estimate import out_of_memory
 from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.exchange import exchange
 from seppo_fast.families.load import load_family
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.faults import fault
-from seppo_fast.files import disk_message, free_name, read_json, staged_folder
+from seppo_fast.files import disk_message
 from seppo_fast.forward import Forward
 from seppo_fast.interrupt import Interrupted, Interruption
 from seppo_fast.journal import Journal
 from seppo_fast.learner import Learner
 from seppo_fast.memory import is_out_of_memory
 from seppo_fast.objectives import OBJECTIVES
+from seppo_fast.opening import open_cache, open_pool
 from seppo_fast.pairs import PairMaker
-from seppo_fast.policy import DTYPES, compile_blocks, lora_weights, make_trainable, trainable
+from seppo_fast.policy import DTYPES, compile_blocks, make_trainable, trainable
 from seppo_fast.preflight import preflight
 from seppo_fast.processes import Patience, node_of, processes
 from seppo_fast.reference_errors import WAYS
-from seppo_fast.references import ReferencePool
 from seppo_fast.resume import refuse_other_content, resumed_config
 from seppo_fast.rollout import Rollout
 from seppo_fast.saved_state import REFERENCES, SavedState, put_aside_newer
@@ -44,10 +39,9 @@ from seppo_fast.sharding import settled, shard, sharding_asked
 from seppo_fast.slab import trained_state
 from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy, on_cpu
 from seppo_fast.temporal import set_temporal_attention
-from seppo_fast.tiers import Budget, PoolFullError
+from seppo_fast.tiers import PoolFullError
 from seppo_fast.trackers import Trackers
-
-_STAMP = "seppo_fast.json"
+from seppo_fast.weights import write_weights, written_after
 
 
 class Trainer:
@@ -303,7 +297,7 @@ class Trainer:
         folder = self.folder / "weights"
         self.save_state()
         main = self.accelerator.is_main_process
-        (missing,) = self._any(main and _update_of(folder) != self.finished)
+        (missing,) = self._any(main and written_after(folder) != self.finished)
         if missing and self.learner.ema is not None:
             self.learner.ema.copy_to(trainable(self.unet).values())
         if missing and self.sharded:
@@ -313,23 +307,11 @@ class Trainer:
                     self.family.unet, trainable(self.family.unet), {name: nn.Parameter(t) for name, t in wholes.items()}
                 )
         if missing and main:
-            self._write_weights(folder)
+            write_weights(folder, self.family, self.unet, self.config, self.finished)
         self.accelerator.print(f"weights: {folder}")
         self._saver.wait(last=True)
         self.accelerator.wait_for_everyone()
         return folder
-
-    def _write_weights(self, folder: Path) -> None:
-        if folder.exists():
-            folder.rename(free_name(folder.with_name("weights-before")))  # the run was made longer
-        with staged_folder(folder, CheckpointError) as staging:
-            if self.config.model.train == "full":
-                self.family.save(staging)
-            else:
-                self.family.save_lora(staging, lora_weights(self.unet))
-            fault("weights-write")
-            (staging / _STAMP).write_text(json.dumps({"update": self.finished}) + "\n", encoding="utf-8")
-        fault("weights")
 
     def _open_folder(self, finished: int) -> None:
         try:
@@ -346,57 +328,3 @@ class Trainer:
             return None
         prompts = self.config.log.sample_prompts or tuple(dict.fromkeys(self.cache.prompts))[:4]
         return FixedPrompts(self.family, self.forward, self.unet, self.sampler, prompts, self.config.data.resolution)
-
-
-def _update_of(weights: Path) -> int | None:
-    """After which update a folder of weights was written."""
-    try:
-        return int(read_json(weights / _STAMP)["update"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None
-
-
-def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
-    """The empty pool of past policies of a configuration."""
-    draw = OBJECTIVES[config.objective].draw
-    assert draw is not None
-
-    def size(gib: float | None) -> int | None:
-        return None if gib is None else int(gib * 2**30)
-
-    reference = config.reference
-    newest = draw == "newest"  # no other one will ever be drawn
-    return ReferencePool(
-        config.seed,
-        draw,
-        keep=2 if newest else reference.keep,
-        rule="newest" if newest else reference.keep_rule,
-        compute=DTYPES[config.model.precision],
-        budget=Budget(size(reference.gpu_gib), size(reference.host_gib), size(reference.disk_gib)),
-        folder=Path(config.data.cache),
-        node=node_of(accelerator),
-    )
-
-
-def open_cache(
-    config: Config, source: Source, family: StableDiffusion, report: Callable[[str], object] = print
-) -> LatentCache:
-    """The latent and prompt cache of a configuration; built where it is not there yet; `report` takes its lines.
-
-    Raises:
-        ConfigError: a resolution that the model does not take.
-        DataError: see `seppo_fast.data`.
-    """
-    family.latent_shape(config.data.resolution)
-    cache = open_or_build(
-        source,
-        family,
-        resolution=config.data.resolution,
-        frames=family.frames,
-        flip=config.data.flip,
-        folder=Path(config.data.cache),
-        losers=OBJECTIVES[config.objective].needs_pairs,
-        report=report,
-    )
-    family.park_encoders()
-    return cache

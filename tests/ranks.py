@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.forks import Server
 
 
 @dataclass(frozen=True)
@@ -24,28 +23,16 @@ class Ended:
     out: str
 
 
-class Ranks:
-    """A process that has imported everything and forks the processes of each run; a context manager.
+class Ranks(Server):
+    """Forks the processes of each run.
 
     Args:
         folder: for what they print.
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__("tests.ranks", {"ACCELERATE_USE_CPU": "true"})
         self._folder = folder
-
-    def __enter__(self) -> Ranks:
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks"],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )  # fmt: skip
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
 
     def run(
         self,
@@ -71,7 +58,6 @@ class Ranks:
         Returns:
             How each ended, by rank.
         """
-        assert self._server.stdin is not None and self._server.stdout is not None
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -88,9 +74,7 @@ class Ranks:
             "argv": [str(word) for word in argv], "environments": environments, "files": files,
             "record": record and str(record), "broken": broken, "seconds": seconds,
         }  # fmt: skip
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        ends = json.loads(self._server.stdout.readline())
+        ends = self.ask(order)
         return [Ended(code, Path(file).read_text()) for file, code in zip(files, ends, strict=True)]
 
 

@@ -1,12 +1,10 @@
 """What `check` and exit 4 say a run takes, against what runs take; what they suggest, and how long it lasts."""
 
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import seppo_fast.estimate
 from benchmarks.forks import Forks
@@ -18,6 +16,7 @@ from seppo_fast.memory import Footprint
 from seppo_fast.slab import Table
 from seppo_fast.trainer import Trainer
 from tests.runs import tiny_config
+from tests.test_memory import traced_peak
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -34,17 +33,6 @@ def trainer_of(tiny, folder, kind, **sections):
     return Trainer(turn_dial(config, CPU))
 
 
-def traced(call, folder):
-    """Bytes at the end and at the peak, above those at the start, as the CPU's allocator reports them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    changes = [event["args"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event["name"] == "[memory]"]
-    start = changes[0]["Total Allocated"] - changes[0]["Bytes"]
-    return max(change["Total Allocated"] for change in changes) - start
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     """Within 5 % below and 15 % above, set before it was measured; pairs that wait and norms are not counted."""
@@ -53,12 +41,12 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     trainer.add_checkpoint()
     (pairs, more) = trainer.rollout.pairs(0), trainer.rollout.pairs(1)
     trainer.learner.step(pairs, 0)  # makes the moments of Adam, which stay
-    learning = traced(lambda: trainer.learner.step(more, 1), tmp_path)
+    learning = traced_peak(lambda: trainer.learner.step(more, 1), tmp_path)
     expected = need.pair.fixed + need.micro_batch * need.pair.per_row
     assert 0.95 * learning < expected < 1.15 * learning
     trainer.finished = 2
     trainer.add_checkpoint()
-    sampling = traced(lambda: trainer.rollout.pairs(2), tmp_path)
+    sampling = traced_peak(lambda: trainer.rollout.pairs(2), tmp_path)
     # The reference's errors are made there too, in the learner's micro-batches: a forward's activations.
     assert need.sample.fixed + need.batch * need.sample.per_row < 1.15 * sampling
     assert sampling < 1.05 * max(expected, need.sample.fixed + need.batch * need.sample.per_row)

@@ -340,9 +340,9 @@ def test_a_hostile_stamp_is_no_stamp(copied, case):
     stamp = file.parent / "run" / "weights" / "seppo_fast.json"
     content = HOSTILE_JSON[case]
     stamp.write_bytes(content if isinstance(content, bytes) else content.encode())
-    from seppo_fast.trainer import _update_of
+    from seppo_fast.weights import written_after
 
-    assert _update_of(stamp.parent) in ((2,) if case == "twice" else (None, 123456789012345678901234567890))
+    assert written_after(stamp.parent) in ((2,) if case == "twice" else (None, 123456789012345678901234567890))
 
 
 @pytest.mark.parametrize(

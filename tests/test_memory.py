@@ -49,9 +49,8 @@ def counted_training(kind, dtype):
     return training_footprint(unet_of(kind, dtype), LATENT, PROMPT, dtype, CPU)
 
 
-def allocated_at_peak(call, folder):
+def traced_peak(call, folder):
     """Bytes above those at the start, as the CPU's allocator reports them to the profiler."""
-    call()  # the first call makes what lasts: gradients, caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     profiler.export_chrome_trace(str(folder / "trace.json"))
@@ -59,6 +58,12 @@ def allocated_at_peak(call, folder):
     changes = [event["args"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event["name"] == "[memory]"]
     start = changes[0]["Total Allocated"] - changes[0]["Bytes"]
     return max(change["Total Allocated"] for change in changes) - start
+
+
+def allocated_at_peak(call, folder):
+    """As `traced_peak`, of a second call: the first makes what lasts, gradients and caches."""
+    call()
+    return traced_peak(call, folder)
 
 
 def autocast(dtype):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from seppo_fast.config import Config, makes_clips
+from seppo_fast.config import Config
+from seppo_fast.contradictions import makes_clips
 from seppo_fast.families.animatediff import AnimateDiff
 from seppo_fast.families.sd import StableDiffusion
 
