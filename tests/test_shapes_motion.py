@@ -25,15 +25,6 @@ FOLDER = PIPELINE.parent
 HELD_OUT = 7001  # a seed that neither pretraining nor the demo uses
 COUNT = 200
 FEW = 60  # for the tests that need no more
-OPPOSITE = {
-    "grows": "shrinks",
-    "shrinks": "grows",
-    "moves left": "moves right",
-    "moves right": "moves left",
-    "moves up": "moves down",
-    "moves down": "moves up",
-    "stays still": "stays still",
-}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +81,18 @@ def test_motions_are_as_large_as_the_world_says(scenes):
         assert travel == 0 if way == (0, 0) else motion.TRAVEL[0] <= travel <= motion.TRAVEL[1]
         ratio = one.last.area / one.first.area
         assert {"grows": ratio >= 2, "shrinks": ratio <= 0.5}.get(one.action.motion, ratio == 1)
+
+
+def test_a_thing_slows_down_so_that_its_middle_frame_leans_to_its_end(scenes):
+    time = np.linspace(0, 1, 9)
+    part = motion.slowing(time)
+    assert part[0] == 0 and part[-1] == 1 and part[4] == 0.75
+    assert np.allclose(np.diff(part, 2), np.diff(part, 2)[0]) and np.all(np.diff(part, 2) < 0)
+    for one in scenes[:FEW]:
+        if one.action.motion in motion.DIRECTIONS:
+            (middle,) = track(motion.render(one, 3)[1:2], one.action.colour).findings
+            assert middle.x == pytest.approx(0.25 * one.first.x + 0.75 * one.last.x, abs=0.3)
+            assert middle.y == pytest.approx(0.25 * one.first.y + 0.75 * one.last.y, abs=0.3)
 
 
 def test_a_clip_of_more_frames_shows_the_same_motion(scenes):
@@ -189,7 +192,9 @@ def test_entries_are_named_as_the_prompt_asks(clips):
 
 
 def test_a_clip_backwards_shows_the_opposite(scenes, clips):
-    assert shown(scenes[:FEW], clips[:FEW, ::-1]) == [OPPOSITE[one.action.motion] for one in scenes[:FEW]]
+    assert shown(scenes[:FEW], clips[:FEW, ::-1]) == [
+        motion.OPPOSITE.get(one.action.motion, one.action.motion) for one in scenes[:FEW]
+    ]
 
 
 def test_a_still_clip_moves_nowhere(scenes, clips, prompts):
@@ -317,7 +322,7 @@ def test_what_is_shipped_is_small_and_fits():
 
 
 def test_pretraining_writes_an_adapter_and_a_pipeline_that_have_learned(tmp_path, monkeypatch):
-    settings = {"clips": 4, "steps": 2, "batch": 2, "judged": 2, "sampler-steps": 2}
+    settings = {"clips": 4, "stills": 2, "steps": 2, "batch": 2, "judged": 2, "sampler-steps": 2}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["pretrain_motion", "--output", str(tmp_path), *options])
     main()
@@ -331,5 +336,5 @@ def test_pretraining_writes_an_adapter_and_a_pipeline_that_have_learned(tmp_path
     assert before.keys() == after.keys()
     assert not any(torch.equal(value, after[name]) for name, value in before.items())
     card = (tmp_path / "motion_adapter" / "README.md").read_text()
-    assert "adapter 2/2" in card and "--steps 2" in card and "guidance 5: attributes" in card
+    assert "stills 2/2" in card and "clips 2/2" in card and "--steps 2" in card and "guidance 5: attributes" in card
     assert animate(tmp_path, ["a red circle grows"], steps=2).shape == (1, 8, 32, 32, 3)

@@ -1,11 +1,16 @@
 """Makes the shipped motion adapter: `python -m seppo_fast.shapes.pretrain_motion --output DIR`.
 
-A tiny MotionAdapter in the diffusers format, and the pipeline that it goes with: the shipped one, trained further
-together with the adapter. That pipeline alone cannot carry it: at the high noise where a motion is decided, the noise
-that it predicts says nearly nothing of the picture, and it has never read a word for a motion. So this one predicts v,
-which at high noise is the picture itself (Salimans and Ho 2022). As with the pipeline's, the captions are deliberately
-noisy: some name another motion, so that there is something left to align. It is all trained on the linear schedule, as
-AnimateDiff is. Everything follows from `Settings.seed` (up to the machine's rounding).
+A tiny MotionAdapter in the diffusers format, and the pipeline that it goes with: the shipped one, trained further. That
+pipeline alone cannot carry it: at the high noise where a motion is decided, the noise that it predicts says nearly
+nothing of the picture, and it has never read a word for a motion. So this one predicts v, which at high noise is the
+picture itself (Salimans and Ho 2022).
+
+It is trained twice. First on stills, by itself: a word for a motion says where a thing is at the end of its way, and
+how large it is there. Then on clips, together with the adapter, which learns when. With clips alone it learns that a
+thing which "moves left" is left or right of the middle, and never more: of word, order and place no two say anything
+of each other there, only all three together. As with the pipeline's, the captions are deliberately noisy: some name
+another motion, so that there is something left to align. It is all trained on the linear schedule, as AnimateDiff is.
+Everything follows from `Settings.seed` (up to the machine's rounding).
 """
 
 import shutil
@@ -57,8 +62,9 @@ class Settings:
         output: Where to write the folders `motion_adapter` and `motion_pipeline`.
         clips: Scenes to train on; clip i is `moving_scene(seed, i)`.
         wrong: Share of captions that name another motion.
-        steps: Updates.
-        batch: Clips in one of them.
+        stills: Updates on single frames, of the last half of a clip.
+        steps: Updates on clips.
+        batch: Clips in one of them; of stills as many as these have frames.
         lr: Peak learning rate.
         ema: Decay of the weights' moving average, which is what is saved.
         dropout: Share of prompts replaced by the empty one.
@@ -70,7 +76,8 @@ class Settings:
     output: Path
     clips: int = 2500
     wrong: float = 0.2
-    steps: int = 5000
+    stills: int = 2000
+    steps: int = 3000
     batch: int = 8
     lr: float = 1e-3
     ema: float = 0.995
@@ -90,10 +97,12 @@ def pretrain(settings: Settings) -> Report:
     latents = encode_clips(base.vae, np.stack([render(one) for one in scenes]))
     report(f"{len(scenes)} clips of {FRAMES} frames, {len(set(captions))} different captions")
 
+    data = Data(latents, _tokenize(base.tokenizer, captions), _tokenize(base.tokenizer, [""]))
+    train(settings, "stills", base.unet, base.text_encoder, data, report)
     adapter = make_adapter(base.unet)
     unet = UNetMotionModel.from_unet2d(base.unet, adapter)
     report(f"parameters of the adapter: {_count(adapter)}")
-    train(settings, base, unet, latents, captions, report)
+    train(settings, "clips", unet, base.text_encoder, data, report)
     base.unet.load_state_dict({name: unet.get_parameter(name) for name, _ in base.unet.named_parameters()})
     save(settings.output, base, unet)
     pipeline = AnimateDiffPipeline(
@@ -139,36 +148,50 @@ def make_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
     return adapter
 
 
-def train(
-    settings: Settings,
-    base: StableDiffusionPipeline,
-    unet: UNetMotionModel,
-    latents: Tensor,
-    captions: list[str],
-    report: Report,
-) -> None:
-    """Trains `unet` and the text encoder of `base` to predict v; leaves the averaged weights in them."""
-    modules = nn.ModuleList([unet.train(), base.text_encoder.train()])
+@dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        latents: Of n clips, float32 (n, 4, F, 8, 8).
+        ids: Their captions' tokens (n, 16).
+        empty: Those of the empty caption (1, 16).
+    """
+
+    latents: Tensor
+    ids: Tensor
+    empty: Tensor
+
+
+def train(settings: Settings, what: str, unet: nn.Module, text_encoder: nn.Module, data: Data, report: Report) -> None:
+    """Trains both to predict v of "clips" or "stills"; leaves the averaged weights in them."""
+    modules = nn.ModuleList([unet.train(), text_encoder.train()])
     trained = list(modules.parameters())
-    ids, empty = _tokenize(base.tokenizer, captions), _tokenize(base.tokenizer, [""])
+    clips = what == "clips"
+    steps, batch = (settings.steps, settings.batch) if clips else (settings.stills, settings.batch * FRAMES)
     noising = DDPMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.01)
     average = [parameter.detach().clone() for parameter in trained]
     losses = []
-    for step, rows in enumerate(_batches(len(latents), settings.batch, settings.steps, settings.seed + 1)):
-        drop = torch.rand(len(rows), 1) < settings.dropout
-        embeds = base.text_encoder(torch.where(drop, empty, ids[rows]))[0].repeat_interleave(FRAMES, dim=0)
-        noise = torch.randn(len(rows), *latents.shape[1:])
-        timesteps = torch.randint(TIMESTEPS, (len(rows),))
-        predicted = unet(noising.add_noise(latents[rows], noise, timesteps), timesteps, embeds).sample
-        loss = F.mse_loss(predicted, noising.get_velocity(latents[rows], noise, timesteps))
-        _update(loss, optimizer, settings.lr * _warm_cosine(step, settings.steps))
+    for step, rows in enumerate(_batches(len(data.latents), batch, steps, settings.seed + 1)):
+        drop = torch.rand(batch, 1) < settings.dropout
+        embeds = text_encoder(torch.where(drop, data.empty, data.ids[rows]))[0]
+        if clips:
+            latents, embeds = data.latents[rows], embeds.repeat_interleave(FRAMES, dim=0)
+        else:
+            latents = data.latents[rows, :, torch.randint(FRAMES // 2, FRAMES, (batch,))]
+        noise = torch.randn_like(latents)
+        # More of the high noise, where places, sizes and motions are decided.
+        timesteps = (TIMESTEPS * torch.rand(batch).sqrt()).long()
+        predicted = unet(noising.add_noise(latents, noise, timesteps), timesteps, embeds).sample
+        loss = F.mse_loss(predicted, noising.get_velocity(latents, noise, timesteps))
+        _update(loss, optimizer, settings.lr * _warm_cosine(step, steps))
         # The average forgets the first steps faster than `ema` would.
         decay = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 1 - decay)
         losses.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == settings.steps:
-            report(f"adapter {step + 1}/{settings.steps}  loss {np.mean(losses):.4f}")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            report(f"{what} {step + 1}/{steps}  loss {np.mean(losses):.4f}")
             losses = []
     with torch.no_grad():
         for parameter, value in zip(trained, average, strict=True):
