@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.forks import Forks
 from seppo_fast.config import read_config, to_yaml
 from tests.runs import tiny_config
 
@@ -22,6 +23,13 @@ def run(*arguments, cwd, module="seppo_fast.cli"):
     """The real command in a process of its own; its return code and what it printed."""
     words = [sys.executable, "-c", f"import sys; from {module} import main; sys.exit(main())", *map(str, arguments)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """The same in a process that has imported everything already; for the many that are refused."""
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks.run
 
 
 @pytest.fixture
@@ -129,11 +137,11 @@ def metadata_names_a_missing_file(folder):
     ],
     ids=["missing image", "unreadable image", "no caption", "empty", "metadata", "no folder"],
 )
-def test_bad_data_exits_3_and_names_it(config, tmp_path, damage, names):
+def test_bad_data_exits_3_and_names_it(forked, config, tmp_path, damage, names):
     source = damage(pictures(tmp_path / "pictures"))
-    done = run("train", config, "--data.source", source, cwd=tmp_path)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert names in done.stderr and "Traceback" not in done.stderr
+    done = forked("train", config, "--data.source", source)
+    assert done.code == 3, done.out + done.err
+    assert names in done.err and "Traceback" not in done.err
     assert not left_behind(tmp_path)
     cache = tmp_path / "cache"
     assert not cache.exists() or not any(cache.iterdir())
@@ -175,10 +183,10 @@ def no_pipeline(folder, tiny):
     ],
     ids=["bin weights", "ckpt file", "damaged", "not a pipeline", "no folder", "unknown hub id"],
 )
-def test_bad_models_exit_2_and_say_why(config, tmp_path, tiny, make, says):
-    done = run("train", config, "--model.path", make(tmp_path, tiny), cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert says in done.stderr and "Traceback" not in done.stderr
+def test_bad_models_exit_2_and_say_why(forked, config, tmp_path, tiny, make, says):
+    done = forked("train", config, "--model.path", make(tmp_path, tiny))
+    assert done.code == 2, done.out + done.err
+    assert says in done.err and "Traceback" not in done.err
     assert not left_behind(tmp_path)
 
 
@@ -201,19 +209,19 @@ def test_bad_models_exit_2_and_say_why(config, tmp_path, tiny, make, says):
     ],
     ids=lambda value: value[0] + " " + value[1] if isinstance(value, list) else "",
 )
-def test_bad_settings_exit_2_and_say_why(config, tmp_path, flags, says):
+def test_bad_settings_exit_2_and_say_why(forked, config, tmp_path, flags, says):
     for command in ("train", "check"):
-        done = run(command, config, *flags, cwd=tmp_path)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert says in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+        done = forked(command, config, *flags)
+        assert done.code == 2, done.out + done.err
+        assert says in " ".join(done.err.split()) and "Traceback" not in done.err
         assert not left_behind(tmp_path)
 
 
-def test_unknown_key_in_the_file_exits_2_with_a_suggestion(config, tmp_path):
+def test_unknown_key_in_the_file_exits_2_with_a_suggestion(forked, config, tmp_path):
     config.write_text(config.read_text().replace("  beta:", "  bta:"))
-    done = run("train", config, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "unknown key 'train.bta', did you mean 'train.beta'?" in done.stderr
+    done = forked("train", config)
+    assert done.code == 2
+    assert "unknown key 'train.bta', did you mean 'train.beta'?" in done.err
 
 
 def test_no_space_left(config, tmp_path, tiny):
