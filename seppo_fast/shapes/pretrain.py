@@ -300,7 +300,7 @@ def _summary(entries: list[dict[str, bool]]) -> tuple[float, float]:
 
 def _update(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("share", 1)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for group in optimizer.param_groups:

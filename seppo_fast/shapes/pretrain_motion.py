@@ -66,6 +66,7 @@ class Settings:
         steps: Updates on clips.
         batch: Clips in one of them; of stills as many as these have frames.
         lr: Peak learning rate.
+        gently: Share of it for the pipeline, while the adapter is trained: else it forgets the words first.
         ema: Decay of the weights' moving average, which is what is saved.
         dropout: Share of prompts replaced by the empty one.
         judged: Captions that the result is judged on, 288 at most, each from a noise of its own.
@@ -76,10 +77,11 @@ class Settings:
     output: Path
     clips: int = 2500
     wrong: float = 0.2
-    stills: int = 2000
-    steps: int = 3000
+    stills: int = 1000
+    steps: int = 2400
     batch: int = 8
     lr: float = 1e-3
+    gently: float = 0.1
     ema: float = 0.995
     dropout: float = 0.1
     judged: int = 96
@@ -170,7 +172,12 @@ def train(settings: Settings, what: str, unet: nn.Module, text_encoder: nn.Modul
     clips = what == "clips"
     steps, batch = (settings.steps, settings.batch) if clips else (settings.stills, settings.batch * FRAMES)
     noising = DDPMScheduler(**SCHEDULE)
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.01)
+    adapter = {id(parameter) for name, parameter in unet.named_parameters() if "motion_modules" in name}
+    groups = [
+        {"params": [p for p in trained if id(p) in adapter]},
+        {"params": [p for p in trained if id(p) not in adapter], "share": settings.gently if clips else 1},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr, weight_decay=0.01)
     average = [parameter.detach().clone() for parameter in trained]
     losses = []
     for step, rows in enumerate(_batches(len(data.latents), batch, steps, settings.seed + 1)):
