@@ -87,8 +87,12 @@ def export(
 
 def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[StableDiffusion, bool]:
     """The model with a state's weights, in float32, and whether they are the moving average."""
-    family = load_family(config, torch.device("cpu"))
-    refuse_other_content(saved, {"model": family.identity()})
+    instead = "Where the base was moved: --model PATH, --motion-adapter PATH"
+    try:
+        family = load_family(config, torch.device("cpu"))
+    except ConfigError as problem:
+        raise ConfigError(f"{problem}. {instead}") from problem
+    refuse_other_content(saved, {"model": family.identity()}, instead)
     # The base in float32, whatever it was trained in: what is merged into it would be lost in rounding.
     make_trainable(family.unet, config.model.model_copy(update={"precision": "fp32"}), config.seed)
     load_policy(family.unet, saved)

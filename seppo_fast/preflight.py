@@ -81,7 +81,8 @@ def _check_clips(config: Config, source: Source) -> None:
             else (f"model.path = {config.model.path!r}, an AnimateDiffPipeline,", "give a Stable Diffusion pipeline")
         )
         raise ConfigError(
-            f"{what} makes clips, and data.source = {config.data.source!r} holds pictures: {instead}, or give clips"
+            f"{what} makes clips, and data.source = {config.data.source!r} holds pictures: {instead}, or give clips "
+            "(x.mp4 with x.txt, or a csv beside mp4 files; metadata.jsonl and tar files are read for pictures only)"
         )
 
 

@@ -58,12 +58,15 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
     return parse_config(tree, str(saved.folder))
 
 
-def refuse_other_content(saved: SavedState, fingerprints: dict[str, str]) -> None:
+def refuse_other_content(
+    saved: SavedState, fingerprints: dict[str, str], instead: str = "Choose another output to begin anew"
+) -> None:
     """Compares what a run was begun with by content.
 
     Args:
         saved: the state to go on from.
         fingerprints: of the model and of the data as they are now.
+        instead: what the user can do, for the message.
 
     Raises:
         ConfigError: another model, other data.
@@ -76,7 +79,7 @@ def refuse_other_content(saved: SavedState, fingerprints: dict[str, str]) -> Non
     if other:
         raise ConfigError(
             f"the {' and the '.join(other)} changed since the run was begun, which can only go on with what it had. "
-            "Choose another output to begin anew"
+            + instead
             + (" (half-precision data are of a GPU: a CPU encodes them otherwise)" if "data" in other else "")
         )
 

@@ -38,7 +38,13 @@ def frame_numbers(pixels: np.ndarray) -> list[int]:
 
 
 def write_clip(
-    path: Path, frames: np.ndarray, codec: str = "mpeg4", rate: int = 24, audio: bool = False, gop: int = 12
+    path: Path,
+    frames: np.ndarray,
+    codec: str = "mpeg4",
+    rate: int = 24,
+    audio: bool = False,
+    gop: int = 12,
+    begin: int = 0,
 ) -> Path:
     """Encodes uint8 frames (F, H, W, 3) into a file whose container follows its suffix.
 
@@ -49,6 +55,7 @@ def write_clip(
         rate: Frames a second.
         audio: Whether a second of silence goes along.
         gop: Frames from one key frame to the next.
+        begin: Time of the first frame, in frames.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -59,8 +66,10 @@ def write_clip(
         stream.codec_context.options = _FINE[codec]
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         sound = container.add_stream("aac", rate=8000) if audio else None
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for number, picture in enumerate(frames, start=begin):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:
             _mux_silence(container, sound)
@@ -102,12 +111,12 @@ def write_changing_clip(path: Path, first: np.ndarray, second: np.ndarray) -> Pa
     return path
 
 
-def turn_clockwise(path: Path) -> Path:
-    """Sets an mp4 file's display matrix to a quarter turn clockwise, as a phone held upright does."""
+def set_display_matrix(path: Path, turn: tuple[int, int, int, int]) -> Path:
+    """Sets an mp4 file's display matrix: (a, b, c, d), by which (x, y) goes to (a x + c y, b x + d y), y down."""
     content = bytearray(path.read_bytes())
     matrix = content.index(b"tkhd") + 44  # behind the box's name: version, times, id, duration, layer, volume
     assert content[matrix : matrix + 4] == struct.pack(">i", 1 << 16), "not where the matrix begins"
-    one = 1 << 16
-    content[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    a, b, c, d = (value << 16 for value in turn)
+    content[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
     return path

@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNetMotionModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from seppo_fast.config import ModelConfig, SamplerConfig, parse_config
@@ -346,3 +347,18 @@ def test_loading_says_nothing(tiny, adapter):
 def test_v_prediction_bases_keep_their_target(tmp_path, adapter):
     base = tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
     assert NoiseSchedule(load(base, adapter).scheduler_config).prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_an_adapter_whose_weights_have_other_names_is_refused(tiny, adapter, tmp_path, change):
+    """As a file in the original format that somebody renamed into a diffusers folder."""
+    other = shutil.copytree(adapter, tmp_path / "other")
+    file = other / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "proj_in" in name)
+    weight = tensors.pop(name)
+    if change == "renamed":
+        tensors[f"module.{name}"] = weight
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"holds nothing for 1 weights of a MotionAdapter, such as {name}"):
+        AnimateDiff.load(str(tiny), CPU, motion_adapter=str(other), frames=4)

@@ -1,9 +1,11 @@
 """The Stable Diffusion family against diffusers' own parts."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from seppo_fast.errors import ConfigError
 from seppo_fast.families.sd import StableDiffusion
@@ -78,3 +80,11 @@ def test_other_pipelines_are_refused(tiny, tmp_path):
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"'))
     with pytest.raises(ConfigError, match="StableDiffusionXLPipeline"):
         StableDiffusion.load(str(folder), CPU)
+
+
+def test_an_inpainting_model_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "inpainting")
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config(config | {"in_channels": 9}).save_pretrained(folder / "unet")
+    with pytest.raises(ConfigError, match="its UNet takes 9 channels and gives 4, .* of its VAE have 4"):
+        StableDiffusion.load(str(folder), torch.device("cpu"))

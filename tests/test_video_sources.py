@@ -17,7 +17,7 @@ from seppo_fast.data.images import ImageError, file_ref
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
 from seppo_fast.errors import DataError
-from tests.clips import frame_numbers, numbered_frames, turn_clockwise, write_audio, write_changing_clip, write_clip
+from tests.clips import frame_numbers, numbered_frames, set_display_matrix, write_audio, write_changing_clip, write_clip
 
 
 def loaded(path: Path, *, name: str = "x", whole: bool = False, frames: int = 16, **options: object) -> np.ndarray:
@@ -160,12 +160,31 @@ def test_flip_mirrors_whole_clips_of_half_the_ids(tmp_path):
     assert plain[:, :, :14].min() > 220 > plain[:, :, 18:].max()
 
 
-def test_the_display_matrix_turns_frames(tmp_path):
-    path = write_clip(tmp_path / "clip.mp4", side_by_side(4), "libx264")
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ((0, 1, -1, 0), lambda clip: np.rot90(clip, -1, axes=(1, 2))),  # as a phone held upright
+        ((0, -1, 1, 0), lambda clip: np.rot90(clip, 1, axes=(1, 2))),
+        ((-1, 0, 0, -1), lambda clip: clip[:, ::-1, ::-1]),
+        ((-1, 0, 0, 1), lambda clip: clip[:, :, ::-1]),  # as a front camera
+        ((1, 0, 0, -1), lambda clip: clip[:, ::-1]),
+        ((0, 1, 1, 0), lambda clip: clip.swapaxes(1, 2)),
+        ((0, -1, -1, 0), lambda clip: clip[:, ::-1, ::-1].swapaxes(1, 2)),
+    ],
+)
+def test_the_display_matrix_turns_and_mirrors_frames(tmp_path, turn, expected):
+    clip = side_by_side(4)
+    clip[:, : clip.shape[1] // 2] //= 2  # the four quarters differ
+    path = write_clip(tmp_path / "clip.mp4", clip, "libx264")
     before = loaded(path, frames=4, resolution=48)
-    turned = loaded(turn_clockwise(path), frames=4, resolution=48)
-    np.testing.assert_array_equal(turned, np.rot90(before, -1, axes=(1, 2)))
-    assert turned[:, :20].min() > 220
+    np.testing.assert_array_equal(loaded(set_display_matrix(path, turn), frames=4, resolution=48), expected(before))
+
+
+@pytest.mark.parametrize("suffix", ["webm", "mkv", "mp4", "mov"])
+def test_a_clip_that_begins_late_is_whole(tmp_path, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    write_clip(path, numbered_frames(24), "libvpx-vp9" if suffix in ("webm", "mkv") else "mpeg4", begin=30)
+    assert frame_numbers(loaded(path, frames=24, resolution=32)) == list(range(24))
 
 
 def test_alpha_is_ignored(tmp_path):
@@ -357,25 +376,31 @@ def test_csv_problems_are_named(tmp_path):
         "../list,outside,0",
         "",
         f"good,{'x' * 70_000},1",
+        "good,a third caption,1",
+        "Good,a caption,0",
+        ".\\one\\twin.mp4,by its path,0",
     ]
     source = open_source(str(make_csv(tmp_path, rows, ["good.mp4", "one/twin.mp4", "two/twin.mp4"])))
     assert [(e.id, e.prompt) for e in source] == [
         ("good", "a caption"),
         ("good.mp4", "another caption"),
         ("good#8", "a third caption"),
+        (".\\one\\twin.mp4", "by its path"),
     ]
-    repeats = "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 6"
+    repeats = "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 15"
     assert source.notes[0] == repeats
     found = [(problem.id, problem.reason) for problem in source.problems]
     expected = [
         ("gone", "the file is missing"),
         ("good", "the caption, is empty"),
         ("list.csv:5", "videoid is empty"),
+        ("list.csv:6", "is_transmit is another one than in line 2"),
         ("list.csv:9", "4 fields in 3 columns: a caption with a comma needs quotes"),
         ("twin", "several clips have that name: one/twin.mp4, two/twin.mp4"),
         ("good", "is_transmit must be 0 or 1, got '2'"),
         ("../list", "the file is missing"),
         ("good", "not a caption"),
+        ("Good", "there is 'good'"),
     ]
     assert [name for name, _ in found] == [name for name, _ in expected]
     for (_, told), (_, part) in zip(found, expected, strict=True):
@@ -396,7 +421,13 @@ def test_unreadable_csv(tmp_path):
     with pytest.raises(DataError, match="list.csv: cannot be read as UTF-8 text"):
         open_source(str(table))
     table.write_text('videoid,name\na,"no end\nb,c\n')
-    with pytest.raises(DataError, match="list.csv: line 3 is not csv"):
+    with pytest.raises(DataError, match="list.csv: the row that begins in line 2 has a quote that nothing closes"):
+        open_source(str(tmp_path))
+    table.write_text('videoid,name\na,"an end" too soon\n')
+    with pytest.raises(DataError, match="list.csv: line 2 is not csv"):
+        open_source(str(tmp_path))
+    table.write_text("videoid,name,name\na,b,c\n")
+    with pytest.raises(DataError, match="list.csv: the column name is there twice"):
         open_source(str(tmp_path))
     (tmp_path / "other.csv").touch()
     with pytest.raises(DataError, match=r"2 csv files \(list.csv, other.csv\); give the path of the one to use"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from seppo_fast.data.examples import Example
 from seppo_fast.data.images import MAX_PIXELS, ImageError, Opened, fit_square
@@ -218,6 +219,8 @@ def _count_frames(name: str, stream: BinaryIO, demuxer: str) -> int:
             if packet.stream.index == video.index and packet.size and not packet.is_discard:
                 length += 1
         begin, duration = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
+    if demuxer == "matroska":
+        duration -= begin  # FFmpeg writes the time of the end there
     if begin + duration - end > 0.1 + 0.05 * duration:  # headers round, and count streams of several ends
         raise ImageError(name, f"truncated (ends after {max(0.0, end - begin):.1f} of {duration:.1f} seconds)")
     if not length:
@@ -253,6 +256,14 @@ def _decode(
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    """RGB without alpha, turned as the file's display matrix says."""
+    """RGB without alpha, turned and mirrored as the file's display matrix says."""
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    told = frame.side_data.get("DISPLAYMATRIX")
+    if told is None:
+        return image
+    # (x, y) goes to (a x + c y, b x + d y), y down; `frame.rotation` leaves mirroring out.
+    a, b, _, c, d = np.frombuffer(bytes(told), np.int32)[:5].astype(np.float64)
+    if a * d < b * c:
+        image, a, b = ImageOps.mirror(image), -a, -b
+    angle = -math.degrees(math.atan2(b, a))  # counterclockwise
+    return image.rotate(angle, expand=True) if angle else image

@@ -45,7 +45,7 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
     entries: list[Entry] = []
     problems: list[Problem] = []
     ids: set[str] = set()
-    seen: set[tuple[str, str]] = set()
+    seen: dict[tuple[str, str], tuple[int, bool]] = {}
     repeated: list[int] = []
     for line, fields in _read_rows(table):
         place = f"{table.name}:{line}"
@@ -61,10 +61,13 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
         except ValueError as error:
             problems.append(Problem(videoid or place, str(error)))
             continue
-        if (name, prompt) in seen:
+        first, was_time_lapse = seen.setdefault((name, prompt), (line, time_lapse))
+        if time_lapse != was_time_lapse:
+            problems.append(Problem(place, f"is_transmit is another one than in line {first}, of the same clip"))
+            continue
+        if line != first:
             repeated.append(line)
             continue
-        seen.add((name, prompt))
         entry = Entry(f"{videoid}#{line}" if videoid in ids else videoid, name, prompt, time_lapse)
         entries.append(entry)
         ids.add(entry.id)
@@ -82,24 +85,32 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
 
 def _read_rows(table: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
     """(line, the row's fields by column, or what is wrong with the row); raises DataError."""
+    whole = 0  # lines of the rows before
     try:
         # strict: otherwise a quote that nothing closes takes in the rest of the file
         with open(table, encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, strict=True)
             columns = [column.strip() for column in next(rows, [])]
+            twice = next((column for column in columns if column and columns.count(column) > 1), "")
+            if twice:
+                raise DataError(f"{table}: the column {twice} is there twice.")
             if not {"videoid", "name"} <= set(columns):
                 raise DataError(
                     f"{table}: the columns are {', '.join(columns) or 'none'}. Needed are videoid and name (the "
                     "caption), separated by commas; is_transmit may be there too."
                 )
+            whole = rows.line_num
             for row in rows:
+                whole = rows.line_num
                 if len(row) == len(columns):
                     yield rows.line_num, dict(zip(columns, row, strict=True))
                 elif row:
                     wrong = f"{len(row)} fields in {len(columns)} columns: a caption with a comma needs quotes"
                     yield rows.line_num, wrong
     except csv.Error as error:
-        raise DataError(f"{table}: line {rows.line_num} is not csv ({error}).") from error
+        unclosed = "unexpected end of data" in str(error)
+        wrong = f"the row that begins in line {whole + 1} has a quote that nothing closes"
+        raise DataError(f"{table}: {wrong if unclosed else f'line {rows.line_num} is not csv ({error})'}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table}: cannot be read as UTF-8 text ({error}).") from error
 
@@ -134,11 +145,14 @@ class _Clips:
 
     def find(self, videoid: str) -> str:
         """The one path that `videoid` names; ValueError if there is none or several."""
+        videoid = videoid.replace("\\", "/").removeprefix("./")
         found = self._by_name.get(videoid, [])
         if not found and videoid in self._others:
             raise ValueError(f"{self._others[videoid]} is not a clip: none of {', '.join(VIDEO_SUFFIXES)}")
         if not found:
-            raise ValueError("the file is missing: no clip of that name beside the csv or below")
+            alike = [name for name in self._by_name if name.lower() == videoid.lower()]
+            hint = f"; there is {alike[0]!r}" if alike else ""
+            raise ValueError(f"the file is missing: no clip of that name beside the csv or below{hint}")
         if len(found) > 1 and videoid not in found:
             raise ValueError(f"several clips have that name: {', '.join(found)}")
         name = videoid if videoid in found else found[0]

@@ -134,10 +134,9 @@ def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPip
     """An AnimateDiff pipeline of the parts of `pipe` and the adapter at `where`, in float32."""
 
     def load() -> UNetMotionModel:
-        adapter = MotionAdapter.from_pretrained(where, use_safetensors=True).float()
-        if Path(where).is_dir():
-            check_complete("model.motion_adapter", Path(where), adapter)
-        return UNetMotionModel.from_unet2d(pipe.unet, adapter)
+        adapter = MotionAdapter.from_pretrained(where, use_safetensors=True)
+        check_complete("model.motion_adapter", Path(where), adapter)
+        return UNetMotionModel.from_unet2d(pipe.unet, adapter.float())
 
     unet = load_as("model.motion_adapter", path, "a MotionAdapter", load)
     kept = ("vae", "text_encoder", "tokenizer", "scheduler")

@@ -75,11 +75,20 @@ def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str
 
 
 def check_complete(key: str, place: Path, module: nn.Module) -> None:
-    """Raises ConfigError where the safetensors files in a folder hold fewer values than the module that they made.
+    """Raises ConfigError where weights of a module were not in the files that it was loaded from.
 
-    What is missing there the libraries fill with random numbers. Values are counted, since names may be old ones.
-    Variants (`model.fp16.safetensors`) and other files beside those that were loaded do not count.
+    What is missing there the libraries leave on `meta` or fill with random numbers. In a folder values are counted,
+    since names may be old ones. Variants (`model.fp16.safetensors`) and other files beside those that were loaded do
+    not count.
     """
+    empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise ConfigError(
+            f"{key}: {place} holds nothing for {len(empty)} weights of a {type(module).__name__}, such as "
+            f"{empty[0]}; a file of another format is converted by its from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    if not place.is_dir():
+        return
     held = 0
     for file in _loaded(place, module):
         with safe_open(file, framework="pt") as opened:

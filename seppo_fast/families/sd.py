@@ -221,9 +221,10 @@ def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
     index = load_as("model.path", where, "a Stable Diffusion pipeline", read)
     found = str(index.get("_class_name"))
     if found == "AnimateDiffPipeline" and found not in allowed:
+        local = "" if folder else " and give it as a folder, not as a hub id"
         raise ConfigError(
-            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: give it as a folder, not "
-            "as a hub id, and leave model.motion_adapter empty; or give a Stable Diffusion pipeline and an adapter"
+            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: leave "
+            f"model.motion_adapter empty{local}; or give a Stable Diffusion pipeline and an adapter"
         )
     if found not in allowed:
         raise ConfigError(
@@ -244,12 +245,18 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
 
     def load() -> DiffusionPipeline:
         pipe = kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
-        for part in _WEIGHTS if Path(where).is_dir() else ():
+        for part in _WEIGHTS:
             check_complete("model.path", Path(where) / part, pipe.components[part])
         return pipe
 
     pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
     pipe.set_progress_bar_config(disable=True)
+    takes, gives, made = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
+    if not takes == gives == made:
+        raise ConfigError(
+            f"model.path = {where!r}: its UNet takes {takes} channels and gives {gives}, and the latents of its VAE "
+            f"have {made}; a text-to-image model is needed (inpainting takes more)"
+        )
     return pipe
 
 
