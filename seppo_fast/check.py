@@ -56,7 +56,7 @@ def check(config: Config) -> int:
     for line in truncation(family.too_long(sorted(prompts)), len(prompts)):
         print(line)
     ties = f", {source.ties} ties dropped" if source.ties else ""
-    print(f"data: {len(source)} examples, {len(problems)} bad{ties}")
+    print(f"data: {len(source) + len(source.problems)} examples, {len(problems)} bad{ties}")
     room = room_on(device)
     need = need_of(config, family, device, room)
     print(f"device memory, of {size(room)} on {device.type}:")
@@ -83,8 +83,9 @@ def _places(config: Config, family: StableDiffusion, need: Need, device: torch.d
     yield f"trained: {sum(weight.numel() for weight in trainable(family.unet).values()):,} of {every:,} weights"
     references = checkpoints(config)
     slab = Table.of(family.unet, DTYPES[config.model.precision]).size if references else 0
+    first = "GPU memory, else in " if device.type == "cuda" else ""
     yield (
-        f"past policies: {references} of {size(slab)}, in GPU memory, else in {_tier(config.reference.host_gib)} of "
+        f"past policies: {references} of {size(slab)}, in {first}{_tier(config.reference.host_gib)} of "
         f"the machine's memory, else on {_tier(config.reference.disk_gib)} of disk"
     )
     if need.parked:

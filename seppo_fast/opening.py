@@ -41,9 +41,13 @@ def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
 
 
 def open_cache(
-    config: Config, source: Source, family: StableDiffusion, report: Callable[[str], object] = print
+    config: Config,
+    source: Source,
+    family: StableDiffusion,
+    report: Callable[[str], object] = print,
+    accept: Callable[[str], object] = lambda fingerprint: None,
 ) -> LatentCache:
-    """The latent and prompt cache of a configuration; built where it is not there yet; `report` takes its lines.
+    """The latent and prompt cache of a configuration, built where it is not there yet; see `open_or_build`.
 
     Raises:
         ConfigError: a resolution that the model does not take.
@@ -59,6 +63,7 @@ def open_cache(
         folder=Path(config.data.cache),
         losers=OBJECTIVES[config.objective].needs_pairs,
         report=report,
+        accept=accept,
     )
     family.park_encoders()
     return cache

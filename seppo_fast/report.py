@@ -29,6 +29,7 @@ from seppo_fast.scores import read_scores
 from seppo_fast.watch import LARGEST, WINDOW, spells
 
 NAME = "report.html"
+_BEGINS = b"<!doctype html>"
 _PICTURES = 6  # of samples
 _WIDEST = 1600  # pixels of a picture in the page
 _MOST_LOG_BYTES = 1 << 27  # some hundred thousand updates
@@ -86,6 +87,8 @@ def report(run: Path, output: Path | None = None, say: Callable[[str], object] =
     file = output or run / NAME
     if not file.name:
         raise ConfigError(f"{file}: a folder; name the file to write, such as {file / NAME}")
+    if file.is_file() and not _is_page(file):
+        raise ConfigError(f"{file}: is there already and is no page; choose another --output")
     # A path may hold bytes that are no text.
     content = page(run, log).encode("utf-8", errors="replace")
     staging = file.with_name(f".tmp-{file.name}")
@@ -98,6 +101,15 @@ def report(run: Path, output: Path | None = None, say: Callable[[str], object] =
         raise ConfigError(f"{file}: cannot be written: {problem.strerror}") from problem
     say(f"report: {file}")
     return file
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file begins as ours do, or holds nothing; what cannot be read is said when it is written."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_BEGINS)).lower() in (_BEGINS, b"")
+    except OSError:
+        return True
 
 
 def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
@@ -122,7 +134,7 @@ def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
     # The policy holds should anything ever be escaped badly: nothing runs and nothing is fetched.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'{_BEGINS.decode()}\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}{curves.STYLE}</style></head>\n<body>\n"

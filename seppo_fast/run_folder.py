@@ -45,7 +45,8 @@ def _ours(folder: Path) -> bool:
         return True
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")}
     try:
-        return names <= _BEGUN and (folder / LOCK).read_text(encoding="utf-8") == _MARK
+        mark = (folder / LOCK).read_text(encoding="utf-8")
+        return (names <= _BEGUN and mark == _MARK) or (names == {LOCK} and not mark)  # killed before it wrote the mark
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -96,14 +97,19 @@ def _locked(folder: Path) -> int:
     except OSError as problem:
         raise CheckpointError(disk_message(folder, problem)) from problem
     try:
-        # A lock of the process, so that one that ends in any way lets go of it.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Of this descriptor, so that a process that ends in any way lets go of it. Not lockf: its locks are of the
+        # process, which would lose them as soon as it read the file and closed it.
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
         os.close(handle)
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             raise ConfigError(f"output = {str(folder)!r}: another run is writing there") from None
         raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
-    os.pwrite(handle, _MARK.encode(), 0)
+    try:
+        os.pwrite(handle, _MARK.encode(), 0)
+    except OSError as problem:
+        _release(folder, handle)
+        raise CheckpointError(disk_message(folder, problem)) from problem
     return handle
 
 

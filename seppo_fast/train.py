@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seppo_fast.interrupt import held_back
+
 if TYPE_CHECKING:
     from seppo_fast.config import Config
     from seppo_fast.trainer import Trainer
@@ -29,9 +31,10 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
         Interrupted: by a signal, after the state was saved.
     """
     # Here, so that the command line can quiet the libraries before they load.
-    from seppo_fast.processes import node_of, processes
-    from seppo_fast.run_folder import claimed
-    from seppo_fast.trainer import Trainer
+    with held_back():
+        from seppo_fast.processes import node_of, processes
+        from seppo_fast.run_folder import claimed
+        from seppo_fast.trainer import Trainer
 
     accelerator = processes()
     with claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved:

@@ -84,14 +84,17 @@ class Trainer:
         if saved is not None:
             refuse_other_content(saved, self._fingerprints)
         patience = Patience(self.accelerator)
+
+        def accept(data: str) -> None:
+            if saved is not None:
+                refuse_other_content(saved, {"data": data})
+
         with patience.first_alone():
-            self.cache = open_cache(config, source, self.family, self.accelerator.print)
+            self.cache = open_cache(config, source, self.family, self.accelerator.print, accept)
         patience.wait()  # each process reads all of the data for its digest
         self._fingerprints["data"] = self.cache.fingerprint
         if not node_of(self.accelerator).alike(self._fingerprints):
             raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
-        if saved is not None:
-            refuse_other_content(saved, self._fingerprints)
         make_trainable(self.unet, config.model, config.seed)
         # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise. Shards
         # are of contiguous weights only.

@@ -328,7 +328,7 @@ def test_check_names_them_all_and_training_stops(tmp_path, tiny, capsys):
     assert main(["check", str(config)]) == 3
     out = capsys.readouterr().out
     assert {line[5:].split(": ")[0] for line in out.splitlines() if line.startswith("bad: ")} == names.keys()
-    assert f"data: {len(good) + len(BAD)} examples, {len(names)} bad" in out
+    assert f"data: {len(good) + len(names)} examples, {len(names)} bad" in out
     assert main(["train", str(config)]) == 3
     err = capsys.readouterr().err
     assert f"{len(names)} of {len(names) + len(good)} examples cannot be used, more than 1 %" in err

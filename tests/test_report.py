@@ -18,6 +18,7 @@ from PIL import Image
 
 from seppo_fast.cli import main
 from seppo_fast.curves import curve
+from seppo_fast.errors import ConfigError
 from seppo_fast.evaluate.pictures import side_by_side
 from seppo_fast.interrupt import Interrupted
 from seppo_fast.report import report
@@ -323,6 +324,15 @@ def test_pictures_are_png_alone_and_of_a_runs_width(tmp_path):
     assert list(page.images()) == ["prompts and base", "update-5"]
     said = dict(re.findall(r"update-(\d)\.png cannot be shown: (too narrow|truncated|not an image)", page.text["p"]))
     assert said == {"1": "not an image", "2": "not an image", "3": "too narrow", "4": "truncated"}
+
+
+def test_files_that_are_no_page_are_not_replaced(tmp_path):
+    run = run_folder(tmp_path / "run", [entry(1)])
+    before = (run / "log.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="log.jsonl: is there already and is no page"):
+        report(run, run / "log.jsonl")
+    assert (run / "log.jsonl").read_bytes() == before
+    assert report(run, report(run)).read_bytes().startswith(b"<!doctype html>")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")

@@ -86,6 +86,20 @@ def test_every_kind_of_member_that_is_data(tmp_path, form):
     assert scan(source) == []
 
 
+def test_a_dot_in_a_name_is_told(tmp_path):
+    picture = encoded(pixels(0))
+    members = [
+        *pair("ok", 1), member("ok.mask.png", picture),  # another field of it
+        member("my.photo.png", picture), member("my.photo.txt", b"a photo"),
+        member("my.second.jpg", picture), member("my.second.txt", b"another"),
+    ]  # fmt: skip
+    source = open_source(str(write_tar(tmp_path / "one.tar", members)))
+    assert [example.id for example in source] == ["one.tar/ok.png"]
+    told = refusals(source)
+    assert sorted(told) == ["one.tar/my.photo.png", "one.tar/my.second.jpg"]
+    assert all("has a dot in its name" in reason for reason in told.values())
+
+
 def test_a_folder_a_pattern_and_a_file_are_alike(tmp_path):
     folder = shards(tmp_path / "data")
     source = open_source(str(folder))

@@ -1,8 +1,10 @@
 """Kills, signals, damage and full disks through the real command line: the same command goes on, exactly."""
 
+import errno
 import fcntl
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -11,8 +13,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.forks import Forks
-from seppo_fast.config import to_yaml
+from seppo_fast.config import SaveConfig, to_yaml
+from seppo_fast.errors import CheckpointError
+from seppo_fast.interrupt import held_back
+from seppo_fast.node import Node
+from seppo_fast.run_folder import claimed
 from seppo_fast.saved_state import saved_states
+from seppo_fast.train import train
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run
 from tests.tiny import tiny_pipeline
@@ -280,6 +287,7 @@ def test_a_finished_run_stays_as_it_is(damaged):
 def test_other_data_or_another_model_are_refused(damaged, tmp_path, shared, tiny):
     ended = damaged.train("--data.source", "shapes:11:4")
     assert ended.code == 2 and "the data changed since the run was begun" in ended.err
+    assert "encoding" not in ended.out  # which can take hours
     other = tiny_pipeline(tmp_path / "other", seed=1)
     ended = damaged.train("--model.path", other)
     assert ended.code == 2 and "the model" in ended.err
@@ -315,10 +323,60 @@ def test_somebodys_own_files_are_left_alone(run, name):
 
 def test_two_runs_do_not_share_a_folder(damaged):
     with (damaged.output / ".lock").open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         ended = damaged.train()
     assert ended.code == 2 and "another run is writing there" in ended.err
     assert damaged.train("--train.updates", 3).code == 0
+
+
+def test_a_run_keeps_its_folder_from_its_first_moment(run):
+    """It reads its own lock file while it is set up, and has no saved state yet."""
+    others = []
+
+    def observe(trainer, updates):
+        if updates == 1:
+            others.append(run.train())
+
+    train(run.config.model_copy(update={"save": SaveConfig(minutes=60)}), observe)
+    (other,) = others
+    assert other.code == 2 and "another run is writing there" in other.err
+    assert [entry["update"] for entry in log_of(run.config)] == list(range(1, UPDATES + 1))
+
+
+def test_a_run_begins_where_one_was_ended_before_it_marked_its_lock(run):
+    run.output.mkdir()
+    (run.output / ".lock").touch()
+    assert run.train("--train.updates", 1).code == 0
+
+
+def test_a_folder_whose_disk_is_full_is_left_as_it_was(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CheckpointError, match="no space left"), claimed(tmp_path / "run", Node(), print):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_is_not_lost_in_the_end_of_an_object():
+    """As while libraries are imported: what is raised in a `__del__` is printed, and forgotten."""
+
+    class Ends:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    reached = []
+    with pytest.raises(KeyboardInterrupt), held_back():  # noqa: PT012 - where it is raised is the point
+        Ends()
+        reached.append(True)
+    assert reached
+    with pytest.raises(KeyboardInterrupt), held_back():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(True)
+    assert len(reached) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_that_saved_nothing_begins_again(damaged):

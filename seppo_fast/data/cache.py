@@ -44,6 +44,7 @@ def open_or_build(
     batch_size: int = 8,
     losers: bool = True,
     report: Callable[[str], object] = print,
+    accept: Callable[[str], object] = lambda fingerprint: None,
 ) -> LatentCache:
     """Opens the cache of `source` below `folder`; encodes it first where it is not there yet.
 
@@ -61,6 +62,7 @@ def open_or_build(
         losers: Whether the losers of labelled pairs are encoded too; a method that needs winners only can save half.
         report: Called with each line for the user: progress, every example left out, a warning where prompts are
             truncated or clips too short.
+        accept: Called with the cache's fingerprint before anything is encoded; may raise.
 
     Returns:
         The cache, whole: it is built in a folder beside its place and renamed once complete, by one process, while
@@ -90,6 +92,7 @@ def open_or_build(
         frames=frames,
         flip=flip,
     )
+    accept(key)
     final = folder / f"latents-{key[:16]}"
     _remove_abandoned(folder)
     if not final.exists():

@@ -169,7 +169,7 @@ def _parse_line(line: str) -> tuple[str, str]:
     if not isinstance(name, str) or not name:
         raise ValueError('"file_name" is missing')
     if not isinstance(prompt, str):
-        raise ValueError(f'{name}: "text" is missing')
+        raise ValueError(f'{name}: "text" is {"missing" if prompt is None else "no text"}')
     prompt = checked_caption(f'{name}: "text"', prompt)
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:

@@ -27,6 +27,7 @@ from seppo_fast.data.images import bytes_ref
 from seppo_fast.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+_READ = (*IMAGES, "txt", "json")
 MAX_IMAGE_BYTES = 1 << 28
 """A member is read whole. 64 megapixels with nothing compressed are as much."""
 _MAX_JSON_BYTES = 1 << 20
@@ -142,6 +143,7 @@ class _Shard:
         self._path, self._label = path, label
         self._groups: dict[str, dict[str, Member]] = {}
         self._spoiled: set[str] = set()
+        self._dotted: dict[str, list[str]] = {}
         try:
             self._size = path.stat().st_size
             for member in _headers(path):
@@ -152,6 +154,11 @@ class _Shard:
             self.problems.append(Problem(label, str(error) or type(error).__name__))
         for key, fields in self._groups.items():
             self._group(key, fields)
+        # Beside an example they are other fields of it, by webdataset's rule; alone they were meant as one.
+        for key in self._dotted.keys() - self._groups.keys():
+            for name in self._dotted[key]:
+                reason = "has a dot in its name, and in shards all behind the first one is the kind; rename it"
+                self.problems.append(Problem(f"{self._label}/{name}", reason))
 
     def _take(self, header: tarfile.TarInfo) -> None:
         path = PurePosixPath(header.name)
@@ -166,10 +173,12 @@ class _Shard:
         if reason is not None:
             self.problems.append(Problem(f"{self._label}/{member.name}", reason))
             self._spoiled.add(key)
-        elif suffix in (*IMAGES, "txt", "json"):
+        elif suffix in _READ:
             self._groups.setdefault(key, {})[suffix] = member
         else:
             self.others[suffix if dot else "(none)"] += 1
+            if suffix.rpartition(".")[2] in IMAGES:
+                self._dotted.setdefault(key, []).append(member.name)
 
     def _refused(self, header: tarfile.TarInfo, path: PurePosixPath) -> str | None:
         if path.is_absolute() or ".." in path.parts or "\0" in header.name:

@@ -173,7 +173,7 @@ def train(settings: Settings, what: str, unet: nn.Module, text_encoder: nn.Modul
     steps, batch = (settings.steps, settings.batch) if clips else (settings.stills, settings.batch * FRAMES)
     noising = DDPMScheduler(**SCHEDULE)
     adapter = {id(parameter) for name, parameter in unet.named_parameters() if "motion_modules" in name}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if id(p) in adapter]},
         {"params": [p for p in trained if id(p) not in adapter], "share": settings.gently if clips else 1},
     ]
