@@ -22,7 +22,8 @@ def held_back() -> Iterator[None]:
 
     One that is raised while a library's `__del__` runs would be printed and lost, and the run would go on.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell's background jobs have it
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []

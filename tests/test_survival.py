@@ -359,6 +359,15 @@ def test_a_folder_whose_disk_is_full_is_left_as_it_was(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def default_ctrl_c():
+    """Python's own handler, also where the tests run as a shell's background job, which ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_ctrl_c_is_not_lost_in_the_end_of_an_object():
     """As while libraries are imported: what is raised in a `__del__` is printed, and forgotten."""
 
@@ -377,6 +386,9 @@ def test_ctrl_c_is_not_lost_in_the_end_of_an_object():
         reached.append(True)
     assert len(reached) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with held_back():
+        os.kill(os.getpid(), signal.SIGINT)  # stays ignored
 
 
 def test_a_run_that_saved_nothing_begins_again(damaged):
