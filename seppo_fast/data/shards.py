@@ -155,8 +155,8 @@ class _Shard:
         for key, fields in self._groups.items():
             self._group(key, fields)
         # Beside an example they are other fields of it, by webdataset's rule; alone they were meant as one.
-        for key in self._dotted.keys() - self._groups.keys():
-            for name in self._dotted[key]:
+        for key, names in self._dotted.items():
+            for name in () if key in self._groups else names:
                 reason = "has a dot in its name, and in shards all behind the first one is the kind; rename it"
                 self.problems.append(Problem(f"{self._label}/{name}", reason))
 

@@ -22,13 +22,6 @@ DIRECTIONS = {  # of a move, as (x, y)
 }
 RESIZING = ("grows", "shrinks")  # from small to large, or back; no size can be asked for
 STILL = "stays still"
-OPPOSITE = {
-    **dict(zip(RESIZING, reversed(RESIZING))),
-    "moves left": "moves right",
-    "moves right": "moves left",
-    "moves up": "moves down",
-    "moves down": "moves up",
-}
 MOTIONS = (*RESIZING, *DIRECTIONS, STILL)
 TRAVEL = (10.0, 12.0)  # pixels that a moving thing covers from the first frame to the last
 OFF_MIDDLE = 1.5  # pixels by which the middle of a way misses the middle of the room for it, at most
