@@ -264,7 +264,7 @@ def transfers(case: Case) -> tuple[int, int]:
     from seppo_fast.kernels.errors import division
 
     fewest = 5 if case.ahead else 7
-    one_chunk = division(math.prod(LATENTS[case.latent]))["CHUNKS"] == 1
+    one_chunk = division(math.prod(LATENTS[case.latent]), torch.device("cpu"))["CHUNKS"] == 1
     return fewest + 3, fewest if one_chunk else fewest + 3
 
 

@@ -26,9 +26,15 @@ from torch.autograd.function import once_differentiable
 # Fixed when the kernels below are defined: setting TRITON_INTERPRET later has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-LANES = 2048  # at most; 8 warps of them give a thread eight neighbours: 16 bytes of bfloat16
-FOLDS = 8  # at most; the residuals of a pair of such chunks take half of a multiprocessor's registers
 EXACT = {"enable_fp_fusion": False}
+
+# Lanes and folds of a chunk, at most. A warp takes 256 lanes, so that a thread has eight neighbours: 16 bytes of
+# bfloat16. The residuals of a pair of chunks take half of a multiprocessor's registers, in one program of 8 warps with
+# 200 registers a thread, or of 16 warps with 128, which leave the scheduler twice as many warps to choose from.
+DIVISIONS = {"8 warps": (2048, 8), "16 warps": (4096, 4)}
+DEFAULT = "8 warps"
+# By compute capability, where another division than the default has been measured to be faster.
+CHOSEN: dict[tuple[int, int] | None, str] = {}
 
 Layout = tuple[int, int, int, int, int]
 
@@ -99,9 +105,15 @@ def _errors_bwd_kernel(
         row += target_rows
 
 
-def division(size: int) -> dict[str, int]:
-    """Chunks, folds and lanes of a latent, and the warps of a program."""
-    return _division(size, LANES, FOLDS)
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of a GPU; None for a CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def division(size: int, device: torch.device) -> dict[str, int]:
+    """Returns chunks, folds and lanes of a latent of `size` elements, and the warps of a program, on a device."""
+    return _division(size, *DIVISIONS[CHOSEN.get(capability(device), DEFAULT)])
 
 
 @cache  # Triton's own arithmetic takes 4 us a call, as long as a launch
@@ -147,14 +159,15 @@ def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
 def _errors(pred: Tensor, target: Tensor) -> Tensor:
     rows, size = pred.shape
     assert pred.stride(1) == 1 or size == 1
-    assert rows % len(target) == 0 and size + FOLDS * LANES < 2**31
+    parts = division(size, pred.device)
+    assert rows % len(target) == 0 and parts["CHUNKS"] * parts["FOLDS"] * parts["LANES"] < 2**31
     target, places = layout(target)
     error = torch.empty(rows, dtype=torch.float32, device=pred.device)
     with torch.cuda.device_of(pred):
         _errors_fwd_kernel[(rows,)](
             pred, target, error,
             size, len(target), pred.stride(0), target.stride(0),
-            LAYOUT=places, **division(size), **EXACT,
+            LAYOUT=places, **parts, **EXACT,
         )  # fmt: skip
     return error
 
@@ -163,7 +176,7 @@ def write_gradient(pred: Tensor, target: Tensor, coefficient: Tensor, factor: fl
     """`factor c (p - y)` of each row, written to `grad` (R, N), which may be `pred` itself."""
     rows, size = pred.shape
     target, places = layout(target)
-    parts = division(size)
+    parts = division(size, pred.device)
     lanes, warps = parts["LANES"], parts["num_warps"]
     blocks = -(-size // lanes)
     on_device = isinstance(factor, Tensor)

@@ -36,8 +36,6 @@ from torch.autograd.function import once_differentiable
 
 from seppo_fast.kernels.errors import (
     EXACT,
-    FOLDS,
-    LANES,
     by_four,
     denoising_errors,
     dense_like,
@@ -53,8 +51,7 @@ __all__ = ["denoising_errors", "loss_and_grad", "preference"]
 
 PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-PAIR_LANES = 1024  # at most, in the means over the pairs
-CHUNKED_PAIR_LANES = 256  # fewer, so that six sums a lane leave registers for several programs at a time
+PAIR_LANES = 1024  # at most, in the means over the pairs; where pairs come in chunks, one a thread
 
 
 @triton.jit
@@ -201,10 +198,11 @@ def forward(
     rows, size = pred.shape
     pairs = rows // 2
     assert all(x is None or x.stride(1) == 1 or size == 1 for x in (pred, ref_pred, grad))
-    assert size + FOLDS * LANES < 2**31  # offsets are of 32 bits, also those behind the end
     device = pred.device
     target, places = layout(target)
-    parts = division(size)
+    parts = division(size, device)
+    # Offsets are of 32 bits, also those behind the end.
+    assert parts["CHUNKS"] * parts["FOLDS"] * parts["LANES"] < 2**31
     programs = pairs * parts["CHUNKS"]
     loss = torch.empty((), dtype=torch.float32, device=device)
     reject = torch.empty(pairs, dtype=torch.bool, device=device)
@@ -214,7 +212,8 @@ def forward(
         partials = torch.empty(SUMS.value * programs, dtype=torch.float64, device=device)
     written = grad if programs == pairs else None
     scale, on_device = 2 / (size * pairs), isinstance(grad_scale, Tensor)
-    most = min(PAIR_LANES if programs == pairs else CHUNKED_PAIR_LANES, 256 * parts["num_warps"])
+    # In chunks a pair has six sums: one pair a thread leaves registers for several programs at a time.
+    most = min(PAIR_LANES, (256 if programs == pairs else 32) * parts["num_warps"])
     pair_lanes = min(most, max(16, 1 << (pairs - 1).bit_length()))
     with torch.cuda.device_of(pred):
         _preference_fwd_kernel[(programs,)](

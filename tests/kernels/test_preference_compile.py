@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ class Case:
         stored: latents that it stores.
         numbers: 4-byte loads outside the means: factors, reference errors, weights.
         results: 4-byte stores: loss, two rates, ticket, and of both halves errors, coefficients, a logit.
-        registers: of a thread, at most.
+        registers: of a thread, at most, in programs of 8 warps.
     """
 
     call: Callable[[torch.dtype], None]
@@ -98,13 +99,16 @@ COMPILED = [(torch.bfloat16, case) for case in CASES] + [
 ]
 
 
-def test_largest_chunk_is_a_latent_of_sd15():
-    assert errors.LANES * errors.FOLDS == ONE_CHUNK
+@pytest.mark.parametrize("division", errors.DIVISIONS)
+def test_largest_chunk_is_a_latent_of_sd15(division):
+    lanes, folds = errors.DIVISIONS[division]
+    assert lanes * folds == ONE_CHUNK
 
 
 @cache
-def _code(capability: int, case: str, dtype: torch.dtype) -> Code:
-    (code,) = compiled(GPUTarget("cuda", capability, 32), lambda: CASES[case].call(dtype))
+def _code(capability: int, case: str, dtype: torch.dtype, division: str = errors.DEFAULT) -> Code:
+    with mock.patch.dict(errors.CHOSEN, {None: division}):  # None: the tensors are on a CPU
+        (code,) = compiled(GPUTarget("cuda", capability, 32), lambda: CASES[case].call(dtype))
     return code
 
 
@@ -120,6 +124,17 @@ def test_no_spills_and_few_registers(capability, dtype, case):
     assert f".target sm_{capability}" in code.ptx
     assert _no_memory_of_its_own(code)
     assert code.usage["REG"] <= CASES[case].registers
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("capability", CAPABILITIES[:2])
+def test_sixteen_warps_do_not_spill_and_keep_the_byte_model(capability, case):
+    """512 threads share 65,536 registers. On sm_100 `at once` spills some bytes, so 8 warps stay there."""
+    code = _code(capability, case, torch.bfloat16, "16 warps")
+    assert code.kernel.metadata.num_warps == 16
+    assert _no_memory_of_its_own(code)
+    assert code.usage["REG"] <= 128
+    _check_traffic(code, case, torch.bfloat16)
 
 
 def _check_traffic(code: Code, case: str, dtype: torch.dtype) -> None:

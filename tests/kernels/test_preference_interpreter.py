@@ -35,10 +35,8 @@ def small(monkeypatch):
 
 
 def _divide(monkeypatch, lanes, folds, pair_lanes):
-    monkeypatch.setattr(errors, "LANES", lanes)
-    monkeypatch.setattr(errors, "FOLDS", folds)
+    monkeypatch.setitem(errors.DIVISIONS, errors.DEFAULT, (lanes, folds))
     monkeypatch.setattr(preference, "PAIR_LANES", pair_lanes)
-    monkeypatch.setattr(preference, "CHUNKED_PAIR_LANES", pair_lanes)
 
 
 def _values(result):

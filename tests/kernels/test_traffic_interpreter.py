@@ -22,8 +22,7 @@ CHUNK = 64  # elements, here
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(errors, "LANES", 16)
-    monkeypatch.setattr(errors, "FOLDS", CHUNK // 16)
+    monkeypatch.setitem(errors.DIVISIONS, errors.DEFAULT, (16, CHUNK // 16))
 
 
 class _Traffic:
