@@ -7,6 +7,7 @@ memory, and no GPU, and it leaves the model alone. What an allocator wastes and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -106,7 +107,12 @@ def page_locked(memory: Tensor) -> Tensor:
         RuntimeError: the driver refuses.
     """
     place = memory.data_ptr()
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(place, memory.nbytes, 0)))
+    code = int(torch.cuda.cudart().cudaHostRegister(place, memory.nbytes, 0))
+    if code:
+        # The runtime keeps the error, and the next launch of a kernel would raise it in its place: take it here.
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device="cuda").fill_(0)
+        torch.cuda.check_error(code)
     weakref.finalize(memory, lambda: torch.cuda.cudart().cudaHostUnregister(place))
     return memory
 

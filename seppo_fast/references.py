@@ -270,7 +270,7 @@ class ReferencePool:
         try:
             files, count = checked_members(folder, self._settings())
             members = {number: map_member(file) for number, file in files.items()}
-            table = next(iter(members.values()))[1] if like is None else Table.of(like, self._compute)
+            table = next(iter(members.values()))[1].repacked() if like is None else Table.of(like, self._compute)
             if any(other.tensors != table.tensors for _, other in members.values()):
                 problem = f"{folder}: its checkpoints are of different modules"
         except CheckpointError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from seppo_fast.sharding import whole
 
-_ALIGNMENT = 128  # bytes: a cache line, so that kernels choose as they do for memory of their own
+# Bytes, as PyTorch's allocator aligns: cuBLASLt chooses its algorithm by the alignment of each operand, up to 256.
+_ALIGNMENT = 512
 # Of these, autocast casts the parameters before each use.
 _CAST = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -66,14 +67,20 @@ class Table:
                 same predictions bit for bit from half the bytes.
         """
         cast = _cast_by_autocast(module) if compute in (torch.float16, torch.bfloat16) else set()
-        entries, offset = [], 0
+        entries = []
         for name, tensor in trained_state(module).items():
             dtype = compute if id(tensor) in cast and tensor.dtype == torch.float32 else tensor.dtype
             stride = torch.empty_like(tensor, device="meta").stride()
-            entries.append(Entry(name, tuple(tensor.shape), tuple(stride), str(dtype).removeprefix("torch."), offset))
-            used = offset + tensor.numel() * dtype.itemsize
-            offset = -(-used // _ALIGNMENT) * _ALIGNMENT
-        return cls(tuple(entries), offset)
+            entries.append(Entry(name, tuple(tensor.shape), tuple(stride), str(dtype).removeprefix("torch."), 0))
+        return cls(tuple(entries), 0).repacked()
+
+    def repacked(self) -> Table:
+        """Returns the table of the same tensors in the same order at the alignment of today's slabs."""
+        entries, offset = [], 0
+        for entry in self.entries:
+            entries.append(replace(entry, offset=offset))
+            offset += -(-_bytes(entry) // _ALIGNMENT) * _ALIGNMENT
+        return Table(tuple(entries), offset)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Table:
@@ -130,7 +137,9 @@ class Table:
         for entry in self.entries:
             values = whole(tensors[entry.name])
             if slab is not None:
-                views[entry.name].copy_(values)
+                view = views[entry.name]
+                # Rounded where the values are: a copy from a GPU to another dtype would convert on the CPU.
+                view.copy_(values.to(view.dtype))
 
     def check(self, module: nn.Module) -> dict[str, Tensor]:
         """A module's trained state, its names and shapes compared with the table's.
@@ -196,7 +205,8 @@ def _view(slab: Tensor, entry: Entry) -> Tensor:
         raise ValueError(f"{entry.name}: {entry.dtype!r} is no dtype")
     end, count = entry.offset + _bytes(entry), math.prod(entry.shape)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(entry.shape, entry.stride, strict=True))
-    if end > len(slab) or entry.offset % _ALIGNMENT or (count and reach != count):
+    # Slabs of older versions are aligned to less.
+    if end > len(slab) or entry.offset % dtype.itemsize or (count and reach != count):
         raise ValueError(f"{entry.name}: leaves the slab of {len(slab)} bytes")
     return slab[entry.offset : end].view(dtype).as_strided(entry.shape, entry.stride)
 

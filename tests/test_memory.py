@@ -309,3 +309,43 @@ def test_free_bytes_on_cuda_include_what_the_allocator_holds_unused(monkeypatch)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     assert free_bytes(CUDA) == 1200
+
+
+class Runtime:
+    """CUDA's runtime as far as it matters here: a refused registration is the next launch's error too."""
+
+    def __init__(self, code):
+        self.code, self.error = code, 0
+
+    def cudaHostRegister(self, place, size, flags):
+        self.error = self.code
+        return self.code
+
+    def launch(self, value):
+        error, self.error = self.error, 0
+        if error:
+            raise RuntimeError("CUDA error: out of memory")
+
+
+def test_memory_that_is_not_pinned_leaves_no_error_to_the_next_kernel(monkeypatch):
+    runtime = Runtime(2)
+
+    def check_error(code):
+        raise RuntimeError(f"cuda runtime error ({code})")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(fill_=runtime.launch))
+    with pytest.raises(RuntimeError, match=r"error \(2\)"):
+        memory.page_locked(memory.host_bytes(4096))
+    runtime.launch(0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_memory_that_is_not_pinned_leaves_no_error_to_the_next_kernel():
+    host = memory.host_bytes(4096)
+    pinned = memory.page_locked(host)
+    with pytest.raises(RuntimeError):
+        memory.page_locked(host)  # registered already
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+    assert pinned.nbytes == 4096

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import seppo_fast.pool_files as pool_files
+import seppo_fast.slab as slab
 from seppo_fast.errors import CheckpointError
 from seppo_fast.references import ReferencePool
 from seppo_fast.slab import Table
@@ -43,6 +44,25 @@ def test_a_saved_pool_comes_back_bit_for_bit_whatever_the_budgets(saved, tmp_pat
         pool.restore(folder, CPU)
         shutil.rmtree(folder)  # nothing of it is needed afterwards
         assert list(pool.tiers.values()) == tiers and len(pool) == 3
+        assert_holds(pool, expected)
+
+
+@pytest.mark.parametrize("like", [Odd(), None], ids=["like a module", "as it was"])
+def test_a_pool_of_an_older_version_is_laid_out_anew(tmp_path, monkeypatch, like):
+    """Its slabs were aligned to 128 bytes, at which cuBLASLt may take another algorithm than for the policy."""
+    monkeypatch.setattr(slab, "_ALIGNMENT", 128)
+    pool, expected = filled(2)
+    pool.save(tmp_path / "pool")
+    assert any(entry.offset % 512 for entry in pool._tiers.table.entries)
+    pool.close()
+    monkeypatch.undo()
+    with ReferencePool(0) as pool:
+        pool.restore(tmp_path / "pool", CPU, like)
+        assert not any(entry.offset % 512 for entry in pool._tiers.table.entries)
+        assert_holds(pool, expected)
+        pool.save(tmp_path / "again", tmp_path / "pool")  # links the files of the older version
+    with ReferencePool(0) as pool:
+        pool.restore(tmp_path / "again", CPU, like)
         assert_holds(pool, expected)
 
 

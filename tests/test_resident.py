@@ -1,5 +1,6 @@
 """The slab that is on the device: switches, what comes up ahead of time, and predictions from it."""
 
+import threading
 from concurrent.futures import Future
 
 import numpy as np
@@ -22,9 +23,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 class Inline:
     """In place of the thread that reads: it reads at once, in this thread, where its copies are counted."""
 
-    def __init__(self, *_, **__):
-        pass
-
     def submit(self, function, *args):
         future = Future()
         future.set_result(function(*args))
@@ -37,7 +35,7 @@ class Inline:
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
     """A pool on disk whose every copy is counted, with a module that is bound to it."""
-    monkeypatch.setattr(resident, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(resident, "reading_thread", lambda device: Inline())
     pool, expected = filled(4, budget=Budget(host=0), folder=tmp_path)
     module = Odd()
     pool.bind(module)
@@ -122,6 +120,48 @@ def test_a_prefetch_from_host_memory_on_a_cpu_takes_no_second_slab():
     with Copies() as copies:
         pool.prefetch(1)
     assert copies.made == [] and pool._resident()._ahead is None
+
+
+def test_a_prefetch_without_memory_for_a_second_slab_warns_and_the_switch_goes_its_own_way(counted, monkeypatch):
+    pool, module, expected = counted
+    pool.load_into(module, 0)
+
+    def refuse(like):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.60 GiB")
+
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    with pytest.warns(RuntimeWarning, match="no memory for a second past policy"):
+        pool.prefetch(2)
+    pool.load_into(module, 2)
+    assert same(module, expected[2])
+    monkeypatch.undo()
+    pool.prefetch(1)  # memory is free again
+    with Copies() as copies:
+        pool.load_into(module, 1)
+    assert copies.made == [(pool._resident()._slab.data_ptr(), pool._resident()._ahead.data_ptr())]
+    assert same(module, expected[1])
+
+
+def test_another_failure_than_of_memory_is_not_taken_for_one(counted, monkeypatch):
+    pool, _, _ = counted
+
+    def fail(like):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "empty_like", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pool.prefetch(2)
+
+
+def test_the_thread_that_reads_is_on_the_slabs_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
+    with resident.reading_thread(torch.device("cuda", 3)) as reader:
+        thread = reader.submit(threading.get_ident).result()
+    with resident.reading_thread(torch.device("cpu")) as reader:
+        reader.submit(threading.get_ident).result()
+    assert chosen == [(thread, torch.device("cuda", 3))]
+    assert thread != threading.get_ident()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seppo_fast.slab import Table, trained_state
 from tests.pools import KEPT, Odd, bits, scrambled
@@ -35,10 +36,28 @@ def test_places_are_aligned_apart_and_as_tight_as_alignment_allows():
     table = Table.of(Odd())
     end = 0
     for entry, view in zip(table.entries, table.views(slab_of(table)).values(), strict=True):
-        assert entry.offset == -(-end // 128) * 128, entry.name
+        assert entry.offset == -(-end // 512) * 512, entry.name
         end = entry.offset + view.nbytes
-    assert table.size == -(-end // 128) * 128
+    assert table.size == -(-end // 512) * 512
     assert table.payload == sum(tensor.nbytes for tensor in trained_state(Odd()).values())
+
+
+def test_values_are_rounded_before_they_are_copied():
+    """A copy from a GPU to another dtype goes through pageable memory and is converted on the CPU."""
+    module = nn.Conv2d(3, 5, 3)
+    table = Table.of(module, BF16)
+    slab, copied = slab_of(table), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                copied.append((args[0].dtype, args[1].dtype))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        table.fill(slab, trained_state(module))
+    assert copied == [(BF16, BF16)] * 2
+    assert bits(table.views(slab)["weight"]) == bits(module.weight.to(BF16))
 
 
 def test_dense_tensors_keep_their_layout_and_others_become_dense():
@@ -146,7 +165,7 @@ def test_a_table_survives_json():
 
 CRAFTED = [
     ("size", -1), ("size", 255), ("size", 2**63), ("size", 1e9), ("size", float("inf")), ("size", None),
-    ("entries", 3), ("entries", [3]), ("entries", [{}]), ("offset", -128), ("offset", 64), ("offset", 256),
+    ("entries", 3), ("entries", [3]), ("entries", [{}]), ("offset", -128), ("offset", 130), ("offset", 256),
     ("offset", 0), ("offset", 2**64), ("offset", 1.5), ("offset", float("nan")), ("shape", 4), ("shape", "4"),
     ("shape", [2**62]), ("shape", [2**40, 2**40]), ("shape", [-4]), ("shape", [-2, -2]),
     ("shape", [2, 2]), ("shape", [[4]]), ("stride", [-1]), ("stride", [0]), ("stride", [2]), ("stride", [2**61]),
