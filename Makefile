@@ -33,7 +33,7 @@ demo-video: setup
 	$(VENV)/bin/seppo-fast demo --clips
 
 test: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not sanitizer"
 
 lint: setup
 	$(PY) -m ruff check .

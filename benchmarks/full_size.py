@@ -30,7 +30,7 @@ quiet_libraries()
 from benchmarks.models import write_adapter, write_pipeline  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from seppo_fast.config import Config, parse_config  # noqa: E402
-from seppo_fast.journal import peak_memory_gib, read_journal  # noqa: E402
+from seppo_fast.journal import read_journal  # noqa: E402
 from seppo_fast.train import train  # noqa: E402
 from seppo_fast.trainer import Trainer  # noqa: E402
 
@@ -125,7 +125,7 @@ def main(words: list[str] | None = None) -> None:
             "learn": entry["learn_seconds"],
             "save": ended - ready[-1],
         },
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": entry["memory_gib"],
     }
     print(json.dumps(result, indent=1))
     if arguments.json:

@@ -22,6 +22,7 @@ from seppo_fast.journal import duration
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import DTYPES, make_trainable, trainable
 from seppo_fast.preflight import preflight
+from seppo_fast.processes import processes
 from seppo_fast.slab import Table
 
 
@@ -34,7 +35,7 @@ def check(config: Config) -> int:
     Raises:
         ConfigError, DataError: as training would.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes().device
     config = turn_dial(config, device)
     print(to_yaml(config))
     objective = OBJECTIVES[config.objective]

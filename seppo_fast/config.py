@@ -81,6 +81,11 @@ class ModelConfig(_Section):
     compile: bool | None = Field(
         None, description="torch.compile of the repeated blocks; null: with memory = fast, on a GPU"
     )
+    deterministic: bool = Field(
+        False,
+        description="repeat a run bit for bit on a GPU too (on a CPU it always does): slower backward of attention and "
+        "convolutions, no xformers",
+    )
 
 
 class DataConfig(_Section):

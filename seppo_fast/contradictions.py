@@ -49,6 +49,10 @@ def refuse_contradictions(config: Config) -> None:
         )
     if config.reference.errors != "ahead" and OBJECTIVES[config.objective].draw is None:
         raise ConfigError(f"objective {config.objective!r} has no reference: leave out reference.errors")
+    if config.model.deterministic and config.model.attention == "xformers":
+        raise ConfigError(
+            "model.deterministic = true goes with model.attention = sdpa: xformers' backward does not repeat"
+        )
     if config.reference.errors != "ahead" and config.model.compile:
         raise ConfigError(f"model.compile goes with reference.errors = ahead, not with {config.reference.errors!r}")
 

@@ -116,7 +116,7 @@ def fit_to_machine(
     objective = OBJECTIVES[config.objective]
     evaluations = config.sampler.steps * (2 if guided else 1) if objective.negatives == "generated" else 0
     attention = choose_attention(
-        config.model.attention,
+        "sdpa" if config.model.deterministic else config.model.attention,
         unet,
         **shapes,
         rows=2 * config.train.micro_batch,

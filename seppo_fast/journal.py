@@ -30,12 +30,14 @@ class Journal:
         folder: of the run.
         updates: in all.
         pairs_per_update: for the rate.
+        device: whose peak memory is told.
     """
 
-    def __init__(self, folder: Path, updates: int, pairs_per_update: int) -> None:
+    def __init__(self, folder: Path, updates: int, pairs_per_update: int, device: torch.device) -> None:
         self._folder = folder
         self._updates = updates
         self._pairs = pairs_per_update
+        self._device = device
         self._waiting = b""
         self._watch = WinnerWatch()
         self._seconds: deque[float] = deque(maxlen=_ETA_UPDATES)
@@ -61,7 +63,7 @@ class Journal:
             What there is to record of it.
         """
         stats = stats | {"seconds": stats["rollout_seconds"] + stats["learn_seconds"]}
-        stats |= {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib()}
+        stats |= {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib(self._device)}
         self._seconds.append(stats["seconds"])
         # The median: the first update compiles and measures, and a machine that others use stops now and then.
         left = (self._updates - number) * statistics.median(self._seconds)
@@ -154,9 +156,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def peak_memory_gib() -> float:
-    """Peak device memory in GiB, or the peak resident memory of the process where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / _GIB
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak memory of a GPU in GiB, or the peak resident memory of the process for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB

@@ -67,6 +67,9 @@ def compile_blocks(unet: UNet, attention: str) -> None:
     """
     torch._dynamo.config.recompile_limit = 256  # shapes and grad modes of all blocks count together; the default is 8
     torch._dynamo.config.accumulated_recompile_limit = 1024
+    # Keeps the roundings to half precision that a fused kernel would leave out: the policy casts its weights at each
+    # use and a reference holds them cast, and equal weights must give equal errors.
+    torch._inductor.config.emulate_precision_casts = True
     # PyTorch's own attention compiles whole; xformers may break the graph where it is called, and runs as it is.
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock):

@@ -14,7 +14,7 @@ from seppo_fast.saved_state import SavedState
 _MAY_CHANGE = {
     "output", "memory",
     "model.path", "model.motion_adapter", "model.gradient_checkpointing", "model.attention",
-    "model.temporal_attention", "model.compile",
+    "model.temporal_attention", "model.compile", "model.deterministic",
     "data.source", "data.split", "data.cache",
     "train.updates", "train.micro_batch", "train.backend",
     "reference.window", "reference.park", "reference.gpu_gib", "reference.host_gib", "reference.disk_gib",

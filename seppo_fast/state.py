@@ -1,7 +1,7 @@
 """What a run is besides its configuration: weights, optimizer, moving average, past policies and a few numbers.
 
-Everything else is a function of (seed, update, sample id), so a run that goes on from a state is the run that was
-never interrupted, bit for bit (with as many processes as before; else up to rounding).
+Everything else is a function of (seed, update, sample id), so a resumed run is the run that was never interrupted: bit
+for bit on a CPU, and on a GPU with `model.deterministic`, with as many processes as before; else up to rounding.
 """
 
 from __future__ import annotations

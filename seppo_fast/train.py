@@ -32,12 +32,16 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
     """
     # Here, so that the command line can quiet the libraries before they load.
     with held_back():
+        from seppo_fast.determinism import deterministic
         from seppo_fast.processes import node_of, processes
         from seppo_fast.run_folder import claimed
         from seppo_fast.trainer import Trainer
 
     accelerator = processes()
-    with claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved:
+    with (
+        deterministic(config.model.deterministic),
+        claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved,
+    ):
         trainer = Trainer(config, accelerator, saved)
         observe(trainer, trainer.finished)
         with trainer.running():

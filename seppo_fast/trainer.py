@@ -132,7 +132,7 @@ class Trainer:
             check=self.interruption.check,
             least=patience.least,
         )
-        self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update)
+        self._journal = Journal(self.folder, config.train.updates, config.train.pairs_per_update, device)
         self._trackers = Trackers(config, self._warn)
         self._samples = self._fixed_prompts()
         self._saver = Saver(self.folder, config.save.minutes, config.save.keep, self._warn)

@@ -1,7 +1,12 @@
 """What `check` and exit 4 say a run takes, against what runs take; what they suggest, and how long it lasts."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +18,13 @@ from seppo_fast.dial import DIAL, turn_dial
 from seppo_fast.duration import forwards_per_pair
 from seppo_fast.estimate import Need, _ladder, need_of, out_of_memory, suggestions
 from seppo_fast.memory import Footprint
+from seppo_fast.processes import processes
 from seppo_fast.slab import Table
 from seppo_fast.trainer import Trainer
 from tests.runs import tiny_config
 from tests.test_memory import traced_peak
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 KINDS = {
     "full": {"train": "full"},
     "lora, bf16": {"train": "lora", "precision": "bf16"},
@@ -59,20 +65,35 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     assert (need.moments, need.average) == (moments, average)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_on_a_gpu_takes_what_is_estimated(tiny, tmp_path, kind):
-    """Within a fifth: blocks are rounded up, and convolutions may take scratch space."""
-    device = torch.device("cuda")
+def learning_on_a_gpu(pipeline, folder, kind):
+    """The device, the estimate of what learning takes there, and the peak of what it took; for a process of its own."""
     sizes = {"pairs_per_update": 256, "micro_batch": 256, "updates": 2, "ema_decay": 0.9}
-    trainer = trainer_of(tiny, tmp_path, kind, train=sizes, data={"source": "shapes:300:3", "resolution": 32})
+    config = tiny_config(
+        Path(pipeline), Path(folder), model=KINDS[kind], train=sizes, data={"source": "shapes:300:3", "resolution": 32}
+    )
+    device = processes().device
+    trainer = Trainer(turn_dial(config, device))
     need = need_of(trainer.config, trainer.family, device, 2**40)
     trainer.add_checkpoint()
     pairs, more = trainer.rollout.pairs(0), trainer.rollout.pairs(1)
     trainer.learner.step(pairs, 0)
     torch.cuda.reset_peak_memory_stats()
     trainer.learner.step(more, 1)
-    assert need.learning == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
+    return {"device": device.type, "estimated": need.learning, "taken": torch.cuda.max_memory_allocated()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_gpu_takes_what_is_estimated(tiny, tmp_path, kind):
+    """Within a fifth: blocks are rounded up, and convolutions may take scratch space."""
+    program = "import json, sys; from tests.test_estimate import *; print(json.dumps(learning_on_a_gpu(*sys.argv[1:])))"
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    words = [sys.executable, "-c", program, str(tiny), str(tmp_path), kind]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["device"] == "cuda"
+    assert found["estimated"] == pytest.approx(found["taken"], rel=0.2)
 
 
 def test_the_peaks_add_up():

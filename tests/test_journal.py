@@ -17,6 +17,8 @@ from seppo_fast.watch import WINDOW, WinnerWatch, spells
 from tests.launch import launch
 from tests.runs import log_of, tiny_config
 
+CPU = torch.device("cpu")
+
 
 def entries(differences, reference=0.13):
     return [
@@ -84,10 +86,10 @@ def told(journal, folder, some):
 
 def test_the_warning_is_printed_once_and_stands_in_the_log_also_over_a_resume(tmp_path, capsys):
     some = entries([1e-3] * 40)
-    log = told(Journal(tmp_path, 40, 8), tmp_path, some[:30])
+    log = told(Journal(tmp_path, 40, 8, CPU), tmp_path, some[:30])
     assert capsys.readouterr().out.count("stays above the reference's") == 1
     assert [entry["update"] for entry in log if entry["winner_above_reference"]] == list(range(WINDOW, 31))
-    again = Journal(tmp_path, 40, 8)
+    again = Journal(tmp_path, 40, 8, CPU)
     again.resume(25)
     log = told(again, tmp_path, some[25:])
     assert "stays above" not in capsys.readouterr().out
@@ -96,7 +98,7 @@ def test_the_warning_is_printed_once_and_stands_in_the_log_also_over_a_resume(tm
 
 
 def test_one_slow_update_does_not_move_the_time_left(tmp_path, capsys):
-    journal = Journal(tmp_path, 110, 8)
+    journal = Journal(tmp_path, 110, 8, CPU)
     for number, seconds in enumerate([600.0, 60, 61, 59, 60, 60, 600, 60, 60, 60], 1):
         journal.tell(number, stats_of(entries([0])[0], rollout_seconds=seconds - 10, learn_seconds=10.0))
     assert "eta 1.7 h" in capsys.readouterr().out.splitlines()[-1]  # 100 updates of a minute
@@ -155,7 +157,7 @@ def test_a_skipped_first_update_is_kept_and_a_resume_forgets_what_comes_again(ti
         trainer._record_skipped(update, [update], searching=False)
     file = tmp_path / "run" / "skipped.jsonl"
     assert len(file.read_text().splitlines()) == 3
-    Journal(tmp_path / "run", 3, 6).resume(2)
+    Journal(tmp_path / "run", 3, 6, CPU).resume(2)
     assert [json.loads(line)["sample_ids"] for line in file.read_text().splitlines()] == [[0], [1]]
 
 

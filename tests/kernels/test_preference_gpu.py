@@ -278,13 +278,16 @@ torch.cuda.synchronize()
 """
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # PyTorch asks the driver for what older ones lack
+    command += [sys.executable, "-c", SANITIZED]
     # Each tensor an allocation of its own, so that the one behind it is out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run(
-        command, cwd=Path(__file__).resolve().parents[2], env=environment, capture_output=True, text=True
-    )
+    place = Path(__file__).resolve().parents[2]
+    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
