@@ -156,7 +156,7 @@ def _preference_fwd_kernel(
         )  # fmt: skip
 
 
-_tickets: dict[tuple[int | None, int], Tensor] = {}
+_tickets: dict[tuple[int, int], Tensor] = {}
 
 
 def _ticket(device: torch.device, own: bool) -> Tensor:
@@ -167,7 +167,8 @@ def _ticket(device: torch.device, own: bool) -> Tensor:
     if own or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # A graph's own, since it may be replayed beside this stream; zeroed at each replay.
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (index, torch._C._cuda_getCurrentRawStream(index))  # `current_stream` makes an object at each launch
     if key not in _tickets:
         ticket = torch.zeros(1, dtype=torch.int32, device=device)
         if type(ticket) is not Tensor:  # a fake one, of a run without data

@@ -184,6 +184,7 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
         kernel[(-(-items // parts["SIZES"][3]),)](
             *((x, x.stride()[:3], tl.constexpr(x.stride(3))) for x in tensors),
             items, positions, width**-0.5, OPERAND=operand, **parts,
+            enable_fp_fusion=True,  # stated, since triton 3.10 changes the default
         )  # fmt: skip
 
 

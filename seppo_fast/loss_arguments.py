@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from types import ModuleType
 from typing import Literal
 
@@ -89,10 +90,9 @@ def _obstacle(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "triton, which is not installed (pip install 'triton>=3.6')"
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        if gpu.major < OLDEST_GPU:
-            return f"a GPU of compute capability {OLDEST_GPU}.0 or newer, got {gpu.major}.{gpu.minor} ({gpu.name})"
-        return None
+        # "cuda" is the current one, which may change; and torch.compile traces a cached function, but warns of it.
+        kept = device.index is not None and not torch.compiler.is_compiling()
+        return _kept_gpu_obstacle(device) if kept else _gpu_obstacle(device)
     import seppo_fast.kernels.errors as errors
 
     if errors.INTERPRETED:
@@ -101,6 +101,16 @@ def _obstacle(device: torch.device) -> str | None:
         f"CUDA tensors, got {device.type} (there only under triton's interpreter, with TRITON_INTERPRET=1 set before "
         "the process starts)"
     )
+
+
+def _gpu_obstacle(device: torch.device) -> str | None:
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major >= OLDEST_GPU:
+        return None
+    return f"a GPU of compute capability {OLDEST_GPU}.0 or newer, got {gpu.major}.{gpu.minor} ({gpu.name})"
+
+
+_kept_gpu_obstacle = cache(_gpu_obstacle)
 
 
 def check_tensor(name: str, x: object) -> None:

@@ -93,11 +93,30 @@ def test_triton_missing(monkeypatch):
         preference_loss(X, X, X, backend="triton")
 
 
-@pytest.mark.parametrize("major", [7, 8])
-def test_gpus_that_are_too_old(major, monkeypatch):
-    gpu = SimpleNamespace(major=major, minor=5, name="Tesla T4")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+class _Gpus:
+    """GPUs of one kind, and for which of them torch was asked."""
+
+    def __init__(self):
+        self.properties, self.asked = SimpleNamespace(major=7, minor=5, name="Tesla T4"), []
+
+    def get_device_properties(self, device):
+        self.asked.append(device)
+        return self.properties
+
+
+@pytest.fixture
+def gpus(monkeypatch):
     pytest.importorskip("triton")
+    made = _Gpus()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", made.get_device_properties)
+    loss_arguments._kept_gpu_obstacle.cache_clear()
+    yield made
+    loss_arguments._kept_gpu_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("major", [7, 8])
+def test_gpus_that_are_too_old(major, gpus):
+    gpus.properties.major = major
     device = torch.device("cuda", 0)
     if major == 8:
         assert loss_arguments.kernels_for("auto", device).__name__.endswith("preference")
@@ -105,6 +124,29 @@ def test_gpus_that_are_too_old(major, monkeypatch):
     assert loss_arguments.kernels_for("auto", device) is eager
     with pytest.raises(ValueError, match=r"^backend: .*8\.0 or newer, got 7\.5 \(Tesla T4\); use 'torch'"):
         loss_arguments.kernels_for("triton", device)
+
+
+def test_torch_is_asked_once_for_each_gpu(gpus):
+    first, second, current = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda")
+    for _ in range(3):
+        for device in (first, second):
+            assert loss_arguments.kernels_for("auto", device) is eager
+    assert gpus.asked == [first, second]
+    # Another GPU may be the current one by now.
+    assert loss_arguments.kernels_for("auto", current) is eager
+    gpus.properties.major = 9
+    assert loss_arguments.kernels_for("auto", current) is not eager
+
+
+def test_compiled_step_asks_without_a_warning(gpus, recwarn):
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        return x + (loss_arguments.kernels_for("auto", torch.device("cuda", 0)) is eager)
+
+    torch._dynamo.reset()
+    assert step(torch.zeros(1)).item() == 1.0
+    torch._dynamo.reset()
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
 
 
 def test_import_needs_torch_alone():

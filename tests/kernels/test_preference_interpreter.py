@@ -150,6 +150,30 @@ def test_a_ticket_serves_launch_after_launch(small, monkeypatch):
         assert counted and all(launch.arguments["ticket_ptr"] is ticket for launch in counted)
 
 
+def test_each_stream_has_a_ticket(monkeypatch):
+    """On two GPUs that are not here: their streams have numbers, and what is made on them is made on the CPU."""
+    zeros, streams, capturing = torch.zeros, {0: 0, 1: 0}, False
+    monkeypatch.setattr(preference, "_tickets", {})
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, dtype, device: zeros(*sizes, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
+    first, second, current = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda")
+    made = [preference._ticket(device, own=False) for device in (first, second)]
+    streams[0] = 0x5EED
+    made.append(preference._ticket(first, own=False))
+    assert len({id(ticket) for ticket in made}) == 3
+    assert all(ticket.item() == 0 and ticket.dtype == torch.int32 for ticket in made)
+    assert preference._ticket(first, own=False) is made[2]
+    assert preference._ticket(current, own=False) is made[1]
+    streams[0] = 0
+    assert preference._ticket(first, own=False) is made[0]
+    assert preference._ticket(first, own=True) is not made[0]
+    capturing = True
+    assert preference._ticket(first, own=False) is not made[0]
+    assert list(preference._tickets) == [(0, 0), (1, 0), (0, 0x5EED)]
+
+
 def test_kernel_and_twin_offer_the_same():
     model_pred, target, ref_pred = (x.detach() for x in predictions((6, 35)))
     weights = torch.tensor([0.5, 1.0, 2.0])
