@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,32 +78,52 @@ class Forks(Server):
 
     Args:
         folder: for what the commands print.
+        environment: variables of theirs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("benchmarks.forks")
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        super().__init__("benchmarks.forks", environment)
         self._folder = folder
 
-    def run(self, *argv: object, fault: str = "", seconds: float | None = None) -> Ended:
-        """`seppo-fast ARGV` with `SEPPO_FAULT`; killed after `seconds` where they are given."""
+    def run(
+        self,
+        *argv: object,
+        fault: str = "",
+        seconds: float | None = None,
+        lines: int | None = None,
+        out: str | None = None,
+    ) -> Ended:
+        """Runs `seppo-fast ARGV` with `SEPPO_FAULT`.
+
+        Args:
+            argv: its words.
+            fault: see `seppo_fast.faults`.
+            seconds: after which it is killed.
+            lines: after which the pipe of its stdout is closed.
+            out: a file that is its stdout instead.
+        """
         err = self._folder / "err.txt"
-        order = {"argv": [str(word) for word in argv], "fault": fault, "err": str(err), "seconds": seconds}
+        words = [str(word) for word in argv]
+        order = {"argv": words, "fault": fault, "err": str(err), "seconds": seconds, "lines": lines, "out": out}
         ended = self.ask(order)
         return Ended(ended["code"], ended["out"], err.read_text(), ended["seconds"], tuple(ended["times"]))
 
 
 def _serve() -> None:
-    import seppo_fast.trainer  # noqa: F401 - what takes the time
     from seppo_fast.quiet import quiet_libraries
 
     quiet_libraries()
+    import seppo_fast.trainer  # noqa: F401 - what takes the time
+
     for line in sys.stdin:
         order = json.loads(line)
         reading, writing = os.pipe()
         began = time.monotonic()
         child = os.fork()
         if not child:
-            os.dup2(writing, 1)
+            os.close(reading)
+            os.dup2(writing if order["out"] is None else os.open(order["out"], os.O_WRONLY), 1)
+            os.close(writing)
             os.dup2(os.open(order["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
             os.environ["SEPPO_FAULT"] = order["fault"]
             _run(order["argv"])
@@ -113,6 +134,8 @@ def _serve() -> None:
                 for text in printed:
                     out.append(text)
                     times.append(time.monotonic() - began)
+                    if len(out) == order["lines"]:
+                        break
             _, status = os.waitpid(child, 0)
         seconds = time.monotonic() - began
         ended = {"code": os.waitstatus_to_exitcode(status), "out": "".join(out), "times": times, "seconds": seconds}
@@ -125,9 +148,11 @@ def _run(argv: list[str]) -> NoReturn:
 
     code = 70
     try:
-        code = main(argv)
+        code = main([os.fsdecode(word.encode()) for word in argv])  # as the interpreter reads them in this locale
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

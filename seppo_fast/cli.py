@@ -10,22 +10,24 @@ from pathlib import Path
 
 from seppo_fast import __version__
 from seppo_fast.errors import EXIT_INTERRUPTED, CheckpointError, LostProcessError, OutOfMemoryError, SeppoError
+from seppo_fast.output import tolerant_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code.
+    """Runs one command and returns its exit code; printing never ends it.
 
     0 ok, 2 config, 3 data, 4 out of memory, 5 non-finite, 6 checkpoint, 7 another process lost, 130 interrupted.
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        return _run(arguments)
-    except KeyboardInterrupt as interruption:
-        print(f"seppo-fast: {interruption}" if str(interruption) else "seppo-fast: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except SeppoError as error:
-        print(f"seppo-fast: {error}", file=sys.stderr)
-        return error.exit_code
+    with tolerant_output():
+        arguments = _parser().parse_args(argv)
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt as interruption:
+            print(f"seppo-fast: {interruption}" if str(interruption) else "seppo-fast: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except SeppoError as error:
+            print(f"seppo-fast: {error}", file=sys.stderr)
+            return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,3 +132,7 @@ def _demo(clips: bool, output: Path | None) -> int:
     config = read_config("demo-video.yaml" if clips else "demo.yaml")
     demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,6 +41,14 @@ ALIASES = {
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_numpy(cls, values: Any) -> Any:
+        """Numbers of numpy as Python's."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def _float32_by_its_other_name(value: Any) -> Any:

@@ -21,13 +21,16 @@ from torch import Tensor
 from seppo_fast.config import SamplerConfig
 from seppo_fast.errors import ConfigError
 
+_LEAST_SIGNAL = 1e-6  # of alphas_cumprod at the last timestep; SD-1.5 keeps 4.7e-3
+
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents (B, *latent), timesteps (B,) int64, prompt_embeds (B, L, D)) -> prediction (B, *latent)"""
 
 
 def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
     """A generator that depends on (seed, purpose, key) alone. torch's CPU generator keeps 32 bits of a seed."""
-    digest = hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=16).digest()
+    numbers = int(seed), purpose, *(int(number) for number in key)  # numpy's are written otherwise
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -44,7 +47,8 @@ class NoiseSchedule:
         config: the configuration of the pipeline's scheduler.
 
     Raises:
-        ConfigError: a prediction type other than epsilon or v_prediction; noise levels that are none.
+        ConfigError: a prediction type other than epsilon or v_prediction; an invalid noise schedule; epsilon-prediction
+            of a schedule whose last step keeps no signal, where x_0 is the prediction divided by nothing.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -58,6 +62,12 @@ class NoiseSchedule:
         kept = self._scheduler.alphas_cumprod
         if not ((kept >= 0) & (kept <= 1)).all():  # nor NaN
             raise ConfigError("model.path: its scheduler's betas are no noise schedule")
+        if self.prediction_type == "epsilon" and kept[-1] < _LEAST_SIGNAL:
+            raise ConfigError(
+                "model.path: its scheduler predicts epsilon, and its last timestep keeps no signal (alphas_cumprod "
+                f"{float(kept[-1]):.1e}), so nothing can be sampled: rescale_betas_zero_snr is for v_prediction. "
+                "Set that to false, or prediction_type to what the model was trained on, in scheduler_config.json"
+            )
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """q(x_t | x_0), DDPM eq. 4: `sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`; `(B, *latent)`, timesteps `(B,)`."""

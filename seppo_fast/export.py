@@ -23,6 +23,7 @@ from seppo_fast.errors import CheckpointError, ConfigError
 from seppo_fast.families.load import load_family
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.files import free_name, staged_folder
+from seppo_fast.learner import applied_updates
 from seppo_fast.policy import lora_weights, make_trainable, trainable
 from seppo_fast.resume import refuse_other_content, saved_config
 from seppo_fast.saved_state import SavedState, newest_state
@@ -64,6 +65,8 @@ def export(
     saved = newest_state(run, report)
     if saved is None:
         raise ConfigError(f"{run}: no run with a saved state is there")
+    if not applied_updates(saved.numbers):
+        raise ConfigError(f"{run}: all of its {saved.update} updates were skipped, so there is nothing to export")
     config = saved_config(saved)
     config = config.model_copy(update={"model": config.model.model_copy(update=model or {})})
     lora = config.model.train == "lora"
@@ -79,7 +82,9 @@ def export(
     family, average = _trained(config, saved, raw)
     with staged_folder(folder, CheckpointError) as staging:
         _write(family, config, form, staging)
-        (staging / "README.md").write_text(model_card(config, saved, form, average, scores), encoding="utf-8")
+        card = model_card(config, saved, form, average, scores)
+        # A folder's name need not be UTF-8.
+        (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
     report(f"{form}, after update {saved.update}, {'moving average' if average else 'raw weights'}: {folder}")
     return folder
@@ -109,14 +114,32 @@ def _write(family: StableDiffusion, config: Config, form: Format, folder: Path) 
     if form == "lora":
         family.save_lora(folder, lora_weights(family.unet))
     elif form == "comfyui":
-        rank = str(config.model.lora_rank)
-        metadata = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-        save_file(comfyui_weights(lora_weights(family.unet)), folder / COMFYUI_FILE, metadata=metadata)
+        save_file(
+            comfyui_weights(lora_weights(family.unet)), folder / COMFYUI_FILE, metadata=kohya_metadata(family, config)
+        )
     else:
         if config.model.train == "lora":
             family.unet.fuse_lora()
             family.unet.unload_lora()
         family.save(folder)
+
+
+def kohya_metadata(family: StableDiffusion, config: Config) -> dict[str, str]:
+    """Returns what kohya's scripts write beside a LoRA, by which A1111 and others sort: its size and its base."""
+    second = family.unet.config.cross_attention_dim == 1024  # OpenCLIP's width; SD-1.5's is 768
+    velocity = family.scheduler_config["prediction_type"] == "v_prediction"
+    base = ("sd_v2_v" if velocity else "sd_v2") if second else "sd_v1"
+    architectures = {"sd_v1": "v1", "sd_v2": "v2-512", "sd_v2_v": "v2-768-v"}
+    rank = str(config.model.lora_rank)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_base_model_version": base,
+        "ss_v2": str(second),
+        "modelspec.architecture": f"stable-diffusion-{architectures[base]}/lora",
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+    }
 
 
 def comfyui_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

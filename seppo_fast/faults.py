@@ -8,15 +8,17 @@ import signal
 import time
 from collections import Counter
 
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP}
 _passed: Counter[str] = Counter()
 
 
 def fault(name: str) -> None:
     """Fails here if the variable `SEPPO_FAULT` asks for it.
 
-    `NAME=kill` (SIGKILL), `NAME=term` (SIGTERM, as an interruption), `NAME=full` (no space left), `NAME=memory` (none
-    left), `NAME=error` (a RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process comes by;
-    `NAME@3=...` the third time; `NAME@3+=...` from then on. Several, for different names, are separated by commas.
+    `NAME=kill` (SIGKILL), `NAME=term` or `NAME=hup` (SIGTERM, SIGHUP: interruptions), `NAME=full` (no space left),
+    `NAME=memory` (none left), `NAME=error` (a RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process
+    comes by; `NAME@3=...` the third time; `NAME@3+=...` from then on. Several, for different names, are separated by
+    commas.
 
     Raises:
         OSError, RuntimeError, MemoryError: as asked for.
@@ -35,8 +37,8 @@ def fault(name: str) -> None:
     if _passed[name] < first or (_passed[name] > first and not time_of.endswith("+")):
         return
     kind, _, seconds = what.partition(":")
-    if kind in ("kill", "term"):
-        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+    if kind in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[kind])
     elif kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif kind == "error":
@@ -46,4 +48,4 @@ def fault(name: str) -> None:
     elif kind == "sleep":
         time.sleep(float(seconds))
     else:
-        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown, use kill, term, full, error, memory or sleep:SECONDS")
+        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown, use kill, term, hup, full, error, memory or sleep:SECONDS")

@@ -9,14 +9,21 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from seppo_fast.errors import SeppoError
+
+# What disks that lack a call say: Lustre and NFS of locks; CIFS, FUSE and shared folders of flushing a folder.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
+_NO_FLUSH = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF})
+_NO_ALLOCATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
+_ZEROS = 1 << 24  # bytes written at once
 
 
 @contextmanager
@@ -32,7 +39,8 @@ def staged_folder(final: Path, error: type[SeppoError]) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         # A random part: containers that share a folder may share process ids too.
         staging = Path(tempfile.mkdtemp(f"-{os.getpid()}", f".tmp-{final.name}-", final.parent))
-        staging.chmod(0o755)
+        with suppress(OSError):  # some disks have permissions of their own
+            staging.chmod(0o755)
         yield staging
         for file in staging.rglob("*"):
             _fsync(file)
@@ -81,9 +89,33 @@ def disk_message(path: Path, problem: Exception) -> str:
     return f"no space left for {path} ({free:.0f} MiB free); make room or choose another folder"
 
 
+def allocate(handle: int, size: int) -> None:
+    """Takes `size` bytes of disk for an empty file, so that writing to its mapped memory finds space later.
+
+    Raises:
+        OSError: no space.
+    """
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as problem:
+        if problem.errno not in _NO_ALLOCATION:
+            raise
+        for start in range(0, size, _ZEROS):
+            os.pwrite(handle, bytes(min(_ZEROS, size - start)), start)
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as problem:
+        if problem.errno not in _NO_FLUSH:
+            raise
+        warnings.warn(
+            "this disk does not flush what is written on request: after a power failure the newest folder of a run or "
+            f"a cache may be missing or incomplete ({problem.strerror})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: a run ends at the next micro-batch, in a state that can be saved."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1: a run ends at the next micro-batch, in a state that can be saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,7 +47,8 @@ class Interruption:
 
     A run of one process ends at its next micro-batch, and a second signal does what it does by default, which is to end
     it at once. Several processes must end after the same update, so they agree on it there, and further signals, which
-    launchers send, change nothing. A context manager; outside of a program's main thread it leaves signals alone.
+    launchers send, change nothing. A context manager; outside of a program's main thread it leaves signals alone, and
+    one that is ignored stays ignored: `nohup` has a run outlive its terminal.
 
     Args:
         report: takes a line when the first signal comes.
@@ -62,7 +63,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._remember) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

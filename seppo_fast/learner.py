@@ -29,6 +29,9 @@ _MAX_SKIPPED = 3  # updates in a row with a non-finite gradient before the run s
 class Learner:
     """Trains the policy on pairs; it holds no reference unless `errors` does.
 
+    Attributes:
+        applied: updates of the whole run that changed the weights; the others were skipped.
+
     Args:
         unet: the policy, its trained weights marked; sharded or not.
         errors: the way to the reference's errors; it makes the policy's forward.
@@ -62,6 +65,7 @@ class Learner:
         half = config.model.precision == "fp16"
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
         self._skipped = 0
+        self.applied = 0
 
     def step(self, pairs: Pairs, update: int) -> dict[str, float]:
         """One update on this rank's share of the pairs.
@@ -83,6 +87,7 @@ class Learner:
         if finite:
             self._set_learning_rate(update)
             self._scaler.step(self._optimizer)
+            self.applied += 1
             if self.ema is not None:
                 self.ema.step(parameters)
         self._scaler.update()
@@ -92,9 +97,9 @@ class Learner:
             self._tell_skipped(update, gather_object(list(pairs.sample_ids)), searching)
         if self._skipped == _MAX_SKIPPED:
             raise NonFiniteError(
-                f"update {update}: the gradient was not finite {_MAX_SKIPPED} times in a row (loss {sums['loss']}); "
-                f"sample ids from {list(pairs.sample_ids[:8])} on, all in {SKIPPED} of the run's folder. A lower "
-                "train.learning_rate or another model.precision are the first things to try"
+                f"update {update + 1}: the gradient was not finite {_MAX_SKIPPED} times in a row "
+                f"(loss {sums['loss']}); sample ids from {list(pairs.sample_ids[:8])} on, all in {SKIPPED} of the "
+                "run's folder. A lower train.learning_rate or another model.precision are the first things to try"
             )
         means = averages(sums, self._config.train.pairs_per_update)
         took = time.perf_counter() - started
@@ -147,7 +152,12 @@ class Learner:
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 (tensors if isinstance(value, torch.Tensor) else plain)[f"{key}/{name}"] = value
         files = {"optimizer": tensors}
-        numbers = {"optimizer": plain, "scaler": self._scaler.state_dict(), "skipped": self._skipped}
+        numbers = {
+            "optimizer": plain,
+            "scaler": self._scaler.state_dict(),
+            "skipped": self._skipped,
+            "applied": self.applied,
+        }
         if self.ema is not None:
             files["average"] = dict(zip(trainable(self.unet), self.ema.shadow_params, strict=True))
             numbers["average_step"] = self.ema.optimization_step
@@ -168,6 +178,7 @@ class Learner:
             self._optimizer.state[own][key] = value
         self._scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
+        self.applied = applied_updates(numbers)
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
                 fill(shadow, files["average"][name])
@@ -192,3 +203,8 @@ class Learner:
         factor = min(1.0, (update + 1) / warmup) if warmup else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
+
+
+def applied_updates(numbers: Mapping[str, Any]) -> int:
+    """Returns how many of a saved state's updates changed the weights; states of older versions do not say: all."""
+    return int(numbers.get("applied", numbers["update"]))

@@ -149,7 +149,8 @@ def loss_and_grad(
     pred, *rest = inputs
     pred, order = pred.detach(), arguments.memory_order(model_pred)
     in_place = overwrite and arguments.rows_are_dense(model_pred, order)  # else `pred` is a copy
-    outputs, grad = kernels.loss_and_grad(pred, *rest, grad_scale, pred if in_place else None)
+    scale = grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale)
+    outputs, grad = kernels.loss_and_grad(pred, *rest, scale, pred if in_place else None)
     result = PreferenceLoss(*outputs)
     if not overwrite:
         return result, arguments.from_rows(grad, model_pred, order)

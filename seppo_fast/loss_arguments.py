@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from numbers import Real
 from types import ModuleType
 from typing import Literal
 
@@ -184,8 +185,16 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
 def check_number(name: str, value: object) -> None:
     """A finite number that is not negative."""
     # A tensor is refused because reading it would wait for the device.
-    if not isinstance(value, int | float) or not 0 <= value <= _FLOAT32_MAX:
+    if not _within(value, 0.0):
         raise ValueError(f"{name}: a finite number >= 0 is needed, got {value!r}")
+
+
+def _within(value: object, least: float) -> bool:
+    """Whether it is a number, Python's or numpy's, from `least` to the largest float32."""
+    try:
+        return isinstance(value, Real) and least <= float(value) <= _FLOAT32_MAX
+    except OverflowError:  # of an int beyond all floats
+        return False
 
 
 def check_scale(name: str, value: object, device: torch.device) -> None:
@@ -195,7 +204,7 @@ def check_scale(name: str, value: object, device: torch.device) -> None:
             what = f"{str(value.dtype).removeprefix('torch.')} {_shape(value)}"
             raise ValueError(f"{name}: a number or a float32 tensor of one element is needed, got {what}")
         _check_device(name, value, device)
-    elif not isinstance(value, int | float) or not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
+    elif not _within(value, -_FLOAT32_MAX):
         raise ValueError(f"{name}: a finite number or a float32 tensor of one element is needed, got {value!r}")
 
 

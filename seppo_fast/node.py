@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seppo_fast.files import allocate
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # names a machine; host names need not differ
 
 
@@ -68,7 +70,7 @@ class Node:
         if self.owns:
             try:
                 handle = os.memfd_create("seppo-references")
-                os.posix_fallocate(handle, 0, size)  # else a page that is not there kills us when it is touched
+                allocate(handle, size)  # else a page that is not there kills us when it is touched
                 place = f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino
             except OSError:
                 place = None

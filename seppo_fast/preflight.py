@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         CheckpointError: an output folder that cannot be written.
         DataError: no data; see `seppo_fast.data`.
     """
+    _check_names(config)
     refuse_occupied(Path(config.output))
     samples = config.train.pairs_per_update // config.reference.uses
     if samples < processes:
@@ -65,6 +67,23 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if not len(source) and not source.problems:
         raise DataError(f"data.source = {config.data.source!r}: no examples in it")
     return source
+
+
+def _check_names(config: Config) -> None:
+    """Refuses places that the libraries which write there cannot name: they take UTF-8 only."""
+    model, data = config.model, config.data
+    places = {"output": config.output, "model.path": model.path, "data.cache": data.cache}
+    for key, place in (places | {"model.motion_adapter": model.motion_adapter}).items():
+        try:
+            place.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            instead = (
+                "rename it"
+                if encoding == "utf-8"
+                else f"this locale's is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
+            raise ConfigError(f"{key} = {place!r} is not UTF-8, in which its files are named; {instead}") from None
 
 
 def _check_clips(config: Config, source: Source) -> None:

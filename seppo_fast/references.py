@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,11 +66,11 @@ class ReferencePool:
             raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(Rule))}")
         if draw == "newest" and keep is not None and rule != "newest":
             raise ValueError(f"rule: a bounded pool whose newest is drawn must keep it, got {rule!r}")
-        if keep is not None and (not isinstance(keep, int) or keep < 2):
+        if keep is not None and (not isinstance(keep, int | np.integer) or keep < 2):
             raise ValueError(f"keep: at least 2 is needed, the initial policy and another one, got {keep!r}")
-        self._seed = seed
+        self._seed = int(seed)
         self._draw = draw
-        self._keep = keep
+        self._keep = None if keep is None else int(keep)
         self._rule = rule
         self._count = 0
         self._compute = compute

@@ -11,7 +11,6 @@ Shape legend: B rows, L tokens, D embedding width.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from seppo_fast.config import Config
 from seppo_fast.diffusion import Sampler
 from seppo_fast.errors import CheckpointError
 from seppo_fast.faults import fault
-from seppo_fast.files import disk_message
+from seppo_fast.files import allocate, disk_message
 from seppo_fast.forward import Forward
 from seppo_fast.memory import free_bytes, is_out_of_memory
 from seppo_fast.objectives import OBJECTIVES
@@ -204,7 +203,7 @@ class Rollout:
         folder = Path(self._config.data.cache)  # a real disk; what is called temporary may be memory
         try:
             with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:
-                os.posix_fallocate(file.fileno(), 0, 4 * count)  # a mapped file that finds no space later would kill us
+                allocate(file.fileno(), 4 * count)  # a mapped file that finds no space later would kill us
                 return torch.from_file(file.name, shared=True, size=count).view(shape)  # lives on without its name
         except OSError as problem:
             raise CheckpointError(disk_message(folder, problem)) from problem

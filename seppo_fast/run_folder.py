@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from seppo_fast.errors import CheckpointError, ConfigError, SeppoError
-from seppo_fast.files import disk_message
+from seppo_fast.files import NO_LOCKS, disk_message
 from seppo_fast.journal import LOG, SKIPPED
 from seppo_fast.node import Node
 from seppo_fast.saved_state import SavedState, newest_state, saved_states
@@ -72,7 +72,7 @@ def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterat
         if node.rank == 0:
             try:
                 refuse_occupied(folder)
-                handle = _locked(folder)
+                handle = _locked(folder, report)
                 _remove_unfinished(folder)
                 found = newest_state(folder, report)
                 if found is None and (folder / "log.jsonl").exists():
@@ -90,7 +90,7 @@ def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterat
             _release(folder, handle)
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path, report: Callable[[str], object]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,10 +101,13 @@ def _locked(folder: Path) -> int:
         # process, which would lose them as soon as it read the file and closed it.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
-        os.close(handle)
         if problem.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(handle)
             raise ConfigError(f"output = {str(folder)!r}: another run is writing there") from None
-        raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
+        if problem.errno not in NO_LOCKS:
+            os.close(handle)
+            raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
+        report(f"{folder}: files cannot be locked there ({problem.strerror}); start no second run on this folder")
     try:
         os.pwrite(handle, _MARK.encode(), 0)
     except OSError as problem:

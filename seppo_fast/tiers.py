@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -41,7 +42,7 @@ class Budget:
     def __post_init__(self) -> None:
         """Refuses what is no number of bytes."""
         for name, value in vars(self).items():
-            if value is not None and (not isinstance(value, int) or value < 0):
+            if value is not None and (not isinstance(value, int | np.integer) or value < 0):
                 raise ValueError(f"{name}: a number of bytes >= 0 or None is needed, got {value!r}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seppo_fast.interrupt import held_back
+from seppo_fast.output import tolerant_output
 
 if TYPE_CHECKING:
     from seppo_fast.config import Config
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def train(config: Config, observe: Callable[[Trainer, int], None] = lambda trainer, updates: None) -> Path:
     """Algorithm 1: runs a whole training, or goes on with it; weights, log and pictures go into `config.output`.
 
-    The state is saved now and then and on SIGINT, SIGTERM and SIGUSR1; the same call goes on from it.
+    The state is saved now and then and on SIGINT, SIGTERM, SIGHUP and SIGUSR1; the same call goes on from it.
 
     Args:
         config: of the run.
@@ -39,6 +40,7 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
 
     accelerator = processes()
     with (
+        tolerant_output(),
         deterministic(config.model.deterministic),
         claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved,
     ):

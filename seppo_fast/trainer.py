@@ -14,7 +14,7 @@ from seppo_fast.attention import set_attention
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.dial import fit_to_machine, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
-from seppo_fast.errors import CheckpointError, ConfigError
+from seppo_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from seppo_fast.estimate import out_of_memory
 from seppo_fast.evaluate.pictures import FixedPrompts
 from seppo_fast.exchange import exchange
@@ -22,7 +22,7 @@ from seppo_fast.families.load import load_family
 from seppo_fast.files import disk_message
 from seppo_fast.forward import Forward
 from seppo_fast.interrupt import Interrupted, Interruption
-from seppo_fast.journal import Journal
+from seppo_fast.journal import SKIPPED, Journal
 from seppo_fast.learner import Learner
 from seppo_fast.memory import is_out_of_memory
 from seppo_fast.objectives import OBJECTIVES
@@ -296,9 +296,16 @@ class Trainer:
 
         Raises:
             CheckpointError: one of them could not be written.
+            NonFiniteError: no update of the run changed the weights; none are written.
         """
         folder = self.folder / "weights"
         self.save_state()
+        if not self.learner.applied:
+            raise NonFiniteError(
+                f"none of the run's {self.finished} updates changed the weights: the gradient was not finite each "
+                f"time, and all {self.finished} were skipped (sample ids in {self.folder / SKIPPED}). No weights are "
+                "written. Another model.precision or a lower train.learning_rate are the first things to try"
+            )
         main = self.accelerator.is_main_process
         (missing,) = self._any(main and written_after(folder) != self.finished)
         if missing and self.learner.ema is not None:

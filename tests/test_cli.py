@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from benchmarks.forks import Forks
 from seppo_fast.config import read_config, to_yaml
@@ -260,6 +261,65 @@ def test_a_run_that_diverges_exits_5_and_writes_no_weights(config, tmp_path):
         "samples",
         "skipped.jsonl",
     ]
+
+
+def test_a_run_of_which_no_update_was_applied_exits_5_and_writes_no_weights(forked, config, tmp_path, tiny):
+    pipeline = shutil.copytree(tiny, tmp_path / "broken")
+    weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"].fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    for _ in range(2):  # the second time it has nothing left to do
+        done = forked("train", config, "--model.path", pipeline)
+        assert done.code == 5, done.out + done.err
+        assert "none of the run's 2 updates changed the weights" in done.err and "all 2 were skipped" in done.err
+        assert not (tmp_path / "run" / "weights").exists()
+    refused = forked("export", tmp_path / "run", "--model", pipeline)
+    assert refused.code == 2 and "all of its 2 updates were skipped, so there is nothing to export" in refused.err
+    done = forked("train", config, "--model.path", pipeline, "--train.updates", 3)
+    assert done.code == 5 and "update 3: the gradient was not finite 3 times in a row" in done.err
+    assert done.out.count("SKIPPED") == 1 or "update 3/3" not in done.out
+
+
+def test_a_run_with_one_applied_update_is_finished(forked, config, tmp_path):
+    """At this rate the first update is applied, and breaks the weights."""
+    for _ in range(2):
+        done = forked("train", config, "--learning-rate", "1e30", "--train.updates", 3)
+        assert done.code == 0, done.out + done.err
+        assert (tmp_path / "run" / "weights").is_dir()
+
+
+def scheduler_without_signal(folder, tiny):
+    pipeline = shutil.copytree(tiny, folder / "no-signal")
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return pipeline
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_epsilon_without_signal_at_the_last_timestep_is_refused(forked, config, tmp_path, tiny, command):
+    done = forked(command, config, "--model.path", scheduler_without_signal(tmp_path, tiny))
+    assert done.code == 2 and "predicts epsilon, and its last timestep keeps no signal" in done.err
+    assert not left_behind(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [None, 512])
+def test_a_tokenizer_without_its_limit_checks_and_trains(forked, config, tmp_path, tiny, limit):
+    pipeline = shutil.copytree(tiny, tmp_path / "no-limit")
+    file = pipeline / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["model_max_length"]
+    file.write_text(json.dumps(settings | ({} if limit is None else {"model_max_length": limit})))
+    right = forked("check", config)
+    checked = forked("check", config, "--model.path", pipeline)
+    assert checked.code == 0, checked.err
+    chosen = ("disk:", "data:")
+    assert [line for line in checked.out.splitlines() if line.startswith(chosen)] == [
+        line for line in right.out.splitlines() if line.startswith(chosen)
+    ]
+    done = forked("train", config, "--model.path", pipeline)
+    assert done.code == 0, done.err
 
 
 def test_interrupt_exits_130_and_writes_no_weights(config, tmp_path):

@@ -1,5 +1,6 @@
 """The configuration: YAML, aliases, suggestions, and the command line on the same model."""
 
+import numpy as np
 import pytest
 import yaml
 
@@ -145,3 +146,13 @@ def test_contradictions_are_refused_alike_from_file_and_flags(tmp_path):
             read()
         said.append(str(error.value))
     assert said[0].replace("64", "128") == said[1]
+
+
+def test_numbers_of_numpy_are_numbers():
+    tree = {
+        "seed": np.int64(3),
+        "train": {"beta": np.float32(50), "updates": np.int32(4), "share_noise": np.bool_(False)},
+    }
+    config = parse_config(tree)
+    assert (config.seed, config.train.beta, config.train.updates, config.train.share_noise) == (3, 50.0, 4, False)
+    assert "seed: 3" in to_yaml(config)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from seppo_fast.cli import main
 from seppo_fast.config import parse_config
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.evaluate.pictures import generate
-from seppo_fast.export import COMFYUI_FILE, export
+from seppo_fast.export import COMFYUI_FILE, export, kohya_metadata
 from seppo_fast.forward import Forward
 from seppo_fast.saved_state import saved_states
 from seppo_fast.scores import Scores
@@ -92,6 +93,24 @@ def test_comfyui_key_names_are_those_of_kohya(tiny, tmp_path):
         assert file.get_tensor(f"{place}.lora_down.weight").shape[0] == 3
         assert file.get_tensor(f"{place}.alpha").item() == 3
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "3"
+    assert (metadata["ss_v2"], metadata["ss_base_model_version"]) == ("False", "sd_v1")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction", "expected"),
+    [
+        (768, "epsilon", ("False", "sd_v1", "stable-diffusion-v1/lora", "epsilon")),
+        (1024, "epsilon", ("True", "sd_v2", "stable-diffusion-v2-512/lora", "epsilon")),
+        (1024, "v_prediction", ("True", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "v")),
+    ],
+)
+def test_a_lora_says_which_model_it_is_for(tiny, tmp_path, width, prediction, expected):
+    unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width))
+    family = SimpleNamespace(unet=unet, scheduler_config={"prediction_type": prediction})
+    metadata = kohya_metadata(family, tiny_config(tiny, tmp_path))
+    keys = ("ss_v2", "ss_base_model_version", "modelspec.architecture", "modelspec.prediction_type")
+    assert tuple(metadata[key] for key in keys) == expected
 
 
 def test_the_card_says_what_it_is_and_the_settings_go_with_it(tiny, tmp_path):

@@ -1,12 +1,19 @@
 """The Stable Diffusion family against diffusers' own parts."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
+from seppo_fast.diffusion import NoiseSchedule
 from seppo_fast.errors import ConfigError
 from seppo_fast.families.sd import StableDiffusion
 from tests.tiny import tiny_pipeline
@@ -88,3 +95,140 @@ def test_an_inpainting_model_is_refused(tiny, tmp_path):
     UNet2DConditionModel.from_config(config | {"in_channels": 9}).save_pretrained(folder / "unet")
     with pytest.raises(ConfigError, match="its UNet takes 9 channels and gives 4, .* of its VAE have 4"):
         StableDiffusion.load(str(folder), torch.device("cpu"))
+
+
+def changed(folder, name, **keys):
+    """Sets keys of a JSON file in a folder; None removes one."""
+    file = folder / name
+    tree = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+@pytest.mark.parametrize("limit", [None, 512, 10**30], ids=str)
+def test_prompts_are_as_long_as_the_text_encoder_takes_whatever_the_tokenizer_says(tiny, tmp_path, family, limit):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    changed(folder / "tokenizer", "tokenizer_config.json", model_max_length=limit)
+    other = StableDiffusion.load(str(folder), CPU)
+    prompts = ["a fox", "a prompt that is longer than sixteen letters by far"]
+    assert torch.equal(other.encode_prompts(prompts), family.encode_prompts(prompts))
+    assert other.too_long(prompts) == family.too_long(prompts) == prompts[1:]
+    assert other.fingerprint() == family.fingerprint()  # one cache serves both
+    other.save(tmp_path / "saved")
+    saved = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    assert saved.tokenizer.model_max_length == 16
+
+
+def as_variant(folder, parts, variant="fp16", keep=False):
+    """Gives the weights of some parts of a pipeline folder the names and the dtype of a variant."""
+    for part in parts:
+        (plain,) = (folder / part).glob("*.safetensors")
+        halves = {name: tensor.half() for name, tensor in load_file(plain).items()}
+        save_file(halves, plain.with_name(f"{plain.stem}.{variant}.safetensors"), metadata={"format": "pt"})
+        if not keep:
+            plain.unlink()
+    return folder
+
+
+PARTS = ("unet", "vae", "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("parts", "variant"), [(PARTS, "fp16"), (("unet",), "fp16"), (("text_encoder",), "non_ema")], ids=str
+)
+def test_parts_that_are_there_as_a_variant_only_are_loaded(tiny, tmp_path, family, parts, variant):
+    folder = as_variant(shutil.copytree(tiny, tmp_path / "copy"), parts, variant)
+    loaded = StableDiffusion.load(str(folder), CPU)
+    for part in PARTS:
+        ours, theirs = (dict(x.pipe.components[part].state_dict()) for x in (loaded, family))
+        for name, tensor in theirs.items():
+            expected = tensor.half().float() if part in parts and tensor.is_floating_point() else tensor
+            assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], expected), (part, name)
+
+
+def test_plain_weights_come_before_a_variant(tiny, tmp_path, family):
+    folder = as_variant(shutil.copytree(tiny, tmp_path / "copy"), PARTS, keep=True)
+    assert StableDiffusion.load(str(folder), CPU).identity() == family.identity()
+
+
+def test_a_variant_in_several_files_is_loaded_and_counted(tiny, tmp_path, family):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    family.unet.to(memory_format=torch.contiguous_format)
+    family.unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="100KB")
+    family.unet.to(memory_format=torch.channels_last)
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
+    assert StableDiffusion.load(str(folder), CPU).identity() == family.identity()
+    (shard, *_) = sorted((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors.popitem()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="unet"):
+        StableDiffusion.load(str(folder), CPU)
+
+
+def test_an_index_of_a_variant_that_leads_to_pickles_is_refused(tiny, tmp_path):
+    folder = as_variant(shutil.copytree(tiny, tmp_path / "copy"), ("unet",))
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "diffusion_pytorch_model.fp16.bin"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="only safetensors files beside it are loaded"):
+        StableDiffusion.load(str(folder), CPU)
+
+
+HUB = """
+import sys, torch
+from seppo_fast.families.sd import StableDiffusion
+print(StableDiffusion.load("somebody/tiny", torch.device("cpu")).identity())
+"""
+
+
+def test_a_hub_id_with_nothing_but_a_variant_is_loaded(tiny, tmp_path):
+    snapshot = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abcd"
+    as_variant(shutil.copytree(tiny, snapshot), PARTS)
+    (tmp_path / "models--somebody--tiny" / "refs").mkdir()
+    (tmp_path / "models--somebody--tiny" / "refs" / "main").write_text("0123abcd")
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == StableDiffusion.load(str(snapshot), CPU).identity()
+
+
+def test_parts_that_training_never_uses_are_not_needed(tiny, tmp_path, family):
+    """The index names a feature extractor and an image encoder whose folders are missing."""
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    changed(
+        folder,
+        "model_index.json",
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+    )
+    loaded = StableDiffusion.load(str(folder), CPU)
+    assert loaded.identity() == family.identity() and loaded.fingerprint() == family.fingerprint()
+    loaded.save(tmp_path / "saved")
+    StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+
+
+def test_a_scheduler_that_needs_a_package_is_not_needed(tiny, tmp_path, family):
+    """LMS needs scipy; of a scheduler its settings alone are used."""
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        pytest.skip("scipy is installed")
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    changed(folder, "model_index.json", scheduler=["diffusers", "LMSDiscreteScheduler"])
+    changed(folder / "scheduler", "scheduler_config.json", _class_name="LMSDiscreteScheduler")
+    loaded = StableDiffusion.load(str(folder), CPU)
+    assert isinstance(loaded.pipe.scheduler, DDIMScheduler)
+    for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset"):
+        assert loaded.scheduler_config[key] == family.scheduler_config[key]
+
+
+def test_epsilon_without_signal_at_its_last_timestep_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    changed(folder / "scheduler", "scheduler_config.json", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ConfigError, match=r"predicts epsilon, and its last timestep keeps no signal .*0\.0e\+00"):
+        NoiseSchedule(StableDiffusion.load(str(folder), CPU).scheduler_config)
+    changed(folder / "scheduler", "scheduler_config.json", prediction_type="v_prediction")
+    NoiseSchedule(StableDiffusion.load(str(folder), CPU).scheduler_config)

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import seppo_fast.kernels.eager as eager
 import seppo_fast.loss_arguments as loss_arguments
-from seppo_fast.loss import denoising_errors, preference_loss
+from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
 
 X, R = torch.zeros(4, 3, 5), torch.zeros(4)
 GOOD = {"model_pred": X, "target": X, "ref_pred": X}
@@ -156,3 +157,17 @@ def test_import_needs_torch_alone():
         "assert not {'diffusers', 'transformers', 'pydantic', 'seppo_fast.train'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64, np.uint8])
+def test_numbers_of_numpy_are_numbers(kind):
+    generator = torch.Generator().manual_seed(0)
+    pred, ref_pred, target = (torch.randn(4, 3, 5, generator=generator) for _ in range(3))
+
+    def results(beta, tie_tol, scale):
+        options = {"beta": beta, "tie_tol": tie_tol, "backend": "torch"}
+        lost, grad = loss_and_grad(pred, target, ref_pred, **options, grad_scale=scale)
+        return [preference_loss(pred, target, ref_pred, **options).loss, lost.loss, grad]
+
+    for ours, expected in zip(results(kind(50), kind(0), kind(2)), results(50.0, 0.0, 2.0), strict=True):
+        assert torch.equal(ours, expected)

@@ -2,6 +2,7 @@
 
 import collections
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -336,3 +337,17 @@ def test_what_a_pool_was_saved_by_must_be_what_restores_it(tmp_path):
     whole = filled_with_numbers(1)
     with pytest.raises(ValueError, match="only an empty pool"):
         whole.restore(tmp_path / "pool", torch.device("cpu"))
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    budget = Budget(host=np.int64(10**6))
+    with ReferencePool(np.int64(7), keep=np.int64(2), budget=budget) as pool, ReferencePool(7, keep=2) as plain:
+        module = nn.Linear(2, 3)
+        for _ in range(6):
+            pool.add(module)
+            plain.add(module)
+        assert pool.tiers == plain.tiers and len(pool.tiers) == 2
+        assert [pool.draw(np.int64(number)) for number in range(20)] == [plain.draw(number) for number in range(20)]
+        pool.save(tmp_path / "pool")
+    with ReferencePool(7, keep=2) as plain:
+        plain.restore(tmp_path / "pool", "cpu")

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.forks import Forks
 from seppo_fast.config import SaveConfig, to_yaml
 from seppo_fast.errors import CheckpointError
-from seppo_fast.interrupt import held_back
+from seppo_fast.interrupt import Interrupted, Interruption, held_back
 from seppo_fast.node import Node
 from seppo_fast.run_folder import claimed
 from seppo_fast.saved_state import saved_states
@@ -105,10 +105,11 @@ def test_killed_again_and_again(run, straight):
     assert_same_run(run.config, straight)
 
 
-def test_a_signal_saves_the_last_finished_update(run, straight):
-    ended = run.train("--save.minutes", 60, fault="micro-batch@8=term")
+@pytest.mark.parametrize("name", ["term", "hup"])
+def test_a_signal_saves_the_last_finished_update(run, straight, name):
+    ended = run.train("--save.minutes", 60, fault=f"micro-batch@8={name}")
     assert ended.code == 130
-    assert "SIGTERM: ending at the next micro-batch" in ended.out
+    assert f"SIG{name.upper()}: ending at the next micro-batch" in ended.out
     finished = len(log_of(run.config))
     assert 0 < finished < UPDATES
     assert f"interrupted after update {finished}" in ended.err
@@ -116,6 +117,22 @@ def test_a_signal_saves_the_last_finished_update(run, straight):
     ended = run.train()
     assert ended.code == 0 and f"going on after update {finished} of {UPDATES}" in ended.out
     assert_same_run(run.config, straight)
+
+
+def test_a_run_outlives_its_terminal_where_hangups_are_ignored():
+    """As under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            interruption.check()
+            assert not interruption.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGUSR1)
+            with pytest.raises(Interrupted):
+                interruption.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_during_sampling_and_before_an_update_leaves_nothing(run):

@@ -24,7 +24,7 @@ from seppo_fast.data.examples import Source, require_kind
 from seppo_fast.data.images import check_framing
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX, LatentCache
 from seppo_fast.errors import DataError
-from seppo_fast.files import disk_message, staged_folder
+from seppo_fast.files import NO_LOCKS, disk_message, staged_folder
 
 __all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build", "truncation"]
 
@@ -161,7 +161,7 @@ def _locked(final: Path, report: Callable[[str], object]) -> int | None:
             if problem.errno in (errno.EAGAIN, errno.EACCES):
                 report(f"another process is filling this cache, {final}; waiting for it")
                 waiting = True
-            elif problem.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            elif problem.errno in NO_LOCKS:
                 report(
                     f"{final.parent}: files cannot be locked there ({problem.strerror}); two runs may encode the same"
                 )

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
-from seppo_fast.families.folders import check_complete, check_place, check_weights, expanded, load_as
-from seppo_fast.families.sd import StableDiffusion, check_pipeline, load_pipeline, rescheduled
+from seppo_fast.families.folders import check_complete, check_place, check_weights, expanded, load_as, variant_of
+from seppo_fast.families.loading import check_pipeline, load_pipeline, rescheduled
+from seppo_fast.families.sd import StableDiffusion
 
 # What the motion modules were trained on. Neither an SD-1.5 folder nor an adapter carries it.
 _SCHEDULE = {
@@ -134,7 +135,7 @@ def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPip
     """An AnimateDiff pipeline of the parts of `pipe` and the adapter at `where`, in float32."""
 
     def load() -> UNetMotionModel:
-        adapter = MotionAdapter.from_pretrained(where, use_safetensors=True)
+        adapter = MotionAdapter.from_pretrained(where, use_safetensors=True, variant=variant_of(Path(where)))
         check_complete("model.motion_adapter", Path(where), adapter)
         return UNetMotionModel.from_unet2d(pipe.unet, adapter.float())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -15,6 +16,12 @@ from torch import nn
 from seppo_fast.errors import ConfigError
 from seppo_fast.files import read_json
 
+# diffusers' and transformers' names of weights: plain, or of a variant such as fp16; whole, or one of several files.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors"
+)
+# Parts of a pipeline that are not loaded: no picture is a prompt here, and none is shown to a safety checker.
+UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 _UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 
 T = TypeVar("T")
@@ -61,7 +68,7 @@ def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str
     """
     place = folder / part
     files = [file.name for file in place.glob("*")] if place.is_dir() else []
-    for file in place.glob("*.safetensors.index.json"):
+    for file in place.glob("*.safetensors.index*.json"):
         _check_index(key, file)
     if any(name.endswith(".safetensors") for name in files):
         return
@@ -74,12 +81,20 @@ def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str
     raise ConfigError(f"{key} = {path!r}: {part + '/' if part else 'it'} holds no safetensors weights")
 
 
+def variant_of(place: Path) -> str | None:
+    """Returns the variant of weights, such as fp16, in a folder that holds none without one; else None."""
+    names = [_WEIGHTS.fullmatch(file.name) for file in place.glob("*.safetensors")] if place.is_dir() else []
+    variants = {name["variant"] for name in names if name}
+    if None in variants or not variants:
+        return None
+    return "fp16" if "fp16" in variants else min(variants)
+
+
 def check_complete(key: str, place: Path, module: nn.Module) -> None:
     """Raises ConfigError where weights of a module were not in the files that it was loaded from.
 
     What is missing there the libraries leave on `meta` or fill with random numbers. In a folder values are counted,
-    since names may be old ones. Variants (`model.fp16.safetensors`) and other files beside those that were loaded do
-    not count.
+    since names may be old ones. Other files beside those that were loaded do not count.
     """
     empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if empty:
@@ -101,8 +116,9 @@ def check_complete(key: str, place: Path, module: nn.Module) -> None:
 def _loaded(place: Path, module: nn.Module) -> list[Path]:
     """What `from_pretrained` took of a folder: of diffusers the index of split weights first, of transformers last."""
     index_first = isinstance(module, ModelMixin)
-    whole = place / ("diffusion_pytorch_model.safetensors" if index_first else "model.safetensors")
-    index = whole.with_name(f"{whole.name}.index.json")
+    stem, variant = "diffusion_pytorch_model" if index_first else "model", variant_of(place)
+    infix = "" if variant is None else f".{variant}"
+    whole, index = place / f"{stem}{infix}.safetensors", place / f"{stem}.safetensors.index{infix}.json"
     if index.is_file() and (index_first or not whole.is_file()):
         return [place / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [whole] if whole.is_file() else []
@@ -134,7 +150,7 @@ def check_parts(key: str, path: str, index: Mapping[str, Any]) -> None:
         if name.startswith("_") or not isinstance(part, (list, tuple)):
             continue
         library = part[0] if len(part) == 2 else part
-        if name == "safety_checker" or library in (None, "diffusers", "transformers"):
+        if name in UNNEEDED or library in (None, "diffusers", "transformers"):
             if (Path(path) / name / f"{library}.py").exists():
                 raise ConfigError(f"{key} = {path!r}: {name}/{library}.py is code, which is never run; remove it")
             continue

@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.schedulers import SchedulerMixin
 from torch import Tensor, nn
 
-from seppo_fast import shapes
 from seppo_fast.errors import ConfigError
 from seppo_fast.families import UNet
-from seppo_fast.families.folders import check_complete, check_parts, check_place, check_weights, expanded, load_as
-
-# One set of parts, two ways to call it.
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_WEIGHTS = ("unet", "vae", "text_encoder")
+from seppo_fast.families.loading import check_pipeline, load_pipeline, rescheduled
 
 
 class StableDiffusion:
@@ -188,81 +182,6 @@ class StableDiffusion:
     def _encoders_on(self, device: torch.device) -> None:
         self.pipe.vae.to(device)
         self.pipe.text_encoder.to(device)
-
-
-def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
-    """Says what is wrong with `model.path` before any weight is read.
-
-    Args:
-        path: a diffusers folder, a hub id, or `shapes`.
-        allowed: names of pipeline classes; the first of them is the one that messages speak of.
-
-    Returns:
-        The folder or hub id.
-
-    Raises:
-        ConfigError: see `StableDiffusion.load`.
-    """
-    if not path:
-        raise ConfigError("model.path is empty; give a diffusers folder, a hub id, or 'shapes'")
-    where = str(shapes.SHIPPED[path]) if path in shapes.SHIPPED else expanded(path)
-    folder = check_place("model.path", where, "StableDiffusionPipeline")
-    if folder is not None:
-        if not (folder / "model_index.json").is_file():
-            raise ConfigError(
-                f"model.path = {where!r} holds no model_index.json, so it is not a diffusers pipeline folder"
-            )
-        for part in _WEIGHTS:
-            check_weights("model.path", where, folder, part)
-
-    def read() -> dict[str, Any]:
-        return dict(StableDiffusionPipeline.load_config(where))
-
-    index = load_as("model.path", where, "a Stable Diffusion pipeline", read)
-    found = str(index.get("_class_name"))
-    if found == "AnimateDiffPipeline" and found not in allowed:
-        local = "" if folder else " and give it as a folder, not as a hub id"
-        raise ConfigError(
-            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: leave "
-            f"model.motion_adapter empty{local}; or give a Stable Diffusion pipeline and an adapter"
-        )
-    if found not in allowed:
-        raise ConfigError(
-            f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline: it is a {found}, the SD-1.5 "
-            f"format ({allowed[0]}) is needed"
-        )
-    check_parts("model.path", where, index)
-    return where
-
-
-def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline at `where` (see `check_pipeline`) in float32, without a safety checker.
-
-    Raises:
-        ConfigError: weights that are not safetensors, damaged files.
-    """
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if kind is StableDiffusionPipeline else {}
-
-    def load() -> DiffusionPipeline:
-        pipe = kind.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **unchecked)
-        for part in _WEIGHTS:
-            check_complete("model.path", Path(where) / part, pipe.components[part])
-        return pipe
-
-    pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
-    pipe.set_progress_bar_config(disable=True)
-    takes, gives, made = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
-    if not takes == gives == made:
-        raise ConfigError(
-            f"model.path = {where!r}: its UNet takes {takes} channels and gives {gives}, and the latents of its VAE "
-            f"have {made}; a text-to-image model is needed (inpainting takes more)"
-        )
-    return pipe
-
-
-def rescheduled(scheduler: SchedulerMixin, kind: type[SchedulerMixin], **settings: Any) -> SchedulerMixin:
-    """A scheduler of that kind with the configuration of another but for `settings`; betas given one by one go."""
-    return kind.from_config(scheduler.config, trained_betas=None, **settings)
 
 
 def _contiguous(module: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
