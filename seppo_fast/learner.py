@@ -82,7 +82,7 @@ class Learner:
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.unet).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
-        searching = self._scaler.is_enabled() and self._scaler.get_scale() > 1 and math.isfinite(sums["loss"])
+        searching = self.searching and math.isfinite(sums["loss"])
         finite = math.isfinite(norm)
         if finite:
             self._set_learning_rate(update)
@@ -143,6 +143,11 @@ class Learner:
         works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
         for work in works:
             work.wait()
+
+    @property
+    def searching(self) -> bool:
+        """Whether the scaler of half precision may still lower its scale."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() > 1
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """What it holds beside the weights: live tensors by file and name, and what is no tensor."""

@@ -145,7 +145,11 @@ def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
         if updates == 0:
             trainer.learner._scaler.load_state_dict(trainer.learner._scaler.state_dict() | {"scale": 2.0**60})
 
-    train(config, large)
+    # No update of it is applied; that is said with the scaler's part in it.
+    with pytest.raises(
+        NonFiniteError, match=r"none of the run's 3 updates .* More train\.updates \(fp16 still searched"
+    ):
+        train(config, large)
     lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [entry["update"] for entry in log_of(config) if entry["skipped"]]
     assert len(lines) == 3 and all(line["scaler_searching"] for line in lines)
