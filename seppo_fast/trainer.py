@@ -307,7 +307,7 @@ class Trainer:
             raise NonFiniteError(
                 f"none of the run's {self.finished} updates changed the weights: the gradient was not finite each "
                 f"time, and all {self.finished} were skipped (sample ids in {self.folder / SKIPPED}). No weights are "
-                f"written. {first} model.precision or a lower train.learning_rate are the first things to try"
+                f"written. {searched if self.learner.searching else 'Another'} model.precision or a lower train.learning_rate are the first things to try"
             )
         main = self.accelerator.is_main_process
         (missing,) = self._any(main and written_after(folder) != self.finished)
