@@ -301,13 +301,13 @@ class Trainer:
         folder = self.folder / "weights"
         self.save_state()
         if not self.learner.applied:
-            first = (
+            more = (
                 "More train.updates (fp16 still searched its scale), another" if self.learner.searching else "Another"
             )
             raise NonFiniteError(
                 f"none of the run's {self.finished} updates changed the weights: the gradient was not finite each "
                 f"time, and all {self.finished} were skipped (sample ids in {self.folder / SKIPPED}). No weights are "
-                f"written. {searched if self.learner.searching else 'Another'} model.precision or a lower train.learning_rate are the first things to try"
+                f"written. {more} model.precision or a lower train.learning_rate are the first things to try"
             )
         main = self.accelerator.is_main_process
         (missing,) = self._any(main and written_after(folder) != self.finished)
