@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.provenance import device_name
 from benchmarks.rows import Row, with_ratios
 
 T = TypeVar("T")
@@ -41,9 +42,8 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """Of the GPU, or the number of threads of the CPU."""
-        gpu = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+        """The GPU's, or the number of threads of the CPU."""
+        return device_name(self.device)
 
     @property
     def precision(self) -> str:

@@ -44,11 +44,11 @@ def main(words: list[str] | None = None) -> int:
     import torch
 
     from benchmarks.measure import Machine
+    from benchmarks.provenance import device
     from benchmarks.rows import records, table
 
     torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
-    cpu = os.environ.get("ACCELERATE_USE_CPU") == "true" or not torch.cuda.is_available()
-    machine = Machine(torch.device("cpu" if cpu else "cuda"), arguments.quick)
+    machine = Machine(device(), arguments.quick)
     started = time.perf_counter()
     rows = importlib.import_module(f"benchmarks.{arguments.suite}").rows(machine)
     made = records(rows, machine.name)
