@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,27 +32,38 @@ LATENTS = {
     "video 16 x 512 px": (4, 16, 64, 64),
 }
 
+# How tensors lie in memory: all contiguous; predictions as the trainer's UNet gives them, beside a contiguous target;
+# the target so too. Where it is not the first, a case's name says it.
+LAYOUTS = ("contiguous", "channels_last predictions", "channels_last")
+
+# Other ways to divide a latent among programs, each timed as one more provider: by name lanes and folds, as
+# `seppo_fast.kernels.errors` has them. Empty: only its own.
+DIVISIONS: dict[str, tuple[int, int]] = {}
+
 _MOST_SETS = 1024
 _AT_ONCE = 2**24  # elements that are made, or checked in float64
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked for.
+    """What is computed.
 
     Attributes:
         pairs: B.
         latent: of `LATENTS`.
         ahead: whether the reference's errors are given, rather than its predictions.
+        layout: of `LAYOUTS`; another than the first only for latents of pictures.
     """
 
     pairs: int
     latent: str
     ahead: bool = False
+    layout: str = LAYOUTS[0]
 
     def __str__(self) -> str:
         given = "ref_error" if self.ahead else "ref_pred"
-        return f"{self.pairs} pair{'s' * (self.pairs > 1)}, {self.latent}, {given}"
+        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
+        return f"{self.pairs} pair{'s' * (self.pairs > 1)}, {self.latent}, {given}{layout}"
 
     @property
     def elements(self) -> int:
@@ -105,10 +117,17 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
             pred[half] = y + scale[half] * residual
             ref_pred[half] = y + residual
             ref_error[half] = (ref_pred[half].double() - y.double()).square().flatten(1).mean(1).float()
+    predictions, targets = {
+        LAYOUTS[0]: (torch.contiguous_format, torch.contiguous_format),
+        LAYOUTS[1]: (torch.channels_last, torch.contiguous_format),
+        LAYOUTS[2]: (torch.channels_last, torch.channels_last),
+    }[case.layout]
+    pred, ref_pred = (x.to(memory_format=predictions) for x in (pred, ref_pred))
+    target = target.to(memory_format=targets)
     return Inputs(
         pred=pred.requires_grad_(),
         target=target,
-        repeated=torch.cat([target, target]),
+        repeated=torch.cat([target, target]).to(memory_format=targets),
         ref_pred=None if case.ahead else ref_pred,
         ref_error=ref_error if case.ahead else None,
         scratch=pred.detach().clone(),
@@ -256,15 +275,41 @@ def ways(case: Case, machine: Machine, compiled: bool) -> dict[str, Way]:
     made[OVERWRITING] = Way(
         partial(_ours, overwrite=True), ("scratch", "target", "ref_pred", "ref_error"), transfers=once
     )
+    for name, divided in DIVISIONS.items():
+        made[f"{ONE_PASS}, {name}"] = Way(partial(_divided, divided), transfers=transfers(case, divided)[1])
     return made
 
 
-def transfers(case: Case) -> tuple[int, int]:
-    """Latents that the kernels move a pair, through autograd and by `loss_and_grad`: their byte model."""
+def _divided(lanes_and_folds: tuple[int, int], inputs: Inputs) -> tuple[Tensor, Tensor]:
+    with dividing(*lanes_and_folds):
+        return _ours(inputs, overwrite=False)
+
+
+@contextmanager
+def dividing(lanes: int, folds: int) -> Iterator[None]:
+    """Inside, the kernels divide a latent so."""
+    from seppo_fast.kernels import errors
+
+    before = errors.LANES, errors.FOLDS
+    errors.LANES, errors.FOLDS = lanes, folds
+    try:
+        yield
+    finally:
+        errors.LANES, errors.FOLDS = before
+
+
+def transfers(case: Case, divided: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Latents that the kernels move a pair, through autograd and by `loss_and_grad`: their byte model.
+
+    Args:
+        case: what is computed.
+        divided: lanes and folds; None: the kernels' own.
+    """
     from seppo_fast.kernels.errors import division
 
     fewest = 5 if case.ahead else 7
-    one_chunk = division(math.prod(LATENTS[case.latent]))["CHUNKS"] == 1
+    with dividing(*divided) if divided else nullcontext():
+        one_chunk = division(math.prod(LATENTS[case.latent]))["CHUNKS"] == 1
     return fewest + 3, fewest if one_chunk else fewest + 3
 
 
