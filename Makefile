@@ -40,8 +40,8 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# To see that they run. Measured for the README: each without --quick, with --json benchmarks/results/DEVICE-DATE-COMMIT-SUITE.json,
-# then python -m benchmarks.readme.
+# To see that they run. Measured for the README: each without --quick, with --json benchmarks/results/DEVICE-DATE-COMMIT-SUITE.json
+# (and --minutes 6 where a GPU is there for minutes only), then python -m benchmarks.readme.
 bench: setup
 	$(PY) -m benchmarks.full_size --quick
 	$(PY) -m benchmarks.run --quick --suite sampling

@@ -26,22 +26,27 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import suites
 from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.estimates import PICTURE, STEP_LAUNCHES, h200
 from benchmarks.measure import Bench, Limit, Machine, Provider, interleaved
 from benchmarks.rows import Row
+from benchmarks.suites import Shared
 from benchmarks.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
 from seppo_fast.config import TrainConfig
 from seppo_fast.memory import free_bytes
 from seppo_fast.pool_files import Tier
 
-_PLACES: dict[Tier, str] = {"device": "GPU memory", "host": "host memory", "disk": "files"}
+_PLACES: dict[Tier, str] = {"host": "host memory", "device": "GPU memory", "disk": "files"}
 _ROOM = 0.8  # of what is free, for the checkpoints of a tier
 _CALL_BYTES = 2**26  # that a timed call of switches copies, or all checkpoints once
 
@@ -67,55 +72,142 @@ class Size:
 
 _KEPT = {"iteration": 7, "update": 20}
 _CPU_MODELS = (("full", "fp32"), ("full", "bf16"), ("lora", "fp32"))
+# Seconds on an H200 by `estimate`: of all weights 19 to 51 a case and 45 for what they share, of a LoRA 5 to 16 and 10.
 SIZES = {
     "gpu": Size((("full", "bf16"), ("lora", "bf16")), _KEPT, rounds=5, pairs=16, steps=4),
     "cpu": Size(_CPU_MODELS, _KEPT, rounds=15, pairs=4, steps=4),
     "quick": Size(_CPU_MODELS, _KEPT, rounds=3, pairs=1, steps=2),
 }
 
+# What an H200 and its host are assumed to take, in seconds: a checkpoint of all weights to each tier; a round of both
+# baselines, of which one reads a file; and what is made once. Of a LoRA, 3 MB, only the host's work is left.
+_ADDED: dict[Tier, float] = {"device": 0.2, "host": 1.0, "disk": 2.5}
+_BASELINES, _LORA_BASELINES = 3.0, 0.2
+_SUBJECT, _STATES = 5.0, 40.0
 
-def rows(machine: Machine) -> list[Row]:
-    """All rows of the suite."""
-    made: list[Row] = []
-    size, gpu = SIZES[machine.size], machine.device.type == "cuda"
+
+def estimate(train: str, tier: Tier, added: int) -> float:
+    """Returns seconds on an H200 for a case that adds so many checkpoints, see `benchmarks.estimates`."""
+    full, rounds = train == "full", SIZES["gpu"].rounds
+    return 3.0 + rounds * (_BASELINES if full else _LORA_BASELINES) + added * (_ADDED[tier] if full else 0.1)
+
+
+def estimate_steps(train: str) -> float:
+    """Returns seconds on an H200 for the case of training steps."""
+    size = SIZES["gpu"]
+    step = h200(bf16=2 * size.pairs * PICTURE.trained[train], launches=STEP_LAUNCHES[train])
+    return 3 * (1 + size.rounds) * size.steps * step
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What the cases of one kind of checkpoints share: the subject, seconds of its step, baselines, a folder."""
+
+    subject: Subject
+    step_seconds: float
+    loads: list[Provider]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _InTier:
+    """What the cases of one tier share.
+
+    Attributes:
+        bench: whose limit is `plain`.
+        kept: the checkpoints.
+        room: for how many.
+        plain: copies as much as `calls` switches do.
+        calls: switches of a timed call.
+    """
+
+    bench: Bench
+    kept: Kept
+    room: int
+    plain: Callable[[], None]
+    calls: int
+
+
+def cases(machine: Machine) -> list[suites.Case]:
+    """Returns the suite's cases: the host's memory first, since past policies come to lie there."""
+    size, gpu, made = SIZES[machine.size], machine.device.type == "cuda", []
     for train, precision in size.models:
-        subject = Subject(machine, train, precision, size.pairs)
-        (seconds,) = interleaved(machine, [subject.step], size.rounds)
-        with tempfile.TemporaryDirectory() as name:
-            loads = _baselines(subject, Path(name))
-            for tier in _PLACES:
-                if gpu or tier != "device":
-                    made += _tier_rows(subject, float(np.median(seconds)), loads, tier, Path(name))
+        full = train == "full"
+        compared = Shared(partial(_compared, machine, train, precision), (_SUBJECT + _STATES) if full else 2 * _SUBJECT)
+        for tier in _PLACES if gpu else ("host", "disk"):
+            where = f"{train} {precision} in {_PLACES[tier]}"
+            in_tier = Shared(partial(_in_tier, compared, tier, where), needs=(compared,))
+            before = 0
+            for redraw, count in size.kept.items():
+                made.append(
+                    suites.Case(
+                        f"{where}, {count} checkpoints, a draw per {redraw}",
+                        partial(_switch_rows, compared, in_tier, tier, where, redraw),
+                        estimate(train, tier, count - before),
+                        (compared, in_tier),
+                    )
+                )
+                before = count
+            if tier == "disk" or (tier == "host" and gpu):  # else nothing needs to come up
+                title = f"{where}, steps of {size.pairs} pairs"
+                run = partial(_step_rows, compared, in_tier, where)
+                made.append(suites.Case(title, run, estimate_steps(train), (compared, in_tier)))
     return made
 
 
-def _tier_rows(subject: Subject, step_seconds: float, loads: list[Provider], tier: Tier, folder: Path) -> list[Row]:
-    """The cases of one kind of checkpoints in one tier."""
-    machine, size = subject.machine, SIZES[subject.machine.size]
-    room, where = room_for(subject, tier, folder), f"{subject.name} in {_PLACES[tier]}"
+def _compared(machine: Machine, train: str, precision: str, stack: ExitStack) -> _Compared:
+    size = SIZES[machine.size]
+    subject = Subject(machine, train, precision, size.pairs)
+    (seconds,) = interleaved(machine, [subject.step], size.rounds)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return _Compared(subject, float(np.median(seconds)), _baselines(subject, folder), folder)
+
+
+def _in_tier(compared: Shared[_Compared], tier: Tier, where: str, stack: ExitStack) -> _InTier:
+    """The tier's empty pool, and the copy beside it.
+
+    Raises:
+        LeftOut: there is room for too few checkpoints.
+    """
+    subject, folder = compared().subject, compared().folder
+    size, room = SIZES[subject.machine.size], room_for(subject, tier, folder)
     if room <= size.steps:
-        print(f"{where}: left out, there is room for {room} checkpoints")
-        return []
+        raise suites.LeftOut(f"there is room for {room} checkpoints")
     calls = min(room, *size.kept.values(), math.ceil(_CALL_BYTES / subject.table.size))
     plain = repeated(plain_copy(subject, tier), calls)
-    bench = Bench(machine, "cache", Limit("copy", where, plain, calls * subject.table.size))
+    bench = Bench(subject.machine, "cache", Limit("copy", where, plain, calls * subject.table.size))
     kept = Kept(subject, tier, room, folder)
-    with kept.pool:
-        for redraw, asked in size.kept.items():
-            count = min(asked, room)
-            if count < asked:
-                print(f"{where}: {count} checkpoints instead of {asked}, there is no room for more")
-            kept.grow(count)
-            providers = [*loads, Provider(COPY, plain, calls, moved_bytes=subject.table.size)]
-            case, before = f"{where}, {count} checkpoints, a draw per {redraw}", len(bench.rows)
-            bench.case(case, [*providers, *_switches(subject, kept, tier, calls)], size.rounds)
-            learning = pairs_between(redraw) / subject.pairs * step_seconds
-            bench.rows[before:] = with_shares(bench.rows[before:], learning)
-            switch = next(row for row in bench.rows[before:] if row.provider == SWITCH)
-            print(f"{case}: {_in_words(subject, kept, switch)}")
-        if tier == "disk" or (tier == "host" and machine.device.type == "cuda"):  # else nothing needs to come up
-            bench.case(f"{where}, steps of {subject.pairs} pairs", _steps(subject, kept), size.rounds)
-    return bench.rows[1:]  # the limit is a provider of each case
+    stack.enter_context(kept.pool)
+    return _InTier(bench, kept, room, plain, calls)
+
+
+def _switch_rows(
+    compared: Shared[_Compared], in_tier: Shared[_InTier], tier: Tier, where: str, redraw: str
+) -> list[Row]:
+    """The rows of switches among as many checkpoints as a way to draw keeps."""
+    subject, place = compared().subject, in_tier()
+    size = SIZES[subject.machine.size]
+    count = min(size.kept[redraw], place.room)
+    if count < size.kept[redraw]:
+        print(f"{where}: {count} checkpoints instead of {size.kept[redraw]}, there is no room for more")
+    place.kept.grow(count)
+    copied = Provider(COPY, place.plain, place.calls, moved_bytes=subject.table.size)
+    providers = [*compared().loads, copied, *_switches(subject, place.kept, tier, place.calls)]
+    case = f"{where}, {count} checkpoints, a draw per {redraw}"
+    rows = place.bench.case(case, providers, size.rounds)
+    rows = with_shares(rows, pairs_between(redraw) / subject.pairs * compared().step_seconds)
+    switch = next(row for row in rows if row.provider == SWITCH)
+    print(f"{case}: {_in_words(subject, place.kept, switch)}")
+    return rows
+
+
+def _step_rows(compared: Shared[_Compared], in_tier: Shared[_InTier], where: str) -> list[Row]:
+    """The rows of training steps with a switch after each, among as many checkpoints as there are, or the fewest."""
+    subject, place = compared().subject, in_tier()
+    size = SIZES[subject.machine.size]
+    place.kept.grow(min(place.room, *size.kept.values()))
+    providers = _steps(subject, place.kept)
+    return place.bench.case(f"{where}, steps of {subject.pairs} pairs", providers, size.rounds)
 
 
 def with_shares(rows: list[Row], learning: float) -> list[Row]:

@@ -1,38 +1,43 @@
 """Suite `endtoend`: whole updates, from pictures and prompts to new weights; the naive loop against the trainer.
 
-A unit is a pair. Both loops train a LoRA on the same examples in the same order, with the same noises and timesteps,
-and drop no prompt, so their weights must agree. That is checked first, in float32 at few steps, over two updates: the
-change of the weights may differ by 0.1 (relative RMS; AdamW's first steps are nearly the sign of the gradient, so
-elements whose gradient is near zero do differ). Ours counts the encoding of each example in full, as in a run that
-visits each once; the naive loop encodes it when it comes. Loading the models counts for neither.
+A unit is a pair. The naive loop takes one pair at a time; beside it stands the same loop with as many at a time as
+ours, which generates and encodes in batches too: the ratio that is left there is the library's. All loops train a LoRA
+on the same examples in the same order, with the same noises and timesteps, and drop no prompt, so their weights must
+agree. That is checked first, in float32 at few steps, over two updates: the change of the weights may differ by 0.1
+(relative RMS; AdamW's first steps are nearly the sign of the gradient, so elements whose gradient is near zero do
+differ). Ours counts the encoding of each example in full, as in a run that visits each once; the naive loop encodes it
+when it comes. Loading the models counts for neither.
 
 `exact` is the same sampler in both. `fast` (DPM-Solver++ in 20 steps, four draws of (timestep, noise) a sample) is
 another distribution: its values are checked against the naive loop with those settings, and its time is compared with
-the naive loop as it is. FLOP are those of the UNet.
+the naive loop as it is. On a GPU each mode is timed without compiling first, since that takes minutes of its own, and
+then as the trainer's `memory: fast` has it, compiled. FLOP are those of the UNet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from benchmarks import suites
 from benchmarks.counters import allocated, peak_bytes
+from benchmarks.estimates import COMPILED_GRAPH, FORWARD_LAUNCHES, PICTURE, STEP_LAUNCHES, Unet, h200
+from benchmarks.loops import Naive, Ours, weight_changes
 from benchmarks.measure import Bench, Machine, Provider, Stopwatch, agrees
-from benchmarks.models import Workplace, load_pixels, workplace
+from benchmarks.models import Workplace, shared_workplace
 from benchmarks.naive import NaiveLoop
 from benchmarks.rows import (
-    ENCODING,
     GENERATION,
     NAIVE,
+    NAIVE_BATCH,
     NAIVE_FAST,
-    OPTIMIZER,
+    NAIVE_FAST_BATCH,
     OURS,
     PHASES,
     POLICY,
@@ -41,17 +46,11 @@ from benchmarks.rows import (
     Row,
     with_ratios,
 )
+from benchmarks.suites import Shared
 from seppo_fast.config import Config
-from seppo_fast.data.sources import open_source
-from seppo_fast.diffusion import NoiseSchedule
-from seppo_fast.pairs import PairMaker, Pairs
-from seppo_fast.policy import trainable
-from seppo_fast.reference_errors import WAYS
-from seppo_fast.trainer import Trainer
 
 _TOLERANCE = 0.1  # another flipper moves the change of the weights by 0.4 to 0.9
 _MATMUL_ROUNDS = 5
-_ENCODED_AT_ONCE = 8  # pictures, as the cache does
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,52 @@ class Size:
     compiled: bool | None = None
 
 
-SIZES = {
-    "gpu": Size(pairs=64, naive_pairs=16, rounds=2),
-    "cpu": Size(pairs=32, naive_pairs=16, rounds=3),
-    "quick": Size(pairs=8, naive_pairs=8, rounds=2, steps=4, fast_steps=2, uses=2, micro_batch=8, samples=8),
+# Seconds on an H200 by `estimate`, the set-up of each in brackets; the second size is beyond six minutes.
+SIZES: dict[str, tuple[Size, ...]] = {
+    "gpu": (
+        Size(pairs=64, naive_pairs=8, rounds=2, compiled=False),  # exact 75 (125), fast 22 (69)
+        Size(pairs=64, naive_pairs=8, rounds=2, compiled=True),  # exact 75 (180), fast 22 (148)
+    ),
+    "cpu": (Size(pairs=32, naive_pairs=16, rounds=3),),
+    "quick": (Size(pairs=8, naive_pairs=8, rounds=2, steps=4, fast_steps=2, uses=2, micro_batch=8, samples=8),),
 }
 CHECKED = Size(pairs=8, naive_pairs=8, rounds=1, steps=4, fast_steps=4, uses=2, micro_batch=3, samples=5)
+_BATCH = 32  # pairs that the trainer's `memory: fast` takes at once on an H200
+_GRAPHS = 3 * 4  # that are compiled of a mode: the policy, the reference and the sampler, at the UNet's four widths
+
+
+def estimate(size: Size, fast: bool, unet: Unet = PICTURE) -> float:
+    """Returns seconds on an H200 for the rounds of a mode, see `benchmarks.estimates`."""
+    ours, naive, batch = _update_seconds(size, fast, unet)
+    alone = _update_seconds(size, False, unet)[1]
+    return size.rounds * (ours + naive + batch + (alone if fast else 0.0))
+
+
+def estimate_set_up(size: Size, fast: bool, unet: Unet = PICTURE) -> float:
+    """Returns seconds on an H200 until the loops of a mode have made their first update."""
+    compiling = _GRAPHS * COMPILED_GRAPH if size.compiled else 0.0
+    return unet.trainer + 2 * unet.pipeline + compiling + sum(_update_seconds(size, fast, unet))
+
+
+def estimate_check(checked: Size, fast: bool, unet: Unet = PICTURE) -> float:
+    """Returns seconds on an H200 for the comparison in float32 of three loops."""
+    pairs = 3 * (checked.rounds + 1) * checked.pairs
+    return unet.trainer + 2 * 2 * unet.pipeline + h200(fp32=pairs * _pair(checked, fast, unet))
+
+
+def _pair(size: Size, fast: bool, unet: Unet) -> float:
+    """TFLOP of a pair: the guided sample, or its share of one, the reference, the policy."""
+    sample = 2 * unet.forward * (size.fast_steps / size.uses if fast else size.steps)
+    return sample + 2 * unet.forward + 2 * unet.trained["lora"]
+
+
+def _update_seconds(size: Size, fast: bool, unet: Unet) -> tuple[float, float, float]:
+    """Of an update: ours, the naive loop's, and the naive loop's in batches."""
+    pair, at_once = _pair(size, fast, unet), size.micro_batch or _BATCH
+    steps = size.fast_steps / size.uses if fast else size.steps
+    launches = steps * FORWARD_LAUNCHES + FORWARD_LAUNCHES + STEP_LAUNCHES["lora"]
+    naive = size.naive_pairs * h200(bf16=pair, launches=launches)
+    return h200(bf16=size.pairs * pair), naive, h200(bf16=min(size.pairs, at_once) * pair, launches=launches)
 
 
 def update_config(place: Workplace, size: Size, fast: bool, memory: str, precision: str) -> Config:
@@ -106,110 +145,12 @@ def update_config(place: Workplace, size: Size, fast: bool, memory: str, precisi
     )
 
 
-class Ours:
-    """The trainer, an update at a time, from checkpoint 0 as the only reference.
+@dataclass(frozen=True)
+class RightLoops:
+    """Which loops change the weights as the naive one does: ours, and the naive one in batches."""
 
-    Args:
-        config: of the run.
-        machine: where.
-
-    Attributes:
-        pairs: in an update.
-    """
-
-    def __init__(self, config: Config, machine: Machine) -> None:
-        self._machine = machine
-        self.trainer = Trainer(config)
-        self.trainer.add_checkpoint()
-        self.config = config = self.trainer.config
-        self.pairs = config.train.pairs_per_update
-        self.source = open_source(config.data.source)
-        schedule = NoiseSchedule(self.trainer.family.scheduler_config)
-        self.maker = PairMaker(config, self.trainer.cache, schedule.num_timesteps)
-        # One more of the kind that the rollout calls, so that the errors can be timed by themselves.
-        self._errors = WAYS["ahead"](self.trainer.forward, self.trainer.unet, config)
-
-    @property
-    def unet(self) -> nn.Module:
-        """The policy."""
-        return self.trainer.unet
-
-    def update(self, number: int) -> Stopwatch:
-        """Encodes the update's examples, rolls out, learns; seconds by phase."""
-        family, watch = self.trainer.family, Stopwatch(self._machine)
-        examples = [self.source[row] for row in self.maker.examples(self.maker.sample_ids(number))]
-        family.encode_prompts([""])  # brings the encoders to the device
-        at_once = max(1, _ENCODED_AT_ONCE // (family.frames or 1))
-        with watch.phase(ENCODING):
-            for start in range(0, len(examples), at_once):
-                chosen = examples[start : start + at_once]
-                images = np.stack([load_pixels(example, self.config) for example in chosen])
-                family.encode_images(torch.from_numpy(images))
-                family.encode_prompts(list(dict.fromkeys(example.prompt for example in chosen)))
-        family.park_encoders()
-        with watch.phase(GENERATION):
-            pairs = self.trainer.rollout.pairs(number)
-        with watch.phase(POLICY), _optimizer_timed(watch):
-            self.trainer.learner.step(pairs, number)
-        watch.seconds[POLICY] -= watch.seconds[OPTIMIZER]
-        watch.seconds[REFERENCE] = self._seconds_of_errors(pairs)
-        watch.seconds[GENERATION] -= watch.seconds[REFERENCE]
-        return watch
-
-    def _seconds_of_errors(self, pairs: Pairs) -> float:
-        """What the reference's errors took within the rollout, found by making them once more."""
-        references, watch = self.trainer.references, Stopwatch(self._machine)
-        assert references is not None
-        with self._errors.drawn(references, 0) as reference:
-            started = watch.now()
-            self._errors.ahead(reference, lambda: pairs)
-            return watch.now() - started
-
-
-class Naive:
-    """The naive loop on the pairs of a run of ours.
-
-    Args:
-        ours: whose examples, order, noises and timesteps are taken.
-        machine: where.
-        pairs: of each update, from its first; None: all.
-
-    Attributes:
-        pairs: in an update.
-    """
-
-    def __init__(self, ours: Ours, machine: Machine, pairs: int | None = None) -> None:
-        self._ours = ours
-        self.pairs = pairs or ours.pairs
-        self._loop = NaiveLoop(ours.config, machine)
-
-    @property
-    def unet(self) -> nn.Module:
-        """The policy."""
-        return self._loop.unet
-
-    def update(self, number: int) -> Stopwatch:
-        """One update; seconds by phase."""
-        maker = self._ours.maker
-        ids = maker.sample_ids(number)[: self.pairs // self._ours.config.reference.uses]
-        examples = [self._ours.source[row] for row in maker.examples(ids)]
-        start_noise, _ = maker.generation([(number, sample) for sample in ids])
-        return self._loop.update(examples, start_noise, maker.pairs(number, ids))
-
-
-@contextmanager
-def _optimizer_timed(watch: Stopwatch) -> Iterator[None]:
-    """Adds the time of every optimizer's step inside the block to the watch."""
-    started: list[float] = []
-    handles = (
-        register_optimizer_step_pre_hook(lambda *_: started.append(watch.now())),
-        register_optimizer_step_post_hook(lambda *_: watch.add(OPTIMIZER, watch.now() - started.pop())),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    ours: bool
+    in_batches: bool
 
 
 @dataclass(frozen=True)
@@ -222,50 +163,88 @@ class _Runner:
     flops: dict[str, float]
 
 
-def rows(machine: Machine) -> list[Row]:
-    """All rows of the suite."""
-    bench, size = Bench(machine, "endtoend"), SIZES[machine.size]
-    with workplace(machine) as place:
-        compare(bench, place, size, {fast: weights_agree(place, fast) for fast in (False, True)})
-    return bench.rows
+def cases(machine: Machine) -> list[suites.Case]:
+    """Returns the suite's cases."""
+    bench, place = Shared(lambda _: Bench(machine, "endtoend")), shared_workplace(machine)
+    right = {fast: shared_right(place, fast) for fast in (False, True)}
+    made = [suites.limit_case("matmul", bench)]
+    for size in SIZES[machine.size]:
+        made += cases_of(bench, place, size, right)
+    return made
 
 
-def compare(bench: Bench, place: Workplace, size: Size, right: dict[bool, bool]) -> None:
-    """Adds the rows of a size.
+def shared_right(
+    place: Shared[Workplace], fast: bool, checked: Size = CHECKED, unet: Unet = PICTURE
+) -> Shared[RightLoops]:
+    """Returns what cases share of the comparison in float32."""
+    seconds = estimate_check(checked, fast, unet)
+    return Shared(lambda _: weights_agree(place(), fast, checked), seconds, (place,))
+
+
+def cases_of(
+    bench: Shared[Bench],
+    place: Shared[Workplace],
+    size: Size,
+    right: Mapping[bool, Shared[RightLoops]],
+    unet: Unet = PICTURE,
+    prefix: str = "",
+) -> list[suites.Case]:
+    """Returns the cases of a size.
 
     Args:
-        bench: what takes them.
+        bench: what takes their rows.
         place: the model.
         size: how much is done.
-        right: by mode, fast or not, whether it was found right; one that is not there is left out, never the exact one.
+        right: by mode, fast or not, which loops were found right; one that is missing is left out, never the exact one.
+        unet: what estimates count.
+        prefix: of the titles, where other suites' stand beside them.
     """
-    machine = bench.machine
-    runners: dict[tuple[str, bool], _Runner] = {}
-    for fast, value_ok in right.items():
-        config = update_config(place, size, fast, "fast", machine.precision)
-        ours = _runner(place, config, value_ok, partial(Ours, config, machine))
-        assert isinstance(ours.loop, Ours)
-        runners[NAIVE, fast] = _runner(place, config, True, partial(Naive, ours.loop, machine, size.naive_pairs))
-        runners[OURS, fast] = ours
-    watches: dict[tuple[str, bool], list[Stopwatch]] = {key: [] for key in runners}
-    for number in range(1, size.rounds + 1):
-        for key, runner in runners.items():
-            watches[key].append(runner.loop.update(number))
-    bench.measure_limit(_MATMUL_ROUNDS)
-    members = {f"exact: DDIM {size.steps} steps": {NAIVE: (NAIVE, False), OURS: (OURS, False)}}
-    if True in right:
-        name = f"fast (another distribution): DPM-Solver++ {size.fast_steps} steps, {size.uses} draws a sample"
-        members[name] = {NAIVE: (NAIVE, False), NAIVE_FAST: (NAIVE, True), OURS: (OURS, True)}
-    for case, keys in members.items():
-        chosen = {who: (runners[key], watches[key]) for who, key in keys.items()}
-        _report(bench, place.titled("update", case), chosen)
+    loops = {
+        fast: Shared(partial(_runners, place, size, fast, agreed), estimate_set_up(size, fast, unet), (place, agreed))
+        for fast, agreed in right.items()
+    }
+    titles = {
+        False: f"exact: DDIM {size.steps} steps",
+        True: f"fast (another distribution): DPM-Solver++ {size.fast_steps} steps, {size.uses} draws a sample",
+    }
+    made = []
+    for fast in loops:
+        title = prefix + titles[fast] + ", compiled" * bool(size.compiled)
+        needs: tuple[Shared[Any], ...] = (bench, *(loops[mode] for mode in (False, True)[: 1 + fast]))
+        run = partial(_case_rows, bench, loops, fast, title, size.rounds)
+        made.append(suites.Case(title, run, estimate(size, fast, unet), needs))
+    return made
 
 
-def _runner(place: Workplace, config: Config, value_ok: bool, build: Callable[[], Ours | Naive]) -> _Runner:
+def _runners(
+    shared_place: Shared[Workplace], size: Size, fast: bool, agreed: Shared[RightLoops], stack: ExitStack
+) -> dict[str, _Runner]:
+    """The loops of a mode, each after its first update: ours, the naive one, and that in batches as large as ours."""
+    place, right = shared_place(), agreed()
     machine = place.machine
+    config = update_config(place, size, fast, "fast", machine.precision)
     before = allocated(machine)
-    loop = build()
-    peak = peak_bytes(machine, lambda: loop.update(0), before)
+    ours = Ours(config, machine)
+    stack.callback(ours.close)
+    made = {OURS: _first_update(place, config, ours, right.ours, before)}
+    before = allocated(machine)
+    loop = NaiveLoop(ours.config, machine)
+    batch = ours.config.train.micro_batch
+    assert batch is not None, "the trainer chooses it"
+    alone = Naive(ours, loop, size.naive_pairs)
+    made[NAIVE_FAST if fast else NAIVE] = _first_update(place, config, alone, True, before)
+    in_batches = Naive(ours, loop, min(ours.pairs, max(size.naive_pairs, batch)), batch)
+    try:
+        name = NAIVE_FAST_BATCH if fast else NAIVE_BATCH
+        made[name] = _first_update(place, config, in_batches, right.in_batches, before)
+    except torch.OutOfMemoryError:
+        print(f"{NAIVE_BATCH}: {batch} pairs at once do not fit into memory beside ours, and are left out")
+    return made
+
+
+def _first_update(place: Workplace, config: Config, loop: Ours | Naive, value_ok: bool, others: int) -> _Runner:
+    """Runs a loop's first update, in which what it compiles and measures is made; `others` hold so many bytes."""
+    peak = peak_bytes(place.machine, lambda: loop.update(0), others)
     if peak is None:
         loop.update(0)
     forward = 2 * place.flops()  # of a pair
@@ -277,8 +256,25 @@ def _runner(place: Workplace, config: Config, value_ok: bool, build: Callable[[]
     return _Runner(loop, value_ok, peak, flops)
 
 
-def _report(bench: Bench, case: str, members: dict[str, tuple[_Runner, list[Stopwatch]]]) -> None:
-    """Adds the rows of a case: the whole, and each phase."""
+def _case_rows(
+    bench: Shared[Bench], loops: Mapping[bool, Shared[dict[str, _Runner]]], fast: bool, title: str, rounds: int
+) -> list[Row]:
+    """The rows of a mode, its loops in turn; in the fast mode beside the naive loop of the exact one."""
+    exact = loops[False]()
+    names = [NAIVE_FAST, NAIVE_FAST_BATCH, OURS] if fast else [NAIVE_BATCH, OURS]
+    own = loops[True]() if fast else exact
+    members = {NAIVE: exact[NAIVE]} | {name: own[name] for name in names if name in own}
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in members}
+    for number in range(1, rounds + 1):
+        for name, runner in members.items():
+            watches[name].append(runner.loop.update(number))
+    bench().measure_limit(_MATMUL_ROUNDS)
+    return _report(bench(), title, {name: (runner, watches[name]) for name, runner in members.items()})
+
+
+def _report(bench: Bench, case: str, members: dict[str, tuple[_Runner, list[Stopwatch]]]) -> list[Row]:
+    """The rows of a case: the whole, and each phase."""
+    rows: list[Row] = []
     for phase in (None, *PHASES):
         made = []
         for name, (runner, watches) in members.items():
@@ -296,24 +292,16 @@ def _report(bench: Bench, case: str, members: dict[str, tuple[_Runner, list[Stop
             row = bench.row(case if phase is None else case + SEPARATOR + phase, provider, NAIVE, taken)
             rate = row.pairs_per_s if phase is None else None
             made.append(replace(row, pairs_per_s=rate, share_of_step=float(np.median(taken) / np.median(whole))))
-        bench.rows += with_ratios(made)
+        rows += with_ratios(made)
+    return rows
 
 
-def weights_agree(place: Workplace, fast: bool, checked: Size = CHECKED) -> bool:
-    """Whether two updates of both loops, in float32 and few steps, change the weights alike."""
+def weights_agree(place: Workplace, fast: bool, checked: Size = CHECKED) -> RightLoops:
+    """Returns which loops, in two updates in float32 and few steps, change the weights as the naive one does."""
     config = update_config(place, checked, fast, "balanced", "fp32")
     changes = weight_changes(config, place.machine)
-    return agrees(f"change of the weights, {'fast' if fast else 'exact'} mode, float32", *changes, _TOLERANCE)
-
-
-def weight_changes(config: Config, machine: Machine) -> tuple[list[Tensor], list[Tensor]]:
-    """By how much all updates of a run change the trained weights: ours, and the naive loop's."""
-    ours = Ours(config, machine)
-    changes = []
-    for loop in (ours, Naive(ours, machine)):
-        before = [weight.detach().clone() for weight in trainable(loop.unet).values()]
-        for number in range(config.train.updates):
-            loop.update(number)
-        after = trainable(loop.unet).values()
-        changes.append([weight.detach() - old for weight, old in zip(after, before, strict=True)])
-    return changes[0], changes[1]
+    what = f"change of the weights, {'fast' if fast else 'exact'} mode, float32"
+    ours, in_batches = (
+        agrees(f"{what}, {name}", changes[name], changes[NAIVE], _TOLERANCE) for name in (OURS, NAIVE_BATCH)
+    )
+    return RightLoops(ours, in_batches)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import device, provenance
 from seppo_fast.loss import denoising_errors, preference_loss
 
 BETA = 2000.0
@@ -113,8 +113,7 @@ def exactness(count: int) -> dict[str, Any]:
     """Every recipe at every distance, with provenance."""
     started = time.perf_counter()
     origin = provenance("benchmarks.exactness")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [measure(name, apart, count, device) for name in RECIPES for apart in APART]
+    rows = [measure(name, apart, count, device()) for name in RECIPES for apart in APART]
     seconds = time.perf_counter() - started
     return {**origin, "seconds": seconds, "pairs": count, "beta": BETA, "latent": LATENT, "rows": rows}
 

@@ -27,16 +27,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks import suites
 from benchmarks.counters import SD15, allocated, host_syncs, launches, peak_bytes
+from benchmarks.estimates import PICTURE, h200
 from benchmarks.losses import (
     EMBEDDED,
     LATENTS,
+    LAYOUTS,
+    OTHER_DIVISIONS,
     SD,
     Case,
     Inputs,
@@ -49,6 +54,7 @@ from benchmarks.losses import (
 )
 from benchmarks.measure import Bench, Machine, Provider, captured, copy_limit, interleaved
 from benchmarks.rows import Row
+from benchmarks.suites import Shared
 from seppo_fast import shapes
 from seppo_fast.config import ModelConfig
 from seppo_fast.memory import free_bytes
@@ -70,15 +76,23 @@ class Size:
     seconds: float
 
 
-_PAIRS = (1, 4, 16, 64, 1024, 8192)
+# The trainer's predictions are channels_last; its target is contiguous, or could be made channels_last once.
+_TRAINERS = tuple(Case(pairs, SD, True, layout) for pairs in (16, 1024) for layout in LAYOUTS[1:])
+# Seconds on an H200 by `estimate`: 11 to 13 each, 23 for the last; 17 for what they share.
 SIZES = {
     "gpu": Size(
         (
-            *(Case(pairs, SD) for pairs in _PAIRS),
-            *(Case(pairs, SD, ahead=True) for pairs in (1, 16, 1024, 8192)),
-            *(Case(pairs, "SDXL 1024 px") for pairs in _PAIRS),
+            *(Case(pairs, SD) for pairs in (1024, 16, 1)),
+            *(Case(pairs, SD, True) for pairs in (1024, 16)),
+            *_TRAINERS,
+            *(Case(pairs, "SDXL 1024 px") for pairs in (1024, 16)),
+            *(Case(pairs, SD) for pairs in (8192, 4, 64)),
             *(Case(pairs, "video 16 x 256 px") for pairs in (16, 1024)),
-            *(Case(pairs, "video 16 x 512 px") for pairs in (1, 16, 1024, 8192)),
+            *(Case(pairs, "video 16 x 512 px") for pairs in (1024, 16)),
+            *(Case(pairs, SD, True) for pairs in (8192, 1)),
+            *(Case(pairs, "SDXL 1024 px") for pairs in (8192, 1, 4, 64)),
+            Case(1, "video 16 x 512 px"),
+            Case(8192, "video 16 x 512 px"),
         ),
         rounds=15,
         seconds=0.01,
@@ -87,20 +101,39 @@ SIZES = {
         (
             *(Case(pairs, EMBEDDED, True) for pairs in (1, 16, 64)),
             *(Case(pairs, SD, ahead) for ahead in (False, True) for pairs in (1, 4, 16)),
+            *(Case(16, SD, True, layout) for layout in LAYOUTS[1:]),
             Case(1, "video 16 x 256 px"),
         ),
         rounds=7,
         seconds=0.05,
     ),
-    "quick": Size((Case(1, EMBEDDED), Case(4, SD, True)), rounds=3, seconds=0.01),
+    "quick": Size((Case(1, EMBEDDED), Case(4, SD, True, LAYOUTS[1])), rounds=3, seconds=0.01),
 }
 _TRIED = 5  # runs from which the number of them in a round is taken
 _STEP_PAIRS = (1, 4, 16)
 _STEP_ROUNDS = 5
 
+# Estimated seconds on an H200: until the compiler works, and of `step_seconds`.
+_COMPILER_SECONDS = 5.0
+_STEP_SECONDS = h200(bf16=(1 + _STEP_ROUNDS) * sum(_STEP_PAIRS) * 2 * PICTURE.trained["lora"], setup=10.0)
+_COMPILING_SECONDS = 10.0  # both compiled ways of a case, forward and backward
+_MOVED_BYTES = 100  # of an element of the prediction, by a call: at most, B.2 in eager mode
+_MADE_BYTES = 1500  # of an element, by making inputs and comparing them with float64
 
-def step_seconds(machine: Machine) -> tuple[str, dict[int, float]]:
-    """A latent, and seconds that the policy's forward and backward take by number of its pairs; a LoRA is trained."""
+
+def estimate(case: Case) -> float:
+    """Returns seconds on an H200, see `benchmarks.estimates`: in a round a provider is called, and replayed."""
+    size = SIZES["gpu"]
+    call = max(size.seconds, h200(gb=_MOVED_BYTES * case.elements / 1e9))
+    timed = (6 + OTHER_DIVISIONS) * (4 + size.rounds) * (call + _GRAPH_SECONDS)
+    return _COMPILING_SECONDS + timed + h200(gb=_MADE_BYTES * case.elements / 1e9)
+
+
+def step_seconds(machine: Machine) -> dict[int, float]:
+    """Seconds that the policy's forward and backward take by number of its pairs; a LoRA is trained.
+
+    On a GPU the latent is SD-1.5's, else that of the embedded pipeline.
+    """
     torch.manual_seed(0)
     gpu = machine.device.type == "cuda"
     if gpu:
@@ -125,44 +158,69 @@ def step_seconds(machine: Machine) -> tuple[str, dict[int, float]]:
         calls.append(partial(step, latents, timesteps, embeds, grad.to(dtype)))
         calls[-1]()
     seconds = interleaved(machine, calls, _STEP_ROUNDS)
-    return SD if gpu else EMBEDDED, {pairs: float(np.median(taken)) for pairs, taken in zip(_STEP_PAIRS, seconds)}
+    return {pairs: float(np.median(taken)) for pairs, taken in zip(_STEP_PAIRS, seconds)}
 
 
-def rows(machine: Machine) -> list[Row]:
-    """All rows of the suite."""
-    bench = Bench(machine, "kernels", copy_limit(machine))
-    compiled = compiles(machine)
-    latent, steps = step_seconds(machine)
-    for case in SIZES[machine.size].cases:
-        if lack := missing(case, machine):
-            print(f"{case}: left out, {lack}")
-            continue
-        before = len(bench.rows)
-        try:
-            _run(bench, case, compiled)
-        except torch.OutOfMemoryError:
-            print(f"{case}: does not fit into memory after all, and is left out")
-            del bench.rows[before:]
-        seconds = steps.get(case.pairs) if case.latent == latent else None
-        for place, row in enumerate(bench.rows[before:], before):
-            if seconds is not None and row.p50_ms is not None:
-                bench.rows[place] = replace(row, share_of_step=row.p50_ms / 1e3 / seconds)
-    return bench.rows
+def cases(machine: Machine) -> list[suites.Case]:
+    """Returns the suite's cases."""
+    bench = Shared(lambda _: Bench(machine, "kernels", copy_limit(machine)))
+    compiled = Shared(lambda _: compiles(machine), _COMPILER_SECONDS)
+    steps = Shared(lambda _: step_seconds(machine), _STEP_SECONDS)
+    latent = SD if machine.device.type == "cuda" else EMBEDDED
+
+    def one(case: Case) -> suites.Case:
+        def run() -> list[Row]:
+            rows = case_rows(bench(), case, compiled())
+            return with_shares(rows, steps()[case.pairs]) if has_share else rows
+
+        has_share = case.latent == latent and case.pairs in _STEP_PAIRS
+        needs: tuple[Shared[Any], ...] = (bench, compiled, *[steps] * has_share)
+        return suites.Case(str(case), run, estimate(case), needs)
+
+    return [suites.limit_case("copy", bench), *map(one, SIZES[machine.size].cases)]
+
+
+def with_shares(rows: list[Row], step: float) -> list[Row]:
+    """Rows whose `share_of_step` is their time's share of so many seconds of a step."""
+    return [replace(row, share_of_step=None if row.p50_ms is None else row.p50_ms / 1e3 / step) for row in rows]
 
 
 def missing(case: Case, machine: Machine) -> str | None:
-    """What a case lacks of memory, by counted bytes; None where it fits."""
-    needed = set_bytes(case) + _TEMPORARY_BYTES[machine.device.type] * case.elements
+    """What a case lacks of memory, by counted bytes, without graphs; None where it fits."""
+    return _lack(set_bytes(case) + _TEMPORARY_BYTES[machine.device.type] * case.elements, machine)
+
+
+def graph_pool(case: Case, machine: Machine) -> Any:
+    """The memory pool of a case's graphs; None where it has none: on a CPU, and where they do not fit into memory.
+
+    A graph keeps what its calls take for as long as it lives, and calls without it take as much once more. Where that
+    does not fit, a call is nearly all the device's work anyway.
+    """
+    if machine.device.type != "cuda":
+        return None
+    if lack := _lack(set_bytes(case) + 2 * _TEMPORARY_BYTES["cuda"] * case.elements, machine):
+        print(f"{case}: no CUDA graphs, {lack}")
+        return None
+    return torch.cuda.graph_pool_handle()
+
+
+def _lack(needed: int, machine: Machine) -> str | None:
     free = free_bytes(machine.device)
     return f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free" if needed > free else None
 
 
-def _run(bench: Bench, case: Case, compiled: bool) -> None:
-    """One case: values first, then counts, then time."""
+def case_rows(bench: Bench, case: Case, compiled: bool) -> list[Row]:
+    """Returns the rows of a case: values first, then counts, then time.
+
+    Raises:
+        LeftOut: memory is not enough.
+    """
     machine, size = bench.machine, SIZES[bench.machine.size]
+    if lack := missing(case, machine):
+        raise suites.LeftOut(lack)
+    pool = graph_pool(case, machine)
     sets = input_sets(case, machine)
     truth = Truth(case, sets[0])
-    pool = torch.cuda.graph_pool_handle() if machine.device.type == "cuda" else None
     providers = []
     for name, way in ways(case, machine, compiled).items():
         right = is_right(name, case, way, sets[0], truth)
@@ -188,7 +246,7 @@ def _run(bench: Bench, case: Case, compiled: bool) -> None:
         )
     for provider in providers:
         provider.call()  # again, since making graphs gives all unused memory back
-    bench.case(str(case), providers, size.rounds)
+    return bench.case(str(case), providers, size.rounds)
 
 
 def in_turn(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,27 +32,36 @@ LATENTS = {
     "video 16 x 512 px": (4, 16, 64, 64),
 }
 
+# How tensors lie in memory: all contiguous; predictions as the trainer's UNet gives them, beside a contiguous target;
+# the target so too. Where it is not the first, a case's name says it.
+LAYOUTS = ("contiguous", "channels_last predictions", "channels_last")
+
+OTHER_DIVISIONS = 1  # ways to divide a latent beside the one in force, each a provider of its own on a GPU
+
 _MOST_SETS = 1024
 _AT_ONCE = 2**24  # elements that are made, or checked in float64
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked for.
+    """What is computed.
 
     Attributes:
         pairs: B.
         latent: of `LATENTS`.
         ahead: whether the reference's errors are given, rather than its predictions.
+        layout: of `LAYOUTS`; another than the first only for latents of pictures.
     """
 
     pairs: int
     latent: str
     ahead: bool = False
+    layout: str = LAYOUTS[0]
 
     def __str__(self) -> str:
         given = "ref_error" if self.ahead else "ref_pred"
-        return f"{self.pairs} pair{'s' * (self.pairs > 1)}, {self.latent}, {given}"
+        layout = "" if self.layout == LAYOUTS[0] else f", {self.layout}"
+        return f"{self.pairs} pair{'s' * (self.pairs > 1)}, {self.latent}, {given}{layout}"
 
     @property
     def elements(self) -> int:
@@ -105,10 +115,17 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
             pred[half] = y + scale[half] * residual
             ref_pred[half] = y + residual
             ref_error[half] = (ref_pred[half].double() - y.double()).square().flatten(1).mean(1).float()
+    predictions, targets = {
+        LAYOUTS[0]: (torch.contiguous_format, torch.contiguous_format),
+        LAYOUTS[1]: (torch.channels_last, torch.contiguous_format),
+        LAYOUTS[2]: (torch.channels_last, torch.channels_last),
+    }[case.layout]
+    pred, ref_pred = (x.to(memory_format=predictions) for x in (pred, ref_pred))
+    target = target.to(memory_format=targets)
     return Inputs(
         pred=pred.requires_grad_(),
         target=target,
-        repeated=torch.cat([target, target]),
+        repeated=torch.cat([target, target]).to(memory_format=targets),
         ref_pred=None if case.ahead else ref_pred,
         ref_error=ref_error if case.ahead else None,
         scratch=pred.detach().clone(),
@@ -256,7 +273,38 @@ def ways(case: Case, machine: Machine, compiled: bool) -> dict[str, Way]:
     made[OVERWRITING] = Way(
         partial(_ours, overwrite=True), ("scratch", "target", "ref_pred", "ref_error"), transfers=once
     )
+    for name in other_divisions(machine.device):
+        made[f"{ONE_PASS}, {name}"] = Way(partial(_divided, name, machine.device), transfers=once)
     return made
+
+
+def other_divisions(device: torch.device) -> list[str]:
+    """Returns the ways to divide a latent among programs beside the one in force on a GPU; none for a CPU."""
+    if device.type != "cuda":
+        return []
+    from seppo_fast.kernels import errors
+
+    in_force = errors.CHOSEN.get(errors.capability(device), errors.DEFAULT)
+    return [name for name in errors.DIVISIONS if name != in_force]
+
+
+def _divided(name: str, device: torch.device, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    with dividing(name, device):
+        return _ours(inputs, overwrite=False)
+
+
+@contextmanager
+def dividing(name: str, device: torch.device) -> Iterator[None]:
+    """Inside the block the kernels divide latents on GPUs of this kind as the table's row `name` says."""
+    from seppo_fast.kernels import errors
+
+    kind, before = errors.capability(device), dict(errors.CHOSEN)
+    errors.CHOSEN[kind] = name
+    try:
+        yield
+    finally:
+        errors.CHOSEN.clear()
+        errors.CHOSEN.update(before)
 
 
 def transfers(case: Case) -> tuple[int, int]:

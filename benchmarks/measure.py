@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.provenance import device_name
 from benchmarks.rows import Row, with_ratios
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ T = TypeVar("T")
 _NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 _LIMIT_ROUNDS = 20
 _COPIED_BYTES = 2**30  # on a GPU: many times its L2 cache
+_COPIES = 4  # in a call, so that on a GPU the two waits for the host are under 1 % of it
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,8 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """Of the GPU, or the number of threads of the CPU."""
-        gpu = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+        """The GPU's, or the number of threads of the CPU."""
+        return device_name(self.device)
 
     @property
     def precision(self) -> str:
@@ -119,14 +120,16 @@ class Limit:
     Attributes:
         name: `matmul` or `copy`.
         case: of its row.
-        call: does it once.
+        call: does it `units` times.
         work: of a call: FLOP, or bytes that are read and written.
+        units: that a call makes.
     """
 
     name: str
     case: str
     call: Callable[[], object]
     work: float
+    units: int = 1
 
 
 def matmul_limit(machine: Machine) -> Limit:
@@ -138,11 +141,16 @@ def matmul_limit(machine: Machine) -> Limit:
 
 
 def copy_limit(machine: Machine) -> Limit:
-    """A plain copy of random numbers within the device's memory."""
+    """A plain copy of random numbers within the device's memory, some times a call."""
     size = _COPIED_BYTES if machine.device.type == "cuda" else 2 * machine.cache_bytes
     source = torch.randn(size // 4, device=machine.device)
     copied = torch.empty_like(source)
-    return Limit("copy", f"{size / 2**20:.0f} MiB", lambda: copied.copy_(source), 2.0 * size)
+
+    def call() -> None:
+        for _ in range(_COPIES):
+            copied.copy_(source)
+
+    return Limit("copy", f"{size / 2**20:.0f} MiB", call, 2.0 * size * _COPIES, _COPIES)
 
 
 class Bench:
@@ -154,7 +162,7 @@ class Bench:
         limit: what providers are bound by; None: a matrix product.
 
     Attributes:
-        rows: of all cases so far; the first is that of the limit.
+        limit_row: the limit's own row.
     """
 
     def __init__(self, machine: Machine, suite: str, limit: Limit | None = None) -> None:
@@ -162,20 +170,25 @@ class Bench:
         self._suite = suite
         self._limit = matmul_limit(machine) if limit is None else limit
         self._limit_seconds: list[float] = []
-        name, call, work = self._limit.name, self._limit.call, self._limit.work
+        name, call, work, units = self._limit.name, self._limit.call, self._limit.work, self._limit.units
         provider = (
-            Provider(name, call, 1, flops=work) if name == "matmul" else Provider(name, call, 1, moved_bytes=work)
+            Provider(name, call, units, flops=work)
+            if name == "matmul"
+            else Provider(name, call, units, moved_bytes=work / units)
         )
         self.measure_limit(1)
         self.measure_limit(_LIMIT_ROUNDS)
-        self.rows = with_ratios([self.row(self._limit.case, provider, name, self._limit_seconds)])
+        (self.limit_row,) = with_ratios([self.row(self._limit.case, provider, name, self._limit_seconds)])
 
     def measure_limit(self, rounds: int) -> None:
         """Takes the limit's rate anew: other work on the machine, or its clock, may have changed it."""
         (self._limit_seconds,) = interleaved(self.machine, [self._limit.call], rounds)
 
-    def case(self, case: str, providers: Sequence[Provider], rounds: int) -> None:
-        """Times the providers of one case, whose calls have run once, then their graphs; the first is the baseline."""
+    def case(self, case: str, providers: Sequence[Provider], rounds: int) -> list[Row]:
+        """Returns the rows of one case: its providers' calls, which have run once, are timed, then their graphs.
+
+        The first provider is the baseline.
+        """
         calls = [self._limit.call, *(provider.call for provider in providers)]
         self._limit_seconds, *seconds = interleaved(self.machine, calls, rounds)
         replays = {provider.name: provider.replay for provider in providers if provider.replay is not None}
@@ -184,7 +197,7 @@ class Bench:
             self.row(case, provider, providers[0].name, taken, graphs.get(provider.name))
             for provider, taken in zip(providers, seconds, strict=True)
         ]
-        self.rows += with_ratios(rows)
+        return with_ratios(rows)
 
     def row(
         self,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +29,16 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.counters import unet_flops
+from benchmarks.estimates import WRITE_ADAPTER, WRITE_PIPELINE
 from benchmarks.measure import Machine
+from benchmarks.suites import Shared
 from seppo_fast import shapes
 from seppo_fast.config import Config, ModelConfig, parse_config
 from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example
 from seppo_fast.data.images import load_image
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _SCHEDULE = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -158,11 +162,6 @@ class Workplace:
         """`data.source` of so many examples of the embedded world, clips where the model makes clips."""
         return f"shapes{'' if self.frames is None else '-motion'}:{count}:11"
 
-    def titled(self, what: str, case: str) -> str:
-        """The name of a case; that of clips, which share a suite, says what is done with them and their size."""
-        size = f"{self.frames} x {self.resolution} x {self.resolution}"
-        return case if self.frames is None else f"{what} of {size}, {case}"
-
     def flops(self, train: ModelConfig | None = None) -> float:
         """FLOP of the UNet for one latent; see `unet_flops`."""
         return unet_flops(self.model, train, self.motion_adapter, self.frames, self.resolution)
@@ -202,3 +201,15 @@ def workplace(machine: Machine, frames: int | None = None) -> Iterator[Workplace
             write_adapter(folder / "adapter", pipeline)
             place = replace(place, motion_adapter=str(folder / "adapter"), frames=frames)
         yield place
+
+
+def shared_workplace(machine: Machine, frames: int | None = None) -> Shared[Workplace]:
+    """Returns the workplace that a suite's cases share; see `workplace`."""
+    seconds = WRITE_PIPELINE + (0.0 if frames is None else WRITE_ADAPTER)
+    return Shared(lambda stack: stack.enter_context(workplace(machine, frames)), seconds)
+
+
+def second(module: Module) -> Module:
+    """Returns a copy with trained weights of its own; the frozen ones, and what they take, are shared."""
+    frozen = {id(weight): weight for weight in module.parameters() if not weight.requires_grad}
+    return copy.deepcopy(module, frozen)

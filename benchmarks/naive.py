@@ -3,7 +3,8 @@
 Two UNets are resident and the local batch is one pair. For each pair the winner's picture and its prompt are encoded
 online, the reference's sample comes from one call of the diffusers pipeline, policy and reference make a forward each,
 the loss is that of the paper's appendix B.2 as written there, and AdamW steps once the pairs of an update are
-accumulated. As in that script, the reference is kept in the compute dtype and the policy runs under autocast.
+accumulated. As in that script, the reference is kept in the compute dtype and the policy runs under autocast. A larger
+local batch does all of that for its pairs at once, which the script leaves to its user.
 
 Two things are cheaper here than in the script, so no part of what is measured is bought by them: the sample stays in
 latent space (no VAE decode and encode), and noises and timesteps are given. The winner's latent is the mode of the
@@ -11,13 +12,14 @@ VAE's posterior, as in the cache that it is compared with; the script draws from
 
 Clips go the same way, through diffusers' AnimateDiff pipeline: a latent is then `(C, F, H, W)`, F frames.
 
-Shape legend: one pair, C channels, H x W latent size, L tokens, D embedding width.
+Shape legend: b pairs of a local batch, C channels, H x W latent size, L tokens, D embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -33,10 +35,10 @@ from seppo_fast.policy import DTYPES, make_trainable, trainable
 
 
 class NaiveLoop:
-    """Trains one pair at a time.
+    """Trains a local batch of pairs at a time.
 
     Args:
-        config: what the library would train from; batches and whatever else is ours is not read.
+        config: what the library would train from; its batches and whatever else is the library's is not read.
         machine: where.
 
     Attributes:
@@ -65,73 +67,82 @@ class NaiveLoop:
         """The trained weights."""
         return list(trainable(self.unet).values())
 
-    def update(self, examples: Sequence[Example], start_noise: Tensor, pairs: Pairs) -> Stopwatch:
+    def update(self, examples: Sequence[Example], start_noise: Tensor, pairs: Pairs, batch: int = 1) -> Stopwatch:
         """One optimizer update.
 
         Args:
             examples: prompt and winner of each sample.
             start_noise: `(samples, C, H, W)`, x_T of each sample.
             pairs: their timesteps and noises, `reference.uses` in a row for each sample; nothing else of them is read.
+            batch: pairs of a forward, and as many samples as they need of a call of the pipeline.
 
         Returns:
             Seconds by phase.
         """
         watch, uses = Stopwatch(self.machine), self.config.reference.uses
-        for row in range(len(pairs)):
-            if row % uses == 0:
-                example = examples[row // uses]
-                with watch.phase(GENERATION):
-                    loser = self.sample(example.prompt, start_noise[row // uses])
-                with watch.phase(ENCODING):
-                    winner, embeds = self.encode_image(example), self.encode_prompt(example.prompt)
-            loss = self.loss(winner, loser, embeds, pairs.noise[row], pairs.timesteps[row], watch)
-            with watch.phase(POLICY):
-                (loss / len(pairs)).backward()
+        at_once = max(1, batch // uses)
+        for first in range(0, len(examples), at_once):
+            chosen = examples[first : first + at_once]
+            prompts = [example.prompt for example in chosen]
+            with watch.phase(GENERATION):
+                losers = self.sample(prompts, start_noise[first : first + at_once])
+            with watch.phase(ENCODING):
+                winners, embeds = self.encode_images(chosen), self.encode_prompts(prompts)
+            winners, losers, embeds = (made.repeat_interleave(uses, 0) for made in (winners, losers, embeds))
+            for start in range(0, len(winners), batch):
+                own = slice(start, start + batch)
+                rows = slice(first * uses + start, min(first * uses + start + batch, (first + len(chosen)) * uses))
+                noise, timesteps = pairs.noise[rows], pairs.timesteps[rows]
+                loss = self.loss(winners[own], losers[own], embeds[own], noise, timesteps, watch)
+                with watch.phase(POLICY):
+                    (loss * (len(noise) / len(pairs))).backward()
         self.step(watch)
         return watch
 
     @torch.no_grad()
-    def sample(self, prompt: str, noise: Tensor) -> Tensor:
-        """The reference's sample `(1, C, H, W)`: a call of the pipeline, which encodes the prompt itself."""
+    def sample(self, prompts: list[str], noise: Tensor) -> Tensor:
+        """The reference's samples `(b, C, H, W)`: a call of the pipeline, which encodes the prompts itself."""
         sampler = self.config.sampler
         return self.pipe(
-            prompt,
+            prompts,
             num_inference_steps=sampler.steps,
             guidance_scale=sampler.guidance,
-            latents=noise[None].to(self.machine.device, self.dtype),
+            latents=noise.to(self.machine.device, self.dtype),
             output_type="latent",
             return_dict=False,
             **self._clip,
         )[0]
 
     @torch.no_grad()
-    def encode_image(self, example: Example) -> Tensor:
-        """The winner's latent `(1, C, H, W)`."""
-        pixels = torch.tensor(load_pixels(example, self.config))
-        frames = pixels.reshape(-1, *pixels.shape[-3:])  # of a picture: itself
+    def encode_images(self, examples: Sequence[Example]) -> Tensor:
+        """The winners' latents `(b, C, H, W)`."""
+        pixels = torch.from_numpy(np.stack([load_pixels(example, self.config) for example in examples]))
+        frames = pixels.flatten(0, -4)  # of a picture: itself
         frames = frames.to(self.machine.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = self.pipe.vae.encode(frames.to(self.dtype)).latent_dist.mode() * self.pipe.vae.config.scaling_factor
-        return latents.transpose(0, 1)[None] if self._clip else latents
+        return latents.unflatten(0, (len(examples), -1)).transpose(1, 2) if self._clip else latents
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Tensor:
-        """The prompt's embedding `(1, L, D)`."""
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """The prompts' embeddings `(b, L, D)`."""
         tokenizer = self.pipe.tokenizer
         tokens = tokenizer(
-            prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
         return self.pipe.text_encoder(tokens.input_ids.to(self.machine.device))[0]
 
     def loss(
-        self, winner: Tensor, loser: Tensor, embeds: Tensor, noise: Tensor, timestep: Tensor, watch: Stopwatch
+        self, winners: Tensor, losers: Tensor, embeds: Tensor, noise: Tensor, timesteps: Tensor, watch: Stopwatch
     ) -> Tensor:
-        """Appendix B.2's loss of one pair; winner and loser `(1, C, H, W)`, noise `(C, H, W)`, timestep `()`."""
+        """Appendix B.2's mean over b pairs; latents and noise `(b, C, H, W)`, embeds `(b, L, D)`, timesteps `(b,)`."""
         device = self.machine.device
-        latents = torch.cat([winner, loser])
-        noise = noise.to(device, latents.dtype).expand_as(latents)
-        timesteps = timestep.to(device).expand(2)
+        latents = torch.cat([winners, losers])
+        noise = noise.to(device, latents.dtype).repeat(2, *[1] * (latents.dim() - 1))
+        timesteps = timesteps.to(device).repeat(2)
         noised = self.schedule.add_noise(latents, noise, timesteps)
-        embeds = embeds.expand(2 * self._clip.get("num_frames", 1), -1, -1)  # the UNet of clips wants one a frame
+        embeds = embeds.repeat(2, 1, 1)
+        if self._clip:  # whose UNet wants an embedding a frame
+            embeds = embeds.repeat_interleave(self._clip["num_frames"], 0)
         target = noise
         if self.schedule.config.prediction_type == "v_prediction":
             target = self.schedule.get_velocity(latents, noise, timesteps)
@@ -143,7 +154,7 @@ class NaiveLoop:
             return self.preference(model_pred, ref_pred, target)
 
     def preference(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> Tensor:
-        """Appendix B.2 of the paper: predictions and target `(2, C, H, W)`, winner first."""
+        """Appendix B.2 of the paper: predictions and target `(2b, C, H, W)`, winners first."""
         latent = list(range(1, target.dim()))
         model_error = (model_pred.float() - target.float()).pow(2).mean(dim=latent)
         ref_error = (ref_pred.float() - target.float()).pow(2).mean(dim=latent)

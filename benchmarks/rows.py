@@ -11,6 +11,7 @@ from benchmarks.provenance import commit
 
 # Providers and phases of `endtoend`; the row of a phase has the case `CASE / PHASE`.
 NAIVE, NAIVE_FAST, OURS = "naive loop", "naive loop, same settings", "ours"
+NAIVE_BATCH, NAIVE_FAST_BATCH = "naive loop, same micro-batch", "naive loop, same settings and micro-batch"
 GENERATION, ENCODING, REFERENCE = "generation", "encoding", "reference forward"
 POLICY, OPTIMIZER = "policy forward + backward", "optimizer"
 PHASES = (GENERATION, ENCODING, REFERENCE, POLICY, OPTIMIZER)

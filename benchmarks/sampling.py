@@ -1,9 +1,11 @@
 """Suite `sampling`: guided DDIM samples of a frozen UNet in latent space; diffusers' own pipeline against ours.
 
-The pipeline and our sampler run the same weights in the same dtype from the same noise and prompt embeddings. A unit is
-a sample; launches and host syncs are those of one solver step. Our samples must equal the pipeline's: within 1e-3
-(relative RMS) in float32, which is checked whatever is timed, and where half precision is timed, also within twice the
-distance that the pipeline's own samples have from its samples in float32.
+The pipeline and our sampler run the same weights in the same dtype from the same noise and prompt embeddings. The
+pipeline runs as it is loaded, one sample at a time and in one batch, and as diffusers' own guide to speed has it: its
+UNet channels_last and, where ours is compiled too, compiled whole. A unit is a sample; launches and host syncs are
+those of one solver step. Our samples must equal the pipeline's: within 1e-3 (relative RMS) in float32, which is checked
+whatever is timed, and where half precision is timed, also within twice the distance that the pipeline's own samples
+have from its samples in float32.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from benchmarks import suites
 from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.estimates import COMPILED_GRAPH, COMPILED_UNET, FORWARD_LAUNCHES, PICTURE, Unet, h200
 from benchmarks.measure import Bench, Machine, Provider, agrees, distance
-from benchmarks.models import Workplace, load_pipeline, workplace
+from benchmarks.models import Workplace, load_pipeline, shared_workplace
 from benchmarks.rows import Row
+from benchmarks.suites import Shared
 from seppo_fast.config import SamplerConfig
 from seppo_fast.diffusion import NoiseSchedule, Sampler
 from seppo_fast.families.load import load_family
@@ -30,6 +37,9 @@ from seppo_fast.shapes.world import caption, scene
 
 GUIDANCE = 7.5
 PIPELINE_ALONE, PIPELINE, OURS, COMPILED = "diffusers, batch 1", "diffusers, same batch", "ours", "ours, compiled"
+CHANNELS_LAST, CHANNELS_LAST_COMPILED = "diffusers, channels_last", "diffusers, channels_last, compiled"
+# As diffusers times Stable Diffusion itself. Its guide also names max-autotune, which compiles for many minutes.
+_COMPILE: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True}
 _TOLERANCE = 1e-3
 _EXACT_STEPS = 4
 _LARGEST_TOLERANCE = 0.25  # rounding that moves a sample further leaves nothing to compare
@@ -40,20 +50,41 @@ Sample = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of samples: how many, solver steps, rounds of timing, whether compiled too (a minute more)."""
+    """A batch of samples: how many, solver steps, rounds of timing, whether diffusers and ours are compiled too."""
 
     batch: int
     steps: int
     rounds: int
     compiled: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.batch} sample{'s' * (self.batch > 1)}, {self.steps} DDIM steps"
 
-# 128 samples in fewer steps: at 50 they would take the time of the whole suite.
+
+# Seconds on an H200 by `estimate` stand beside the cases; the set-up takes 33. Steps are alike in 20 and in 50, so the
+# large batch takes 20. The last two are beyond six minutes.
 SIZES = {
-    "gpu": (Case(1, 50, 5), Case(4, 50, 5), Case(16, 50, 3), Case(64, 50, 2, True), Case(128, 10, 2)),
+    "gpu": (
+        Case(1, 50, 3),  # 12
+        Case(64, 20, 1, True),  # 191
+        Case(16, 20, 2),  # 26
+        Case(4, 50, 3),  # 23
+        Case(64, 50, 1, True),  # 293
+        Case(128, 10, 1),  # 85
+    ),
     "cpu": (Case(1, 20, 10), Case(8, 20, 5), Case(32, 20, 5), Case(64, 20, 5)),
     "quick": (Case(1, 4, 3), Case(8, 4, 3)),
 }
+_COUNTED_STEPS = 14  # of a provider beside those that are timed: launches and waits in two and four, memory in two
+
+
+def estimate(case: Case, unet: Unet = PICTURE) -> float:
+    """Returns seconds on an H200, see `benchmarks.estimates`: each provider's samples once, counted, and in rounds."""
+    steps = (1 + case.rounds) * case.steps + _COUNTED_STEPS
+    alone, batch = (h200(bf16=2 * rows * unet.forward, launches=FORWARD_LAUNCHES) for rows in (1, case.batch))
+    exact = h200(fp32=4 * case.steps * unet.forward)  # two samples, which say what rounding does
+    compiling = (COMPILED_UNET + 4 * COMPILED_GRAPH) if case.compiled else 0.0  # ours at the UNet's four widths
+    return exact + compiling + steps * (alone + (2 + (case.batch > 1) + case.compiled) * batch)
 
 
 class Samplers:
@@ -61,7 +92,7 @@ class Samplers:
 
     Args:
         place: the model.
-        samples: the most that will be asked for.
+        samples: the most of a batch.
 
     Attributes:
         place: the model, and how large its samples are.
@@ -84,14 +115,16 @@ class Samplers:
         self._make(place)
 
     def at(self, resolution: int) -> Samplers:
-        """The same models, for samples of another size."""
+        """Returns the same models, for samples of another size; float32 is compared at the first size."""
         other = copy.copy(self)
+        other.right = self.right
         other._make(replace(self.place, resolution=resolution))
         return other
 
     def _make(self, place: Workplace) -> None:
         """Sets what depends on the size of a sample."""
         self.place = place
+        self._tolerances: dict[int, float] = {}
         shape = (len(self.embeds), *self._family.latent_shape(place.resolution))
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.machine.device)
 
@@ -99,18 +132,26 @@ class Samplers:
         """The pipeline's samples, in one call of that batch."""
         return self._call(self.pipe, count, steps)
 
+    def channels_last(self, compiled: bool) -> Sample:
+        """The pipeline's samples with its UNet channels_last, and compiled whole for the shapes that come next."""
+        pipe = type(self.pipe)(**self.pipe.components | {"unet": self.unet})
+        pipe.set_progress_bar_config(disable=True)
+        if compiled:
+            pipe.unet = torch.compile(self.unet, **_COMPILE)
+        return partial(self._call, pipe)
+
     def ours(self, count: int, steps: int, unet: nn.Module | None = None) -> Tensor:
         """Our samples, in one batch."""
         return self._ours(count, steps, self.unet if unet is None else unet, self.dtype)
 
     def compiled(self) -> Sample:
         """Our samples with the repeated blocks of the UNet compiled for the shapes that come next."""
-        torch._dynamo.reset()
         unet = copy.deepcopy(self.unet)
         compile_blocks(unet, "sdpa")
         return lambda count, steps: self.ours(count, steps, unet)
 
-    def agree_exactly(self) -> bool:
+    @cached_property
+    def right(self) -> bool:
         """Whether two of our samples are the pipeline's in float32, in few steps."""
         exact = self._ours(2, _EXACT_STEPS, self.exact.unet, torch.float32)
         return agrees("ours, float32", [exact], [self._call(self.exact, 2, _EXACT_STEPS)], _TOLERANCE)
@@ -119,8 +160,10 @@ class Samplers:
         """Twice what rounding does to the pipeline's own samples, at least 1e-3 and at most 0.25."""
         if self.dtype == torch.float32:
             return _TOLERANCE
-        rounding = distance([self.pipeline(2, steps)], [self._call(self.exact, 2, steps)])
-        return min(_LARGEST_TOLERANCE, max(_TOLERANCE, 2 * rounding))
+        if steps not in self._tolerances:
+            rounding = distance([self.pipeline(2, steps)], [self._call(self.exact, 2, steps)])
+            self._tolerances[steps] = min(_LARGEST_TOLERANCE, max(_TOLERANCE, 2 * rounding))
+        return self._tolerances[steps]
 
     def _ours(self, count: int, steps: int, unet: nn.Module, dtype: torch.dtype) -> Tensor:
         config = SamplerConfig(name="ddim", steps=steps, guidance=GUIDANCE, batch=count)
@@ -143,27 +186,42 @@ class Samplers:
         )[0]
 
 
-def rows(machine: Machine) -> list[Row]:
-    """All rows of the suite."""
-    bench = Bench(machine, "sampling")
-    cases = SIZES[machine.size]
-    with workplace(machine) as place:
-        samplers = Samplers(place, max(case.batch for case in cases))
-        compare(bench, samplers, cases, samplers.agree_exactly())
-    return bench.rows
+def cases(machine: Machine) -> list[suites.Case]:
+    """Returns the suite's cases."""
+    bench = Shared(lambda _: Bench(machine, "sampling"))
+    place, sizes = shared_workplace(machine), SIZES[machine.size]
+    samplers = shared_samplers(place, sizes, PICTURE)
+    return [suites.limit_case("matmul", bench), *cases_of(bench, samplers, sizes, PICTURE)]
 
 
-def compare(bench: Bench, samplers: Samplers, cases: Sequence[Case], exact: bool) -> None:
-    """Adds the rows of the cases; `exact`: whether ours was found right in float32."""
-    tolerances = {steps: samplers.tolerance(steps) for steps in {case.steps for case in cases}}
-    for case in cases:
-        _run(bench, samplers, case, exact, tolerances[case.steps])
+def shared_samplers(place: Shared[Workplace], sizes: Sequence[Case], unet: Unet) -> Shared[Samplers]:
+    """Returns the samplers that cases share."""
+    most = max(2, *(case.batch for case in sizes))  # two samples are compared in float32
+    exact = h200(fp32=2 * 2 * 2 * _EXACT_STEPS * unet.forward)
+    return Shared(lambda _: Samplers(place(), most), 3 * unet.pipeline + exact, (place,))
 
 
-def _run(bench: Bench, samplers: Samplers, case: Case, exact: bool, tolerance: float) -> None:
-    """One case: values first, then counts, then time."""
+def cases_of(
+    bench: Shared[Bench], samplers: Shared[Samplers], sizes: Sequence[Case], unet: Unet, prefix: str = ""
+) -> list[suites.Case]:
+    """Returns the cases of some sizes; `prefix` begins their titles where other suites' stand beside them."""
+
+    def one(case: Case) -> suites.Case:
+        title = f"{prefix}{case}"
+        return suites.Case(
+            title, lambda: case_rows(bench(), samplers(), case, title), estimate(case, unet), (bench, samplers)
+        )
+
+    return [one(case) for case in sizes]
+
+
+def case_rows(bench: Bench, samplers: Samplers, case: Case, title: str) -> list[Row]:
+    """Returns the rows of a case: values first, then counts, then time."""
+    exact, tolerance = samplers.right, samplers.tolerance(case.steps)
     flops = samplers.place.flops()
     held = sum(weight.nbytes for weight in samplers.pipe.unet.parameters())
+    if case.compiled:
+        torch._dynamo.reset()  # once, before anything is compiled: it drops all compiled code
 
     def provider(name: str, sample: Sample, batch: int, expected: list[Tensor]) -> Provider:
         def call(steps: int = case.steps) -> Tensor:
@@ -187,11 +245,12 @@ def _run(bench: Bench, samplers: Samplers, case: Case, exact: bool, tolerance: f
     providers = [provider(PIPELINE_ALONE, samplers.pipeline, 1, known)]
     if case.batch > 1:
         providers.append(provider(PIPELINE, samplers.pipeline, case.batch, known))
+    name = CHANNELS_LAST_COMPILED if case.compiled else CHANNELS_LAST
+    providers.append(provider(name, samplers.channels_last(case.compiled), case.batch, known))
     providers.append(provider(OURS, samplers.ours, case.batch, known))
     if case.compiled:
         providers.append(provider(COMPILED, samplers.compiled(), case.batch, known))
-    name = f"{case.batch} sample{'s' * (case.batch > 1)}, {case.steps} DDIM steps"
-    bench.case(samplers.place.titled("sampling", name), providers, case.rounds)
+    return bench.case(title, providers, case.rounds)
 
 
 def _per_step(count: Callable[[int], int | None]) -> float | None:

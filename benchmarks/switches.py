@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import math
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.counters import SD15
 from benchmarks.measure import Machine
+from benchmarks.models import second
 from seppo_fast import shapes
 from seppo_fast.config import ModelConfig
 from seppo_fast.policy import DTYPES, make_trainable
@@ -59,8 +59,7 @@ class Subject:
         self.machine = machine
         self.compute = DTYPES[precision]
         self.policy = unet.to(machine.device, memory_format=torch.channels_last)
-        frozen = {id(weight): weight for weight in unet.parameters() if not weight.requires_grad}
-        self.reference = copy.deepcopy(unet, frozen)
+        self.reference = second(unet)
         self.table = Table.of(unet, self.compute)
         self.nbytes = sum(tensor.nbytes for tensor in trained_state(unet).values())
         self.pairs = pairs

@@ -30,10 +30,13 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor
 
+from benchmarks import suites
 from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.estimates import h200
 from benchmarks.kernels import in_turn
 from benchmarks.measure import Bench, Machine, Provider, agrees, captured, copy_limit
 from benchmarks.rows import Row
+from benchmarks.suites import Shared
 from seppo_fast.attention import GRID_LIMIT, ChunkedAttention
 from seppo_fast.loss_arguments import Backend
 from seppo_fast.policy import DTYPES
@@ -56,20 +59,21 @@ _TOLERANCE = {
 _MOST_SETS = 64
 _GRAPH_SECONDS = 2e-3  # a replay takes at least about this
 _BYTES_A_SECOND = 4e12  # at most, of any provider
+_MOST_TRANSFERS, _PROVIDERS = 60, 4  # for the estimate; of a motion module with its backward, in units of q's bytes
 
 Run = Callable[["Inputs"], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked for.
+    """What is computed.
 
     Attributes:
         what: attention alone, or a motion module.
         pairs: B; there are 2B clips.
         positions: of a clip's features, H W.
         width: of a head.
-        backward: whether gradients are asked for too.
+        backward: whether gradients are computed too.
     """
 
     what: Literal["attention", "motion module"]
@@ -117,17 +121,23 @@ def _levels(what: Literal["attention", "motion module"], pairs: tuple[int, ...],
     return tuple(Case(what, b, p, d, backward) for p, d in levels for b in pairs for backward in (False, True))
 
 
+# Seconds on an H200 by `estimate`: 1.4 each. Forward and backward of four pairs first, as a micro-batch has them, at
+# the larger sizes; then all else, beyond six minutes of the suite.
+FIRST = tuple(
+    case
+    for what in ("attention", "motion module")
+    for pixels in POSITIONS
+    for case in _levels(what, (4,), pixels)  # type: ignore[arg-type]
+    if case.backward and case.positions > 64
+)
+_ALL = (
+    case
+    for what in ("attention", "motion module")
+    for pixels in POSITIONS
+    for case in _levels(what, (1, 2, 4), pixels)  # type: ignore[arg-type]
+)
 SIZES = {
-    "gpu": Size(
-        tuple(
-            case
-            for what in ("attention", "motion module")
-            for pixels in POSITIONS
-            for case in _levels(what, (1, 2, 4), pixels)  # type: ignore[arg-type]
-        ),
-        rounds=15,
-        seconds=0.01,
-    ),
+    "gpu": Size(tuple(dict.fromkeys((*FIRST, *_ALL))), rounds=15, seconds=0.01),
     "cpu": Size(
         (
             *_levels("attention", (1,), 256)[2:],
@@ -144,20 +154,24 @@ SIZES = {
 }
 
 
-def rows(machine: Machine) -> list[Row]:
-    """All rows, of the suite `video`; the first is that of the copy limit."""
-    bench = Bench(machine, "video", copy_limit(machine))
-    for case in SIZES[machine.size].cases:
-        before = len(bench.rows)
-        try:
-            _run(bench, case)
-        except torch.OutOfMemoryError:
-            print(f"{case}: does not fit into memory, and is left out")
-            del bench.rows[before:]
-    return bench.rows
+def cases(machine: Machine) -> list[suites.Case]:
+    """Returns the cases; they belong to the suite `video`."""
+    bench = Shared(lambda _: Bench(machine, "video", copy_limit(machine)))
+
+    def one(case: Case) -> suites.Case:
+        return suites.Case(str(case), lambda: _case_rows(bench(), case), estimate(case), (bench,))
+
+    return [suites.limit_case("copy", bench), *map(one, SIZES[machine.size].cases)]
 
 
-def _run(bench: Bench, case: Case) -> None:
+def estimate(case: Case) -> float:
+    """Returns seconds on an H200, see `benchmarks.estimates`: in a round a provider is called, and replayed."""
+    size = SIZES["gpu"]
+    gb = _MOST_TRANSFERS * math.prod(case.shape) * 2 / 1e9
+    return 0.5 + _PROVIDERS * (4 + size.rounds) * (max(size.seconds, h200(gb=gb)) + _GRAPH_SECONDS)
+
+
+def _case_rows(bench: Bench, case: Case) -> list[Row]:
     """One case: values first, then counts, then time."""
     machine, size = bench.machine, SIZES[bench.machine.size]
     sets = _input_sets(case, machine)
@@ -188,7 +202,7 @@ def _run(bench: Bench, case: Case) -> None:
         )
     for provider in providers:
         provider.call()  # again, since making graphs gives all unused memory back
-    bench.case(str(case), providers, size.rounds)
+    return bench.case(str(case), providers, size.rounds)
 
 
 def _input_sets(case: Case, machine: Machine) -> list[Inputs]:

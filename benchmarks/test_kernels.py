@@ -12,7 +12,6 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("pytest_benchmark", reason="pip install '.[test]'")
 
@@ -32,9 +31,9 @@ from benchmarks.losses import (
     ways,
 )
 from benchmarks.measure import Machine
+from benchmarks.provenance import device
 
-GPU = torch.cuda.is_available()
-MACHINE = Machine(torch.device("cuda" if GPU else "cpu"), quick=not GPU)
+MACHINE = Machine(device(), quick=device().type == "cpu")
 
 
 @pytest.mark.parametrize("case", SIZES[MACHINE.size].cases, ids=str)

@@ -10,19 +10,19 @@ in float32 are compared at the smaller size, and as they are timed at each. At 5
 all providers: else a pair takes 65 GB.
 
 What it costs, counted: a forward is 4.11 TFLOP at 256 px and 17.7 at 512, forward and backward of a LoRA 8.30 and 37.4.
-Times the number of calls that is 12 PFLOP in bfloat16 for sampling, 9 for steps, 12 for updates, and 1.6 in float32. At
-200 and 35 TFLOP/s an H200 takes three and a half minutes. Writing and loading models may take another three, attention
-over frames two: about eight and a half in all.
+By that and by what loading is assumed to take (`benchmarks.estimates`), the clips of 256 px and the first cases of
+attention fit into six minutes of an H200; all together takes ten.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks import endtoend, sampling, step, temporal
+from benchmarks import endtoend, sampling, step, suites, temporal
+from benchmarks.estimates import CLIPS, PICTURE, Unet
 from benchmarks.measure import Bench, Machine
-from benchmarks.models import Workplace, workplace
-from benchmarks.rows import Row
+from benchmarks.models import Workplace, shared_workplace
+from benchmarks.suites import Shared
 from seppo_fast.shapes import motion
 
 
@@ -59,12 +59,16 @@ class Sizes:
 
 
 _WAYS = ("ahead", "together", "apart")
-_CHECKED = endtoend.Size(pairs=2, naive_pairs=2, rounds=1, steps=2, micro_batch=1, samples=2)
+# Seconds on an H200 by the suites' estimates, the set-up in brackets. At 256 px: updates 14 (125), samples 10 (22) and
+# 24, steps 17 (87) and 4. At 512 px, beyond six minutes: updates 16 (48), samples 23 and 39, steps 17 (47).
+_CHECKED = endtoend.Size(pairs=2, naive_pairs=2, rounds=1, steps=2, micro_batch=2, samples=2, recomputed=True)
 _SMALL = Size(
     256,
     (sampling.Case(1, 10, 3), sampling.Case(4, 10, 2)),
-    step.Size({"lora": (1, 4)}, rounds=3, ways=_WAYS, checked=3, micro_batch=2),
-    endtoend.Size(pairs=4, naive_pairs=1, rounds=2, micro_batch=4, samples=4, recomputed=False, compiled=False),
+    step.Size({"lora": (4, 1)}, rounds=3, ways=_WAYS, checked=3, micro_batch=2),
+    endtoend.Size(
+        pairs=4, naive_pairs=1, rounds=2, steps=20, micro_batch=4, samples=4, recomputed=False, compiled=False
+    ),
 )
 _LARGE = Size(
     512,
@@ -82,11 +86,11 @@ SIZES = {
             Size(
                 32,
                 (sampling.Case(1, 10, 5), sampling.Case(8, 10, 3)),
-                step.Size({"lora": (1, 4)}, rounds=5, ways=_WAYS),
+                step.Size({"lora": (4, 1)}, rounds=5, ways=_WAYS),
                 endtoend.Size(pairs=8, naive_pairs=4, rounds=2, steps=20),
             ),
         ),
-        replace(_CHECKED, pairs=4, naive_pairs=4, micro_batch=3),
+        replace(_CHECKED, pairs=4, naive_pairs=4, micro_batch=3, recomputed=None),
     ),
     "quick": Sizes(
         motion.FRAMES,
@@ -103,36 +107,41 @@ SIZES = {
 }
 
 
-def rows(machine: Machine) -> list[Row]:
-    """All rows of the suite."""
-    bench = Bench(machine, "video")
-    sizes = SIZES[machine.size]
-    with workplace(machine, sizes.frames) as place:
-        _samples(bench, place, sizes)
-        _steps(bench, place, sizes)
-        _updates(bench, place, sizes)
-    return [*bench.rows, *temporal.rows(machine)]
+def cases(machine: Machine) -> list[suites.Case]:
+    """Returns the suite's cases: updates, samples and steps of the first clips, attention, then those of the others.
+
+    Values in float32 are compared at the first size.
+    """
+    sizes, bench = SIZES[machine.size], Shared(lambda _: Bench(machine, "video"))
+    place = shared_workplace(machine, sizes.frames)
+    first, *others = sizes.clips
+    here, unet = _resized(place, first), _unet(first)
+    every = [case for size in sizes.clips for case in size.sampling]
+    samplers = sampling.shared_samplers(here, every, unet)
+    right_steps = {train: step.shared_right(here, first.step, train, unet) for train in first.step.pairs}
+    right_updates = {False: endtoend.shared_right(here, False, sizes.checked, unet)}
+
+    def of(size: Size, here: Shared[Workplace], samplers: Shared[sampling.Samplers]) -> list[suites.Case]:
+        unet, clips = _unet(size), f" of {sizes.frames} x {size.resolution} x {size.resolution}, "
+        return [
+            *endtoend.cases_of(bench, here, size.update, right_updates, unet, f"update{clips}"),
+            *sampling.cases_of(bench, samplers, size.sampling, unet, f"sampling{clips}"),
+            *step.cases_of(bench, here, size.step, right_steps, unet, f"step{clips}"),
+        ]
+
+    made = [suites.limit_case("matmul", bench), *of(first, here, samplers), *temporal.cases(machine)]
+    for size in others:
+        made += of(size, _resized(place, size), _at(samplers, size))
+    return made
 
 
-def _samples(bench: Bench, place: Workplace, sizes: Sizes) -> None:
-    most = max(case.batch for size in sizes.clips for case in size.sampling)
-    samplers = sampling.Samplers(replace(place, resolution=sizes.clips[0].resolution), max(2, most))
-    exact = samplers.agree_exactly()
-    for size in sizes.clips:
-        sampling.compare(bench, samplers.at(size.resolution), size.sampling, exact)
+def _unet(size: Size) -> Unet:
+    return CLIPS.get(size.resolution, PICTURE)  # without a GPU, where nothing is estimated, any
 
 
-def _steps(bench: Bench, place: Workplace, sizes: Sizes) -> None:
-    right: step.RightWays = {}
-    for size in sizes.clips:
-        here = replace(place, resolution=size.resolution)
-        right = right or step.exact_values(here, size.step)
-        step.compare(bench, here, size.step, right)
+def _resized(place: Shared[Workplace], size: Size) -> Shared[Workplace]:
+    return Shared(lambda _: replace(place(), resolution=size.resolution), needs=(place,))
 
 
-def _updates(bench: Bench, place: Workplace, sizes: Sizes) -> None:
-    right: dict[bool, bool] = {}
-    for size in sizes.clips:
-        here = replace(place, resolution=size.resolution)
-        right = right or {False: endtoend.weights_agree(here, False, sizes.checked)}
-        endtoend.compare(bench, here, size.update, right)
+def _at(samplers: Shared[sampling.Samplers], size: Size) -> Shared[sampling.Samplers]:
+    return Shared(lambda _: samplers().at(size.resolution), needs=(samplers,))

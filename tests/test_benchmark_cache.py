@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cache, speed, switches
+from benchmarks import cache, speed, suites, switches
 from benchmarks.measure import Machine
 from benchmarks.rows import KEYS, Row
 from benchmarks.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
@@ -221,12 +221,15 @@ def test_fewer_checkpoints_where_there_is_no_room_for_more(smallest, tmp_path, m
     assert "lora fp32 in host memory: 2 checkpoints instead of 3, there is no room for more" in capsys.readouterr().out
 
 
-def test_a_tier_without_room_is_left_out(subject, tmp_path, monkeypatch, capsys):
+def test_a_tier_without_room_is_left_out(subject, tmp_path, monkeypatch):
     """A call of as many steps as there are checkpoints would find one that came up before."""
     steps = cache.SIZES["quick"].steps
     monkeypatch.setattr(cache, "free_bytes", lambda device: (steps + 0.5) * subject.table.size / 0.8)
-    assert cache._tier_rows(subject, 1.0, [], "host", tmp_path) == []
-    assert capsys.readouterr().out == f"full bf16 in host memory: left out, there is room for {steps} checkpoints\n"
+    compared = cache._Compared(subject, 1.0, [], tmp_path)
+    monkeypatch.setattr(cache, "_compared", lambda *arguments: compared)
+    outcome = suites.run_cases(suites.chosen(cache.cases(MACHINE), ["full bf16 in host memory"]))
+    assert outcome.rows == outcome.failed == [] and len(outcome.missing) == 2
+    assert set(outcome.missing.values()) == {f"there is room for {steps} checkpoints"}
 
 
 def test_room_is_that_of_the_tier(subject, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import kernels, losses
-from benchmarks.losses import EMBEDDED, LATENTS, SD, Case, Truth, make_inputs
+from benchmarks.losses import EMBEDDED, LATENTS, LAYOUTS, SD, Case, Truth, make_inputs
 from benchmarks.measure import Machine
+from seppo_fast.kernels import errors
 from seppo_fast.memory import _LiveBytes
 from tests.test_benchmarks import MACHINE, driven, smallest_kernels
 from tests.test_drop_in import seppo_before
@@ -109,6 +110,76 @@ def test_inputs_take_turns_over_the_cache():
     assert list(map(id, called)) == list(map(id, [*sets, sets[0]]))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_that_of_the_tensors_and_nothing_else(layout):
+    contiguous, case = make_inputs(Case(3, EMBEDDED), CPU, 2), Case(3, EMBEDDED, layout=layout)
+    inputs = make_inputs(case, CPU, 2)
+    for name, tensor in vars(inputs).items():
+        if tensor is not None:
+            assert torch.equal(tensor, getattr(contiguous, name))
+            is_last = layout == LAYOUTS[2] or (layout == LAYOUTS[1] and name not in ("target", "repeated"))
+            assert tensor.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+    assert losses.set_bytes(case) == inputs.nbytes(("pred", "target", "repeated", "ref_pred", "scratch"))
+    truth, (loss, grad) = Truth(case, inputs), by_autograd(case, inputs)
+    assert max(truth.gaps(loss, grad).values()) < 1e-9
+    for name, way in losses.ways(case, MACHINE, compiled=False).items():
+        assert losses.is_right(name, case, way, inputs, truth)
+    said = str(case).removeprefix("3 pairs, embedded 32 px, ref_pred")
+    assert said == {LAYOUTS[0]: "", LAYOUTS[1]: ", channels_last predictions", LAYOUTS[2]: ", channels_last"}[layout]
+
+
+def test_another_division_is_one_more_provider_on_a_gpu(monkeypatch):
+    """The kernels divide as its name says while it runs, and as before after it."""
+    seen, gpu = [], torch.device("cuda", 0)
+
+    def run(inputs, overwrite):
+        seen.append({key: value for key, value in errors.division(4 * 64 * 64, gpu).items() if key != "CHUNKS"})
+
+    monkeypatch.setattr(errors, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(losses, "_ours", run)
+    assert losses.other_divisions(gpu) == ["16 warps"] and losses.OTHER_DIVISIONS == len(errors.DIVISIONS) - 1
+    ways = losses.ways(Case(1, SD), Machine(gpu, False), compiled=False)
+    assert list(ways)[-1] == f"{losses.ONE_PASS}, 16 warps"
+    assert losses.transfers(Case(1, SD)) == (10, 7)
+    for name in (losses.ONE_PASS, f"{losses.ONE_PASS}, 16 warps", losses.ONE_PASS):
+        ways[name].run(None)
+    eight, sixteen = ({"FOLDS": f, "LANES": n, "num_warps": w} for f, n, w in ((8, 2048, 8), (4, 4096, 16)))
+    assert seen == [eight, sixteen, eight] and errors.CHOSEN == {}
+    monkeypatch.setitem(errors.CHOSEN, (9, 0), "16 warps")
+    assert losses.other_divisions(gpu) == ["8 warps"]
+
+
+def test_on_a_cpu_there_is_one_division():
+    assert losses.other_divisions(CPU) == []
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("latent", "free", "fits", "graphs"),
+    [
+        ("SDXL 1024 px", 60 * GB, True, True),
+        ("video 16 x 512 px", 141 * GB, True, False),  # 133 GB, and 227 with graphs
+        ("video 16 x 512 px", 230 * GB, True, True),
+        ("video 16 x 512 px", 130 * GB, False, False),
+    ],
+)
+def test_graphs_are_made_where_memory_is_enough_for_their_calls_and_those_without(
+    latent, free, fits, graphs, monkeypatch, capsys
+):
+    """Memory that a graph keeps is not there for the calls that are timed without it."""
+    gpu, case, pool = Machine(torch.device("cuda"), quick=False), Case(8192, latent), object()
+    monkeypatch.setattr(kernels, "free_bytes", lambda device: free)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pool)
+    assert (kernels.missing(case, gpu) is None) == fits
+    assert kernels.graph_pool(case, gpu) is (pool if graphs else None)
+    needed = (9 + 2 * 22) * case.elements / GB
+    said = f"{case}: no CUDA graphs, {needed:.1f} GB are needed and {free / GB:.1f} GB free\n"
+    assert capsys.readouterr().out == ("" if graphs else said)
+    assert kernels.graph_pool(case, MACHINE) is None
+
+
 def test_a_wrong_gradient_gets_no_ratio(smallest, tmp_path, monkeypatch, capsys):
     right = losses.loss_and_grad
 
@@ -141,10 +212,12 @@ def test_what_does_not_fit_is_left_out_and_said(smallest, tmp_path, monkeypatch,
     small, large = kernels.SIZES["quick"].cases
     needed = losses.set_bytes(large) + 26 * large.elements
     monkeypatch.setattr(kernels, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(kernels, "compiles", lambda machine: False)
     code, rows = driven("kernels", tmp_path)
     assert code == 0
     assert {row["case"] for row in rows[1:]} == {str(small)}
-    assert f"{large}: left out, " in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"{large}: left out, " in out and err == f"missing: {large}: 0.0 GB are needed and 0.0 GB free\n"
 
 
 def test_the_bytes_of_a_case_are_those_that_pytorch_takes():

@@ -10,11 +10,38 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cache, counters, endtoend, kernels, losses, run, sampling, speed, step, switches, temporal, video
+from benchmarks import (
+    cache,
+    counters,
+    endtoend,
+    kernels,
+    loops,
+    losses,
+    run,
+    sampling,
+    speed,
+    step,
+    steps,
+    switches,
+    temporal,
+    video,
+)
 from benchmarks.measure import Bench, Machine, Provider, Stopwatch, captured, copy_limit, distance, interleaved
 from benchmarks.models import Workplace
 from benchmarks.naive import NaiveLoop
-from benchmarks.rows import KEYS, NAIVE, NAIVE_FAST, OURS, PHASES, SEPARATOR, Row, table, with_ratios
+from benchmarks.rows import (
+    KEYS,
+    NAIVE,
+    NAIVE_BATCH,
+    NAIVE_FAST,
+    NAIVE_FAST_BATCH,
+    OURS,
+    PHASES,
+    SEPARATOR,
+    Row,
+    table,
+    with_ratios,
+)
 from tests.runs import tiny_config
 from tests.test_drop_in import seppo_before
 
@@ -26,16 +53,16 @@ MACHINE = Machine(torch.device("cpu"), quick=True)
 def smallest(monkeypatch):
     """Every suite at a size of a second or two."""
     monkeypatch.setitem(sampling.SIZES, "quick", (sampling.Case(1, 2, 1), sampling.Case(3, 2, 1)))
-    monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (1, 2)}, rounds=1))
-    monkeypatch.setitem(endtoend.SIZES, "quick", endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2))
+    monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (2, 1)}, rounds=1))
+    monkeypatch.setitem(endtoend.SIZES, "quick", (endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2),))
     smallest_kernels(monkeypatch)
     smallest_cache(monkeypatch)
     smallest_video(monkeypatch)
 
 
 def smallest_kernels(monkeypatch):
-    """Two cases, compiled without a C++ compiler."""
-    cases = (losses.Case(1, losses.EMBEDDED), losses.Case(3, losses.EMBEDDED, ahead=True))
+    """Two cases, one as the trainer's tensors lie in memory, compiled without a C++ compiler."""
+    cases = (losses.Case(1, losses.EMBEDDED), losses.Case(3, losses.EMBEDDED, True, losses.LAYOUTS[1]))
     monkeypatch.setitem(kernels.SIZES, "quick", kernels.Size(cases, rounds=1, seconds=1e-3))
     monkeypatch.setattr(losses, "COMPILER", "aot_eager")
 
@@ -51,7 +78,7 @@ def smallest_video(monkeypatch):
     update = endtoend.Size(2, 1, 1, 2, micro_batch=2, samples=2)
     steps = step.Size({"lora": (2,)}, 1, ways=("ahead", "apart", "together"), checked=2, micro_batch=1)
     sizes = video.Size(32, (sampling.Case(2, 1, 1),), steps, update)
-    checked = endtoend.Size(1, 1, 1, 2, micro_batch=1, samples=1)
+    checked = endtoend.Size(2, 2, 1, 1, micro_batch=2, samples=2)
     monkeypatch.setitem(video.SIZES, "quick", video.Sizes(4, (sizes,), checked))
     case = temporal.Case("attention", 1, 4, 40, True)
     monkeypatch.setitem(temporal.SIZES, "quick", temporal.Size((case,), 1, 1e-3))
@@ -65,19 +92,40 @@ def driven(suite, tmp_path):
 
 def test_the_command_as_a_user_types_it(tmp_path):
     words = [sys.executable, "-m", "benchmarks.run", "--suite", "sampling", "--quick", "--json", tmp_path / "rows.json"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, "--cases", "LIMIT", "--cases", "1 sample,"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == ""
     rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["provider"] for row in rows] == ["matmul", *PROVIDERS["1 sample"]]
     lines = done.stdout.splitlines()
-    assert len(lines) == 1 + len({row["case"] for row in rows}) + len(rows) + 1
+    assert len(lines) == 2 * 3 + len(rows) + 1  # of each case its headings, its name, its seconds
     assert lines[-1].startswith("sampling on CPU")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
     assert subprocess.run([*words[:4], "painting"], cwd=ROOT, capture_output=True).returncode == 2
 
 
-def test_a_place_that_is_not_there_is_refused_before_anything_runs(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--json", "nowhere/rows.json"], "nowhere does not exist"),
+        (["--json", "/dev/null"], "/dev/null: exists and is not a file"),
+        (["--minutes", "0"], "--minutes 0.0: must be more than 0"),
+        (["--minutes", "nan"], "must be more than 0"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(words, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run.main(["--suite", "sampling", "--quick", "--json", str(tmp_path / "nowhere" / "rows.json")])
-    assert stop.value.code == 2 and "there is no folder" in capsys.readouterr().err
+        run.main(["--suite", "sampling", "--quick", *words])
+    assert stop.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_cases_that_match_nothing_are_an_error_that_lists_the_titles(smallest, capsys):
+    assert run.main(["--suite", "sampling", "--quick", "--cases", "5 samples"]) == 2
+    out, err = capsys.readouterr()
+    titles = ["  limit: matmul", "  1 sample, 2 DDIM steps", "  3 samples, 2 DDIM steps"]
+    assert out == "" and err.splitlines() == ["--cases: no case's title contains '5 samples'; the titles are", *titles]
 
 
 @pytest.mark.parametrize("suite", run.SUITES)
@@ -95,8 +143,17 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
         (baseline,) = [other for other in rows if other["case"] == row["case"] and other["provider"] == row["baseline"]]
         assert row["ratio"] == pytest.approx(baseline["p50_ms"] / row["p50_ms"])
         assert row["case"] in printed and row["provider"] in printed
+    if suite == "sampling":
+        assert [row["provider"] for row in rows] == ["matmul", *PROVIDERS["1 sample"], *PROVIDERS["samples"]]
+    if suite == "step":
+        first_format = "ahead, channels first"
+        both = {("lora, 1 pair", name) for name in [*PROVIDERS["pairs"], first_format] if name != steps.NAIVE_BATCH}
+        both |= {("lora, 2 pairs", name) for name in [*PROVIDERS["pairs"], first_format]}
+        assert {(row["case"], row["provider"]) for row in rows[1:]} == both
     if suite == "endtoend":
         assert phases_add_up(rows) == 2
+        whole = [row["provider"] for row in rows if SEPARATOR not in row["case"]]
+        assert whole == ["matmul", *PROVIDERS["exact"], *PROVIDERS["fast"]]
     if suite == "kernels":
         assert [row["provider"] for row in rows] == ["copy", *2 * WAYS]
         assert [row["share_of_step"] is None for row in rows] == [True, *6 * [False], *6 * [True]]  # 1 pair, 3
@@ -109,14 +166,21 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
         assert [(row["case"], row["provider"]) for row in rows if SEPARATOR not in row["case"]] == VIDEO
 
 
+PROVIDERS = {
+    "1 sample": [sampling.PIPELINE_ALONE, sampling.CHANNELS_LAST, sampling.OURS],
+    "samples": [sampling.PIPELINE_ALONE, sampling.PIPELINE, sampling.CHANNELS_LAST, sampling.OURS],
+    "pairs": [steps.NAIVE, steps.NAIVE_BATCH, "ahead", steps.WITH_ERRORS, "together", "apart"],
+    "exact": [NAIVE, NAIVE_BATCH, OURS],
+    "fast": [NAIVE, NAIVE_FAST, NAIVE_FAST_BATCH, OURS],
+}
 VIDEO = [
     ("fp32 1024 cubed", "matmul"),
     *(
         (f"{what} of 4 x 32 x 32, {case}", provider)
         for what, case, providers in [
-            ("sampling", "2 samples, 1 DDIM steps", [sampling.PIPELINE_ALONE, sampling.PIPELINE, sampling.OURS]),
-            ("step", "lora, 2 pairs", [step.NAIVE, "ahead", step.WITH_ERRORS, "together", "apart"]),
-            ("update", "exact: DDIM 2 steps", [NAIVE, OURS]),
+            ("update", "exact: DDIM 2 steps", PROVIDERS["exact"]),
+            ("sampling", "2 samples, 1 DDIM steps", PROVIDERS["samples"]),
+            ("step", "lora, 2 pairs", PROVIDERS["pairs"]),
         ]
         for provider in providers
     ),
@@ -169,25 +233,28 @@ def test_another_objective_gets_no_ratio(smallest, tmp_path, monkeypatch):
         return config(*arguments, **sections).model_copy(update={"objective": "seppo-never"})
 
     monkeypatch.setattr(Workplace, "config", never)
+    monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (2,)}, rounds=1, ways=("ahead",)))
     code, rows = driven("step", tmp_path)
     assert code == 1
-    assert {row["provider"] for row in rows if row["ratio"] is not None} == {"matmul", step.NAIVE}
+    right = {row["provider"] for row in rows if row["ratio"] is not None}
+    assert right == {"matmul", steps.NAIVE, steps.NAIVE_BATCH}
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_naive_loop_trains_to_our_weights(fast, tiny, tmp_path):
-    """Within 0.5 % of the change of the weights, which AdamW makes nearly a sign of the gradient."""
+    """In batches too; within 0.5 % of the change of the weights, which AdamW makes nearly a sign of the gradient."""
     config = tiny_config(
         tiny,
         tmp_path,
         data={"prompt_dropout": 0.0},
-        train={"updates": 1, "updates_per_iteration": 1, "micro_batch": 4},
+        train={"updates": 1, "updates_per_iteration": 1, "micro_batch": 3},
         sampler={"name": "dpmsolver++", "steps": 3} if fast else {},
         reference={"uses": 2 if fast else 1},
     )
-    ours, naive = endtoend.weight_changes(config, MACHINE)
-    assert distance(ours, naive) < 0.005
-    assert all(change.any() for change in naive)
+    changes = loops.weight_changes(config, MACHINE)
+    assert distance(changes[OURS], changes[NAIVE]) < 0.005
+    assert distance(changes[NAIVE_BATCH], changes[NAIVE]) < 0.005
+    assert all(change.any() for change in changes[NAIVE])
 
 
 def test_the_naive_loop_has_the_papers_loss(tiny, tmp_path):
@@ -206,7 +273,7 @@ def test_calls_take_turns_and_time_is_per_unit():
     row = bench.row("case", Provider("ours", calls[0], units=4, flops=8e6), "ours", [0.1, 0.2, 0.3, 0.4, 1.5])
     assert (row.p20_ms, row.p50_ms, row.p80_ms) == pytest.approx((45, 75, 155))
     assert row.pairs_per_s == pytest.approx(4 / 0.3)
-    matmul = bench.rows[0]
+    matmul = bench.limit_row
     assert row.limit_fraction == pytest.approx(8e6 / 0.3 * matmul.p50_ms / 1e3 / (2 * 1024**3))
     assert row.gb_per_s is row.graph_p50_ms is None
 
@@ -215,16 +282,17 @@ def test_bytes_a_second_are_those_of_the_graph_where_there_is_one():
     """Calls of 4 units of 2 pairs and 6 MB each, replays of 3 units."""
     work = copy_limit(MACHINE)
     bench = Bench(MACHINE, "kernels", work)
-    limit = bench.rows[0]
-    assert (limit.limit_fraction, limit.gb_per_s) == pytest.approx((1, work.work / limit.p50_ms / 1e6))
+    limit = bench.limit_row
+    assert work.units == 4
+    assert (limit.limit_fraction, limit.gb_per_s) == pytest.approx((1, work.work / 4 / limit.p50_ms / 1e6))
     provider = Provider("ours", list, units=4, pairs=2, replay=list, replayed=3, moved_bytes=6e6)
     row = bench.row("case", provider, "ours", [0.04] * 3)
     assert (row.p50_ms, row.pairs_per_s, row.gb_per_s) == pytest.approx((10, 200, 0.6))
     row = bench.row("case", provider, "ours", [0.04] * 3, [0.006] * 3)
     assert (row.p50_ms, row.graph_p50_ms, row.gb_per_s) == pytest.approx((10, 2, 3))
     assert row.limit_fraction == pytest.approx(3 / limit.gb_per_s) and row.mfu is None
-    bench.case("case", [provider], 2)
-    assert bench.rows[1].graph_p50_ms > 0
+    (row,) = bench.case("case", [provider], 2)
+    assert row.graph_p50_ms > 0
 
 
 def test_a_graph_takes_its_inputs_in_turn_and_says_where_there_is_none(monkeypatch, capsys):

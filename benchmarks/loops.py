@@ -1,0 +1,157 @@
+"""What the suite `endtoend` compares: the trainer and the naive loop, an update at a time, and what they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from benchmarks.measure import Machine, Stopwatch
+from benchmarks.models import load_pixels
+from benchmarks.naive import NaiveLoop
+from benchmarks.rows import ENCODING, GENERATION, NAIVE, NAIVE_BATCH, OPTIMIZER, OURS, POLICY, REFERENCE
+from seppo_fast.config import Config
+from seppo_fast.data.sources import open_source
+from seppo_fast.diffusion import NoiseSchedule
+from seppo_fast.pairs import PairMaker, Pairs
+from seppo_fast.policy import trainable
+from seppo_fast.reference_errors import WAYS
+from seppo_fast.trainer import Trainer
+
+_ENCODED_AT_ONCE = 8  # pictures, as the cache does
+
+
+class Ours:
+    """The trainer, an update at a time, from checkpoint 0 as the only reference.
+
+    Args:
+        config: of the run.
+        machine: where.
+
+    Attributes:
+        pairs: in an update.
+    """
+
+    def __init__(self, config: Config, machine: Machine) -> None:
+        self._machine = machine
+        self.trainer = Trainer(config)
+        self.trainer.add_checkpoint()
+        self.config = config = self.trainer.config
+        self.pairs = config.train.pairs_per_update
+        self.source = open_source(config.data.source)
+        schedule = NoiseSchedule(self.trainer.family.scheduler_config)
+        self.maker = PairMaker(config, self.trainer.cache, schedule.num_timesteps)
+        # One more of the kind that the rollout calls, so that the errors can be timed by themselves.
+        self._errors = WAYS["ahead"](self.trainer.forward, self.trainer.unet, config)
+
+    @property
+    def unet(self) -> nn.Module:
+        """The policy."""
+        return self.trainer.unet
+
+    def close(self) -> None:
+        """Closes its past policies."""
+        assert self.trainer.references is not None
+        self.trainer.references.close()
+
+    def update(self, number: int) -> Stopwatch:
+        """Encodes the update's examples, rolls out, learns; seconds by phase."""
+        family, watch = self.trainer.family, Stopwatch(self._machine)
+        examples = [self.source[row] for row in self.maker.examples(self.maker.sample_ids(number))]
+        family.encode_prompts([""])  # brings the encoders to the device
+        at_once = max(1, _ENCODED_AT_ONCE // (family.frames or 1))
+        with watch.phase(ENCODING):
+            for start in range(0, len(examples), at_once):
+                chosen = examples[start : start + at_once]
+                images = np.stack([load_pixels(example, self.config) for example in chosen])
+                family.encode_images(torch.from_numpy(images))
+                family.encode_prompts(list(dict.fromkeys(example.prompt for example in chosen)))
+        family.park_encoders()
+        with watch.phase(GENERATION):
+            pairs = self.trainer.rollout.pairs(number)
+        with watch.phase(POLICY), _optimizer_timed(watch):
+            self.trainer.learner.step(pairs, number)
+        watch.seconds[POLICY] -= watch.seconds[OPTIMIZER]
+        watch.seconds[REFERENCE] = self._seconds_of_errors(pairs)
+        watch.seconds[GENERATION] -= watch.seconds[REFERENCE]
+        return watch
+
+    def _seconds_of_errors(self, pairs: Pairs) -> float:
+        """What the reference's errors took within the rollout, found by making them once more."""
+        references, watch = self.trainer.references, Stopwatch(self._machine)
+        assert references is not None
+        with self._errors.drawn(references, 0) as reference:
+            started = watch.now()
+            self._errors.ahead(reference, lambda: pairs)
+            return watch.now() - started
+
+
+class Naive:
+    """The naive loop on the pairs of a run of ours.
+
+    Args:
+        ours: whose examples, order, noises and timesteps are taken.
+        loop: trains, with the settings of that run.
+        pairs: of each update, from its first; None: all.
+        batch: pairs at a time.
+
+    Attributes:
+        pairs: in an update.
+    """
+
+    def __init__(self, ours: Ours, loop: NaiveLoop, pairs: int | None = None, batch: int = 1) -> None:
+        self._ours = ours
+        self.pairs = pairs or ours.pairs
+        self._loop = loop
+        self._batch = batch
+
+    @property
+    def unet(self) -> nn.Module:
+        """The policy."""
+        return self._loop.unet
+
+    def update(self, number: int) -> Stopwatch:
+        """One update; seconds by phase."""
+        maker = self._ours.maker
+        ids = maker.sample_ids(number)[: self.pairs // self._ours.config.reference.uses]
+        examples = [self._ours.source[row] for row in maker.examples(ids)]
+        start_noise, _ = maker.generation([(number, sample) for sample in ids])
+        return self._loop.update(examples, start_noise, maker.pairs(number, ids), self._batch)
+
+
+@contextmanager
+def _optimizer_timed(watch: Stopwatch) -> Iterator[None]:
+    """Adds the time of every optimizer's step inside the block to the watch."""
+    started: list[float] = []
+    handles = (
+        register_optimizer_step_pre_hook(lambda *_: started.append(watch.now())),
+        register_optimizer_step_post_hook(lambda *_: watch.add(OPTIMIZER, watch.now() - started.pop())),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def weight_changes(config: Config, machine: Machine) -> dict[str, list[Tensor]]:
+    """Returns by how much all updates of a run change the trained weights: ours, the naive loop's, in batches too."""
+    ours = Ours(config, machine)
+    loops: dict[str, Ours | Naive] = {
+        OURS: ours,
+        NAIVE: Naive(ours, NaiveLoop(ours.config, machine)),
+        NAIVE_BATCH: Naive(ours, NaiveLoop(ours.config, machine), batch=config.train.micro_batch or 1),
+    }
+    changes = {}
+    for name, loop in loops.items():
+        before = [weight.detach().clone() for weight in trainable(loop.unet).values()]
+        for number in range(config.train.updates):
+            loop.update(number)
+        after = trainable(loop.unet).values()
+        changes[name] = [weight.detach() - old for weight, old in zip(after, before, strict=True)]
+    ours.close()
+    return changes
