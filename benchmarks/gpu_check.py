@@ -1,0 +1,302 @@
+"""The first run on a GPU: does it compute what it should, and how fast is it? One page, one file of rows.
+
+    python -m benchmarks.gpu_check                                # on any CUDA machine; nothing is downloaded
+    python -m benchmarks.gpu_check --output check --json FILE     # again: goes on where it ended, in this folder
+    python -m benchmarks.gpu_check --only loss --only temporal    # some steps
+
+Steps run one after another, each in a process of its own, so that one that crashes or hangs takes no other with it.
+What a step found is kept in the output folder, whole or not at all; the same command goes on with the steps that are
+missing, damaged, wrong, or of another commit, device or version of torch. On a GPU the model at true size is SD-1.5's
+architecture with random weights, written into that folder first (4.3 GB); on a CPU every step runs small, on the
+pipeline that ships with the package, to see that it runs.
+
+Exit codes: 0 all right, 1 a value is wrong, 2 the command line, 3 a step could not run or is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seppo_fast.quiet import quiet_libraries
+
+quiet_libraries()
+
+# Before the steps' processes are forked: what takes seconds is imported once. Nothing here starts CUDA.
+import seppo_fast.trainer  # noqa: E402, F401
+from benchmarks import headlines, run_checks, value_checks  # noqa: E402
+from benchmarks.models import Workplace, write_pipeline  # noqa: E402
+from benchmarks.rows import records  # noqa: E402
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Machine
+
+ROOT = Path(__file__).parents[1]
+_CODE = ("seppo_fast", "kernels", "benchmarks")
+_HANGS = 4.0  # times its estimate, after which a step is killed; at least _PATIENCE seconds
+_PATIENCE = 240.0
+_GOODBYE = 5.0  # seconds that a process has to end once it has answered
+RIGHT, WRONG, FAILED = "right", "WRONG", "could not run"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the things that are looked at.
+
+    Attributes:
+        run: does it; fills in what it found.
+        seconds: on an H200, assumed; it has not been measured.
+        true_size: whether it needs the pipeline at true size.
+    """
+
+    run: Callable[[Workplace, value_checks.Found], None]
+    seconds: float
+    true_size: bool = False
+
+
+STEPS = {
+    "machine": Step(headlines.machine, 10),
+    "loss": Step(value_checks.loss, 60),
+    "temporal": Step(value_checks.temporal, 50),
+    "pool": Step(value_checks.pool, 20),
+    "equal": Step(run_checks.equal_weights, 100),
+    "tiers": Step(run_checks.tiers, 30),
+    "true-size": Step(run_checks.true_size, 70, true_size=True),
+    "loss-rate": Step(headlines.loss_rate, 50),
+    "sampling": Step(headlines.sampling_rate, 40, true_size=True),
+    "step": Step(headlines.learning_rate_of_pairs, 70, true_size=True),
+    "updates": Step(headlines.whole_updates, 110, true_size=True),
+}
+
+
+@dataclass
+class Result:
+    """What came of a step, as it is kept.
+
+    Attributes:
+        step: its name.
+        status: `RIGHT`, `WRONG` or `FAILED`.
+        lines: for the page.
+        rows: as `benchmarks.run --json` has them.
+        seconds: that it took.
+        place: device, version of torch, commit and a digest of the code; results of another place do not count.
+    """
+
+    step: str
+    status: str
+    lines: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    place: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Keeps it, whole or not at all."""
+        body = json.dumps(asdict(self), indent=1)
+        file = folder / f"{self.step}.json"
+        beside = file.with_name(f".{file.name}")
+        beside.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n", encoding="utf-8")
+        os.replace(beside, file)
+
+    @classmethod
+    def read(cls, folder: Path, step: str) -> Result | None:
+        """Returns what was kept of a step; None where nothing was, or it is damaged."""
+        try:
+            checksum, _, body = (folder / f"{step}.json").read_text(encoding="utf-8").partition("\n")
+            whole = hashlib.sha256(body.rstrip("\n").encode()).hexdigest() == checksum
+            return cls(**json.loads(body)) if whole else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the steps, prints the page and writes the rows; returns the exit code."""
+    arguments = parsed(words)
+    started = time.monotonic()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    place = _in_a_process(_here, (), _PATIENCE)
+    if not isinstance(place, dict):
+        print(f"the device cannot be asked: {place}", file=sys.stderr)
+        return 3
+    results: dict[str, Result] = {}
+    for name in arguments.only or STEPS:
+        kept = Result.read(arguments.output, name)
+        if kept is not None and kept.status == RIGHT and kept.place == place:
+            print(f"{name}: {kept.status}, from {arguments.output}", flush=True)
+            results[name] = kept
+            continue
+        left = 60 * arguments.minutes - (time.monotonic() - started)
+        estimate = STEPS[name].seconds if place["size"] == "gpu" else 0.0
+        if left < max(estimate, 1.0):
+            reason = f"not begun: it takes about {estimate:.0f} s, and {max(0.0, left):.0f} s are left"
+            results[name] = Result(name, FAILED, [reason], place=place)
+            continue
+        print(f"{name} ...", flush=True)
+        results[name] = _run(name, arguments.output, place, min(left, max(_PATIENCE, _HANGS * estimate)))
+        print(f"{name}: {results[name].status}, {results[name].seconds:.0f} s", flush=True)
+    if arguments.json:
+        _write_rows(arguments.json, results)
+    page = _page(results, place, time.monotonic() - started)
+    (arguments.output / "page.txt").write_text(page, encoding="utf-8")
+    print(page)
+    if {name for name in STEPS if name in results and results[name].status == RIGHT} == set(STEPS):
+        shutil.rmtree(arguments.output / "pipeline", ignore_errors=True)
+    statuses = {result.status for result in results.values()}
+    return 1 if WRONG in statuses else 3 if FAILED in statuses else 0
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line; a mistake in it ends the process with code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu-check"), help="folder of what was found so far")
+    parser.add_argument("--json", type=Path, help="also write all rows to this file")
+    parser.add_argument("--only", metavar="STEP", action="append", choices=STEPS, help=f"one of {', '.join(STEPS)}")
+    parser.add_argument("--minutes", type=float, default=10.0, help="begin no step that would end later; default: 10")
+    arguments = parser.parse_args(words)
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json {arguments.json}: the folder {arguments.json.absolute().parent} does not exist")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"--output {arguments.output}: exists and is not a folder")
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes {arguments.minutes}: must be more than 0")
+    return arguments
+
+
+def _machine() -> Machine:
+    from benchmarks.measure import Machine
+    from benchmarks.provenance import device
+
+    import torch  # isort: skip
+
+    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
+    where = device()
+    return Machine(where, quick=where.type == "cpu")
+
+
+def _here() -> dict[str, str]:
+    """What results depend on."""
+    import torch
+
+    from benchmarks.provenance import commit
+
+    machine, code = _machine(), hashlib.sha256()
+    for file in sorted(file for part in _CODE for file in (ROOT / part).rglob("*.py")):
+        code.update(file.read_bytes())
+    versions = {"torch": torch.__version__, "commit": commit(), "code": code.hexdigest()}
+    return {"device": machine.name, "size": machine.size, **versions}
+
+
+def _in_a_process(call: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, log: Path | None = None) -> Any:
+    """Returns what a call returns in a forked process, or a string that says why it returned nothing."""
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+
+    def child() -> None:
+        if log is not None:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+        try:
+            writing.send(call(*arguments))
+        except BaseException as error:
+            traceback.print_exc()
+            writing.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    process = context.Process(target=child)
+    process.start()
+    writing.close()
+    try:
+        returned = reading.recv() if reading.poll(seconds) else f"killed after {seconds:.0f} s"
+    except EOFError:
+        process.join()
+        returned = f"its process ended with code {process.exitcode}"
+    process.join(_GOODBYE)
+    process.kill()  # one that hangs
+    process.join()
+    return returned
+
+
+def _run(name: str, folder: Path, place: dict[str, str], seconds: float) -> Result:
+    """One step in its process; what it prints goes into a file beside its result."""
+    started = time.monotonic()
+    log = folder / f"{name}.log"
+    found = _in_a_process(_found, (name, folder), seconds, log)
+    if isinstance(found, str):
+        result = Result(name, FAILED, [found, f"all that it printed: {log}"])
+    else:
+        lines, rows, wrong = found
+        result = Result(name, WRONG if wrong else RIGHT, lines, rows)
+    result.seconds, result.place = time.monotonic() - started, place
+    result.write(folder)
+    return result
+
+
+def _found(name: str, folder: Path) -> tuple[list[str], list[dict[str, Any]], bool]:
+    """What a step finds: lines, rows, and whether any value is wrong. For a process of its own."""
+    machine, step = _machine(), STEPS[name]
+    for left in folder.glob(f".{name}-*"):
+        shutil.rmtree(left, ignore_errors=True)  # of one that was killed
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.absolute()))
+    place = Workplace("shapes", 32, work, machine)
+    try:
+        if step.true_size and machine.device.type == "cuda":
+            place = Workplace(str(_pipeline(folder)), 512, work, machine)
+        found = value_checks.Found()
+        step.run(place, found)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return found.lines, records(found.rows, machine.name), bool(found.wrong)
+
+
+def _pipeline(folder: Path) -> Path:
+    """The pipeline at true size, written where it does not exist yet."""
+    import torch
+
+    from seppo_fast.errors import CheckpointError
+    from seppo_fast.files import staged_folder
+
+    final = folder.absolute() / "pipeline"
+    if not final.exists():
+        torch.manual_seed(0)
+        with staged_folder(final, CheckpointError) as staging:
+            write_pipeline(staging, toy=False)
+    return final
+
+
+def _write_rows(file: Path, results: dict[str, Result]) -> None:
+    rows = [row for result in results.values() for row in result.rows]
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _page(results: dict[str, Result], place: dict[str, str], seconds: float) -> str:
+    """What a person reads."""
+    lines = ["", f"{place['device']}, torch {place['torch']}, commit {place['commit']}: {seconds:.0f} s"]
+    for name, result in results.items():
+        checks = [row for row in result.rows if row["suite"] == value_checks.SUITE]
+        right = sum(row["value_ok"] for row in checks)
+        count = f", {right} of {len(checks)} values right" if checks else ""
+        lines.append(f"{name:10}  {result.status}{count}, {result.seconds:.0f} s")
+        lines += [f"            {line}" for line in result.lines]
+    if any(result.status != RIGHT for result in results.values()):
+        lines.append("The same command goes on with what is not right.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
