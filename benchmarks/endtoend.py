@@ -239,6 +239,7 @@ def _runners(
         made[name] = _first_update(place, config, in_batches, right.in_batches, before)
     except torch.OutOfMemoryError:
         print(f"{NAIVE_BATCH}: {batch} pairs at once do not fit into memory beside ours, and are left out")
+        loop.optimizer.zero_grad(set_to_none=True)  # of a backward that broke off
     return made
 
 

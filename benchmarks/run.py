@@ -65,13 +65,10 @@ def main(words: list[str] | None = None) -> int:
     if arguments.quick:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read where the trainer chooses its device
 
-    import torch
-
     from benchmarks.measure import Machine
     from benchmarks.provenance import commit, device
     from benchmarks.suites import chosen, listed, run_cases
 
-    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
     machine = Machine(device(), arguments.quick)
     try:
         cases = chosen(listed(arguments.suite, machine), arguments.cases)

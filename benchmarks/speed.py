@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import NAIVE, OURS, PHASES, SEPARATOR
+from benchmarks.rows import NAIVE, NAIVE_BATCH, NAIVE_FAST, NAIVE_FAST_BATCH, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
 _SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
@@ -19,6 +19,9 @@ _SHARES = {"kernels": "of a step", "cache": "of the learning"}  # in `endtoend` 
 _HEADINGS = (
     "ms", "in a graph", "x baseline", "per second", "MFU", "GB/s", _LIMIT, _SHARE, "peak GB", "launches", "host syncs",
 )  # fmt: skip
+
+# Providers of `endtoend` in the picture, where the mode says their settings.
+_BARS = {OURS: OURS, NAIVE_FAST: NAIVE, NAIVE_BATCH: f"{NAIVE} in batches", NAIVE_FAST_BATCH: f"{NAIVE} in batches"}
 
 Rows = Sequence[dict[str, Any]]
 
@@ -130,8 +133,8 @@ def _bars(rows: Rows) -> dict[str, dict[str, float]]:
             continue
         if not row["value_ok"]:
             raise ValueError(f"rows: the values of {row['provider']!r} differ from the baseline's")
-        mode = case.split(":")[0].split(" ")[0]
-        name = NAIVE if row["provider"] == NAIVE else f"{row['provider'].split(',')[0]}, {mode}"
+        mode = case.split(":")[0].split(" ")[0] + ", compiled" * case.endswith(", compiled")
+        name = NAIVE if row["provider"] == NAIVE else f"{_BARS[row['provider']]}, {mode}"
         bars.setdefault(name, {})[phase] = row["p50_ms"]
     if not bars or any(set(bar) != set(PHASES) or None in bar.values() for bar in bars.values()):
         raise ValueError("rows: every phase of `endtoend` must have been measured")

@@ -163,6 +163,7 @@ def run_cases(
         estimated: whether the estimates hold: on a GPU; else a case begins as long as time is left.
         clock: in seconds.
     """
+    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
     outcome, started, expected = Outcome(), clock(), 0.0
     shared = _unique([one for case in cases for one in case.chain()])
     try:

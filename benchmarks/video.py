@@ -97,7 +97,7 @@ SIZES = {
         (
             Size(
                 32,
-                (sampling.Case(1, 2, 2), sampling.Case(2, 2, 2)),
+                (sampling.Case(2, 2, 2),),
                 step.Size({"lora": (2,)}, rounds=2, ways=_WAYS, checked=3, micro_batch=2),
                 endtoend.Size(pairs=2, naive_pairs=1, rounds=1, steps=2, micro_batch=2, samples=2),
             ),

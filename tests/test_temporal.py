@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmarks.temporal as benchmark
 import seppo_fast.temporal as temporal
 from benchmarks.measure import Machine
+from benchmarks.suites import run_cases
 from seppo_fast.attention import ChunkedAttention
 from seppo_fast.checkpointing import enable_checkpointing
 from seppo_fast.errors import ConfigError
@@ -293,12 +294,12 @@ def test_benchmark_checks_values_first(monkeypatch, capsys):
     machine = Machine(torch.device("cpu"), quick=True)
     size = replace(benchmark.SIZES["quick"], rounds=1, seconds=1e-9)
     monkeypatch.setitem(benchmark.SIZES, "quick", size)
-    right = benchmark.rows(machine)
+    right = run_cases(benchmark.cases(machine)).rows
     assert [row.provider for row in right] == ["copy", *[benchmark.SDPA, *OURS] * 2]
     assert all(row.suite == "video" and row.value_ok and row.ratio for row in right)
     monkeypatch.setattr(benchmark, "temporal_attention", lambda q, k, v, backend: 1.5 * temporal_attention(q, k, v))
     monkeypatch.setitem(benchmark.SIZES, "quick", replace(size, cases=size.cases[:1]))
-    wrong = benchmark.rows(machine)
+    wrong = run_cases(benchmark.cases(machine)).rows
     assert [row.value_ok for row in wrong] == [True, True, False, False]
     assert all(bool(row.ratio) == row.value_ok for row in wrong)
     what = "attention, 1 pair, 16 frames x 16 positions, 8 heads of 40, forward + backward"
