@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # Twice quiet: errors only.
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
-.PHONY: setup demo demo-video test lint bench ablation clean
+.PHONY: setup demo demo-video test lint bench gpu-check ablation clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -51,6 +51,10 @@ bench: setup
 	$(PY) -m benchmarks.run --quick --suite cache
 	$(PY) -m benchmarks.run --quick --suite video
 	$(PY) -m benchmarks.full_size --quick --clips
+
+# On a CUDA machine (with `make setup TORCH=...` of its build first): values, then the figures that are asked for first.
+gpu-check: setup
+	$(PY) -m benchmarks.gpu_check
 
 ablation: setup
 	$(PY) -m benchmarks.ablation

@@ -18,36 +18,35 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from seppo_fast.quiet import quiet_libraries
 
 quiet_libraries()
 
-# Before the steps' processes are forked: what takes seconds is imported once. Nothing here starts CUDA.
-import seppo_fast.trainer  # noqa: E402, F401
-from benchmarks import headlines, run_checks, value_checks  # noqa: E402
-from benchmarks.models import Workplace, write_pipeline  # noqa: E402
-from benchmarks.rows import records  # noqa: E402
+import torch  # noqa: E402
 
-if TYPE_CHECKING:
-    from benchmarks.measure import Machine
+from benchmarks import headlines, run_checks, value_checks  # noqa: E402
+from benchmarks.isolated import Broken, isolated  # noqa: E402
+from benchmarks.measure import Machine  # noqa: E402
+from benchmarks.models import Workplace, write_pipeline  # noqa: E402
+from benchmarks.provenance import commit, device  # noqa: E402
+from benchmarks.rows import records  # noqa: E402
+from seppo_fast.errors import CheckpointError  # noqa: E402
+from seppo_fast.files import staged_folder  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 _CODE = ("seppo_fast", "kernels", "benchmarks")
 _HANGS = 4.0  # times its estimate, after which a step is killed; at least _PATIENCE seconds
 _PATIENCE = 240.0
-_GOODBYE = 5.0  # seconds that a process has to end once it has answered
 RIGHT, WRONG, FAILED = "right", "WRONG", "could not run"
 
 
@@ -125,9 +124,10 @@ def main(words: list[str] | None = None) -> int:
     arguments = parsed(words)
     started = time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    place = _in_a_process(_here, (), _PATIENCE)
-    if not isinstance(place, dict):
-        print(f"the device cannot be asked: {place}", file=sys.stderr)
+    try:
+        place = isolated(_here, seconds=_PATIENCE)
+    except Broken as problem:
+        print(f"the device cannot be asked: {problem}", file=sys.stderr)
         return 3
     results: dict[str, Result] = {}
     for name in arguments.only or STEPS:
@@ -174,22 +174,13 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _machine() -> Machine:
-    from benchmarks.measure import Machine
-    from benchmarks.provenance import device
-
-    import torch  # isort: skip
-
     torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
     where = device()
     return Machine(where, quick=where.type == "cpu")
 
 
 def _here() -> dict[str, str]:
-    """What results depend on."""
-    import torch
-
-    from benchmarks.provenance import commit
-
+    """What results depend on; for a process of its own, since it may start CUDA."""
     machine, code = _machine(), hashlib.sha256()
     for file in sorted(file for part in _CODE for file in (ROOT / part).rglob("*.py")):
         code.update(file.read_bytes())
@@ -197,49 +188,15 @@ def _here() -> dict[str, str]:
     return {"device": machine.name, "size": machine.size, **versions}
 
 
-def _in_a_process(call: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, log: Path | None = None) -> Any:
-    """Returns what a call returns in a forked process, or a string that says why it returned nothing."""
-    context = multiprocessing.get_context("fork")
-    reading, writing = context.Pipe(duplex=False)
-
-    def child() -> None:
-        if log is not None:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-        try:
-            writing.send(call(*arguments))
-        except BaseException as error:
-            traceback.print_exc()
-            writing.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-    process = context.Process(target=child)
-    process.start()
-    writing.close()
-    try:
-        returned = reading.recv() if reading.poll(seconds) else f"killed after {seconds:.0f} s"
-    except EOFError:
-        process.join()
-        returned = f"its process ended with code {process.exitcode}"
-    process.join(_GOODBYE)
-    process.kill()  # one that hangs
-    process.join()
-    return returned
-
-
 def _run(name: str, folder: Path, place: dict[str, str], seconds: float) -> Result:
     """One step in its process; what it prints goes into a file beside its result."""
     started = time.monotonic()
     log = folder / f"{name}.log"
-    found = _in_a_process(_found, (name, folder), seconds, log)
-    if isinstance(found, str):
-        result = Result(name, FAILED, [found, f"all that it printed: {log}"])
-    else:
-        lines, rows, wrong = found
+    try:
+        lines, rows, wrong = isolated(_found, name, folder, seconds=seconds, log=log)
         result = Result(name, WRONG if wrong else RIGHT, lines, rows)
+    except Broken as problem:
+        result = Result(name, FAILED, [str(problem), f"all that it printed: {log}"])
     result.seconds, result.place = time.monotonic() - started, place
     result.write(folder)
     return result
@@ -264,11 +221,6 @@ def _found(name: str, folder: Path) -> tuple[list[str], list[dict[str, Any]], bo
 
 def _pipeline(folder: Path) -> Path:
     """The pipeline at true size, written where it does not exist yet."""
-    import torch
-
-    from seppo_fast.errors import CheckpointError
-    from seppo_fast.files import staged_folder
-
     final = folder.absolute() / "pipeline"
     if not final.exists():
         torch.manual_seed(0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.census import census_table
 from benchmarks.exactness import exactness_table
+from benchmarks.rows import SEPARATOR
 from benchmarks.speed import phase_chart, projection, speed_table
 
 ROOT = Path(__file__).parents[1]
@@ -118,16 +119,27 @@ def flat_line(result: dict[str, Any]) -> str:
 
 
 def suite_rows(on_cpu: bool) -> list[dict[str, Any]]:
-    """The committed rows of `benchmarks.run` on a CPU, or on GPUs; of each suite the newest of each device.
+    """Returns the committed rows of suites on a CPU, or on GPUs: of each case the newest of each device.
 
-    Files are called `cpu-YYYYMMDD-COMMIT-SUITE.json`, or begin with the GPU's name.
+    Files are called `cpu-YYYYMMDD-COMMIT-SUITE.json`, or begin with the GPU's name; `gpu-check` in place of a suite
+    holds rows of several, and comes before the suites of its day. A row gets `command`, what measured it.
     """
-    newest: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for file in sorted(RESULTS.glob("*-[0-9]*-*.json"), key=lambda file: file.stem.split("-")[1]):
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        if file.name.startswith("cpu-") == on_cpu:
-            newest[rows[0]["suite"], rows[0]["device"]] = rows
+    newest: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    files = RESULTS.glob("*-[0-9]*-*.json")
+    for file in sorted(files, key=lambda file: (file.stem.split("-")[1], not _is_check(file))):
+        if file.name.startswith("cpu-") != on_cpu:
+            continue
+        cases: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in json.loads(file.read_text(encoding="utf-8")):
+            command = "benchmarks.gpu_check" if _is_check(file) else f"benchmarks.run --suite {row['suite']}"
+            key = row["suite"], row["device"], row["case"].partition(SEPARATOR)[0]
+            cases.setdefault(key, []).append(row | {"command": f"python -m {command}"})
+        newest |= cases
     return [row for rows in newest.values() for row in rows]
+
+
+def _is_check(file: Path) -> bool:
+    return file.stem.endswith("-gpu-check")
 
 
 def tables() -> dict[str, str]:

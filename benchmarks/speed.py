@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.rows import NAIVE, NAIVE_BATCH, NAIVE_FAST, NAIVE_FAST_BATCH, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
+CHECK = "gpu_check"
 _SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
 _FOLDED = ("step", "kernels", "cache", "video")
 _LIMIT, _SHARE = "of limit", "share"
@@ -27,13 +28,31 @@ Rows = Sequence[dict[str, Any]]
 
 
 def speed_table(rows: Rows) -> str:
-    """A table for each suite in markdown: every case and provider, phases left out, with where the numbers are from.
+    """A table for each suite in markdown: every case and provider, phases left out, with the command of the numbers.
 
     A column in which nothing was measured is left out, and so is a case's name where the line above has it. Long suites
     are folded.
     """
-    parts = [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in _SUITES]
+    parts = [_checked([row for row in rows if row["suite"] == CHECK])]
+    parts += [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in _SUITES]
     return "\n\n".join(part for part in parts if part) or "Not measured yet."
+
+
+def _origin(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["device"], row["versions"]["torch"], row["commit"]
+
+
+def _checked(rows: Rows) -> str:
+    """How many of the values that `gpu_check` compares are right, by where it ran, and which are not."""
+    lines = []
+    for origin in dict.fromkeys(map(_origin, rows)):
+        here = [row for row in rows if _origin(row) == origin]
+        wrong = [row["case"] for row in here if not row["value_ok"]]
+        lines.append(
+            f"{len(here) - len(wrong)} of {len(here)} values right{', not: ' * bool(wrong)}{'; '.join(wrong)}. "
+            f"`python -m benchmarks.gpu_check`: {origin[0]}, torch {origin[1]}, commit {origin[2]}."
+        )
+    return "\n\n".join(lines)
 
 
 def _suite_table(suite: str, rows: Rows) -> str:
@@ -51,9 +70,11 @@ def _suite_table(suite: str, rows: Rows) -> str:
         case = row["case"] if row["case"] != before else ""
         lines.append(_markdown([case, row["provider"], *[line[column] for column in kept]]))
         before = row["case"]
-    origins = dict.fromkeys((row["device"], row["versions"]["torch"], row["commit"]) for row in chosen)
-    for device, torch, commit in origins:
-        lines += ["", f"`python -m benchmarks.run --suite {suite}`: {device}, torch {torch}, commit {commit}."]
+    by_suite = f"python -m benchmarks.run --suite {suite}"
+    for command, device, torch, commit in dict.fromkeys(
+        (row.get("command", by_suite), *_origin(row)) for row in chosen
+    ):
+        lines += ["", f"`{command}`: {device}, torch {torch}, commit {commit}."]
     table = "\n".join(lines)
     return f"<details><summary>Suite {suite}</summary>\n\n{table}\n\n</details>" if suite in _FOLDED else table
 

@@ -21,6 +21,7 @@ from benchmarks.losses import dividing, other_divisions
 from benchmarks.measure import distance
 from benchmarks.models import Workplace
 from benchmarks.rows import Row
+from benchmarks.speed import CHECK
 from seppo_fast import shapes
 from seppo_fast.loss import LEARN_SIGN, denoising_errors, loss_and_grad, preference_loss
 from seppo_fast.memory import host_bytes, page_locked
@@ -30,7 +31,7 @@ from seppo_fast.slab import Table
 from seppo_fast.temporal import temporal_attention
 from seppo_fast.tiers import Budget
 
-SUITE = "gpu_check"
+SUITE = CHECK
 BETA = 2000.0
 _LN2 = float(torch.tensor(math.log(2.0)))
 # Of a gradient, or an output, that is rounded once to the dtype: a relative RMS.
@@ -164,8 +165,8 @@ def _compare_loss(name: str, case: _Loss, inputs: dict[str, Any], found: Found) 
     absolute = 5e-5 if case.ahead else 1e-6
     allowed = absolute + 2e-6 * right["logit"].abs()
     gaps = {
-        "logit": float(((through.logit.double() - right["logit"]).abs() / allowed).max()),
-        "loss": float((through.loss.double() - right["loss"]).abs() / allowed.max()),
+        "logit": float(((through.logit.detach().double() - right["logit"]).abs() / allowed).max()),
+        "loss": float((through.loss.detach().double() - right["loss"]).abs() / allowed.max()),
         "gradient": max(distance([x], [right["gradient"]]) for x in gradients) / (_ROUNDING[case.dtype] + absolute),
     }
     clear = right["winner"].abs() > 2e-7

@@ -17,6 +17,7 @@ from benchmarks import (
     kernels,
     loops,
     losses,
+    readme,
     run,
     sampling,
     speed,
@@ -401,6 +402,45 @@ def test_the_table_leaves_empty_what_was_not_measured():
     more = speed.speed_table([*ROWS, ROWS[0] | {"suite": "step", "peak_allocated_bytes": 2_500_000_000}])
     assert more.startswith("\n".join(lines)) and "| 2.5 |" in more.split("<details>")[1]
     assert speed.speed_table([]) == "Not measured yet."
+
+
+def written(folder, name, *rows):
+    """A file of results, with what every row holds."""
+    full = [
+        dict.fromkeys(KEYS) | {"value_ok": True, "versions": {"torch": "2.11.0"}, "device": "NVIDIA H200"} | row
+        for row in rows
+    ]
+    (folder / name).write_text(json.dumps(full))
+
+
+def test_of_each_case_the_newest_results_stand_in_the_table(tmp_path, monkeypatch):
+    """`gpu_check` measures few cases of several suites; they stand until a suite has measured them."""
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    loss = [{"suite": "kernels", "case": f"{pairs} pairs", "provider": OURS} for pairs in (1, 16)]
+    check = {"suite": "gpu_check", "provider": OURS, "commit": "b"}
+    written(
+        tmp_path, "H200-20261203-b-gpu-check.json",
+        check | {"case": "loss, odd"}, check | {"case": "loss, even", "value_ok": False},
+        *(row | {"p50_ms": 2.0, "commit": "b"} for row in loss),
+        {"suite": "step", "case": "lora / policy", "provider": OURS, "p50_ms": 7.0, "commit": "b"},
+    )  # fmt: skip
+    written(tmp_path, "H200-20261201-a-kernels.json", *(row | {"p50_ms": 1.0, "commit": "a"} for row in loss))
+    written(tmp_path, "H200-20261203-b-kernels.json", loss[1] | {"p50_ms": 3.0, "commit": "b"})
+    written(tmp_path, "cpu-20261204-c-kernels.json", loss[0] | {"p50_ms": 9.0, "commit": "c"})
+    rows = readme.suite_rows(on_cpu=False)
+    found = {(row["suite"], row["case"]): (row["p50_ms"], row["command"]) for row in rows}
+    by_check = "python -m benchmarks.gpu_check"
+    assert found == {
+        ("kernels", "1 pairs"): (2.0, by_check),
+        ("kernels", "16 pairs"): (3.0, "python -m benchmarks.run --suite kernels"),
+        ("gpu_check", "loss, odd"): (None, by_check),
+        ("gpu_check", "loss, even"): (None, by_check),
+        ("step", "lora / policy"): (7.0, by_check),
+    }
+    lines = speed.speed_table(rows).splitlines()
+    assert lines[0] == f"1 of 2 values right, not: loss, even. `{by_check}`: NVIDIA H200, torch 2.11.0, commit b."
+    assert f"`{by_check}`: NVIDIA H200, torch 2.11.0, commit b." in lines
+    assert "`python -m benchmarks.run --suite kernels`: NVIDIA H200, torch 2.11.0, commit b." in lines
 
 
 def test_the_projection_says_that_it_is_one_and_takes_right_values_on_a_gpu_alone():
