@@ -137,13 +137,14 @@ def main(words: list[str] | None = None) -> int:
             results[name] = kept
             continue
         left = 60 * arguments.minutes - (time.monotonic() - started)
-        estimate = STEPS[name].seconds if place["size"] == "gpu" else 0.0
+        estimate = STEPS[name].seconds if place["size"] == "gpu" else 0.0  # a CPU may be busy with other work
         if left < max(estimate, 1.0):
             reason = f"not begun: it takes about {estimate:.0f} s, and {max(0.0, left):.0f} s are left"
             results[name] = Result(name, FAILED, [reason], place=place)
             continue
         print(f"{name} ...", flush=True)
-        results[name] = _run(name, arguments.output, place, min(left, max(_PATIENCE, _HANGS * estimate)))
+        hangs = max(_PATIENCE, _HANGS * estimate) if estimate else left
+        results[name] = _run(name, arguments.output, place, min(left, hangs))
         print(f"{name}: {results[name].status}, {results[name].seconds:.0f} s", flush=True)
     if arguments.json:
         _write_rows(arguments.json, results)

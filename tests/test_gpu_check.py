@@ -101,7 +101,8 @@ def test_a_wrong_value_is_named_and_exits_1(steps, tmp_path, capsys):
 def test_a_step_that_cannot_run_takes_no_other_with_it_and_exits_3(steps, tmp_path, capsys, monkeypatch, run, says):
     if run is hanging:
         monkeypatch.setattr(gpu_check, "_PATIENCE", 2.0)
-        monkeypatch.setattr(gpu_check, "_here", lambda: {"device": "a CPU", "size": "quick", "torch": "", "commit": ""})
+        monkeypatch.setattr(gpu_check, "_here", lambda: {"device": "H200", "size": "gpu", "torch": "", "commit": ""})
+        monkeypatch.setattr(gpu_check, "_HANGS", 2.0)
     steps(first=run, second=good)
     assert check(tmp_path) == 3
     page = capsys.readouterr().out
