@@ -36,13 +36,20 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One example that cannot be used: `id` says which, `reason` why (with the file's name where there is one)."""
+    """One example that cannot be used.
+
+    Attributes:
+        id: Which one.
+        reason: Why, with the file's name where there is one. Id and reason are part of a cache's key.
+        hint: What to do about it, where that is known; no part of the key.
+    """
 
     id: str
     reason: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return printable(f"{self.id}: {self.reason}")
+        return printable(f"{self.id}: {self.reason}{f'; {self.hint}' if self.hint else ''}")
 
 
 class Source(ABC):

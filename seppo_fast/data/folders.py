@@ -1,4 +1,4 @@
-"""Images or clips in a folder, captioned by a text file beside each; images by one metadata.jsonl."""
+"""Images or clips in a folder, captioned by a text file beside each."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from seppo_fast.data.captions import MAX_CAPTION_BYTES, checked_caption, decoded_caption
-from seppo_fast.data.examples import Example, Problem, Source, printable
+from seppo_fast.data.captions import MAX_CAPTION_BYTES, CaptionError, decoded_caption
+from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import file_ref, open_file
-from seppo_fast.errors import DataError
+from seppo_fast.data.names import Names
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
@@ -63,28 +63,13 @@ class FolderSource(Source):
         return sha.hexdigest()
 
 
-def walk_files(folder: Path) -> list[Path]:
-    """Every file below `folder` that is not hidden, sorted by its path with slashes.
-
-    Raises:
-        DataError: a folder in it cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: this folder cannot be listed ({error.strerror}).") from error
-
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        # macOS leaves ._x.png beside x.png: same suffix, no image
-        files.extend(Path(parent, name) for name in names if not name.startswith("."))
-    return sorted(files, key=lambda path: path.relative_to(folder).parts)
-
-
 def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = False) -> Source:
     """Each image (or clip) `x.png` among `files` with the caption in `x.txt` beside it; one alone is a problem."""
     suffixes = VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES
     captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    spare: Names[Path] = Names()
+    for stem in sorted(captions.keys() - {path.with_suffix("") for path in files if path.suffix.lower() in suffixes}):
+        spare.add(str(stem), stem)
     entries: list[Entry] = []
     problems: list[Problem] = []
     used: set[Path] = set()
@@ -93,14 +78,15 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
             continue
         name = path.relative_to(folder).as_posix()
         stem = path.with_suffix("")
-        if stem not in captions:
+        found = [stem] if stem in captions else spare.find(str(stem))
+        if not found:
             problems.append(Problem(name, f"no caption: {stem.name}.txt is missing"))
             continue
-        used.add(stem)
+        used.add(found[0])
         try:
-            entries.append(Entry(name, name, _read_caption(captions[stem])))
-        except ValueError as error:
-            problems.append(Problem(name, str(error)))
+            entries.append(Entry(name, name, _read_caption(captions[found[0]])))
+        except CaptionError as error:
+            problems.append(Problem(name, str(error), error.hint))
     others = {path.with_suffix(""): path.name for path in files if path.suffix.lower() not in (*suffixes, ".txt")}
     for stem, path in captions.items():
         if stem not in used:
@@ -112,69 +98,13 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
 
 
 def _read_caption(path: Path) -> str:
-    """The caption file's text, stripped; ValueError says what is wrong with it."""
+    """The caption file's text, stripped; raises CaptionError."""
     try:
         with open_file(path) as file:
             content = file.read(MAX_CAPTION_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
-    return decoded_caption(path.name, content)
-
-
-def open_metadata(spec: str, folder: Path) -> Source:
-    """The images that the lines of `metadata.jsonl` name, in their order, with `text` as the caption.
-
-    An image listed again keeps its caption and gets `#<line>` at the end of its id. Images that no line names are not
-    used, and a note says how many.
-
-    Raises:
-        DataError: metadata.jsonl cannot be read as UTF-8.
-    """
-    listing = folder / "metadata.jsonl"
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    seen: set[str] = set()
-    try:
-        with open(listing, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    name, prompt = _parse_line(line)
-                except ValueError as error:
-                    problems.append(Problem(f"metadata.jsonl:{number}", str(error)))
-                    continue
-                entries.append(Entry(f"{name}#{number}" if name in seen else name, name, prompt))
-                seen.add(name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: cannot be read as UTF-8 text ({error}).") from error
-    source = FolderSource(spec, folder, entries, problems)
-    images = (path for path in walk_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-    unlisted = sum(path.relative_to(folder).as_posix() not in seen for path in images)
-    if unlisted:
-        where = printable(str(folder))
-        source.notes.append(f"{unlisted} images in {where} are not listed in metadata.jsonl and are not used")
-    return source
-
-
-def _parse_line(line: str) -> tuple[str, str]:
-    """(file name inside the folder, caption) of one line; ValueError says what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not a JSON object ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    name, prompt = record.get("file_name"), record.get("text")
-    if not isinstance(name, str) or not name:
-        raise ValueError('"file_name" is missing')
-    if not isinstance(prompt, str):
-        raise ValueError(f'{name}: "text" is {"missing" if prompt is None else "no text"}')
-    prompt = checked_caption(f'{name}: "text"', prompt)
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError(f"{name!r} points outside the folder")
-    return path.as_posix(), prompt
+        raise CaptionError(f"{path.name} cannot be read ({error.strerror})") from error
+    return decoded_caption(path.name, content, path)
 
 
 def _file_sha256(path: Path) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS, checked_caption, decoded_caption
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
+from seppo_fast.data.names import Names, holds_no_data
 from seppo_fast.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -152,6 +153,7 @@ class _Shard:
             self.problems.append(Problem(label, f"cannot be read ({error.strerror or error})"))
         except Exception as error:  # a damaged file raises whatever tarfile trips over
             self.problems.append(Problem(label, str(error) or type(error).__name__))
+        self._join_spellings()
         for key, fields in self._groups.items():
             self._group(key, fields)
         # Beside an example they are other fields of it, by webdataset's rule; alone they were meant as one.
@@ -162,7 +164,7 @@ class _Shard:
 
     def _take(self, header: tarfile.TarInfo) -> None:
         path = PurePosixPath(header.name)
-        if header.isdir() or any(part.startswith(".") and part != ".." for part in path.parts):
+        if header.isdir() or any(holds_no_data(part) for part in path.parts if part != ".."):
             return
         stem, dot, suffix = path.name.partition(".")
         key, suffix = (path.parent / stem).as_posix(), suffix.lower()
@@ -194,6 +196,17 @@ class _Shard:
         if header.offset_data + header.size > self._size:
             return "truncated: the shard ends in the middle of it"
         return None
+
+    def _join_spellings(self) -> None:
+        """Puts captions without an image to the image without a caption whose name has the same letters."""
+        captions: Names[str] = Names()
+        for key, fields in self._groups.items():
+            if key not in self._spoiled and not set(IMAGES) & fields.keys():
+                captions.add(key, key)
+        for key, fields in list(self._groups.items()):
+            if key not in self._spoiled and fields.keys() <= set(IMAGES):
+                for other in captions.find(key)[:1]:
+                    fields |= self._groups.pop(other, {})
 
     def _group(self, key: str, fields: dict[str, Member]) -> None:
         """Makes an example, or a problem, of the members of one key."""

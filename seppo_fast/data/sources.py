@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from seppo_fast.data.examples import Example, Problem, Source
-from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, open_metadata, open_sidecars, walk_files
+from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, open_sidecars
 from seppo_fast.data.images import ImageRef, load_image
+from seppo_fast.data.listings import find_listing, is_listing, open_listing
+from seppo_fast.data.names import walk_files
 from seppo_fast.data.rows import open_hub, open_parquet
 from seppo_fast.data.shards import expand_braces, open_shards
 from seppo_fast.data.videos import open_clip_csv, open_clip_folder
@@ -61,8 +63,8 @@ def open_source(spec: str, split: str = "train") -> Source:
             return open_parquet(spec, [path], path.parent)
         if path.suffix.lower() == ".tar":
             return open_shards(spec, [path])
-        if path.name == "metadata.jsonl":
-            return open_metadata(spec, path.parent)
+        if is_listing(path):
+            return open_listing(spec, path)
         if path.suffix.lower() == ".csv":
             return open_clip_csv(spec, path, walk_files(path.parent))
         raise DataError(f"{spec}: not a kind of file that can be read as data.\n{CHOICES}")
@@ -74,8 +76,8 @@ def open_source(spec: str, split: str = "train") -> Source:
 
 
 def _open_folder(spec: str, folder: Path, split: str) -> Source:
-    if (folder / "metadata.jsonl").is_file():
-        return open_metadata(spec, folder)
+    if listing := find_listing(folder):
+        return open_listing(spec, listing)
     files = walk_files(folder)
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
     images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
