@@ -88,7 +88,7 @@ def _likely_encoding(content: bytes) -> str:
     # In Western languages most letters are ASCII, and one that is not stands alone or beside one other.
     beyond, letters = len(re.findall(rb"[\x80-\xff]", content)), len(re.findall(rb"[A-Za-z]", content))
     unlike = re.search(rb"[\x80-\xff]{3}|[\0\x81\x8d\x8f\x90\x9d]", content)  # five bytes that it leaves undefined
-    return "WINDOWS-1252" if 0 < 3 * beyond <= letters and not unlike else ""
+    return "WINDOWS-1252" if 0 < 2 * beyond <= letters and not unlike else ""
 
 
 def _shell_word(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images or clips in a folder, captioned by a text file beside each."""
+"""Captioned files below one folder as a data set: images, or clips."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from seppo_fast.data.captions import MAX_CAPTION_BYTES, CaptionError, decoded_caption
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import file_ref, open_file
-from seppo_fast.data.names import Names
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
@@ -61,50 +59,6 @@ class FolderSource(Source):
         for problem in self.problems:
             sha.update(json.dumps([problem.id, problem.reason]).encode())
         return sha.hexdigest()
-
-
-def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = False) -> Source:
-    """Each image (or clip) `x.png` among `files` with the caption in `x.txt` beside it; one alone is a problem."""
-    suffixes = VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES
-    captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    spare: Names[Path] = Names()
-    for stem in sorted(captions.keys() - {path.with_suffix("") for path in files if path.suffix.lower() in suffixes}):
-        spare.add(str(stem), stem)
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    used: set[Path] = set()
-    for path in files:
-        if path.suffix.lower() not in suffixes:
-            continue
-        name = path.relative_to(folder).as_posix()
-        stem = path.with_suffix("")
-        found = [stem] if stem in captions else spare.find(str(stem))
-        if not found:
-            problems.append(Problem(name, f"no caption: {stem.name}.txt is missing"))
-            continue
-        used.add(found[0])
-        try:
-            entries.append(Entry(name, name, _read_caption(captions[found[0]])))
-        except CaptionError as error:
-            problems.append(Problem(name, str(error), error.hint))
-    others = {path.with_suffix(""): path.name for path in files if path.suffix.lower() not in (*suffixes, ".txt")}
-    for stem, path in captions.items():
-        if stem not in used:
-            reason = f"a caption without {'a clip' if clips else 'an image'}"
-            if stem in others:
-                reason += f": {others[stem]} is none of {', '.join(suffixes)}"
-            problems.append(Problem(path.relative_to(folder).as_posix(), reason))
-    return FolderSource(spec, folder, entries, problems, clips)
-
-
-def _read_caption(path: Path) -> str:
-    """The caption file's text, stripped; raises CaptionError."""
-    try:
-        with open_file(path) as file:
-            content = file.read(MAX_CAPTION_BYTES + 1)
-    except OSError as error:
-        raise CaptionError(f"{path.name} cannot be read ({error.strerror})") from error
-    return decoded_caption(path.name, content, path)
 
 
 def _file_sha256(path: Path) -> str:

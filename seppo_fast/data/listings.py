@@ -17,20 +17,20 @@ from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, Folde
 from seppo_fast.data.names import Names, walk_files
 from seppo_fast.errors import DataError
 
-NAMES = ("metadata.jsonl", "metadata.csv")
+LISTINGS = ("metadata.jsonl", "metadata.csv")
 Row = tuple[int, dict[str, Any] | str]
 """The number of its (last) line, and its fields, or what is wrong with it."""
 
 
 def find_listing(folder: Path) -> Path | None:
     """The listing of the files in a folder, if there is one; a metadata.csv without file names is another table."""
-    found = (folder / name for name in NAMES)
+    found = (folder / name for name in LISTINGS)
     return next((path for path in found if path.is_file() and is_listing(path)), None)
 
 
 def is_listing(path: Path) -> bool:
     """Whether a file is a listing by its name and, of a csv, by its columns; raises DataError."""
-    return path.name == NAMES[0] or (path.name == NAMES[1] and "file_name" in csv_columns(path))
+    return path.name == LISTINGS[0] or (path.name == LISTINGS[1] and "file_name" in csv_columns(path))
 
 
 def open_listing(spec: str, listing: Path) -> Source:
@@ -47,7 +47,7 @@ def open_listing(spec: str, listing: Path) -> Source:
     entries: list[Entry] = []
     problems: list[Problem] = []
     listed: set[str] = set()
-    for number, row in _json_rows(listing) if listing.name == NAMES[0] else csv_rows(listing):
+    for number, row in _json_rows(listing) if listing.name == LISTINGS[0] else csv_rows(listing):
         try:
             name, prompt = _file_and_caption(row)
         except ValueError as error:

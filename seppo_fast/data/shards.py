@@ -21,7 +21,14 @@ from itertools import product
 from math import prod
 from pathlib import Path, PurePosixPath
 
-from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS, checked_caption, decoded_caption
+from seppo_fast.data.captions import (
+    MAX_CAPTION_BYTES,
+    TEXT_COLUMNS,
+    CaptionError,
+    caption_of,
+    checked_caption,
+    decoded_caption,
+)
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
 from seppo_fast.data.names import Names, holds_no_data
@@ -220,6 +227,8 @@ class _Shard:
             if len(images) > 1:
                 raise ValueError(f"several images: {', '.join(image.name for image in images)}")
             self.entries.append((id, _caption(key, fields), images[0]))
+        except CaptionError as error:
+            self.problems.append(Problem(id, str(error), error.hint))
         except (ValueError, OSError) as error:
             self.problems.append(Problem(id, str(error)))
 
@@ -281,10 +290,10 @@ def _caption(key: str, fields: dict[str, Member]) -> str:
         record = json.loads(fields["json"].read())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}.json is not JSON ({error})") from None
-    found = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
-    if not found or not isinstance(found[0], str):
+    found = caption_of(record) if isinstance(record, dict) else None
+    if not isinstance(found, str):
         raise ValueError(f"{name}.json holds no text under {', '.join(TEXT_COLUMNS)}")
-    return checked_caption(f"{name}.json", found[0])
+    return checked_caption(f"{name}.json", found)
 
 
 def _sha256(member: Member) -> str:

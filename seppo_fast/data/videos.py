@@ -8,9 +8,10 @@ from pathlib import Path
 from seppo_fast.data.captions import checked_caption
 from seppo_fast.data.clips import require_av
 from seppo_fast.data.examples import Problem, Source, printable
-from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource, open_sidecars
+from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource
 from seppo_fast.data.listings import Row, csv_columns, csv_rows
 from seppo_fast.data.names import Names, composed, slashed
+from seppo_fast.data.sidecars import open_sidecars
 from seppo_fast.errors import DataError
 
 
