@@ -8,13 +8,12 @@ instead: no length, no random access, and it unpickles members whose suffix says
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -32,6 +31,7 @@ from seppo_fast.data.captions import (
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
 from seppo_fast.data.names import Names, holds_no_data
+from seppo_fast.data.tars import headers
 from seppo_fast.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -42,7 +42,6 @@ _MAX_JSON_BYTES = 1 << 20
 _HASHED_BYTES = 1 << 20  # at once: every core hashes a member, and whole ones would be gigabytes
 _MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class _Shard:
         self._dotted: dict[str, list[str]] = {}
         try:
             self._size = path.stat().st_size
-            for member in _headers(path):
+            for member in headers(path):
                 self._take(member)
         except OSError as error:
             self.problems.append(Problem(label, f"cannot be read ({error.strerror or error})"))
@@ -231,48 +230,6 @@ class _Shard:
             self.problems.append(Problem(id, str(error), error.hint))
         except (ValueError, OSError) as error:
             self.problems.append(Problem(id, str(error)))
-
-
-class _Headers(io.FileIO):
-    """A file for tarfile, which reads headers only: nothing much longer is read at once, whatever a header says."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= 1 << 20:
-            raise tarfile.ReadError(f"damaged: a header of {size} bytes")
-        return super().read(size) or b""
-
-
-def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Every member's header, in order.
-
-    Raises:
-        OSError: the file cannot be read.
-        Exception: no tar file, a damaged or a truncated one; tarfile itself takes both for the end.
-    """
-    with _Headers(path) as file:
-        head = file.read(8)
-        for magic, tool in _COMPRESSED.items():
-            if head.startswith(magic):
-                raise tarfile.ReadError(f"compressed: unpack it with {tool}, since images are read where they lie")
-        if not head:
-            raise tarfile.ReadError("zero bytes")
-        file.seek(0)
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 - it only borrows the file
-        except tarfile.ReadError as error:
-            raise tarfile.ReadError(f"not a tar file ({error})") from error
-        count, end = 0, 0
-        try:
-            for header in tar:
-                if header.size < 0 or header.offset < end:
-                    raise tarfile.ReadError("members that overlap")
-                count, end = count + 1, header.offset_data
-                yield header
-        except tarfile.TarError as error:
-            raise tarfile.ReadError(f"truncated or damaged after {count} members ({error})") from error
-        file.seek(tar.offset)
-        if file.read(512) != bytes(512):
-            raise tarfile.ReadError(f"truncated or damaged after {count} members (no end mark)")
 
 
 def _caption(key: str, fields: dict[str, Member]) -> str:
