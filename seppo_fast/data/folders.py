@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from seppo_fast.data.contents import clip_file_sha256, picture_file_sha256
 from seppo_fast.data.examples import Example, Problem, Source
-from seppo_fast.data.images import file_ref, open_file
+from seppo_fast.data.images import file_ref
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
-_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,40 +51,10 @@ class FolderSource(Source):
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
             paths = (self.folder / entry.name for entry in self._entries)
-            contents = pool.map(_ends_sha256 if self.clips else _file_sha256, paths)
+            contents = pool.map(clip_file_sha256 if self.clips else picture_file_sha256, paths)
             for entry, content in zip(self._entries, contents, strict=True):
                 kind = [entry.time_lapse] if self.clips else []
                 sha.update(json.dumps([entry.id, entry.prompt, content, *kind]).encode())
         for problem in self.problems:
             sha.update(json.dumps([problem.id, problem.reason]).encode())
         return sha.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, or what kept them from being read (a missing file is a bad example later on)."""
-    sha = hashlib.sha256()
-    try:
-        with open_file(path) as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-    except (OSError, ValueError) as error:  # the latter for a name that no file can have
-        return type(error).__name__
-    return sha.hexdigest()
-
-
-def _ends_sha256(path: Path) -> str:
-    """sha256 of a clip's size, first and last MiB, or what kept them from being read.
-
-    At one end lies its table of every frame's size and place. A large clip overwritten by another of the same length
-    and ends is not noticed; hashing all of it would read, at every start, as much as encoding does.
-    """
-    try:
-        with open_file(path) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            sha = hashlib.sha256(f"{size} ".encode() + file.read(_END_BYTES))
-            file.seek(max(0, size - _END_BYTES))
-            sha.update(file.read(_END_BYTES))
-    except (OSError, ValueError) as error:
-        return type(error).__name__
-    return sha.hexdigest()

@@ -28,9 +28,11 @@ from seppo_fast.data.captions import (
     checked_caption,
     decoded_caption,
 )
+from seppo_fast.data.contents import picture_sha256
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
 from seppo_fast.data.names import Names, holds_no_data
+from seppo_fast.data.parts import parts_of
 from seppo_fast.data.tars import headers
 from seppo_fast.errors import DataError
 
@@ -39,7 +41,6 @@ _READ = (*IMAGES, "txt", "json")
 MAX_IMAGE_BYTES = 1 << 28
 """A member is read whole. 64 megapixels with nothing compressed are as much."""
 _MAX_JSON_BYTES = 1 << 20
-_HASHED_BYTES = 1 << 20  # at once: every core hashes a member, and whole ones would be gigabytes
 _MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
@@ -254,17 +255,11 @@ def _caption(key: str, fields: dict[str, Member]) -> str:
 
 
 def _sha256(member: Member) -> str:
-    """sha256 of a member's bytes, or what kept them from being read."""
-    sha, left = hashlib.sha256(), member.size
+    """As `picture_sha256`, or what kept the member from being read."""
     try:
         with open(member.shard, "rb") as file:
-            file.seek(member.offset)
-            while left:
-                block = file.read(min(left, _HASHED_BYTES))
-                if not block:
-                    return ValueError.__name__  # as `read` has it
-                sha.update(block)
-                left -= len(block)
+            if file.seek(0, os.SEEK_END) < member.offset + member.size:
+                return ValueError.__name__  # as `read` has it
+            return picture_sha256(parts_of(file, [(member.offset, member.size)]))
     except OSError as error:
         return type(error).__name__
-    return sha.hexdigest()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS
+from seppo_fast.data.colours import can_convert
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import ImageRef, bytes_ref
 from seppo_fast.errors import DataError
@@ -113,8 +114,13 @@ class TableSource(Source):
         return self._rows.read_images(row, self._images)[column]
 
     def digest(self) -> str:
-        """Over the images as `Rows.digest` sees them, and over which rows are used, their winners and captions."""
+        """Over the images as `Rows.digest` sees them, and over which rows are used, their winners and captions.
+
+        What profiles the images have is not known before they are decoded, so all tables' caches are others than those
+        made before profiles were followed.
+        """
         sha = hashlib.sha256(self._rows.digest().encode())
+        sha.update(b"in sRGB" if can_convert() else b"")
         sha.update(self._kept.astype("<i8").tobytes())
         sha.update(self._winners.astype("<i1").tobytes())
         for caption in self._captions:
