@@ -20,6 +20,7 @@ class Example:
         image: The winner: an image, or a clip where the source holds clips.
         loser: The rejected image of a labelled pair, or None.
         time_lapse: A clip whose frames are to be taken from all of it, first to last, not from a window.
+        by_number: A clip whose frames are to be chosen by their numbers, as MagicTime does, not by their times.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Example:
     image: ImageRef
     loser: ImageRef | None = None
     time_lapse: bool = False
+    by_number: bool = False
 
 
 def printable(text: str) -> str:

@@ -19,12 +19,13 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 
 @dataclass(frozen=True)
 class Entry:
-    """`name` is the file's path in the folder, with slashes; for `time_lapse` see `Example`."""
+    """`name` is the file's path in the folder, with slashes; for `time_lapse` and `by_number` see `Example`."""
 
     id: str
     name: str
     prompt: str
     time_lapse: bool = False
+    by_number: bool = False
 
 
 class FolderSource(Source):
@@ -44,7 +45,8 @@ class FolderSource(Source):
 
     def _example(self, index: int) -> Example:
         entry = self._entries[index]
-        return Example(entry.id, entry.prompt, file_ref(self.folder / entry.name), time_lapse=entry.time_lapse)
+        ref = file_ref(self.folder / entry.name)
+        return Example(entry.id, entry.prompt, ref, time_lapse=entry.time_lapse, by_number=entry.by_number)
 
     def digest(self) -> str:
         """Over ids, captions and every image's bytes, so every file is read once; of a clip over its ends."""
@@ -53,7 +55,7 @@ class FolderSource(Source):
             paths = (self.folder / entry.name for entry in self._entries)
             contents = pool.map(clip_file_sha256 if self.clips else picture_file_sha256, paths)
             for entry, content in zip(self._entries, contents, strict=True):
-                kind = [entry.time_lapse] if self.clips else []
+                kind = [entry.time_lapse, "by number" if entry.by_number else "by time"] if self.clips else []
                 sha.update(json.dumps([entry.id, entry.prompt, content, *kind]).encode())
         for problem in self.problems:
             sha.update(json.dumps([problem.id, problem.reason]).encode())

@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -265,16 +266,17 @@ def _to_rgb(name: str, mode: str, image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fit_square(image: Image.Image, resolution: int) -> np.ndarray:
+def fit_square(image: Image.Image, resolution: int, aspect: Fraction | int = 1) -> np.ndarray:
     """The middle square of an RGB image, Lanczos-resampled to (resolution, resolution, 3) uint8.
 
     Cutting first and scaling that square is the same picture as scaling the shorter side first, and costs nothing
-    more for a panorama: a 1 x 60,000,000 image would otherwise be scaled to 512 x 30,720,000,000.
+    more for a panorama: a 1 x 60,000,000 image would otherwise be scaled to 512 x 30,720,000,000. So is a square of
+    pixels that are shown `aspect` times as wide as high.
     """
     width, height = image.size
-    if (width, height) != (resolution, resolution):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
+    if (width, height, aspect) != (resolution, resolution, 1):
+        wide, high = float(min(width, height / aspect)), float(min(height, width * aspect))
+        left, top = (width - wide) / 2, (height - high) / 2
+        box = (left, top, left + wide, top + high)
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     return np.asarray(image)

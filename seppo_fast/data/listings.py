@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from seppo_fast.data.captions import TEXT_COLUMNS, caption_of, checked_caption, encoding_hint
-from seppo_fast.data.clips import require_av
 from seppo_fast.data.examples import Problem, Source, printable
 from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, FolderSource
 from seppo_fast.data.names import Names, walk_files
+from seppo_fast.data.video_file import require_av
 from seppo_fast.errors import DataError
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")

@@ -32,7 +32,8 @@ CHOICES = """A data set is one of:
   shapes:N or shapes:N:SEED, the first N scenes of the embedded world
 For a model with a motion adapter, one of:
   a folder of clips, x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt, or with metadata.jsonl or .csv
-  a csv with columns videoid, name (the caption) and maybe is_transmit, or its folder, clips beside it or below
+  a csv with columns videoid and name (the caption), or its folder, clips beside it or below; with is_transmit too it
+    is one of MagicTime's, and frames are chosen by number, not by time
   shapes-motion:N or shapes-motion:N:SEED, the first N clips of the embedded world in motion"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

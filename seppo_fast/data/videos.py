@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from seppo_fast.data.captions import checked_caption
-from seppo_fast.data.clips import require_av
 from seppo_fast.data.examples import Problem, Source, printable
 from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource
 from seppo_fast.data.listings import Row, csv_columns, csv_rows
 from seppo_fast.data.names import Names, composed, slashed
 from seppo_fast.data.sidecars import open_sidecars
+from seppo_fast.data.video_file import require_av
 from seppo_fast.errors import DataError
 
 
@@ -36,7 +36,8 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
 
     `videoid` is a clip's file name, with or without its suffix, among those `files` that lie in the csv's folder or
     below it. A clip named again with another caption gets `#<line>` at the end of its id. Rows that repeat an earlier
-    one's clip and caption, and clips that no row names, are not used, and notes say how many.
+    one's clip and caption, and clips that no row names, are not used, and notes say how many. A csv with is_transmit is
+    one of MagicTime's, whose frames are chosen by number.
 
     Raises:
         DataError: the csv cannot be read as UTF-8, is broken, or lacks a column; PyAV is not installed.
@@ -70,7 +71,8 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
         if line != first:
             repeated.append(line)
             continue
-        entry = Entry(f"{videoid}#{line}" if videoid in ids else videoid, name, prompt, time_lapse)
+        id = f"{videoid}#{line}" if videoid in ids else videoid
+        entry = Entry(id, name, prompt, time_lapse, by_number="is_transmit" in fields)
         entries.append(entry)
         ids.add(entry.id)
     source = FolderSource(spec, folder, entries, problems, clips=True)
