@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from seppo_fast.cli import main
+from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.sources import open_source
 from seppo_fast.errors import DataError
 from tests.hostile import run_config
+from tests.test_cache import FakeEncoder, opened
 from tests.test_shards import member, write_tar
 from tests.test_sources import encoded, pixels, write_metadata
 
@@ -125,3 +127,60 @@ def test_check_tells_the_line_for_every_caption(tmp_path, tiny, capsys):
     for line in lines:
         subprocess.run(["bash", "-c", converting_line(line)], check=True)
     assert main(["check", str(config)]) == 0
+
+
+# which caption belongs to which picture
+
+
+def rows_of(cache: LatentCache) -> dict[str, tuple[str, bytes]]:
+    """Prompt and embedding of each example."""
+    embeds = cache.prompt_embeds(range(len(cache)))
+    return {
+        id: (prompt, row.numpy().tobytes()) for id, prompt, row in zip(cache.ids, cache.prompts, embeds, strict=True)
+    }
+
+
+def test_every_picture_keeps_its_own_caption(tmp_path):
+    """One cache folder over all changes, and a fresh one after each: keys change exactly where the content does."""
+    folder = tmp_path / "d"
+    texts = [
+        "a red fox\nby a lake\nat dawn",
+        "a red fox\r\nby a lake\r\nat dawn",
+        "same words",
+        "same words",
+        "a red fox",
+    ]
+    for number, text in enumerate(texts):
+        captioned(folder, text.encode(), f"x{number}")
+        (folder / f"x{number}.png").write_bytes(encoded(pixels(number)))
+
+    def swap(first: str, second: str) -> None:
+        one, other = folder / f"{first}.txt", folder / f"{second}.txt"
+        one.rename(folder / "kept")
+        other.rename(one)
+        (folder / "kept").rename(other)
+
+    steps = [
+        (lambda: None, True),
+        (lambda: (folder / "x0.txt").write_text(f"\ufeff  {texts[0]} \n\n"), False),  # the same once it is stripped
+        (lambda: (folder / "x2.txt").touch(), False),
+        (lambda: swap("x2", "x3"), False),  # equal texts
+        (lambda: swap("x0", "x4"), True),
+        (lambda: (folder / "x1.txt").write_text("a red fox\nby a lake"), True),
+        (lambda: swap("x0", "x4"), True),
+        (lambda: [(folder / f"x3.{kind}").rename(folder / f"y.{kind}") for kind in ("png", "txt")], True),
+        (lambda: (folder / "notes.md").write_text("x"), False),
+    ]
+    keys: list[str] = []
+    for number, (change, changes) in enumerate(steps):
+        change()
+        cache = opened(open_source(str(folder)), tmp_path / "cache")
+        fresh = opened(open_source(str(folder)), tmp_path / f"fresh{number}")
+        assert rows_of(cache) == rows_of(fresh)
+        assert cache.fingerprint == fresh.fingerprint
+        for id, (prompt, embedding) in rows_of(cache).items():
+            text = (folder / id).with_suffix(".txt").read_bytes().decode("utf-8-sig").strip()
+            assert prompt == text
+            assert embedding == FakeEncoder().encode_prompts([text])[0].numpy().tobytes()
+        assert (cache.fingerprint not in keys) == changes, number
+        keys.append(cache.fingerprint)

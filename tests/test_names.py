@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 
+from benchmarks.forks import ROOT
 from seppo_fast.data.images import load_image
 from seppo_fast.data.names import walk_files
 from seppo_fast.data.scan import scan
@@ -116,6 +120,48 @@ def test_members_of_a_shard_in_two_spellings(tmp_path):
         (f"s.tar/b/{NFC}.png", "whose", 4),
     ]
     assert list(refusals(source)) == [f"s.tar/b/{NFD}.png"]
+
+
+# other languages' letters, and none
+
+ODD = ["ネコ é 🙂", "two\nlines", "n" * 240, os.fsdecode(b"caf\xe9"), " space ", "it's"]
+_OPEN = """
+import json, sys
+from seppo_fast.data.scan import scan
+from seppo_fast.data.sources import open_source
+for spec in sys.argv[1:]:
+    source = open_source(spec)
+    told = [[problem.id, problem.reason] for problem in scan(source)]
+    print(json.dumps([[example.id for example in source], told, source.digest()]))
+"""
+
+
+def test_names_are_the_same_in_every_locale(tmp_path):
+    """Under one of ASCII alone Python takes the bytes of other letters for half characters."""
+    for number, name in enumerate(ODD):
+        picture(tmp_path / "loose" / f"{name}.png", number, f"caption {number}")
+    picture(tmp_path / "loose" / f"{NFD}.png", 7)
+    (tmp_path / "loose" / f"{NFC}.txt").write_text("coffee")
+    picture(tmp_path / "loose" / "bare é.png", 8)
+    for name in ("ネコ", NFD):
+        picture(tmp_path / "listed" / "é" / f"{name}.png", 1)
+    names = ["é/ネコ.png", f"é/{NFC}.png", "é\\ネコ.png", "é/gone.png"]
+    write_metadata(tmp_path / "listed", [{"file_name": name, "text": "x"} for name in names])
+    write_tar(tmp_path / "packed" / "é.tar", [member("ネコ.png", encoded(pixels(1))), member("ネコ.txt", b"x")])
+    pickapic(tmp_path / "table" / "ネコ.parquet", [(1.0, 0.0)], ["x"])
+    specs = [str(tmp_path / name) for name in ("loose", "listed", "packed", "table")]
+    told = []
+    for locale in ({"PYTHONUTF8": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | locale
+        done = subprocess.run([sys.executable, "-c", _OPEN, *specs], capture_output=True, env=environment, check=True)
+        told.append([json.loads(line) for line in done.stdout.decode("ascii").splitlines()])
+    assert told[0] == told[1]
+    loose, listed, packed, table = told[0]
+    assert set(loose[0]) == {f"{name}.png" for name in (*ODD, NFD)}
+    assert loose[1] == [["bare é.png", "no caption: bare é.txt is missing"]]
+    assert listed[0] == ["é/ネコ.png", f"é/{NFC}.png", "é\\ネコ.png#3", "é/gone.png"]
+    assert listed[1] == [["é/gone.png", "the file is missing"]]
+    assert (packed[0], table[0]) == (["é.tar/ネコ.png"], ["ネコ.parquet:0"])
 
 
 # linked folders

@@ -12,6 +12,7 @@ from pathlib import Path
 from seppo_fast.data.contents import clip_file_sha256, picture_file_sha256
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.images import file_ref
+from seppo_fast.data.names import path_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
@@ -45,14 +46,14 @@ class FolderSource(Source):
 
     def _example(self, index: int) -> Example:
         entry = self._entries[index]
-        ref = file_ref(self.folder / entry.name)
+        ref = file_ref(path_of(self.folder, entry.name))
         return Example(entry.id, entry.prompt, ref, time_lapse=entry.time_lapse, by_number=entry.by_number)
 
     def digest(self) -> str:
         """Over ids, captions and every image's bytes, so every file is read once; of a clip over its ends."""
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
-            paths = (self.folder / entry.name for entry in self._entries)
+            paths = (path_of(self.folder, entry.name) for entry in self._entries)
             contents = pool.map(clip_file_sha256 if self.clips else picture_file_sha256, paths)
             for entry, content in zip(self._entries, contents, strict=True):
                 kind = [entry.time_lapse, "by number" if entry.by_number else "by time"] if self.clips else []

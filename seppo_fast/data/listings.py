@@ -13,7 +13,7 @@ from typing import Any
 from seppo_fast.data.captions import TEXT_COLUMNS, caption_of, checked_caption, encoding_hint
 from seppo_fast.data.examples import Problem, Source, printable
 from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, FolderSource
-from seppo_fast.data.names import Names, walk_files
+from seppo_fast.data.names import Names, path_of, relative_name, walk_files
 from seppo_fast.data.video_file import require_av
 from seppo_fast.errors import DataError
 
@@ -76,14 +76,14 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.names = {path.relative_to(folder).as_posix() for path in walk_files(folder)}
+        self.names = {relative_name(path, folder) for path in walk_files(folder)}
         self._spelled: Names[str] = Names()
         for name in sorted(self.names):
             self._spelled.add(name, name)
 
     def find(self, name: str) -> str:
         """The file's name as the disk has it; as it is where there is no such file."""
-        if name in self.names or os.path.lexists(self._folder / name):
+        if name in self.names or os.path.lexists(path_of(self._folder, name)):
             return name
         return next(iter(self._spelled.find(name)), name)
 

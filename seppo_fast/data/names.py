@@ -46,6 +46,24 @@ class Names(Generic[T]):
         return self._exact.get(name) or spelled or []
 
 
+def relative_name(path: Path, folder: Path) -> str:
+    """The path below the folder with slashes, its bytes taken for UTF-8 in every locale: an id is the same in all."""
+    return utf8_name(path.relative_to(folder).as_posix())
+
+
+def utf8_name(name: str) -> str:
+    """A name as the disk gave it, whose bytes Python took for the locale's encoding, with them taken for UTF-8."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """The file below the folder that has such a name; as it is where no file can have it."""
+    try:
+        return folder / os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a character; opening it says so
+        return folder / name
+
+
 def composed(name: str) -> str:
     """The name with its accented letters composed (NFC)."""
     return unicodedata.normalize("NFC", name)

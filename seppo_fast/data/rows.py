@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seppo_fast.data.examples import Source
+from seppo_fast.data.names import relative_name, utf8_name
 from seppo_fast.data.tables import Rows, TableSource
 from seppo_fast.errors import DataError
 
@@ -86,12 +87,12 @@ class ParquetRows(Rows):
         import pyarrow.parquet as pq
 
         self._files = list(files)
-        self._labels = [path.relative_to(folder).as_posix() for path in files]
+        self._labels = [relative_name(path, folder) for path in files]
         self._readers = []
         for path in files:
             try:
-                # pre_buffer would hold the whole row group's bytes
-                self._readers.append(pq.ParquetFile(path, memory_map=True, pre_buffer=False))
+                # Arrow takes names for UTF-8 in every locale; pre_buffer would hold the whole row group's bytes
+                self._readers.append(pq.ParquetFile(utf8_name(str(path)), memory_map=True, pre_buffer=False))
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}).") from error
         names = [reader.schema_arrow.names for reader in self._readers]

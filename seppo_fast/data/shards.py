@@ -31,7 +31,7 @@ from seppo_fast.data.captions import (
 from seppo_fast.data.contents import picture_sha256
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
-from seppo_fast.data.names import Names, holds_no_data
+from seppo_fast.data.names import Names, holds_no_data, relative_name
 from seppo_fast.data.parts import parts_of
 from seppo_fast.data.tars import headers
 from seppo_fast.errors import DataError
@@ -72,7 +72,7 @@ class ShardSource(Source):
         self._entries: list[tuple[str, str, Member]] = []
         others: Counter[str] = Counter()
         for path in shards:
-            shard = _Shard(path, path.relative_to(root).as_posix())
+            shard = _Shard(path, relative_name(path, root))
             self._entries += shard.entries
             self.problems += shard.problems
             others += shard.others

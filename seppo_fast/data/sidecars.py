@@ -11,7 +11,7 @@ from seppo_fast.data.examples import Problem, Source, printable
 from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, FolderSource
 from seppo_fast.data.images import open_file
 from seppo_fast.data.listings import LISTINGS
-from seppo_fast.data.names import Names
+from seppo_fast.data.names import Names, relative_name, utf8_name
 
 OTHER_IMAGES = (
     ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".svg", ".tif", ".tiff",
@@ -27,17 +27,17 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
     pictures = [path for path in files if path.suffix.lower() in suffixes]
     spare: Names[Path] = Names()
     for stem in sorted(captions.keys() - {path.with_suffix("") for path in pictures}):
-        spare.add(str(stem), stem)
+        spare.add(relative_name(stem, folder), stem)
     entries: list[Entry] = []
     problems: list[Problem] = []
     used: set[Path] = set()
     bare: list[Path] = []
     for path in pictures:
-        name = path.relative_to(folder).as_posix()
+        name = relative_name(path, folder)
         stem = path.with_suffix("")
-        found = [stem] if stem in captions else spare.find(str(stem))
+        found = [stem] if stem in captions else spare.find(relative_name(stem, folder))
         if not found:
-            problems.append(Problem(name, f"no caption: {stem.name}.txt is missing"))
+            problems.append(Problem(name, f"no caption: {utf8_name(stem.name)}.txt is missing"))
             bare.append(path)
             continue
         used.add(found[0])
@@ -45,13 +45,15 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
             entries.append(Entry(name, name, _read_caption(captions[found[0]])))
         except CaptionError as error:
             problems.append(Problem(name, str(error), error.hint))
-    others = {path.with_suffix(""): path.name for path in files if path.suffix.lower() not in (*suffixes, ".txt")}
+    others = {
+        path.with_suffix(""): utf8_name(path.name) for path in files if path.suffix.lower() not in (*suffixes, ".txt")
+    }
     for stem, path in captions.items():
         if stem not in used:
             reason = f"a caption without {'a clip' if clips else 'an image'}"
             if stem in others:
                 reason += f": {others[stem]} is none of {', '.join(suffixes)}"
-            problems.append(Problem(path.relative_to(folder).as_posix(), reason))
+            problems.append(Problem(relative_name(path, folder), reason))
     source = FolderSource(spec, folder, entries, problems, clips)
     left_out = [path for path in files if path.with_suffix("") not in captions]
     source.notes += other_kinds(folder, left_out, clips)
@@ -66,7 +68,7 @@ def other_kinds(folder: Path, files: Sequence[Path], clips: bool) -> Iterator[st
     if found:
         counts = Counter(path.suffix.lower() for path in found)
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in counts.most_common())
-        first = printable(found[0].relative_to(folder).as_posix())
+        first = printable(relative_name(found[0], folder))
         yield (
             f"{len(found)} {'clips' if clips else 'images'} are of kinds that are not read: {kinds}, the first is "
             f"{first}. To use them, convert them to {'mp4' if clips else 'png, jpg or webp'}"
@@ -77,7 +79,7 @@ def _elsewhere(folder: Path, files: Sequence[Path], bare: Sequence[Path]) -> Ite
     """Notes on where the captions of the files without one (`bare`) may be instead."""
 
     def shown(path: Path) -> str:
-        return printable(path.relative_to(folder).as_posix())
+        return printable(relative_name(path, folder))
 
     for path in (path for path in files if bare and path.suffix.lower() in (".csv", ".jsonl")):
         if path.name in LISTINGS and path.parent != folder:
@@ -105,5 +107,5 @@ def _read_caption(path: Path) -> str:
         with open_file(path) as file:
             content = file.read(MAX_CAPTION_BYTES + 1)
     except OSError as error:
-        raise CaptionError(f"{path.name} cannot be read ({error.strerror})") from error
-    return decoded_caption(path.name, content, path)
+        raise CaptionError(f"{utf8_name(path.name)} cannot be read ({error.strerror})") from error
+    return decoded_caption(utf8_name(path.name), content, path)

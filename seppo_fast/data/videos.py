@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from seppo_fast.data.captions import checked_caption
 from seppo_fast.data.examples import Problem, Source, printable
 from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource
 from seppo_fast.data.listings import Row, csv_columns, csv_rows
-from seppo_fast.data.names import Names, composed, slashed
+from seppo_fast.data.names import Names, composed, relative_name, slashed
 from seppo_fast.data.sidecars import open_sidecars
 from seppo_fast.data.video_file import require_av
 from seppo_fast.errors import DataError
@@ -23,7 +23,7 @@ def open_clip_folder(spec: str, folder: Path, files: Sequence[Path]) -> Source:
     """
     tables = [path for path in files if path.suffix.lower() == ".csv"]
     if len(tables) > 1:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in tables)
+        names = ", ".join(printable(relative_name(path, folder)) for path in tables)
         raise DataError(f"{spec}: {len(tables)} csv files ({names}); give the path of the one to use.")
     if tables:
         return open_clip_csv(spec, tables[0], files)
@@ -117,7 +117,7 @@ class _Clips:
         for path in files:
             if not path.is_relative_to(folder):
                 continue
-            relative = path.relative_to(folder)
+            relative = PurePosixPath(relative_name(path, folder))
             bare = relative.with_suffix("")
             clip = path.suffix.lower() in VIDEO_SUFFIXES
             if clip:
