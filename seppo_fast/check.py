@@ -8,7 +8,7 @@ import torch
 
 from seppo_fast.config import Config, to_yaml
 from seppo_fast.data.cache import truncation
-from seppo_fast.data.clips import ShortClips, short_lines
+from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
 from seppo_fast.dial import checkpoints, turn_dial
 from seppo_fast.diffusion import NoiseSchedule, Sampler
@@ -45,13 +45,15 @@ def check(config: Config) -> int:
     schedule = NoiseSchedule(family.scheduler_config)
     Sampler(family.scheduler_config, config.sampler)
     shape = family.latent_shape(config.data.resolution)
-    short = ShortClips()
-    problems = scan(source, losers=objective.needs_pairs, frames=family.frames, short=short)
+    remarks = Remarks(config.data.resolution)
+    problems = scan(source, losers=objective.needs_pairs, frames=family.frames, remarks=remarks)
     for problem in problems:
         print(f"bad: {problem}")
     for note in source.notes:
         print(note)
-    for line in short_lines(len(short.repeating), len(short.closer), len(source), family.frames or 0):
+    pictures = len(source) * (1 + (objective.needs_pairs and source.has_losers))
+    found = remarks.of([example.id for example in source])
+    for line in remark_lines(found, pictures, config.data.resolution, family.frames):
         print(line)
     prompts = {example.prompt for example in source}
     for line in truncation(family.too_long(sorted(prompts)), len(prompts)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def write_clip(
     audio: bool = False,
     gop: int = 12,
     begin: int = 0,
+    times: Sequence[int] | None = None,
+    aspect: Fraction | None = None,
+    transfer: int | None = None,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Encodes uint8 frames (F, H, W, 3) into a file whose container follows its suffix.
 
@@ -56,19 +61,27 @@ def write_clip(
         audio: Whether a second of silence goes along.
         gop: Frames from one key frame to the next.
         begin: Time of the first frame, in frames.
+        times: When each frame is shown, in frames; one after the other where it is not given.
+        aspect: Width of a pixel to its height.
+        transfer: The transfer characteristic's number, as H.273 has it.
+        options: Of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = gop
         stream.codec_context.options = _FINE[codec]
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if transfer is not None:
+            stream.codec_context.color_trc = transfer
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         sound = container.add_stream("aac", rate=8000) if audio else None
-        for number, picture in enumerate(frames, start=begin):
+        for time, picture in zip(times or range(begin, begin + len(frames)), frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, rate)
+            frame.pts, frame.time_base = time, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:

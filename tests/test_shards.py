@@ -299,6 +299,57 @@ def test_a_shard_without_its_end_mark_is_truncated(tmp_path):
     }
 
 
+def test_archives_put_together_are_read_to_their_end(tmp_path):
+    parts = [
+        write_tar(tmp_path / "a.tar", [*pair("a", 1), *pair("twice", 2)]).read_bytes(),
+        write_tar(tmp_path / "b.tar", [*pair("b", 3), *pair("twice", 4)], tarfile.GNU_FORMAT).read_bytes(),
+        write_tar(tmp_path / "c.tar", [*pair("c", 5)]).read_bytes(),
+    ]
+    digests = set()
+    for gap in (b"", bytes(512), bytes((1 << 20) + 512)):
+        (tmp_path / "x.tar").write_bytes(gap.join(parts))
+        source = open_source(str(tmp_path / "x.tar"))
+        assert [(e.id, e.prompt) for e in source] == [
+            (f"x.tar/{n}.png", f"caption {i}") for n, i in zip("abc", (1, 3, 5))
+        ]
+        for example, seed in zip(source, (1, 3, 5)):
+            np.testing.assert_array_equal(load_image(example.image, 24), pixels(seed)[:, 4:28])
+        assert refusals(source) == {
+            "x.tar/twice.png": "the shard holds two members of this name",
+            "x.tar/twice.txt": "the shard holds two members of this name",
+        }
+        digests.add(source.digest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("padding", [0, 1024, (1 << 21) + 300])
+def test_zeros_behind_the_end_mark_are_padding(tmp_path, padding):
+    content = write_tar(tmp_path / "s.tar", pair("a", 1)).read_bytes()
+    before = open_source(str(tmp_path / "s.tar")).digest()
+    (tmp_path / "s.tar").write_bytes(content + bytes(padding))
+    source = open_source(str(tmp_path / "s.tar"))
+    assert (source.problems, source.digest()) == ([], before)
+
+
+@pytest.mark.parametrize("rest", [b"\n", b"<html>" * 1000, b"x" * 511, b"\0\0\0x" + bytes(700)])
+def test_what_is_no_archive_behind_the_end_mark_is_told(tmp_path, rest):
+    content = write_tar(tmp_path / "s.tar", pair("a", 1)).read_bytes()
+    (tmp_path / "s.tar").write_bytes(content + rest)
+    source = open_source(str(tmp_path / "s.tar"))
+    assert [example.id for example in source] == ["s.tar/a.png"]
+    left = len(rest.lstrip(b"\0"))
+    assert refusals(source) == {"s.tar": f"the last {left} bytes, behind its end mark, are no archive and are not read"}
+
+
+def test_a_second_archive_that_is_cut_is_told(tmp_path):
+    first = write_tar(tmp_path / "s.tar", pair("a", 1)).read_bytes()
+    second = write_tar(tmp_path / "s.tar", [*pair("b", 2), *pair("c", 3)]).read_bytes()
+    (tmp_path / "s.tar").write_bytes(first + second[: header_of(second, b"c.txt")])
+    source = open_source(str(tmp_path / "s.tar"))
+    assert [example.id for example in source] == ["s.tar/a.png", "s.tar/b.png"]
+    assert refusals(source)["s.tar"] == "truncated or damaged after 5 members (no end mark)"
+
+
 def test_files_that_are_no_shards(tmp_path):
     whole = shards(tmp_path, count=1, each=400) / "000.tar"
     (tmp_path / "empty.tar").touch()

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from seppo_fast.data import build
 from seppo_fast.data.cache import LatentCache, cache_key, open_or_build
-from seppo_fast.data.clips import ShortClips, choose_frames, load_clip
+from seppo_fast.data.clips import load_clip
+from seppo_fast.data.frames import choose_frames
 from seppo_fast.data.latents import INDEX
+from seppo_fast.data.remarks import Remarks
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import DataError
@@ -76,13 +78,12 @@ def test_the_chosen_frames_are_cached(tmp_path):
     assert chosen[1] == choose_frames(30, FRAMES, whole=False, key="clip1")
     assert np.diff(chosen[1]).tolist() == [4, 4, 4]
     assert chosen[3] == [0, 0, 1, 2]
-    assert cache.repeating == ["clip3"]
+    assert cache.remarks == {"repeating": ["clip3"]}  # of clips that are no time-lapses none takes closer ones
     assert lines[0].endswith("encoding 5 examples at 4 x 16 x 16")
-    assert lines[-1] == "1 of 5 clips have fewer than 4 frames and repeat some"
-    assert cache.closer == []  # of clips that are no time-lapses both are long enough or too short
+    assert lines[-1] == "1 of 5 clips have too few frames for 4 different ones and repeat some: clip3"
     again = ClipEncoder()
     second = opened(open_source(str(tmp_path / "d")), tmp_path / "cache", encoder=again)
-    assert (again.batches, second.repeating) == ([], ["clip3"])
+    assert (again.batches, second.remarks) == ([], {"repeating": ["clip3"]})
     assert torch.equal(second.winners([4, 1]), cache.winners([4, 1]))
 
 
@@ -95,16 +96,16 @@ def test_clips_with_a_smaller_stride_are_counted(tmp_path, capsys):
     (folder / "list.csv").write_text("\n".join(["videoid,name,is_transmit", *rows]))
     expected = [
         "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 7",
-        "1 of 5 clips have fewer than 4 frames and repeat some",
-        "2 of 5 clips are too short for 4 frames with a stride of 4 (13 frames) and take a smaller one",
+        "1 of 5 clips have too few frames for 4 different ones and repeat some: d",
+        "2 of 5 clips are too short for 4 frames at the usual steps and take them from closer together: b, c",
     ]
     lines: list[str] = []
     cache = opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)
-    assert (cache.closer, cache.repeating, cache.dropped) == (["b", "c"], ["d"], [])
+    assert (cache.remarks, cache.dropped) == ({"repeating": ["d"], "closer": ["b", "c"]}, [])
     assert [line for line in lines if " of " in line and "encod" not in line] == expected
-    short = ShortClips()
-    assert scan(open_source(str(folder)), frames=FRAMES, short=short) == []
-    assert (short.closer, short.repeating) == ({"b", "c"}, {"d"})
+    remarks = Remarks(RESOLUTION)
+    assert scan(open_source(str(folder)), frames=FRAMES, remarks=remarks) == []
+    assert remarks.of(list("abcde")) == cache.remarks
 
 
 def test_a_csv_calls_files_of_other_kinds_what_they_are(tmp_path):
@@ -171,9 +172,20 @@ def test_the_index_of_an_image_cache_is_what_it_was(tmp_path):
 
     cache = opened(open_source("shapes:3:1"), tmp_path, frames=None, encoder=ImageEncoder())
     index = json.loads((cache.folder / INDEX).read_text())
-    assert not {"latent_shard_size", "repeating"} & index.keys()
-    assert cache.repeating == []
+    assert not {"latent_shard_size", "remarks"} & index.keys()
+    assert cache.remarks == {}
     assert len(cache.winners([2])) == 1
+
+
+def test_what_an_older_cache_of_clips_says(tmp_path):
+    source = open_source(str(make_clips(tmp_path / "d", [30, 3])))
+    folder = opened(source, tmp_path / "cache").folder
+    index = json.loads((folder / INDEX).read_text())
+    assert index.pop("remarks") == {"repeating": ["clip1"]}
+    (folder / INDEX).write_text(json.dumps(index | {"repeating": [], "closer": ["clip0", "clip1"]}))
+    lines: list[str] = []
+    assert opened(source, tmp_path / "cache", report=lines.append).remarks == {"closer": ["clip0", "clip1"]}
+    assert lines[-1].startswith("2 of 2 clips are too short for 4 frames")
 
 
 def test_images_and_clips_are_not_taken_for_each_other(tmp_path):

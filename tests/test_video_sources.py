@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seppo_fast.data.clips import choose_frames, keyed_choice, load_clip
+from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example
+from seppo_fast.data.frames import choose_frames, keyed_choice
 from seppo_fast.data.images import ImageError, file_ref
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
@@ -96,7 +97,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("codec", "suffix"), KINDS)
 def test_the_frames_that_were_chosen_are_decoded(tmp_path, codec, suffix):
-    path = write_clip(tmp_path / f"clip{suffix}", numbered_frames(70), codec, audio=suffix in (".mp4", ".mkv"))
+    path = write_clip(tmp_path / f"clip{suffix}", numbered_frames(70), codec, 30, audio=suffix in (".mp4", ".mkv"))
     assert frame_numbers(loaded(path, whole=True)) == [round(i * 69 / 15) for i in range(16)]
     for name in ("a", "b", "c"):
         start = keyed_choice("window", name, 70 - 60)
@@ -107,9 +108,12 @@ def test_the_frames_that_were_chosen_are_decoded(tmp_path, codec, suffix):
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_fewer_frames_than_asked_for(tmp_path, codec):
     path = write_clip(tmp_path / "clip.mp4", numbered_frames(5), codec)
-    assert frame_numbers(loaded(path)) == [i * 5 // 16 for i in range(16)]
-    with open(path, "rb") as stream:
-        assert load_clip(Example("x", "y", file_ref(path)), "x", stream, 8, 16).length == 5
+    assert frame_numbers(loaded(path)) == [int(i * 4 / 15 + 0.5) for i in range(16)]  # the nearest in time
+    for by_number, numbers in ((False, [0, 0, 1, 1, 1, 1]), (True, [0, 0, 0, 0, 1, 1])):
+        example = Example("x", "y", file_ref(path), by_number=by_number)
+        with open(path, "rb") as stream:
+            clip = load_clip(example, "x", stream, 8, 16)
+        assert (frame_numbers(clip.pixels)[:6], clip.remarks) == (numbers, ("repeating",))
     single = write_clip(tmp_path / "single.mp4", numbered_frames(1), codec)
     assert frame_numbers(loaded(single)) == [0] * 16
 
@@ -252,7 +256,7 @@ def test_a_cover_picture_is_no_clip(tmp_path):
         sound = container.add_stream("aac", rate=8000)
         picture = container.add_stream("mjpeg", rate=1)
         picture.height, picture.width, picture.pix_fmt = 16, 16, "yuvj420p"
-        picture.disposition = int(av.stream.Disposition.attached_pic)
+        picture.disposition = av.stream.Disposition.attached_pic.value
         packet = av.Packet(cover.getvalue())
         packet.stream, packet.pts, packet.dts, packet.is_keyframe = picture, 0, 0, True
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -293,10 +297,10 @@ def test_size_that_changes_in_mid_stream(tmp_path):
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", numbered_frames(3))
-    monkeypatch.setattr("seppo_fast.data.clips.MAX_PIXELS", 48 * 32 - 1)
+    monkeypatch.setattr("seppo_fast.data.video_file.MAX_PIXELS", 48 * 32 - 1)
     monkeypatch.setattr(Image, "fromarray", lambda *_: pytest.fail("decoded"))
     assert reason(path).startswith("too large: 48 x 32")
-    monkeypatch.setattr("seppo_fast.data.clips.MAX_PIXELS", 48 * 32 // 4)  # libavcodec refuses: there is no size
+    monkeypatch.setattr("seppo_fast.data.video_file.MAX_PIXELS", 48 * 32 // 4)  # libavcodec refuses: there is no size
     assert "megapixels" in reason(path)
 
 

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from seppo_fast.data.clips import ShortClips, load_clip
+from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import Opened, decode_image, fit_square
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX
+from seppo_fast.data.remarks import Remarks
 from seppo_fast.data.scan import Decode, decode_all
 from seppo_fast.errors import DataError, NonFiniteError
 from seppo_fast.faults import fault
@@ -69,8 +70,8 @@ def build(
     problems = list(source.problems)
     for problem in problems if not _too_many(problems, total) else ():
         report(f"left out: {problem}")
-    short = ShortClips()
-    decode = _to_square(resolution) if frames is None else _to_clip(resolution, frames, flip, short)
+    remarks = Remarks(resolution)
+    decode = _to_square(resolution, remarks) if frames is None else _to_clip(resolution, frames, flip, remarks)
     batch_size = batch_size if frames is None else max(1, batch_size // frames)
     writer = _Writer(source, encoder, folder, losers, clips=frames is not None)
     batch: list[tuple[Example, list[np.ndarray]]] = []
@@ -92,19 +93,22 @@ def build(
         raise DataError(_bad_list(source, problems, total))
     if batch:
         writer.add(batch)
-    writer.finish(key, problems, short)
+    writer.finish(key, problems, remarks)
 
 
-def _to_square(resolution: int) -> Decode[np.ndarray]:
-    return lambda _, name, opened: fit_square(decode_image(name, opened), resolution)
+def _to_square(resolution: int, remarks: Remarks) -> Decode[np.ndarray]:
+    def decode(example: Example, name: str, opened: Opened) -> np.ndarray:
+        image = decode_image(name, opened)
+        remarks.see(example, name, image.size)
+        return fit_square(image, resolution)
+
+    return decode
 
 
-def _to_clip(resolution: int, frames: int, flip: bool, short: ShortClips) -> Decode[np.ndarray]:
-    """`short` takes note of clips that are too short."""
-
+def _to_clip(resolution: int, frames: int, flip: bool, remarks: Remarks) -> Decode[np.ndarray]:
     def decode(example: Example, name: str, opened: Opened) -> np.ndarray:
         clip = load_clip(example, name, opened, resolution, frames, flip)
-        short.see(example, clip.length, frames)
+        remarks.see_clip(example, name, clip)
         return clip.pixels
 
     return decode
@@ -207,8 +211,8 @@ class _Writer:
                 raise self._no_space() from error
             raise
 
-    def finish(self, key: str, problems: list[Problem], short: ShortClips) -> None:
-        """Writes the last shards and the index, that of clips with three entries more."""
+    def finish(self, key: str, problems: list[Problem], remarks: Remarks) -> None:
+        """Writes the last shards and the index, with an entry more for clips, and one where there are remarks."""
         self._latents.close()
         self._embeds.close()
         index = {
@@ -227,8 +231,8 @@ class _Writer:
         }
         if self._clips:
             index["latent_shard_size"] = self._latents.size
-            index["repeating"] = [id for id in self._ids if id in short.repeating]
-            index["closer"] = [id for id in self._ids if id in short.closer]
+        if found := remarks.of(self._ids):
+            index["remarks"] = found
         self._write(self._folder / INDEX, json.dumps(index, indent=0).encode())
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from seppo_fast.data.build import Encoder, build
-from seppo_fast.data.clips import short_lines
 from seppo_fast.data.examples import Source, require_kind
 from seppo_fast.data.images import check_framing
 from seppo_fast.data.latents import FORMAT_VERSION, INDEX, LatentCache
+from seppo_fast.data.remarks import remark_lines
 from seppo_fast.errors import DataError
 from seppo_fast.files import NO_LOCKS, disk_message, staged_folder
 
@@ -61,7 +61,7 @@ def open_or_build(
             key.
         losers: Whether the losers of labelled pairs are encoded too; a method that needs winners only can save half.
         report: Called with each line for the user: progress, every example left out, a warning where prompts are
-            truncated or clips too short.
+            truncated, and the remarks on images and clips.
         accept: Called with the cache's fingerprint before anything is encoded; may raise.
 
     Returns:
@@ -102,7 +102,7 @@ def open_or_build(
     cache = LatentCache(final, key)
     for line in truncation(cache.truncated, len(set(cache.prompts))):
         report(line)
-    for line in short_lines(len(cache.repeating), len(cache.closer), len(cache), frames or 0):
+    for line in remark_lines(cache.remarks, len(cache) * (1 + losers), resolution, frames):
         report(line)
     return cache
 

@@ -20,6 +20,7 @@ class Example:
         image: The winner: an image, or a clip where the source holds clips.
         loser: The rejected image of a labelled pair, or None.
         time_lapse: A clip whose frames are to be taken from all of it, first to last, not from a window.
+        by_number: A clip whose frames are to be chosen by their numbers, as MagicTime does, not by their times.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Example:
     image: ImageRef
     loser: ImageRef | None = None
     time_lapse: bool = False
+    by_number: bool = False
 
 
 def printable(text: str) -> str:
@@ -36,13 +38,20 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One example that cannot be used: `id` says which, `reason` why (with the file's name where there is one)."""
+    """One example that cannot be used.
+
+    Attributes:
+        id: Which one.
+        reason: Why, with the file's name where there is one. Id and reason are part of a cache's key.
+        hint: What to do about it, where that is known; no part of the key.
+    """
 
     id: str
     reason: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return printable(f"{self.id}: {self.reason}")
+        return printable(f"{self.id}: {self.reason}{f'; {self.hint}' if self.hint else ''}")
 
 
 class Source(ABC):

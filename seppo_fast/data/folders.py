@@ -1,33 +1,32 @@
-"""Images or clips in a folder, captioned by a text file beside each; images by one metadata.jsonl."""
+"""Captioned files below one folder as a data set: images, or clips."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from seppo_fast.data.captions import MAX_CAPTION_BYTES, checked_caption, decoded_caption
-from seppo_fast.data.examples import Example, Problem, Source, printable
-from seppo_fast.data.images import file_ref, open_file
-from seppo_fast.errors import DataError
+from seppo_fast.data.contents import clip_file_sha256, picture_file_sha256
+from seppo_fast.data.examples import Example, Problem, Source
+from seppo_fast.data.images import file_ref
+from seppo_fast.data.names import path_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
-_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`name` is the file's path in the folder, with slashes; for `time_lapse` see `Example`."""
+    """`name` is the file's path in the folder, with slashes; for `time_lapse` and `by_number` see `Example`."""
 
     id: str
     name: str
     prompt: str
     time_lapse: bool = False
+    by_number: bool = False
 
 
 class FolderSource(Source):
@@ -47,161 +46,18 @@ class FolderSource(Source):
 
     def _example(self, index: int) -> Example:
         entry = self._entries[index]
-        return Example(entry.id, entry.prompt, file_ref(self.folder / entry.name), time_lapse=entry.time_lapse)
+        ref = file_ref(path_of(self.folder, entry.name))
+        return Example(entry.id, entry.prompt, ref, time_lapse=entry.time_lapse, by_number=entry.by_number)
 
     def digest(self) -> str:
         """Over ids, captions and every image's bytes, so every file is read once; of a clip over its ends."""
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
-            paths = (self.folder / entry.name for entry in self._entries)
-            contents = pool.map(_ends_sha256 if self.clips else _file_sha256, paths)
+            paths = (path_of(self.folder, entry.name) for entry in self._entries)
+            contents = pool.map(clip_file_sha256 if self.clips else picture_file_sha256, paths)
             for entry, content in zip(self._entries, contents, strict=True):
-                kind = [entry.time_lapse] if self.clips else []
+                kind = [entry.time_lapse, "by number" if entry.by_number else "by time"] if self.clips else []
                 sha.update(json.dumps([entry.id, entry.prompt, content, *kind]).encode())
         for problem in self.problems:
             sha.update(json.dumps([problem.id, problem.reason]).encode())
         return sha.hexdigest()
-
-
-def walk_files(folder: Path) -> list[Path]:
-    """Every file below `folder` that is not hidden, sorted by its path with slashes.
-
-    Raises:
-        DataError: a folder in it cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: this folder cannot be listed ({error.strerror}).") from error
-
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        # macOS leaves ._x.png beside x.png: same suffix, no image
-        files.extend(Path(parent, name) for name in names if not name.startswith("."))
-    return sorted(files, key=lambda path: path.relative_to(folder).parts)
-
-
-def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = False) -> Source:
-    """Each image (or clip) `x.png` among `files` with the caption in `x.txt` beside it; one alone is a problem."""
-    suffixes = VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES
-    captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    used: set[Path] = set()
-    for path in files:
-        if path.suffix.lower() not in suffixes:
-            continue
-        name = path.relative_to(folder).as_posix()
-        stem = path.with_suffix("")
-        if stem not in captions:
-            problems.append(Problem(name, f"no caption: {stem.name}.txt is missing"))
-            continue
-        used.add(stem)
-        try:
-            entries.append(Entry(name, name, _read_caption(captions[stem])))
-        except ValueError as error:
-            problems.append(Problem(name, str(error)))
-    others = {path.with_suffix(""): path.name for path in files if path.suffix.lower() not in (*suffixes, ".txt")}
-    for stem, path in captions.items():
-        if stem not in used:
-            reason = f"a caption without {'a clip' if clips else 'an image'}"
-            if stem in others:
-                reason += f": {others[stem]} is none of {', '.join(suffixes)}"
-            problems.append(Problem(path.relative_to(folder).as_posix(), reason))
-    return FolderSource(spec, folder, entries, problems, clips)
-
-
-def _read_caption(path: Path) -> str:
-    """The caption file's text, stripped; ValueError says what is wrong with it."""
-    try:
-        with open_file(path) as file:
-            content = file.read(MAX_CAPTION_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
-    return decoded_caption(path.name, content)
-
-
-def open_metadata(spec: str, folder: Path) -> Source:
-    """The images that the lines of `metadata.jsonl` name, in their order, with `text` as the caption.
-
-    An image listed again keeps its caption and gets `#<line>` at the end of its id. Images that no line names are not
-    used, and a note says how many.
-
-    Raises:
-        DataError: metadata.jsonl cannot be read as UTF-8.
-    """
-    listing = folder / "metadata.jsonl"
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    seen: set[str] = set()
-    try:
-        with open(listing, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    name, prompt = _parse_line(line)
-                except ValueError as error:
-                    problems.append(Problem(f"metadata.jsonl:{number}", str(error)))
-                    continue
-                entries.append(Entry(f"{name}#{number}" if name in seen else name, name, prompt))
-                seen.add(name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: cannot be read as UTF-8 text ({error}).") from error
-    source = FolderSource(spec, folder, entries, problems)
-    images = (path for path in walk_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-    unlisted = sum(path.relative_to(folder).as_posix() not in seen for path in images)
-    if unlisted:
-        where = printable(str(folder))
-        source.notes.append(f"{unlisted} images in {where} are not listed in metadata.jsonl and are not used")
-    return source
-
-
-def _parse_line(line: str) -> tuple[str, str]:
-    """(file name inside the folder, caption) of one line; ValueError says what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not a JSON object ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    name, prompt = record.get("file_name"), record.get("text")
-    if not isinstance(name, str) or not name:
-        raise ValueError('"file_name" is missing')
-    if not isinstance(prompt, str):
-        raise ValueError(f'{name}: "text" is {"missing" if prompt is None else "no text"}')
-    prompt = checked_caption(f'{name}: "text"', prompt)
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError(f"{name!r} points outside the folder")
-    return path.as_posix(), prompt
-
-
-def _file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, or what kept them from being read (a missing file is a bad example later on)."""
-    sha = hashlib.sha256()
-    try:
-        with open_file(path) as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-    except (OSError, ValueError) as error:  # the latter for a name that no file can have
-        return type(error).__name__
-    return sha.hexdigest()
-
-
-def _ends_sha256(path: Path) -> str:
-    """sha256 of a clip's size, first and last MiB, or what kept them from being read.
-
-    At one end lies its table of every frame's size and place. A large clip overwritten by another of the same length
-    and ends is not noticed; hashing all of it would read, at every start, as much as encoding does.
-    """
-    try:
-        with open_file(path) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            sha = hashlib.sha256(f"{size} ".encode() + file.read(_END_BYTES))
-            file.seek(max(0, size - _END_BYTES))
-            sha.update(file.read(_END_BYTES))
-    except (OSError, ValueError) as error:
-        return type(error).__name__
-    return sha.hexdigest()

@@ -5,21 +5,35 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
+from seppo_fast.data import jpeg, png
+from seppo_fast.data.colours import converts, gray_to_srgb, to_srgb
 from seppo_fast.errors import DataError
 
 MAX_PIXELS = 64_000_000
 # Named, so that Pillow never hands a file to a decoder that runs another program (EPS) or that nobody trains on.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 CROPS = ("center",)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What shows an image upright, by EXIF's orientation."""
 
 Opened = BinaryIO | np.ndarray
 
@@ -151,23 +165,100 @@ def decode_image(name: str, opened: Opened, formats: tuple[str, ...] = FORMATS) 
 
 def _decode_stream(name: str, stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     """Decodes a stream of at least one byte, after looking at the size in its header."""
-    with Image.open(stream, formats=formats) as image:
+    with _opened(stream, formats) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             megapixels = width * height / 1e6
             raise ImageError(name, f"too large: {width} x {height} is {megapixels:.0f} megapixels, 64 at most")
+        if image.format == "TIFF":
+            _turn_by_orientation_alone(image)
         image.load()
-        return _to_rgb(name, ImageOps.exif_transpose(image))
+        turn = _TURNS.get(_orientation(image))
+        return _to_rgb(name, _mode(image), image if turn is None else image.transpose(turn))
 
 
-def _to_rgb(name: str, image: Image.Image) -> Image.Image:
-    """Any mode to RGB: alpha over white, 16-bit gray to its upper byte."""
-    if image.mode.startswith("I;16"):
+def _opened(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
+    """The image with its header read, and without what stands beside its pixels, of which Pillow refuses some."""
+    head = stream.read(len(png.SIGNATURE))
+    stream.seek(0)
+    if head.startswith(jpeg.SIGNATURE):
+        stream = jpeg.stripped(stream)
+    if head != png.SIGNATURE:
+        return Image.open(stream, formats=formats)
+    stream, profile = png.stripped(stream)
+    image = Image.open(stream, formats=formats)
+    image.info["icc_profile"] = profile
+    return image
+
+
+def is_converted(stream: BinaryIO) -> bool:
+    """Whether an embedded profile changes the pixels of an encoded image; reads no more of it than its headers."""
+    head = stream.read(16)
+    if head[8:] in (b"WEBPVP8 ", b"WEBPVP8L"):
+        return False
+    if head[8:] == b"WEBPVP8X":
+        return converts("RGB", _webp_profile(stream))  # Pillow would read all of it
+    stream.seek(0)
+    try:
+        with _opened(stream, FORMATS) as image:
+            return converts(_mode(image), image.info.get("icc_profile"))
+    except Exception:  # no image, as will be told when it is decoded
+        return False
+
+
+def _webp_profile(stream: BinaryIO) -> bytes | None:
+    """The profile of an extended WebP, which is one chunk of a RIFF file; None where it has none."""
+    place = stream.seek(12)
+    while len(head := stream.read(8)) == 8:
+        length = int.from_bytes(head[4:], "little")
+        if head[:4] == b"ICCP":
+            return stream.read(length) if length <= png.MAX_PROFILE_BYTES else None
+        place = stream.seek(place + 8 + length + length % 2)
+    return None
+
+
+def _orientation(image: Image.Image) -> Any:
+    """1 to 8, as EXIF tells it, else XMP; None, or anything else, where they do not."""
+    try:
+        told = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # no EXIF; whatever Pillow trips over in it
+        told = None
+    if told is None:
+        xmp = image.info.get("xmp")
+        match = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp) if isinstance(xmp, bytes) else None
+        told = int(match[1]) if match else None
+    return told
+
+
+def _turn_by_orientation_alone(image: Image.Image) -> None:
+    """Keeps Pillow, which turns a TIFF as it loads it, from reading tags for that which nobody needs."""
+    exif = Image.Exif()
+    if (orientation := _orientation(image)) in _TURNS:
+        exif[ExifTags.Base.Orientation] = orientation
+    image.info.pop("xmp", None)
+    image.getexif = lambda: exif  # type: ignore[method-assign]
+
+
+def _mode(image: Image.Image) -> str:
+    """Pillow's mode, of 16-bit gray one that says so: PNG holds no 32 bits, but Pillow before 11 calls them that."""
+    return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
+
+
+def _to_rgb(name: str, mode: str, image: Image.Image) -> Image.Image:
+    """Any mode to RGB, colours as an embedded profile declares them: alpha over white, 16-bit gray to 8 bits."""
+    profile = image.info.get("icc_profile")
+    if mode.startswith("I;16"):
         # convert("RGB") would clip at 255 and turn nearly every such picture white
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        image = Image.fromarray(gray_to_srgb(np.asarray(image).astype(np.uint16), profile))
+        profile = None
     if image.mode in ("I", "F"):
         raise ImageError(name, "32-bit pixels have no agreed range; save it as an 8-bit image")
     if image.has_transparency_data:
+        image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    image = to_srgb(image, profile)
+    if image.mode in ("LA", "RGBA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         white.alpha_composite(image)
@@ -175,16 +266,17 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fit_square(image: Image.Image, resolution: int) -> np.ndarray:
+def fit_square(image: Image.Image, resolution: int, aspect: Fraction | int = 1) -> np.ndarray:
     """The middle square of an RGB image, Lanczos-resampled to (resolution, resolution, 3) uint8.
 
     Cutting first and scaling that square is the same picture as scaling the shorter side first, and costs nothing
-    more for a panorama: a 1 x 60,000,000 image would otherwise be scaled to 512 x 30,720,000,000.
+    more for a panorama: a 1 x 60,000,000 image would otherwise be scaled to 512 x 30,720,000,000. So is a square of
+    pixels that are shown `aspect` times as wide as high.
     """
     width, height = image.size
-    if (width, height) != (resolution, resolution):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
+    if (width, height, aspect) != (resolution, resolution, 1):
+        wide, high = float(min(width, height / aspect)), float(min(height, width * aspect))
+        left, top = (width - wide) / 2, (height - high) / 2
+        box = (left, top, left + wide, top + high)
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     return np.asarray(image)

@@ -30,8 +30,7 @@ class LatentCache:
         fingerprint: The full key, sha256 in hex: equal exactly for equal content.
         truncated: Prompts of which the text encoder sees only the beginning.
         dropped: The examples left out while building, each with its reason.
-        repeating: The ids of clips that have too few frames and repeat some.
-        closer: The ids of clips whose frames are taken from closer together than others', since they are short.
+        remarks: By kind the names of images and clips that are used all the same; see `remarks.remark_lines`.
         uncond_embeds: (1, L, D), the embedding of the empty prompt.
     """
 
@@ -57,8 +56,9 @@ class LatentCache:
             raise ValueError(f"{len(self.ids)} ids and {len(self.prompts)} prompts of {self.num_examples} examples")
         self.truncated: list[str] = index["truncated"]
         self.dropped = [Problem(*entry) for entry in index["dropped"]]
-        self.repeating: list[str] = index.get("repeating", [])  # caches of images have none of these entries
-        self.closer: list[str] = index.get("closer", [])
+        # Caches of clips had entries of their own for these two; those of images may have none.
+        remarks = dict(index.get("remarks") or {kind: index.get(kind, []) for kind in ("repeating", "closer")})
+        self.remarks = {str(kind): [str(name) for name in names] for kind, names in remarks.items() if names}
         embeds = int(index["shard_size"])
         self._shard_sizes: dict[str, int] = {"prompts": embeds, "latents": index.get("latent_shard_size", embeds)}
         self._mapped: dict[tuple[str, str], Tensor] = {}

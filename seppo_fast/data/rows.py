@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seppo_fast.data.examples import Source
+from seppo_fast.data.names import relative_name, utf8_name
 from seppo_fast.data.tables import Rows, TableSource
 from seppo_fast.errors import DataError
 
@@ -30,7 +31,7 @@ _DISK_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 
 
 def open_parquet(spec: str, files: Sequence[Path], folder: Path) -> Source:
-    """Parquet files of one schema as one table, rows named by their file's path in `folder`; raises DataError."""
+    """Parquet files as one table, rows named by their file's path in `folder`; raises DataError."""
     return TableSource(spec, ParquetRows(files, folder))
 
 
@@ -73,7 +74,7 @@ def _disk_error(error: BaseException) -> OSError | None:
 
 
 class ParquetRows(Rows):
-    """Parquet files of one schema, one after the other.
+    """Parquet files, one after the other; of columns that only some of them hold, nothing is read.
 
     Images are taken `STRETCH` rows at a time and the last two stretches kept, so that reading in order costs each byte
     once. In memory is a page of each image column (1024 rows as most writers have it), however large a row group is.
@@ -86,18 +87,16 @@ class ParquetRows(Rows):
         import pyarrow.parquet as pq
 
         self._files = list(files)
-        self._labels = [path.relative_to(folder).as_posix() for path in files]
+        self._labels = [relative_name(path, folder) for path in files]
         self._readers = []
         for path in files:
             try:
-                # pre_buffer would hold the whole row group's bytes
-                self._readers.append(pq.ParquetFile(path, memory_map=True, pre_buffer=False))
+                # Arrow takes names for UTF-8 in every locale; pre_buffer would hold the whole row group's bytes
+                self._readers.append(pq.ParquetFile(utf8_name(str(path)), memory_map=True, pre_buffer=False))
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}).") from error
-        self.names = self._readers[0].schema_arrow.names
-        for path, reader in zip(files, self._readers, strict=True):
-            if sorted(reader.schema_arrow.names) != sorted(self.names):
-                raise DataError(f"{path}: its columns differ from those of {files[0]}.")
+        names = [reader.schema_arrow.names for reader in self._readers]
+        self.columns = dict(zip(map(str, files), names, strict=True))
         # first row of every row group of every file, with the file and the group in it
         groups = [(f, g) for f, reader in enumerate(self._readers) for g in range(reader.num_row_groups)]
         sizes = [self._readers[f].metadata.row_group(g).num_rows for f, g in groups]
@@ -120,19 +119,12 @@ class ParquetRows(Rows):
     def _group_of(self, row: int) -> int:
         return int(np.searchsorted(self._group_starts, row, side="right")) - 1
 
-    def read_columns(self, columns: Sequence[str]) -> pa.Table:
-        import pyarrow as pa
-
-        tables = []
+    def read_columns(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         for path, reader in zip(self._files, self._readers, strict=True):
             try:
-                tables.append(reader.read(columns=list(columns)))
+                yield str(path), reader.read(columns=list(columns))
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: columns {', '.join(columns)} cannot be read ({error}).") from error
-        try:
-            return pa.concat_tables(tables)
-        except ValueError as error:
-            raise DataError(f"{self._files[0].parent}: the files' column types differ ({error}).") from error
 
     def read_images(self, row: int, columns: Sequence[str]) -> dict[str, bytes | None]:
         group = self._group_of(row)
@@ -187,7 +179,7 @@ class HubRows(Rows):
         self._spec = spec
         self._dataset = dataset
         self._views: dict[tuple[str, ...], datasets.Dataset] = {}
-        self.names = dataset.column_names
+        self.columns = {spec: dataset.column_names}
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -195,8 +187,8 @@ class HubRows(Rows):
     def row_name(self, row: int) -> str:
         return f"{self._spec}:{row}"
 
-    def read_columns(self, columns: Sequence[str]) -> pa.Table:
-        return self._dataset.select_columns(list(columns)).with_format("arrow")[:]
+    def read_columns(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        yield self._spec, self._dataset.select_columns(list(columns)).with_format("arrow")[:]
 
     def read_images(self, row: int, columns: Sequence[str]) -> dict[str, bytes | None]:
         view = self._views.get(tuple(columns))

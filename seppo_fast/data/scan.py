@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from seppo_fast.data.clips import ShortClips, load_clip
+from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example, Problem, Source, require_kind
 from seppo_fast.data.images import ImageError, ImageRef, Opened, decode_image, open_image
+from seppo_fast.data.remarks import Remarks
 
 _MOST_BYTES = 1 << 29
 """Of opened images that wait in memory; a shard's image may have 256 MiB."""
@@ -25,7 +26,7 @@ Decode = Callable[[Example, str, Opened], T]
 
 
 def scan(
-    source: Source, losers: bool = True, frames: int | None = None, short: ShortClips | None = None
+    source: Source, losers: bool = True, frames: int | None = None, remarks: Remarks | None = None
 ) -> list[Problem]:
     """Every example of `source` that cannot be used, with the reason; each image is decoded once.
 
@@ -33,7 +34,7 @@ def scan(
         source: The data.
         losers: Whether the losers of labelled pairs are looked at too.
         frames: How many frames a cache would take of each clip (those are what is decoded); None for images.
-        short: Takes note of clips that are too short.
+        remarks: Takes note of images and clips that are used all the same.
 
     Returns:
         What names, captions and labels already told (`source.problems`), then the bad images in order. Ties are none.
@@ -42,17 +43,18 @@ def scan(
         DataError: images where `frames` is given, or clips where it is not; PyAV is not installed.
     """
     require_kind(source, frames)
-    decode = _try_image if frames is None else partial(_try_clip, frames, short or ShortClips())
+    remarks = remarks or Remarks(resolution=1)
+    decode = partial(_try_image, remarks) if frames is None else partial(_try_clip, frames, remarks)
     bad = (outcome for _, outcome in decode_all(source, decode, losers) if isinstance(outcome, Problem))
     return [*source.problems, *bad]
 
 
-def _try_image(_: Example, name: str, opened: Opened) -> None:
-    decode_image(name, opened)
+def _try_image(remarks: Remarks, example: Example, name: str, opened: Opened) -> None:
+    remarks.see(example, name, decode_image(name, opened).size)
 
 
-def _try_clip(frames: int, short: ShortClips, example: Example, name: str, opened: Opened) -> None:
-    short.see(example, load_clip(example, name, opened, resolution=1, frames=frames).length, frames)
+def _try_clip(frames: int, remarks: Remarks, example: Example, name: str, opened: Opened) -> None:
+    remarks.see_clip(example, name, load_clip(example, name, opened, resolution=1, frames=frames))
 
 
 def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterator[tuple[Example, list[T] | Problem]]:

@@ -8,22 +8,32 @@ instead: no length, no random access, and it unpickles members whose suffix says
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path, PurePosixPath
 
-from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS, checked_caption, decoded_caption
+from seppo_fast.data.captions import (
+    MAX_CAPTION_BYTES,
+    TEXT_COLUMNS,
+    CaptionError,
+    caption_of,
+    checked_caption,
+    decoded_caption,
+)
+from seppo_fast.data.contents import picture_sha256
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.images import bytes_ref
+from seppo_fast.data.names import Names, holds_no_data, relative_name
+from seppo_fast.data.parts import parts_of
+from seppo_fast.data.tars import headers
 from seppo_fast.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -31,10 +41,8 @@ _READ = (*IMAGES, "txt", "json")
 MAX_IMAGE_BYTES = 1 << 28
 """A member is read whole. 64 megapixels with nothing compressed are as much."""
 _MAX_JSON_BYTES = 1 << 20
-_HASHED_BYTES = 1 << 20  # at once: every core hashes a member, and whole ones would be gigabytes
 _MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class ShardSource(Source):
         self._entries: list[tuple[str, str, Member]] = []
         others: Counter[str] = Counter()
         for path in shards:
-            shard = _Shard(path, path.relative_to(root).as_posix())
+            shard = _Shard(path, relative_name(path, root))
             self._entries += shard.entries
             self.problems += shard.problems
             others += shard.others
@@ -146,12 +154,13 @@ class _Shard:
         self._dotted: dict[str, list[str]] = {}
         try:
             self._size = path.stat().st_size
-            for member in _headers(path):
+            for member in headers(path):
                 self._take(member)
         except OSError as error:
             self.problems.append(Problem(label, f"cannot be read ({error.strerror or error})"))
         except Exception as error:  # a damaged file raises whatever tarfile trips over
             self.problems.append(Problem(label, str(error) or type(error).__name__))
+        self._join_spellings()
         for key, fields in self._groups.items():
             self._group(key, fields)
         # Beside an example they are other fields of it, by webdataset's rule; alone they were meant as one.
@@ -162,7 +171,7 @@ class _Shard:
 
     def _take(self, header: tarfile.TarInfo) -> None:
         path = PurePosixPath(header.name)
-        if header.isdir() or any(part.startswith(".") and part != ".." for part in path.parts):
+        if header.isdir() or any(holds_no_data(part) for part in path.parts if part != ".."):
             return
         stem, dot, suffix = path.name.partition(".")
         key, suffix = (path.parent / stem).as_posix(), suffix.lower()
@@ -195,6 +204,17 @@ class _Shard:
             return "truncated: the shard ends in the middle of it"
         return None
 
+    def _join_spellings(self) -> None:
+        """Puts captions without an image to the image without a caption whose name has the same letters."""
+        captions: Names[str] = Names()
+        for key, fields in self._groups.items():
+            if key not in self._spoiled and not set(IMAGES) & fields.keys():
+                captions.add(key, key)
+        for key, fields in list(self._groups.items()):
+            if key not in self._spoiled and fields.keys() <= set(IMAGES):
+                for other in captions.find(key)[:1]:
+                    fields |= self._groups.pop(other, {})
+
     def _group(self, key: str, fields: dict[str, Member]) -> None:
         """Makes an example, or a problem, of the members of one key."""
         if key in self._spoiled:
@@ -207,50 +227,10 @@ class _Shard:
             if len(images) > 1:
                 raise ValueError(f"several images: {', '.join(image.name for image in images)}")
             self.entries.append((id, _caption(key, fields), images[0]))
+        except CaptionError as error:
+            self.problems.append(Problem(id, str(error), error.hint))
         except (ValueError, OSError) as error:
             self.problems.append(Problem(id, str(error)))
-
-
-class _Headers(io.FileIO):
-    """A file for tarfile, which reads headers only: nothing much longer is read at once, whatever a header says."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= 1 << 20:
-            raise tarfile.ReadError(f"damaged: a header of {size} bytes")
-        return super().read(size) or b""
-
-
-def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Every member's header, in order.
-
-    Raises:
-        OSError: the file cannot be read.
-        Exception: no tar file, a damaged or a truncated one; tarfile itself takes both for the end.
-    """
-    with _Headers(path) as file:
-        head = file.read(8)
-        for magic, tool in _COMPRESSED.items():
-            if head.startswith(magic):
-                raise tarfile.ReadError(f"compressed: unpack it with {tool}, since images are read where they lie")
-        if not head:
-            raise tarfile.ReadError("zero bytes")
-        file.seek(0)
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 - it only borrows the file
-        except tarfile.ReadError as error:
-            raise tarfile.ReadError(f"not a tar file ({error})") from error
-        count, end = 0, 0
-        try:
-            for header in tar:
-                if header.size < 0 or header.offset < end:
-                    raise tarfile.ReadError("members that overlap")
-                count, end = count + 1, header.offset_data
-                yield header
-        except tarfile.TarError as error:
-            raise tarfile.ReadError(f"truncated or damaged after {count} members ({error})") from error
-        file.seek(tar.offset)
-        if file.read(512) != bytes(512):
-            raise tarfile.ReadError(f"truncated or damaged after {count} members (no end mark)")
 
 
 def _caption(key: str, fields: dict[str, Member]) -> str:
@@ -268,24 +248,18 @@ def _caption(key: str, fields: dict[str, Member]) -> str:
         record = json.loads(fields["json"].read())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}.json is not JSON ({error})") from None
-    found = [record[column] for column in TEXT_COLUMNS if column in record] if isinstance(record, dict) else []
-    if not found or not isinstance(found[0], str):
+    found = caption_of(record) if isinstance(record, dict) else None
+    if not isinstance(found, str):
         raise ValueError(f"{name}.json holds no text under {', '.join(TEXT_COLUMNS)}")
-    return checked_caption(f"{name}.json", found[0])
+    return checked_caption(f"{name}.json", found)
 
 
 def _sha256(member: Member) -> str:
-    """sha256 of a member's bytes, or what kept them from being read."""
-    sha, left = hashlib.sha256(), member.size
+    """As `picture_sha256`, or what kept the member from being read."""
     try:
         with open(member.shard, "rb") as file:
-            file.seek(member.offset)
-            while left:
-                block = file.read(min(left, _HASHED_BYTES))
-                if not block:
-                    return ValueError.__name__  # as `read` has it
-                sha.update(block)
-                left -= len(block)
+            if file.seek(0, os.SEEK_END) < member.offset + member.size:
+                return ValueError.__name__  # as `read` has it
+            return picture_sha256(parts_of(file, [(member.offset, member.size)]))
     except OSError as error:
         return type(error).__name__
-    return sha.hexdigest()

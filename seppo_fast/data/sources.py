@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 
 from seppo_fast.data.examples import Example, Problem, Source
-from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, open_metadata, open_sidecars, walk_files
+from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from seppo_fast.data.images import ImageRef, load_image
+from seppo_fast.data.listings import find_listing, is_listing, open_listing
+from seppo_fast.data.names import walk_files
 from seppo_fast.data.rows import open_hub, open_parquet
 from seppo_fast.data.shards import expand_braces, open_shards
+from seppo_fast.data.sidecars import open_sidecars, other_kinds
 from seppo_fast.data.videos import open_clip_csv, open_clip_folder
 from seppo_fast.errors import DataError
 
@@ -19,15 +23,17 @@ __all__ = ["Example", "Problem", "ShapesSource", "Source", "open_source"]
 
 CHOICES = """A data set is one of:
   a folder of images, x.png (jpg, jpeg, webp), each beside its caption x.txt
-  a folder with metadata.jsonl, lines such as {"file_name": "x.png", "text": "a red fox"}
+  a folder with metadata.jsonl, lines such as {"file_name": "x.png", "text": "a red fox"}, or with metadata.csv, whose
+    columns are file_name and text; the caption may also be called caption, prompt or txt
   a parquet file or a folder of them, with columns jpg_0, jpg_1, label_0, label_1, caption (Pick-a-Pic), or image, text
   webdataset shards: a tar file (not compressed), a folder of them, or shards/{000..003}.tar, holding x.jpg (jpeg, png,
     webp) with x.txt, or with x.json that has the caption under text, caption, prompt or txt
   a hub id such as yuvalkirstain/pickapic_v2
   shapes:N or shapes:N:SEED, the first N scenes of the embedded world
 For a model with a motion adapter, one of:
-  a folder of clips, x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt
-  a csv with columns videoid, name (the caption) and maybe is_transmit, or its folder, clips beside it or below
+  a folder of clips, x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt, or with metadata.jsonl or .csv
+  a csv with columns videoid and name (the caption), or its folder, clips beside it or below; with is_transmit too it
+    is one of MagicTime's, and frames are chosen by number, not by time
   shapes-motion:N or shapes-motion:N:SEED, the first N clips of the embedded world in motion"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -61,8 +67,8 @@ def open_source(spec: str, split: str = "train") -> Source:
             return open_parquet(spec, [path], path.parent)
         if path.suffix.lower() == ".tar":
             return open_shards(spec, [path])
-        if path.name == "metadata.jsonl":
-            return open_metadata(spec, path.parent)
+        if is_listing(path):
+            return open_listing(spec, path)
         if path.suffix.lower() == ".csv":
             return open_clip_csv(spec, path, walk_files(path.parent))
         raise DataError(f"{spec}: not a kind of file that can be read as data.\n{CHOICES}")
@@ -74,8 +80,8 @@ def open_source(spec: str, split: str = "train") -> Source:
 
 
 def _open_folder(spec: str, folder: Path, split: str) -> Source:
-    if (folder / "metadata.jsonl").is_file():
-        return open_metadata(spec, folder)
+    if listing := find_listing(folder):
+        return open_listing(spec, listing)
     files = walk_files(folder)
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
     images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
@@ -93,7 +99,18 @@ def _open_folder(spec: str, folder: Path, split: str) -> Source:
         return open_sidecars(spec, folder, files)
     if clips:
         return open_clip_folder(spec, folder, files)
-    raise DataError(f"{spec}: no images, no clips, no parquet and no tar files in this folder.\n{CHOICES}")
+    if any(path.suffix == ".arrow" for path in files):
+        raise DataError(f"{spec}: Arrow files, as the datasets library saves them, are not read. {_to_parquet(folder)}")
+    left_out = next((f" {note}." for clips in (False, True) for note in other_kinds(folder, files, clips)), "")
+    raise DataError(f"{spec}: no images, no clips, no parquet and no tar files in this folder.{left_out}\n{CHOICES}")
+
+
+def _to_parquet(folder: Path) -> str:
+    """What turns a folder that `save_to_disk` wrote into parquet, as a line for the shell."""
+    split = '["train"]' if (folder / "dataset_dict.json").is_file() else ""
+    target = f"{folder.absolute().name}.parquet"
+    code = f"import datasets; datasets.load_from_disk({str(folder)!r}){split}.to_parquet({target!r})"
+    return f"Convert them, and set data.source to the parquet file: python -c {shlex.quote(code)}"
 
 
 def _of_split(spec: str, tables: list[Path], split: str) -> list[Path]:

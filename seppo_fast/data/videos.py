@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from seppo_fast.data.captions import checked_caption
-from seppo_fast.data.clips import require_av
 from seppo_fast.data.examples import Problem, Source, printable
-from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource, open_sidecars
+from seppo_fast.data.folders import VIDEO_SUFFIXES, Entry, FolderSource
+from seppo_fast.data.listings import Row, csv_columns, csv_rows
+from seppo_fast.data.names import Names, composed, relative_name, slashed
+from seppo_fast.data.sidecars import open_sidecars
+from seppo_fast.data.video_file import require_av
 from seppo_fast.errors import DataError
 
 
@@ -21,7 +23,7 @@ def open_clip_folder(spec: str, folder: Path, files: Sequence[Path]) -> Source:
     """
     tables = [path for path in files if path.suffix.lower() == ".csv"]
     if len(tables) > 1:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in tables)
+        names = ", ".join(printable(relative_name(path, folder)) for path in tables)
         raise DataError(f"{spec}: {len(tables)} csv files ({names}); give the path of the one to use.")
     if tables:
         return open_clip_csv(spec, tables[0], files)
@@ -34,7 +36,8 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
 
     `videoid` is a clip's file name, with or without its suffix, among those `files` that lie in the csv's folder or
     below it. A clip named again with another caption gets `#<line>` at the end of its id. Rows that repeat an earlier
-    one's clip and caption, and clips that no row names, are not used, and notes say how many.
+    one's clip and caption, and clips that no row names, are not used, and notes say how many. A csv with is_transmit is
+    one of MagicTime's, whose frames are chosen by number.
 
     Raises:
         DataError: the csv cannot be read as UTF-8, is broken, or lacks a column; PyAV is not installed.
@@ -47,7 +50,7 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
     ids: set[str] = set()
     seen: dict[tuple[str, str], tuple[int, bool]] = {}
     repeated: list[int] = []
-    for line, fields in _read_rows(table):
+    for line, fields in _rows(table):
         place = f"{table.name}:{line}"
         if isinstance(fields, str):
             problems.append(Problem(place, fields))
@@ -68,7 +71,8 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
         if line != first:
             repeated.append(line)
             continue
-        entry = Entry(f"{videoid}#{line}" if videoid in ids else videoid, name, prompt, time_lapse)
+        id = f"{videoid}#{line}" if videoid in ids else videoid
+        entry = Entry(id, name, prompt, time_lapse, by_number="is_transmit" in fields)
         entries.append(entry)
         ids.add(entry.id)
     source = FolderSource(spec, folder, entries, problems, clips=True)
@@ -83,36 +87,15 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
     return source
 
 
-def _read_rows(table: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """(line, the row's fields by column, or what is wrong with the row); raises DataError."""
-    whole = 0  # lines of the rows before
-    try:
-        # strict: otherwise a quote that nothing closes takes in the rest of the file
-        with open(table, encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines, strict=True)
-            columns = [column.strip() for column in next(rows, [])]
-            twice = next((column for column in columns if column and columns.count(column) > 1), "")
-            if twice:
-                raise DataError(f"{table}: the column {twice} is there twice.")
-            if not {"videoid", "name"} <= set(columns):
-                raise DataError(
-                    f"{table}: the columns are {', '.join(columns) or 'none'}. Needed are videoid and name (the "
-                    "caption), separated by commas; is_transmit may be there too."
-                )
-            whole = rows.line_num
-            for row in rows:
-                whole = rows.line_num
-                if len(row) == len(columns):
-                    yield rows.line_num, dict(zip(columns, row, strict=True))
-                elif row:
-                    wrong = f"{len(row)} fields in {len(columns)} columns: a caption with a comma needs quotes"
-                    yield rows.line_num, wrong
-    except csv.Error as error:
-        unclosed = "unexpected end of data" in str(error)
-        wrong = f"the row that begins in line {whole + 1} has a quote that nothing closes"
-        raise DataError(f"{table}: {wrong if unclosed else f'line {rows.line_num} is not csv ({error})'}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot be read as UTF-8 text ({error}).") from error
+def _rows(table: Path) -> Iterator[Row]:
+    """As `csv_rows`, of a table of clips."""
+    columns = csv_columns(table)
+    if not {"videoid", "name"} <= set(columns):
+        raise DataError(
+            f"{table}: the columns are {', '.join(columns) or 'none'}. Needed are videoid and name (the "
+            "caption), separated by commas; is_transmit may be there too."
+        )
+    return csv_rows(table)
 
 
 def _is_time_lapse(is_transmit: str) -> bool:
@@ -127,34 +110,35 @@ class _Clips:
     """Finds clips by `videoid`. `unused` are the paths, relative with slashes, that were not found yet."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        self._by_name: dict[str, list[str]] = {}
-        self._others: dict[str, str] = {}
+        self._clips: Names[str] = Names()
+        self._others: Names[str] = Names()
+        self._lowered: dict[str, str] = {}
         self.unused: set[str] = set()
         for path in files:
             if not path.is_relative_to(folder):
                 continue
-            relative = path.relative_to(folder)
+            relative = PurePosixPath(relative_name(path, folder))
             bare = relative.with_suffix("")
-            names = {relative.as_posix(), relative.name, bare.as_posix(), bare.name}
-            if path.suffix.lower() in VIDEO_SUFFIXES:
+            clip = path.suffix.lower() in VIDEO_SUFFIXES
+            if clip:
                 self.unused.add(relative.as_posix())
-                for name in names:
-                    self._by_name.setdefault(name, []).append(relative.as_posix())
-            else:
-                self._others |= dict.fromkeys(names, relative.as_posix())
+            for name in {relative.as_posix(), relative.name, bare.as_posix(), bare.name}:
+                (self._clips if clip else self._others).add(name, relative.as_posix())
+                if clip:
+                    self._lowered.setdefault(name.lower(), name)
 
     def find(self, videoid: str) -> str:
         """The one path that `videoid` names; ValueError if there is none or several."""
-        videoid = videoid.replace("\\", "/").removeprefix("./")
-        found = self._by_name.get(videoid, [])
-        if not found and videoid in self._others:
-            raise ValueError(f"{self._others[videoid]} is not a clip: none of {', '.join(VIDEO_SUFFIXES)}")
+        found = self._clips.find(videoid)
+        if not found and (others := self._others.find(videoid)):
+            raise ValueError(f"{others[-1]} is not a clip: none of {', '.join(VIDEO_SUFFIXES)}")
         if not found:
-            alike = [name for name in self._by_name if name.lower() == videoid.lower()]
-            hint = f"; there is {alike[0]!r}" if alike else ""
+            alike = self._lowered.get(videoid.lower())
+            hint = f"; there is {alike!r}" if alike else ""
             raise ValueError(f"the file is missing: no clip of that name beside the csv or below{hint}")
-        if len(found) > 1 and videoid not in found:
+        whole = [name for name in found if name == videoid or composed(name) == composed(slashed(videoid))]
+        if len(found) > 1 and not whole:
             raise ValueError(f"several clips have that name: {', '.join(found)}")
-        name = videoid if videoid in found else found[0]
+        name = (whole or found)[0]
         self.unused.discard(name)
         return name
