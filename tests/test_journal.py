@@ -146,7 +146,7 @@ def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
             trainer.learner._scaler.load_state_dict(trainer.learner._scaler.state_dict() | {"scale": 2.0**60})
 
     # No update of it is applied; that is said with the scaler's part in it.
-    with pytest.raises(NonFiniteError, match=r"run's 3 updates .* More train\.updates \(fp16 searched"):
+    with pytest.raises(NonFiniteError, match=r"run's 3 updates .* More train\.updates \(fp16 still searched"):
         train(config, large)
     lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [entry["update"] for entry in log_of(config) if entry["skipped"]]
