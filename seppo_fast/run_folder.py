@@ -28,7 +28,7 @@ def refuse_occupied(folder: Path) -> None:
 
     Raises:
         ConfigError: it holds something else.
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or its saved states cannot be listed.
     """
     if folder.exists() and not (folder.is_dir() and (_ours(folder) or not any(folder.iterdir()))):
         raise ConfigError(
@@ -40,9 +40,21 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def _ours(folder: Path) -> bool:
-    """Whether a run can go on there, or begin where one ended before its first state."""
+    """Whether a run can go on there, or begin where one ended before its first state.
+
+    Raises:
+        ConfigError: something else lies where the states do: states under other names, perhaps.
+        CheckpointError: the states cannot be listed.
+    """
     if saved_states(folder):
         return True
+    states = folder / "state"
+    others = [path.name for path in (states.iterdir() if states.is_dir() else ()) if not path.name.startswith(".tmp-")]
+    if others:
+        raise ConfigError(
+            f"output = {str(folder)!r}: {states.name}/ holds no saved state, but {', '.join(sorted(others)[:3])}; to go on, give "
+            "a state its name again, update- and the number of updates; to begin anew, choose another folder"
+        )
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")}
     try:
         mark = (folder / LOCK).read_text(encoding="utf-8")

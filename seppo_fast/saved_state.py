@@ -106,9 +106,21 @@ def write_state(
 
 
 def saved_states(run: Path) -> list[Path]:
-    """The folders of saved states, newest first; nothing of them is looked at."""
-    found = (run / "state").iterdir() if (run / "state").is_dir() else iter(())
-    folders = [path for path in found if _NAME.fullmatch(path.name)]
+    """The folders of saved states, newest first; nothing of them is looked at.
+
+    Raises:
+        CheckpointError: the folder that holds them is there and cannot be listed.
+    """
+    states = run / "state"
+    try:
+        folders = [path for path in states.iterdir() if _NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as problem:
+        raise CheckpointError(
+            f"{states}: the saved states cannot be listed ({problem.strerror}). Nothing was changed; make it readable, "
+            "or choose another output to begin anew"
+        ) from problem
     return sorted(folders, key=_number, reverse=True)
 
 

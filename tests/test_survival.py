@@ -244,6 +244,28 @@ def rewritten(folder, change):
     manifest.write_text(json.dumps(tree))
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_nothing_is_begun_over_states_under_other_names(damaged, weights):
+    for folder in saved_states(damaged.output):
+        folder.rename(folder.with_name(f"{folder.name}.bak"))
+    if not weights:  # stopped before its end
+        shutil.rmtree(damaged.output / "weights")
+    log = (damaged.output / "log.jsonl").read_bytes()
+    ended = damaged.train()
+    assert ended.code == 2 and "holds no saved state, but update-000002.bak, update-000003.bak" in ended.err
+    assert (damaged.output / "log.jsonl").read_bytes() == log
+    (damaged.output / "state" / "update-000003.bak").rename(damaged.output / "state" / "update-000003")
+    assert "going on after update 3" in damaged.train("--train.updates", 4).out
+
+
+def test_nothing_is_begun_over_states_that_cannot_be_listed(damaged):
+    (damaged.output / "state").rename(damaged.output / "elsewhere")
+    (damaged.output / "state").touch()  # as a folder without permission: root can list those
+    ended = damaged.train()
+    assert ended.code == 6 and "saved states cannot be listed (Not a directory)" in ended.err
+    assert [entry["update"] for entry in log_of(damaged.config)] == [1, 2, 3]
+
+
 def test_a_manifest_of_a_newer_format_or_one_that_leads_elsewhere_is_refused(damaged, tmp_path):
     newest, older = saved_states(damaged.output)
     (tmp_path / "secret").write_bytes(b"mine")
