@@ -5,6 +5,8 @@ Shape legend: B rows, b pairs of a micro-batch, L tokens, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -75,3 +77,26 @@ class Forward:
         noised = self.noised(pairs)
         prediction = self.denoise(model, noised.latents, noised.timesteps, noised.prompt_embeds)
         return prediction, noised.target
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """As if no caller had entered `torch.autocast`; the caller's contexts go on after the block.
+
+    Inside one, casts of weights are kept until its end: those that sampling makes without gradients would serve
+    training, which then trains nothing, and those of one update the next.
+    """
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    depth = torch.autocast_increment_nesting()
+    for _ in range(depth):
+        torch.autocast_decrement_nesting()
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, True)
+        for _ in range(depth - 1):
+            torch.autocast_increment_nesting()

@@ -179,6 +179,7 @@ class ReferencePool:
         with torch.no_grad():
             for name, view in table.views(member.slab).items():
                 tensors[name].copy_(view)
+        torch.clear_autocast_cache()  # else a caller's autocast would keep the casts of the weights before
 
     def bind(self, module: nn.Module) -> None:
         """From now on the module's trained tensors are views of the slab that `load_into` copies to, in its dtypes.

@@ -327,6 +327,15 @@ def test_one_autocast_around_two_references_serves_each_its_own_weights():
     assert found == [[4.0], [8.0], [4.0]]
 
 
+def test_one_autocast_around_two_loads_serves_each_its_own_weights():
+    module, pool, found = weight_of(1.0), filled_with_numbers(3), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for index in (1, 2):
+            pool.load_into(module, index)
+            found.append(module(torch.ones(1, 1)).item())
+    assert found == [1.0, 2.0]
+
+
 def test_what_a_pool_was_saved_by_must_be_what_restores_it(tmp_path):
     filled_with_numbers(3, keep=2).save(tmp_path / "pool")
     for settings, words in (({"keep": 3}, "keep = 2, not 3"), ({"keep": 2, "rule": "spread"}, "rule = 'reservoir'")):
