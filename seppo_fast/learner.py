@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from seppo_fast.config import Config
 from seppo_fast.errors import NonFiniteError
@@ -88,6 +89,8 @@ class Learner:
             self._set_learning_rate(update)
             self._scaler.step(self._optimizer)
             self.applied += 1
+            if self.applied == 2:  # in the first, half of a LoRA has none: the other half is zero
+                self._report_untrained()
             if self.ema is not None:
                 self.ema.step(parameters)
         self._scaler.update()
@@ -143,6 +146,15 @@ class Learner:
         works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
         for work in works:
             work.wait()
+
+    def _report_untrained(self) -> None:
+        """Says which of the trained tensors have no gradient: a part that is cut off costs no more than quality."""
+        absent = [name for name, norm in gradient_norms(self.unet).items() if not norm]
+        if absent:
+            self._accelerator.print(
+                f"{len(absent)} of {len(trainable(self.unet))} trained tensors had no gradient in the second update: "
+                f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+            )
 
     @property
     def searching(self) -> bool:
@@ -208,6 +220,16 @@ class Learner:
         factor = min(1.0, (update + 1) / warmup) if warmup else 1.0
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * factor
+
+
+def gradient_norms(unet: nn.Module) -> dict[str, float]:
+    """The norm of each trained tensor's gradient by its name, 0 where it has none; in one host sync."""
+    parameters = trainable(unet)
+    gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
+    if not gradients:
+        return dict.fromkeys(parameters, 0.0)
+    norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients.values()]).tolist()
+    return dict.fromkeys(parameters, 0.0) | dict(zip(gradients, norms, strict=True))
 
 
 def applied_updates(numbers: Mapping[str, Any]) -> int:

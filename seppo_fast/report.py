@@ -254,7 +254,8 @@ def _curves(log: Sequence[dict[str, Any]]) -> str:
 
 def _samples(folder: Path) -> str:
     """Base, the first picture's, then the run's of a few updates, the last among them."""
-    files = sorted(folder.glob("update-*.png"))
+    # By number: names have more digits from a million updates on.
+    files = sorted(folder.glob("update-*.png"), key=lambda file: (len(file.name), file.name))
     last = len(files) - 1
     chosen = sorted({round(place * last / max(1, _PICTURES - 1)) for place in range(_PICTURES)}) if files else []
     images = []

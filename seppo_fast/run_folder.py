@@ -52,8 +52,8 @@ def _ours(folder: Path) -> bool:
     others = [path.name for path in (states.iterdir() if states.is_dir() else ()) if not path.name.startswith(".tmp-")]
     if others:
         raise ConfigError(
-            f"output = {str(folder)!r}: {states.name}/ holds no saved state, but {', '.join(sorted(others)[:3])}; to go on, give "
-            "a state its name again, update- and the number of updates; to begin anew, choose another folder"
+            f"output = {str(folder)!r}: {states.name}/ holds no saved state, but {', '.join(sorted(others)[:3])}; to "
+            "go on, give a state its name again, update- and a number of updates; to begin anew, choose another folder"
         )
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")}
     try:

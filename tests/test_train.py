@@ -123,6 +123,22 @@ def test_a_callers_autocast_changes_nothing(tiny, tmp_path, model):
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_is_cut_off_is_said_once(tiny, tmp_path, capsys, kind):
+    cut = []
+
+    def observe(trainer, updates):
+        if not updates:
+            weights = trainable(trainer.unet)
+            cut.extend([next(name for name in weights if "lora_B" not in name), len(weights)])
+            weights[cut[0]].register_hook(torch.zeros_like)
+
+    sections = {"model": {"train": kind}, "sampler": {"steps": 1}}
+    train(tiny_config(tiny, tmp_path, **sections), observe)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "had no gradient" in line]
+    assert line == f"1 of {cut[1]} trained tensors had no gradient in the second update: {cut[0]}"
+
+
 def test_accumulation_gives_the_same_gradient(tiny, tmp_path):
     gradients = []
     for micro_batch in (6, 4, 1):
