@@ -18,7 +18,7 @@ from seppo_fast.errors import CheckpointError
 from seppo_fast.interrupt import Interrupted, Interruption, held_back
 from seppo_fast.node import Node
 from seppo_fast.run_folder import claimed
-from seppo_fast.saved_state import saved_states
+from seppo_fast.saved_state import prune, saved_states, state_folder
 from seppo_fast.train import train
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run
@@ -242,6 +242,17 @@ def rewritten(folder, change):
     change(tree)
     tree["sha256"] = hashlib.sha256(json.dumps(tree["files"], sort_keys=True).encode()).hexdigest()
     manifest.write_text(json.dumps(tree))
+
+
+def test_states_are_ordered_and_pruned_by_number_and_other_folders_stay(tmp_path):
+    folders = [state_folder(tmp_path, update) for update in (999, 1000, 999_999, 1_000_000, 1_000_001)]
+    strays = [tmp_path / "state" / name for name in ("update-abc", "update-000003.bak", "damaged-update-000004")]
+    for folder in [*folders, *strays]:
+        folder.mkdir(parents=True)
+    assert saved_states(tmp_path) == folders[::-1]
+    prune(tmp_path, 2)
+    assert saved_states(tmp_path) == folders[:2:-1]
+    assert sorted((tmp_path / "state").iterdir()) == sorted([*folders[3:], *strays])
 
 
 @pytest.mark.parametrize("weights", [True, False])
