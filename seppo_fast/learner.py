@@ -83,7 +83,8 @@ class Learner:
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.unet).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
-        searching = self.searching and math.isfinite(sums["loss"])
+        good = math.isfinite(sums["loss"])  # else the scale is no cause of what is not finite
+        searching = self.searching and good
         finite = math.isfinite(norm)
         if finite:
             self._set_learning_rate(update)
@@ -93,7 +94,7 @@ class Learner:
                 self._report_untrained()
             if self.ema is not None:
                 self.ema.step(parameters)
-        self._scaler.update()
+        self._scaler.update(None if good else self._scaler.get_scale())
         self._optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
         if not finite:  # on all ranks: the gradient is theirs together

@@ -310,21 +310,26 @@ def test_warm_up_scales_the_first_updates(tiny, tmp_path):
     assert rates[1:] == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
-def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path):
-    trainer = Trainer(tiny_config(tiny, tmp_path))
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path, value, precision):
+    trainer = Trainer(tiny_config(tiny, tmp_path, model={"precision": precision}, train={"beta": 20.0}))
+    learner = trainer.learner
     trainer.references.add(trainer.unet)
     pairs = trainer.rollout.pairs(0)
-    poisoned = replace(pairs, winners=torch.full_like(pairs.winners, float("nan")))
-    before = weights_of(trainer)
+    poisoned = replace(pairs, winners=pairs.winners.index_fill(0, torch.tensor(4), value))
+    before, scale = weights_of(trainer), learner._scaler.get_scale()
     for update in range(2):
-        stats = trainer.learner.step(poisoned, update)
-        assert stats["skipped"] == 1 and math.isnan(stats["loss"])
+        stats = learner.step(poisoned, update)
+        assert stats["skipped"] == 1 and not math.isfinite(stats["loss"])
     assert all(torch.equal(before[name], weight) for name, weight in trainable(trainer.unet).items())
-    assert trainer.learner.step(pairs, 2)["skipped"] == 0  # the count starts again
+    assert learner._scaler.get_scale() == scale  # which is no cause of it
+    assert learner.step(pairs, 2)["skipped"] == 0  # the count starts again
+    assert all(moment.isfinite().all() for state in learner._optimizer.state.values() for moment in state.values())
     for update in range(2):
-        trainer.learner.step(poisoned, update)
+        learner.step(poisoned, update)
     with pytest.raises(NonFiniteError, match="3 times in a row"):
-        trainer.learner.step(poisoned, 5)
+        learner.step(poisoned, 5)
 
 
 def test_pictures_of_samples(tiny, tmp_path):
