@@ -19,7 +19,7 @@ from seppo_fast.faults import fault
 from seppo_fast.journal import SKIPPED
 from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 from seppo_fast.pairs import Pairs
-from seppo_fast.policy import make_ema, make_optimizer, trainable
+from seppo_fast.policy import learning_rate, make_ema, make_optimizer, trainable
 from seppo_fast.reference_errors import ReferenceErrors
 from seppo_fast.sharding import fill, is_sharded, whole
 
@@ -204,10 +204,8 @@ class Learner:
             state.update({name: value.to(device) for name, value in state.items() if isinstance(value, torch.Tensor)})
 
     def _set_learning_rate(self, update: int) -> None:
-        warmup = self._config.train.warmup_updates
-        factor = min(1.0, (update + 1) / warmup) if warmup else 1.0
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * factor
+            group["lr"] = learning_rate(self._config, update)
 
 
 def applied_updates(numbers: Mapping[str, Any]) -> int:

@@ -272,8 +272,9 @@ def test_warm_up_scales_the_first_updates(tiny, tmp_path):
     def observe(trainer, updates):
         rates.append(trainer.learner._optimizer.param_groups[0]["lr"])
 
-    train(tiny_config(tiny, tmp_path, train={"warmup_updates": 2, "learning_rate": 1e-3}), observe)
-    assert rates[1:] == pytest.approx([5e-4, 1e-3, 1e-3])
+    config = tiny_config(tiny, tmp_path, train={"warmup_updates": 2, "learning_rate": 1e-3})
+    train(config, observe)
+    assert rates[1:] == [5e-4, 1e-3, 1e-3] == [entry["learning_rate"] for entry in log_of(config)]
 
 
 def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path):
