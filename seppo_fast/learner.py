@@ -169,7 +169,11 @@ class Learner:
         return files, numbers
 
     def restore(self, files: Mapping[str, Mapping[str, torch.Tensor]], numbers: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave, its tensors from the CPU."""
+        """Takes over what `state` gave, its tensors from the CPU.
+
+        Raises:
+            KeyError, ValueError: it is not of this optimizer and these weights.
+        """
         parameters = trainable(self.unet)
         for place, value in [*files["optimizer"].items(), *numbers["optimizer"].items()]:
             key, _, name = place.partition("/")
@@ -181,6 +185,11 @@ class Learner:
                     fill(like, value)
                 value = value.to(own.device) if like is None else like
             self._optimizer.state[own][key] = value
+        if self._config.train.optimizer == "adamw":
+            for name, own in parameters.items():
+                shapes = {key: value.shape for key, value in self._optimizer.state.get(own, {}).items()}
+                if shapes not in ({}, {"step": torch.Size(), "exp_avg": own.shape, "exp_avg_sq": own.shape}):
+                    raise ValueError(f"the optimizer's {name} has {shapes}")
         self._scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         self.applied = applied_updates(numbers)

@@ -37,7 +37,7 @@ from seppo_fast.rollout import Rollout
 from seppo_fast.saved_state import REFERENCES, SavedState, put_aside_newer
 from seppo_fast.sharding import settled, shard, sharding_asked
 from seppo_fast.slab import trained_state
-from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy, on_cpu
+from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, fitting, load_policy, on_cpu
 from seppo_fast.temporal import set_temporal_attention
 from seppo_fast.tiers import PoolFullError
 from seppo_fast.trackers import Trackers
@@ -237,8 +237,9 @@ class Trainer:
 
     def _restore(self, saved: SavedState) -> None:
         load_policy(self.unet, saved)
-        names = [OPTIMIZER, *([AVERAGE] if self.learner.ema is not None else [])]
-        files = {name: saved.tensors(name) for name in names}
+        files = {OPTIMIZER: saved.tensors(OPTIMIZER)}
+        if self.learner.ema is not None:
+            files[AVERAGE] = fitting(saved, AVERAGE, trainable(self.unet))
         try:
             self.learner.restore(files, saved.numbers)
             self._added = int(saved.numbers["added"])
