@@ -43,11 +43,9 @@ class ScoreCurve:
             _, scores = judged_pictures(
                 trainer.family, trainer.forward, trainer.unet, trainer.sampler, self._prompts, DEVELOPMENT
             )
-            self.points.append((updates, float(scores.mean())))
-            print(
-                f"judge after {updates} updates: {scores.mean():.3f} ({len(self._prompts)} development prompts)",
-                flush=True,
-            )
+            scored = scores[np.isfinite(scores)]  # a picture that the judge gave no score does not count as 0
+            self.points.append((updates, float(scored.mean())))
+            print(f"judge after {updates} updates: {scored.mean():.3f} ({len(scored)} development prompts)", flush=True)
 
 
 def demo(config: Config) -> None:
@@ -66,8 +64,7 @@ def demo(config: Config) -> None:
     shown = {name: images[rows] for name, images in pictures.items()}
     draw(folder, curve.points, [prompts[row] for row in rows], shown)
     result = dataclasses.asdict(difference) | {
-        "base_all_right": float(np.mean(scores["base"] == 1)),
-        "aligned_all_right": float(np.mean(scores["aligned"] == 1)),
+        **{f"{name}_all_right": float(np.mean(all_[np.isfinite(all_)] == 1)) for name, all_ in scores.items()},
         "seconds": time.perf_counter() - started,
         "torch": version("torch"),
         "cores": os.cpu_count(),
@@ -82,6 +79,7 @@ def demo(config: Config) -> None:
         low=difference.low,
         high=difference.high,
         items=difference.items,
+        left_out=difference.left_out,
     )
     measured.write(folder)
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ from seppo_fast.policy import lora_weights, make_trainable, trainable
 from seppo_fast.resume import refuse_other_content, saved_config
 from seppo_fast.saved_state import SavedState, newest_state
 from seppo_fast.scores import Scores, read_scores
-from seppo_fast.state import AVERAGE, load_policy, on_cpu
+from seppo_fast.state import AVERAGE, fitting, load_policy, on_cpu
 
 Format = Literal["diffusers", "lora", "comfyui"]
 COMFYUI_FILE = "lora-comfyui.safetensors"
@@ -103,10 +103,10 @@ def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[StableDiffus
     load_policy(family.unet, saved)
     average = bool(config.train.ema_decay) and not raw
     if average:
-        tensors = saved.tensors(AVERAGE)
+        parameters = trainable(family.unet)
         with torch.no_grad():
-            for name, parameter in trainable(family.unet).items():
-                parameter.copy_(tensors[name])
+            for name, tensor in fitting(saved, AVERAGE, parameters).items():
+                parameters[name].copy_(tensor)
     return family, average
 
 

@@ -20,7 +20,7 @@ from seppo_fast.faults import fault
 from seppo_fast.journal import SKIPPED
 from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
 from seppo_fast.pairs import Pairs
-from seppo_fast.policy import make_ema, make_optimizer, trainable
+from seppo_fast.policy import learning_rate, make_ema, make_optimizer, trainable
 from seppo_fast.reference_errors import ReferenceErrors
 from seppo_fast.sharding import fill, is_sharded, whole
 
@@ -182,7 +182,11 @@ class Learner:
         return files, numbers
 
     def restore(self, files: Mapping[str, Mapping[str, torch.Tensor]], numbers: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave, its tensors from the CPU."""
+        """Takes over what `state` gave, its tensors from the CPU.
+
+        Raises:
+            KeyError, ValueError: it is not of this optimizer and these weights.
+        """
         parameters = trainable(self.unet)
         for place, value in [*files["optimizer"].items(), *numbers["optimizer"].items()]:
             key, _, name = place.partition("/")
@@ -194,6 +198,11 @@ class Learner:
                     fill(like, value)
                 value = value.to(own.device) if like is None else like
             self._optimizer.state[own][key] = value
+        if self._config.train.optimizer == "adamw":
+            for name, own in parameters.items():
+                shapes = {key: value.shape for key, value in self._optimizer.state.get(own, {}).items()}
+                if shapes not in ({}, {"step": torch.Size(), "exp_avg": own.shape, "exp_avg_sq": own.shape}):
+                    raise ValueError(f"the optimizer's {name} has {shapes}")
         self._scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         self.applied = applied_updates(numbers)
@@ -217,10 +226,8 @@ class Learner:
             state.update({name: value.to(device) for name, value in state.items() if isinstance(value, torch.Tensor)})
 
     def _set_learning_rate(self, update: int) -> None:
-        warmup = self._config.train.warmup_updates
-        factor = min(1.0, (update + 1) / warmup) if warmup else 1.0
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * factor
+            group["lr"] = learning_rate(self._config, update)
 
 
 def gradient_norms(unet: nn.Module) -> dict[str, float]:

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from seppo_fast.checkpointing import enable_checkpointing
-from seppo_fast.config import ModelConfig, TrainConfig
+from seppo_fast.config import Config, ModelConfig, TrainConfig
 from seppo_fast.diffusion import keyed_rng
 from seppo_fast.families import UNet
 
@@ -95,6 +95,15 @@ def make_optimizer(module: nn.Module, learning_rate: float, config: TrainConfig)
     from bitsandbytes.optim import AdamW8bit  # an extra; `preflight` has asked for it
 
     return AdamW8bit(parameters, **settings)
+
+
+def learning_rate(config: Config, update: int) -> float:
+    """The learning rate of an update (from 0): a linear warm-up, then constant.
+
+    Of the update alone: neither `train.updates` nor the number of processes rescales it, and a resume goes on with it.
+    """
+    warmup = config.train.warmup_updates
+    return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
 
 
 def make_ema(module: nn.Module, decay: float) -> EMAModel | None:

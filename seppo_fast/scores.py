@@ -26,6 +26,7 @@ class Scores:
         low: lower end of the 95 % interval of the mean paired difference.
         high: its upper end.
         items: number of pairs.
+        left_out: number of prompts that count in none of these, since the judge gave one of the two no score.
     """
 
     what: str
@@ -36,16 +37,19 @@ class Scores:
     low: float
     high: float
     items: int
+    left_out: int = 0
 
     def write(self, run: Path) -> None:
         """Puts them into a run's folder."""
         (run / SCORES).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
+        left_out = f", {self.left_out} without a score left out" if self.left_out else ""
         weights = "moving average" if self.average else "raw weights"
         return (
             f"{self.what}: base {self.base:.3f}, after update {self.update} ({weights}) {self.aligned:.3f}; paired "
-            f"difference {self.aligned - self.base:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs)"
+            f"difference {self.aligned - self.base:+.3f} [{self.low:+.3f}, {self.high:+.3f}] "
+            f"(95 %, {self.items} pairs{left_out})"
         )
 
 
@@ -63,7 +67,8 @@ def read_scores(run: Path) -> Scores | None:
         numbers = {name: float(tree[name]) for name in ("base", "aligned", "low", "high")}
         if not all(math.isfinite(number) for number in numbers.values()):
             raise ValueError("a number is not finite")
-        update, items = int(tree["update"]), int(tree["items"])
-        return Scores(what=str(tree["what"]), update=update, average=bool(tree["average"]), items=items, **numbers)
+        update, items, left_out = int(tree["update"]), int(tree["items"]), int(tree.get("left_out", 0))
+        what, average = str(tree["what"]), bool(tree["average"])
+        return Scores(what=what, update=update, average=average, items=items, left_out=left_out, **numbers)
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:
         raise ConfigError(f"{file}: no scores of a run ({problem}); remove it") from problem

@@ -50,16 +50,28 @@ def load_policy(module: nn.Module, saved: SavedState) -> None:
     Raises:
         CheckpointError: tensors that are not the module's; the module is as it was.
     """
-    tensors, state = saved.tensors(POLICY), trained_state(module)
+    state = trained_state(module)
+    for name, tensor in fitting(saved, POLICY, state).items():
+        fill(state[name], tensor)
+
+
+def fitting(saved: SavedState, file: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file of a saved state, which have the names and shapes of `own`: copying would broadcast.
+
+    Raises:
+        CheckpointError: they have others.
+    """
+    tensors = saved.tensors(file)
     different = sorted(
         name
-        for name in {*tensors, *state}
-        if name not in tensors or name not in state or tensors[name].shape != state[name].shape
+        for name in {*tensors, *own}
+        if name not in tensors or name not in own or tensors[name].shape != own[name].shape
     )
     if different:
-        raise CheckpointError(f"{saved.folder}: holds other weights than this model's: {', '.join(different[:5])} ...")
-    for name, tensor in tensors.items():
-        fill(state[name], tensor)
+        raise CheckpointError(
+            f"{saved.folder}: {file} holds other weights than this model's: {', '.join(different[:5])} ..."
+        )
+    return tensors
 
 
 class Saver:

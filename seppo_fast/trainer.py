@@ -28,7 +28,7 @@ from seppo_fast.memory import is_out_of_memory
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.opening import open_cache, open_pool
 from seppo_fast.pairs import PairMaker
-from seppo_fast.policy import DTYPES, compile_blocks, make_trainable, trainable
+from seppo_fast.policy import DTYPES, compile_blocks, learning_rate, make_trainable, trainable
 from seppo_fast.preflight import preflight
 from seppo_fast.processes import Patience, node_of, processes
 from seppo_fast.reference_errors import WAYS
@@ -37,7 +37,7 @@ from seppo_fast.rollout import Rollout
 from seppo_fast.saved_state import REFERENCES, SavedState, put_aside_newer
 from seppo_fast.sharding import settled, shard, sharding_asked
 from seppo_fast.slab import trained_state
-from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, load_policy, on_cpu
+from seppo_fast.state import AVERAGE, OPTIMIZER, POLICY, Saver, fitting, load_policy, on_cpu
 from seppo_fast.temporal import set_temporal_attention
 from seppo_fast.tiers import PoolFullError
 from seppo_fast.trackers import Trackers
@@ -182,9 +182,8 @@ class Trainer:
         if not self._opened:
             self._open_folder(0)  # not before: a run that ends without an update leaves nothing
         stall, self._stalled = self._saver.stalled - self._stalled, self._saver.stalled
-        stats = self._journal.tell(
-            updates, stats | {"rollout_seconds": self.rollout.seconds, "save_stall_seconds": stall}
-        )
+        stats |= {"rollout_seconds": self.rollout.seconds, "save_stall_seconds": stall}
+        stats = self._journal.tell(updates, stats | {"learning_rate": learning_rate(self.config, updates - 1)})
         self._trackers.log(updates, stats)
         try:
             self._journal.write(updates, stats)
@@ -238,8 +237,9 @@ class Trainer:
 
     def _restore(self, saved: SavedState) -> None:
         load_policy(self.unet, saved)
-        names = [OPTIMIZER, *([AVERAGE] if self.learner.ema is not None else [])]
-        files = {name: saved.tensors(name) for name in names}
+        files = {OPTIMIZER: saved.tensors(OPTIMIZER)}
+        if self.learner.ema is not None:
+            files[AVERAGE] = fitting(saved, AVERAGE, trainable(self.unet))
         try:
             self.learner.restore(files, saved.numbers)
             self._added = int(saved.numbers["added"])

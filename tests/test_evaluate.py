@@ -1,5 +1,7 @@
 """Paired intervals, judged pictures, grids."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,6 +39,17 @@ def test_the_interval_covers_as_often_as_it_says():
 def test_what_cannot_be_paired_is_refused(base, other):
     with pytest.raises(ValueError, match="equally long"):
         paired_difference(base, other)
+
+
+@pytest.mark.parametrize("none", [np.nan, np.inf])
+def test_an_item_without_a_score_is_left_out_and_said_and_never_a_zero(none):
+    base, other = [0.2, none, 0.4, 0.9, 0.5], [0.3, 1.0, 0.8, 0.7, none]
+    result = paired_difference(base, other)
+    assert dataclasses.replace(result, left_out=0) == paired_difference([0.2, 0.4, 0.9], [0.3, 0.8, 0.7])
+    assert (result.items, result.left_out) == (3, 2)
+    assert str(result).endswith("(95 %, 3 pairs, 2 without a score left out)")
+    with pytest.raises(ValueError, match="1 of 3 items have a score of both"):
+        paired_difference([0.2, none, 0.4], [0.3, 0.5, none])
 
 
 def test_prompts_are_held_out_from_winners_and_from_each_other():

@@ -150,6 +150,44 @@ def test_plain_weights_come_before_a_variant(tiny, tmp_path, family):
     assert StableDiffusion.load(str(folder), CPU).identity() == family.identity()
 
 
+def renamed(folder, part, rename):
+    """Gives the weights of a part of a pipeline folder other names."""
+    (file,) = (folder / part).glob("*.safetensors")
+    save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_text_encoders_of_older_and_newer_transformers_are_the_same(tiny, tmp_path, family):
+    """Up to 5.5 the names of a CLIPTextModel's weights begin with `text_model.`; what is saved has them so."""
+    assert "text_model.final_layer_norm.bias" not in load_file(tiny / "text_encoder" / "model.safetensors")
+    older = renamed(shutil.copytree(tiny, tmp_path / "older"), "text_encoder", "text_model.{}".format)
+    for number, source in enumerate((tiny, older)):
+        loaded = StableDiffusion.load(str(source), CPU)
+        assert loaded.fingerprint() == family.fingerprint()
+        loaded.save(tmp_path / f"saved-{number}")
+        saved, wanted = (load_file(place / "text_encoder" / "model.safetensors") for place in (
+            tmp_path / f"saved-{number}", older))  # fmt: skip
+        assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    assert StableDiffusion.load(str(tmp_path / "saved-0"), CPU).fingerprint() == family.fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("part", "old", "new", "missing"),
+    [
+        ("text_encoder", "", "transformer.text_model.", "20 weights of a CLIPTextModel"),
+        ("text_encoder", "q_proj", "query", "2 weights of a CLIPTextModel, such as encoder.*q_proj.bias"),
+        ("unet", "conv_in", "input_blocks.0.0", "2 weights of a UNet2DConditionModel, such as conv_in.bias"),
+        ("vae", "quant_conv", "quantise", "weights of a AutoencoderKL"),
+    ],
+    ids=["all", "some", "unet", "vae"],
+)
+def test_weights_under_names_that_the_library_does_not_know_are_refused(tiny, tmp_path, part, old, new, missing):
+    folder = renamed(shutil.copytree(tiny, tmp_path / "copy"), part, lambda name: name.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=f"{part} holds nothing for .*{missing}"):
+        StableDiffusion.load(str(folder), CPU)
+
+
 def test_a_variant_in_several_files_is_loaded_and_counted(tiny, tmp_path, family):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -175,21 +213,31 @@ def test_an_index_of_a_variant_that_leads_to_pickles_is_refused(tiny, tmp_path):
 
 
 HUB = """
-import sys, torch
+import torch
+from seppo_fast.errors import ConfigError
 from seppo_fast.families.sd import StableDiffusion
-print(StableDiffusion.load("somebody/tiny", torch.device("cpu")).identity())
+for name in ("somebody/tiny", "somebody/unknown"):
+    try:
+        print(StableDiffusion.load(name, torch.device("cpu")).identity())
+    except ConfigError as refused:
+        print(refused)
 """
 
 
-def test_a_hub_id_with_nothing_but_a_variant_is_loaded(tiny, tmp_path):
-    snapshot = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abcd"
-    as_variant(shutil.copytree(tiny, snapshot), PARTS)
-    (tmp_path / "models--somebody--tiny" / "refs").mkdir()
-    (tmp_path / "models--somebody--tiny" / "refs" / "main").write_text("0123abcd")
+def test_a_hub_id_with_nothing_but_a_variant_is_loaded_and_one_of_unknown_names_refused(tiny, tmp_path):
+    for name in ("tiny", "unknown"):
+        snapshot = tmp_path / f"models--somebody--{name}" / "snapshots" / "0123abcd"
+        as_variant(shutil.copytree(tiny, snapshot), PARTS)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0123abcd")
+    renamed(snapshot, "text_encoder", "a.b.{}".format)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == StableDiffusion.load(str(snapshot), CPU).identity()
+    identity, refused = done.stdout.splitlines()[-2:]
+    expected = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abcd"
+    assert identity == StableDiffusion.load(str(expected), CPU).identity()
+    assert "holds nothing for 20 weights of a CLIPTextModel" in refused
 
 
 def test_parts_that_training_never_uses_are_not_needed(tiny, tmp_path, family):

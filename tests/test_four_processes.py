@@ -37,7 +37,7 @@ def straight(ranks, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     config = tiny_config(
         tiny, folder, save={"minutes": 0, "keep": 9},
-        train={"beta": 100.0, "pairs_per_update": 8, "micro_batch": 2, "ema_decay": 0.5},
+        train={"beta": 100.0, "pairs_per_update": 8, "micro_batch": 2, "ema_decay": 0.5, "warmup_updates": 4},
     )  # fmt: skip
     (folder / "run.yaml").write_text(to_yaml(config))
     runs = {}
@@ -58,20 +58,22 @@ def recorded(folder, world):
 
 
 def assert_same_training(one, other, start):
-    """Two runs' logs and last states agree within the tolerance; `start`: the weights of the beginning."""
+    """Two runs' logs, weights and averages agree within the tolerance; `start`: the weights of the beginning."""
     for ours, theirs in zip(log_of(one), log_of(other), strict=True):
-        assert ours["aaf_rate"] == theirs["aaf_rate"]
+        assert ours["aaf_rate"] == theirs["aaf_rate"] and ours["learning_rate"] == theirs["learning_rate"]
         for name in NUMBERS:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     ours, theirs = content(one.output), content(other.output)
     assert {name: (t.shape, t.dtype) for name, t in ours.items() if "references" not in name} == {
         name: (t.shape, t.dtype) for name, t in theirs.items() if "references" not in name
     }
-    name_of = re.compile(r".*policy\.safetensors (.*)")
-    policy = {match[1]: (tensor, theirs[name]) for name, tensor in ours.items() if (match := name_of.match(name))}
-    moved = torch.cat([(mine - start[name]).flatten() for name, (mine, _) in policy.items()])
-    apart = torch.cat([(mine - its).flatten() for mine, its in policy.values()])
-    assert apart.norm() < 0.001 * moved.norm()
+    for file in ("policy", "average"):
+        pattern = re.compile(rf".*{file}\.safetensors (.*)")
+        pairs = {match[1]: (tensor, theirs[name]) for name, tensor in ours.items() if (match := pattern.match(name))}
+        assert pairs.keys() == start.keys()
+        moved = torch.cat([(mine - start[name]).flatten() for name, (mine, _) in pairs.items()])
+        apart = torch.cat([(mine - its).flatten() for mine, its in pairs.values()])
+        assert apart.norm() < 0.001 * moved.norm(), file
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,8 @@ def test_a_run_goes_on_with_half_the_processes_and_again(ranks, straight, start,
     assert_same_training(
         in_folder(straight.config, tmp_path / "run"), in_folder(straight.config, straight.runs[1]), start
     )
+    rates = [entry["learning_rate"] for entry in log_of(in_folder(straight.config, tmp_path / "run"))]
+    assert rates == [1e-3 * update / 4 for update in (1, 2, 3)]  # whatever the processes and the updates in all
 
 
 @pytest.mark.parametrize(

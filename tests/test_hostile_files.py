@@ -98,9 +98,8 @@ def test_what_json_says_of_a_run_is_still_a_configuration(tmp_path):
 def run(tmp_path_factory, tiny):
     """A folder with a finished run and its configuration, run.yaml; read only."""
     folder = tmp_path_factory.mktemp("hostile")
-    file = run_config(
-        folder, tiny, train={"updates": 1, "updates_per_iteration": 1, "pairs_per_update": 2, "micro_batch": 2}
-    )
+    sizes = {"updates": 1, "updates_per_iteration": 1, "pairs_per_update": 2, "micro_batch": 2}
+    file = run_config(folder, tiny, train=sizes | {"ema_decay": 0.5})
     assert main(["train", str(file)]) == 0
     return folder
 
@@ -249,12 +248,18 @@ def mend_pool(state: Path) -> None:
 
 def test_tensors_of_another_model_are_refused(copied, capsys):
     file, state = copied
-    for name in ("policy", "optimizer"):
-        before = (state / f"{name}.safetensors").read_bytes()
-        save_file({"a": torch.zeros(3)}, state / f"{name}.safetensors")
-        mend(state)
-        assert "other" in ends(capsys, 6, "train", file)
-        (state / f"{name}.safetensors").write_bytes(before)
+    for name in ("policy", "average", "optimizer"):
+        weights = state / f"{name}.safetensors"
+        before, tensors = weights.read_bytes(), load_file(weights)
+        moment = next(place for place in tensors if not place.startswith("step/"))
+        # A single value would fit wherever it is copied to.
+        for other in ({"a": torch.zeros(3)}, tensors | {moment: torch.zeros(1)}, tensors | {moment: torch.zeros(7, 7)}):
+            save_file(other, weights)
+            mend(state)
+            assert "holds other" in ends(capsys, 6, "train", file)
+            if name == "average":
+                assert "holds other weights" in ends(capsys, 6, "export", state.parents[1])
+        weights.write_bytes(before)
 
 
 HOSTILE_JSON = {

@@ -1,14 +1,17 @@
 """A run that was interrupted and goes on is the run that was not: weights, optimizer, average, references, log."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from benchmarks.faults import contents, differences
+from seppo_fast.errors import ConfigError
+from seppo_fast.learner import Learner
 from seppo_fast.saved_state import saved_states
 from seppo_fast.train import train
-from tests.runs import tiny_config
+from tests.runs import log_of, tiny_config
 
 UPDATES = 6
 
@@ -72,3 +75,30 @@ def test_a_run_that_stops_after_every_update_is_the_run_that_does_not(tiny, tmp_
             train(stopped, stop_at(update=update))
     train(stopped)
     assert_same_run(straight, stopped)
+
+
+def test_a_run_that_goes_on_with_other_batches_takes_the_same_pairs(tiny, tmp_path, monkeypatch):
+    """Memory dial, micro-batch and updates in all change: each update keeps its samples, noises and learning rate."""
+    taken, step = {}, Learner.step
+
+    def recording(self, pairs, update):
+        key = Path(self._config.output).name, update
+        taken[key] = list(pairs.sample_ids), pairs.timesteps.tolist(), pairs.noise.tolist()
+        return step(self, pairs, update)
+
+    monkeypatch.setattr(Learner, "step", recording)
+    keys = {"updates": 3, "updates_per_iteration": 2, "pairs_per_update": 5, "warmup_updates": 3}
+    config = partial(run_config, tiny, tmp_path, model={"train": "lora"})
+    straight = config("straight", train=keys)
+    train(straight)
+    with pytest.raises(Stop):
+        train(config("stopped", train=keys | {"updates": 2}), stop_at(update=1))
+    with pytest.raises(ConfigError, match=r"train\.ema_decay = 0\.0, not 0\.9"):
+        train(config("stopped", train=keys | {"ema_decay": 0.9}))
+    resumed = config("stopped", train=keys | {"micro_batch": 3}, memory="low")
+    train(resumed)
+    assert len({sample for update in range(3) for sample in taken["straight", update][0]}) == 3 * 5  # none twice
+    for update in range(3):
+        assert taken["stopped", update] == taken["straight", update]
+    rates = [[entry["learning_rate"] for entry in log_of(one)] for one in (straight, resumed)]
+    assert rates == [[1e-3 / 3, 2e-3 / 3, 1e-3]] * 2

@@ -1,17 +1,28 @@
-"""The demo leaves its scores where the model card finds them."""
+"""The demo leaves its scores where the model card finds them; a picture without a score is no 0 in them."""
 
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from seppo_fast import demo
 from seppo_fast.config import read_config
+from seppo_fast.evaluate import judged
 from seppo_fast.export import export
 from seppo_fast.scores import read_scores
 
 
-def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch):
-    prompts = ["a small red circle", "a large blue square", "a small green triangle"]
+def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch, capsys):
+    prompts = ["a small red circle", "a large blue square", "a small green triangle", "a large red square"]
     monkeypatch.setattr(demo, "prompt_sets", lambda source: (prompts, prompts))
+    given, score_all = [], judged.judge.score_all
+
+    def judge_without_one(*arguments):
+        given.append(score_all(*arguments))
+        return np.where(np.arange(4) == 1, np.nan, given[-1])
+
+    monkeypatch.setattr(judged.judge, "score_all", judge_without_one)
     config = read_config("demo.yaml")
     changes = {
         "output": str(tmp_path / "run"),
@@ -19,12 +30,30 @@ def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch)
         "train": config.train.model_copy(update={"updates": 1, "pairs_per_update": 2}),
         "sampler": config.sampler.model_copy(update={"steps": 2}),
     }
-    demo.demo(config.model_copy(update=changes))
+    config = config.model_copy(update=changes)
+    demo.demo(config)
     run = Path(changes["output"])
     result, scores = json.loads((run / "result.json").read_text()), read_scores(run)
-    assert (scores.base, scores.aligned, scores.low, scores.high, scores.items) == tuple(
-        result[name] for name in ("base", "other", "low", "high", "items")
-    )
-    assert scores.update == 1 and not scores.average and "3 pictures" in scores.what
+    names = ("base", "other", "low", "high", "items", "left_out")
+    assert tuple(result[name] for name in names) == (
+        scores.base, scores.aligned, scores.low, scores.high, scores.items, scores.left_out
+    )  # fmt: skip
+    assert scores.update == 1 and not scores.average and "4 pictures" in scores.what
+    base, aligned = (np.delete(one, 1) for one in given[-2:])
+    assert (scores.items, scores.left_out) == (3, 1)
+    assert scores.base == pytest.approx(base.mean()) and scores.aligned == pytest.approx(aligned.mean())
+    assert result["aligned_all_right"] == pytest.approx((aligned == 1).mean())
+    assert f"judge after 1 updates: {np.delete(given[1], 1).mean():.3f} (3 development" in capsys.readouterr().out
     card = (export(run) / "README.md").read_text()
-    assert f"Scores: {scores}." in card and "other weights" not in card
+    assert f"Scores: {scores}." in card and "1 without a score left out" in card and "other weights" not in card
+
+    def judge_that_fails(*arguments):
+        raise ValueError("no picture")
+
+    for name in ("scores.json", "result.json"):
+        (run / name).unlink()
+    monkeypatch.setattr(demo, "train", lambda *_: run / "weights")
+    monkeypatch.setattr(judged.judge, "score_all", judge_that_fails)
+    with pytest.raises(ValueError, match="no picture"):
+        demo.demo(config)
+    assert not (run / "scores.json").exists() and not (run / "result.json").exists()

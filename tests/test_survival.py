@@ -310,6 +310,15 @@ def test_settings_that_cannot_change_are_refused_with_both_values(damaged):
     ended = damaged.train("--train.beta", 500, "--train.learning_rate", "1e-5")
     assert ended.code == 2
     assert "train.beta = 2000.0, not 500.0" in ended.err and "train.learning_rate = 0.001, not 1e-05" in ended.err
+    ended = damaged.train(
+        "--train.pairs_per_update", 8, "--reference.uses", 2, "--seed", 1, "--train.ema_decay", 0
+    )  # fmt: skip
+    assert ended.code == 2
+    for said in (
+        "train.pairs_per_update = 6, not 8", "reference.uses = 1, not 2", "seed = 0, not 1",
+        "train.ema_decay = 0.9, not 0.0",
+    ):  # fmt: skip
+        assert said in ended.err
     ended = damaged.train("--train.updates", 2)
     assert ended.code == 2 and "has finished 3" in ended.err
 

@@ -1,8 +1,10 @@
 """The trainer, end to end on a tiny pipeline: exactness at equal weights, learning, and what it writes."""
 
 import contextlib
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,15 +14,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
-from seppo_fast.config import to_yaml
+from seppo_fast.config import LogConfig, to_yaml
 from seppo_fast.errors import ConfigError, NonFiniteError
+from seppo_fast.evaluate import pictures
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.objectives import OBJECTIVES
 from seppo_fast.policy import trainable
+from seppo_fast.rollout import sample_latents
 from seppo_fast.train import train
 from seppo_fast.trainer import Trainer
 from tests.runs import log_of, tiny_config
+from tests.test_resume import assert_same_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -306,8 +312,9 @@ def test_warm_up_scales_the_first_updates(tiny, tmp_path):
     def observe(trainer, updates):
         rates.append(trainer.learner._optimizer.param_groups[0]["lr"])
 
-    train(tiny_config(tiny, tmp_path, train={"warmup_updates": 2, "learning_rate": 1e-3}), observe)
-    assert rates[1:] == pytest.approx([5e-4, 1e-3, 1e-3])
+    config = tiny_config(tiny, tmp_path, train={"warmup_updates": 2, "learning_rate": 1e-3})
+    train(config, observe)
+    assert rates[1:] == [5e-4, 1e-3, 1e-3] == [entry["learning_rate"] for entry in log_of(config)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -332,16 +339,41 @@ def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path, valu
         learner.step(poisoned, 5)
 
 
-def test_pictures_of_samples(tiny, tmp_path):
-    from PIL import Image
+def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
+    """Each starts from the same noise and prompts, without dropout of any kind, and the run is the run without them."""
+    pipeline = shutil.copytree(tiny, tmp_path / "pipeline")
+    for part, dropout in (("unet", "dropout"), ("text_encoder", "attention_dropout")):
+        file = pipeline / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {dropout: 0.5}))
+    started = []
 
-    config = tiny_config(tiny, tmp_path, log={"sample_every": 2, "sample_prompts": ["a fox", "b", "c"]})
-    train(config)
-    (picture,) = (Path(config.output) / "samples").iterdir()
-    assert picture.name == "update-000002.png"
-    pixels = np.asarray(Image.open(picture))
-    assert pixels.shape == (24 + 3 * 128, 260 + 2 * 128, 3)
-    assert pixels[30:, 260:].std() > 1
+    def recording(forward, model, sampler, noise, embeds, uncond):
+        started.append((noise, embeds, uncond))
+        return sample_latents(forward, model, sampler, noise, embeds, uncond)
+
+    def observe(trainer, updates):
+        if updates == 0:
+            assert trainer.unet.config.dropout == trainer.family.pipe.text_encoder.config.attention_dropout == 0.5
+            assert np.array_equal(trainer._samples._generate(), trainer._samples._base)
+
+    monkeypatch.setattr(pictures, "sample_latents", recording)
+    keys = {"data": {"prompt_dropout": 0.8}, "objective": "seppo-newest"}
+    log = {"sample_every": 2, "sample_prompts": ["a fox", "b", "c"]}
+    config = tiny_config(pipeline, tmp_path, log=log, train={"updates": 4}, **keys)
+    train(config, observe)
+    assert len(started) == 4  # the base, once more above, after updates 2 and 4
+    for ours in started[1:]:
+        assert all(torch.equal(one, base) for one, base in zip(ours, started[0], strict=True))
+    assert len({row.numpy().tobytes() for row in started[0][1]}) == 3  # no prompt was left out
+    assert log_of(config)[0]["logit_abs"] == 0  # nor does a policy differ from itself
+    first, second = sorted((Path(config.output) / "samples").iterdir())
+    assert (first.name, second.name) == ("update-000002.png", "update-000004.png")
+    one, other = (np.asarray(Image.open(file)) for file in (first, second))
+    assert one.shape == (24 + 3 * 128, 260 + 2 * 128, 3) and one[30:, 260:].std() > 1
+    assert np.array_equal(one[24:, :388], other[24:, :388]) and not np.array_equal(one[24:, 388:], other[24:, 388:])
+    without = config.model_copy(update={"output": str(tmp_path / "without"), "log": LogConfig(sample_every=0)})
+    train(without)
+    assert_same_run(without, config)
 
 
 def test_a_run_that_ends_before_its_first_update_leaves_nothing(tiny, tmp_path):

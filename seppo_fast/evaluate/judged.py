@@ -33,11 +33,14 @@ def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list
     Raises:
         ValueError: there are not so many: 48 captions have one shape, 7,680 have two.
     """
-    captions = dict.fromkeys(caption(scene(stream, index)) for index in range(20 * count))
-    chosen = [text for text in captions if text not in excluded][:count]
-    if len(chosen) < count:
-        raise ValueError(f"count: {count} prompts are asked for, {len(chosen)} are left")
-    return chosen
+    chosen: dict[str, None] = {}
+    for index in range(20 * count):
+        text = caption(scene(stream, index))
+        if text not in excluded:
+            chosen[text] = None
+        if len(chosen) == count:
+            return list(chosen)
+    raise ValueError(f"count: {count} prompts are asked for, {len(chosen)} are left")
 
 
 def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:

@@ -19,6 +19,7 @@ class PairedDifference:
         low: lower end of the interval.
         high: upper end of the interval.
         items: number of pairs.
+        left_out: number of items that count in none of these, since one of the two models has no score of them.
     """
 
     base: float
@@ -27,29 +28,42 @@ class PairedDifference:
     low: float
     high: float
     items: int
+    left_out: int = 0
 
     def __str__(self) -> str:
+        left_out = f", {self.left_out} without a score left out" if self.left_out else ""
         return (
             f"{self.base:.3f} -> {self.other:.3f}, difference {self.difference:+.3f} "
-            f"[{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs)"
+            f"[{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs{left_out})"
         )
 
 
 def paired_difference(base: ArrayLike, other: ArrayLike) -> PairedDifference:
-    """Compares scores `(N,)` of two models on the same N items.
+    """Compares scores `(N,)` of two models on the same N items; one that is not finite is none, and never a 0.
 
     The interval is mean +- 1.96 standard errors of the paired differences: with the hundreds of items it is meant
     for, that is the t interval. It covers the choice of prompts and seeds of sampling, not of training.
 
     Raises:
-        ValueError: fewer than two items, or numbers of items that differ.
+        ValueError: fewer than two items that both have a score of, or numbers of items that differ.
     """
     first, second = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
         raise ValueError(f"base, other: two equally long lists of at least 2 scores, got {first.shape}, {second.shape}")
+    scored = np.isfinite(first) & np.isfinite(second)
+    if scored.sum() < 2:
+        raise ValueError(f"base, other: {scored.sum()} of {len(first)} items have a score of both; 2 are needed")
+    left_out = len(first) - int(scored.sum())
+    first, second = first[scored], second[scored]
     differences = second - first
     half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
     mean = differences.mean()
     return PairedDifference(
-        float(first.mean()), float(second.mean()), float(mean), float(mean - half), float(mean + half), len(first)
+        base=float(first.mean()),
+        other=float(second.mean()),
+        difference=float(mean),
+        low=float(mean - half),
+        high=float(mean + half),
+        items=len(first),
+        left_out=left_out,
     )

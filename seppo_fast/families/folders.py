@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,12 +96,7 @@ def check_complete(key: str, place: Path, module: nn.Module) -> None:
     What is missing there the libraries leave on `meta` or fill with random numbers. In a folder values are counted,
     since names may be old ones. Other files beside those that were loaded do not count.
     """
-    empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
-    if empty:
-        raise ConfigError(
-            f"{key}: {place} holds nothing for {len(empty)} weights of a {type(module).__name__}, such as "
-            f"{empty[0]}; a file of another format is converted by its from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+    refuse_missing(key, place, type(module), [name for name, t in module.state_dict().items() if t.is_meta])
     if not place.is_dir():
         return
     held = 0
@@ -111,6 +106,22 @@ def check_complete(key: str, place: Path, module: nn.Module) -> None:
     needed = sum(parameter.numel() for parameter in module.parameters())
     if held < needed:
         raise ConfigError(f"{key}: {place} holds {held:,} of the {needed:,} weights that its config.json asks for")
+
+
+def refuse_missing(key: str, place: Path, kind: type[nn.Module], names: Collection[str]) -> None:
+    """Raises ConfigError where weights of these names were not found, or only under names the library does not know.
+
+    Args:
+        key: `section.key`, for messages.
+        place: where they were looked for.
+        kind: the class of the model.
+        names: of the missing weights.
+    """
+    if names:
+        raise ConfigError(
+            f"{key}: {place} holds nothing for {len(names)} weights of a {kind.__name__}, such as {min(names)}; "
+            "a file of another format is converted by its from_single_file(FILE).save_pretrained(FOLDER)"
+        )
 
 
 def _loaded(place: Path, module: nn.Module) -> list[Path]:

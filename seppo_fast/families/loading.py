@@ -30,6 +30,7 @@ from seppo_fast.families.folders import (
     check_weights,
     expanded,
     load_as,
+    refuse_missing,
     variant_of,
 )
 
@@ -98,7 +99,8 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
 
     def load() -> DiffusionPipeline:
         scheduler = _stand_in(where)
-        parts = unneeded | _variants(where, kind) | ({} if scheduler is None else {"scheduler": None})
+        parts = unneeded | _variants(where, kind) | {"text_encoder": _text_encoder(where)}
+        parts |= {} if scheduler is None else {"scheduler": None}
         try:
             pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, **parts)
         except (OSError, ValueError):
@@ -126,15 +128,39 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
 
 
 def _variants(where: str, kind: type[DiffusionPipeline]) -> dict[str, nn.Module]:
-    """The parts of a pipeline folder of which it has nothing but a variant, such as fp16, loaded in float32."""
-    unet = UNet2DConditionModel if kind is StableDiffusionPipeline else UNetMotionModel
-    kinds = {"unet": unet, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    variants = {part: variant_of(Path(where) / part) for part in _WEIGHTS}
+    """UNet and VAE of a folder that has nothing but a variant of them, such as fp16, loaded in float32."""
+    kinds = {"unet": UNet2DConditionModel if kind is StableDiffusionPipeline else UNetMotionModel, "vae": AutoencoderKL}
+    variants = {part: variant_of(Path(where) / part) for part in kinds}
     return {
         part: kinds[part].from_pretrained(where, subfolder=part, variant=variant, **_AS_SAFETENSORS)
         for part, variant in variants.items()
         if variant is not None
     }
+
+
+def _text_encoder(where: str) -> CLIPTextModel:
+    """The text encoder at `where` in float32.
+
+    Loaded by itself, since transformers fills weights whose names it does not find with random numbers, and only its
+    loading report tells. Names do change: up to 5.5 transformers does not know those that 5.6 gives a CLIPTextModel.
+
+    Raises:
+        ConfigError: a weight is missing.
+    """
+    place = Path(where) / "text_encoder"
+
+    def load(variant: str | None) -> Any:
+        settings = {"subfolder": "text_encoder", "output_loading_info": True, **_AS_SAFETENSORS}
+        return CLIPTextModel.from_pretrained(where, variant=variant, **settings)
+
+    try:
+        encoder, report = load(variant_of(place))
+    except OSError:
+        if Path(where).is_dir():
+            raise
+        encoder, report = load("fp16")  # as in `load_pipeline`
+    refuse_missing("model.path", place, CLIPTextModel, report["missing_keys"])
+    return encoder
 
 
 def _stand_in(where: str) -> SchedulerMixin | None:

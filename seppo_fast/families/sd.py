@@ -165,9 +165,16 @@ class StableDiffusion:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads."""
+        """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads.
+
+        The text encoder's weights get the names that every version of transformers reads: up to 5.5 it fills those
+        that a CLIPTextModel has since 5.6 with random numbers.
+        """
         parts = {**self.pipe.components, "unet": _contiguous(self.pipe.unet), "vae": _contiguous(self.pipe.vae)}
         self._pipeline_of(parts).save_pretrained(folder, safe_serialization=True)
+        encoder = self.pipe.text_encoder
+        weights = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
+        encoder.save_pretrained(folder / "text_encoder", state_dict=weights, save_original_format=False)
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes a LoRA of the UNet, as a folder that `pipe.load_lora_weights` loads."""
