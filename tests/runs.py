@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from seppo_fast.config import Config, parse_config
 from seppo_fast.journal import read_journal
+from seppo_fast.policy import trainable
+from seppo_fast.trainer import Trainer
 
 
 def tiny_config(pipeline: Path, folder: Path, **sections: Any) -> Config:
@@ -30,3 +34,8 @@ def tiny_config(pipeline: Path, folder: Path, **sections: Any) -> Config:
 def log_of(config: Config) -> list[dict[str, float]]:
     """The log of a finished run."""
     return read_journal(Path(config.output))
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trained weights as they are now."""
+    return {name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()}
