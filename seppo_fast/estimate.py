@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -17,6 +18,7 @@ import torch
 from seppo_fast.config import Config
 from seppo_fast.dial import CPU_ROWS, DIAL, FEW_SAMPLES, filled, learner_bytes, pool_bytes, trained_bytes
 from seppo_fast.errors import ConfigError, OutOfMemoryError
+from seppo_fast.families import UNet
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
 from seppo_fast.policy import DTYPES, make_trainable
@@ -103,18 +105,8 @@ def need_of(config: Config, family: StableDiffusion, device: torch.device, room:
     Raises:
         ConfigError: a resolution that the model does not take.
     """
-    unet = family.unet
-    with torch.device("meta"):
-        unet = type(unet).from_config(unet.config)
-    make_trainable(unet, config.model, config.seed)
-    unet.to(memory_format=torch.channels_last)
-    shapes: dict[str, Any] = {
-        "latent_shape": family.latent_shape(config.data.resolution),
-        "prompt_shape": (family.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim),
-        "dtype": DTYPES[config.model.precision],
-        "device": device,
-        "denoise": family.denoise,
-    }
+    counted = _counted(config, family, device)
+    unet = counted.unet
     weights = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
     average = trained_bytes(unet) if config.train.ema_decay else 0
     need = Need(
@@ -123,8 +115,8 @@ def need_of(config: Config, family: StableDiffusion, device: torch.device, room:
         moments=learner_bytes(config, unet) - average,
         average=average,
         references=pool_bytes(config, unet, device, max(0, room - weights)),
-        pair=training_footprint(unet, **shapes),
-        sample=sampling_footprint(unet, **shapes, guided=config.sampler.guidance > 1),
+        pair=counted.pair,
+        sample=counted.sample,
         micro_batch=config.train.micro_batch or 0,
         batch=config.sampler.batch or 0,
         parked=device.type == "cuda" and bool(config.reference.park),
@@ -132,6 +124,39 @@ def need_of(config: Config, family: StableDiffusion, device: torch.device, room:
     if most is None:
         most = weights + int(DIAL[config.memory].share * max(0, room - weights))
     return _filled_in(need, config, device, most)
+
+
+class _Counted(NamedTuple):
+    """A family's UNet as a configuration trains it, on `meta`, and what its batches take."""
+
+    unet: UNet
+    pair: Footprint
+    sample: Footprint
+
+
+# Counting takes seconds, and suggestions ask again and again for what differs in other settings alone.
+_COUNTED: WeakKeyDictionary[StableDiffusion, dict[tuple[Any, ...], _Counted]] = WeakKeyDictionary()
+
+
+def _counted(config: Config, family: StableDiffusion, device: torch.device) -> _Counted:
+    guided = config.sampler.guidance > 1
+    key = (config.model.model_dump_json(), config.data.resolution, guided, device.type)
+    known = _COUNTED.setdefault(family, {})
+    if key not in known:
+        with torch.device("meta"):
+            unet = type(family.unet).from_config(family.unet.config)
+        make_trainable(unet, config.model, config.seed)
+        unet.to(memory_format=torch.channels_last)
+        shapes: dict[str, Any] = {
+            "latent_shape": family.latent_shape(config.data.resolution),
+            "prompt_shape": (family.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim),
+            "dtype": DTYPES[config.model.precision],
+            "device": device,
+            "denoise": family.denoise,
+        }
+        pair, sample = training_footprint(unet, **shapes), sampling_footprint(unet, **shapes, guided=guided)
+        known[key] = _Counted(unet, pair, sample)
+    return known[key]
 
 
 def _filled_in(need: Need, config: Config, device: torch.device, room: int) -> Need:

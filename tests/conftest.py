@@ -13,8 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from benchmarks.forks import Forks
+    from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +36,24 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_adapter
 
     return tiny_adapter(tmp_path_factory.mktemp("tiny") / "adapter")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Forks"]:
+    """The command line in processes of its own, forked from one that has imported everything already."""
+    from benchmarks.forks import Forks
+
+    with Forks(tmp_path_factory.mktemp("forks")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Ranks"]:
+    """The same in several processes at once."""
+    from tests.ranks import Ranks
+
+    with Ranks(tmp_path_factory.mktemp("ranks")) as server:
+        yield server
 
 
 @pytest.fixture

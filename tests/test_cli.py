@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from benchmarks.forks import Forks
 from seppo_fast.config import read_config, to_yaml
 from tests.runs import tiny_config
 
@@ -26,11 +25,10 @@ def run(*arguments, cwd, module="seppo_fast.cli"):
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """The same in a process that has imported everything already; for the many that are refused."""
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks.run
+@pytest.fixture
+def forked(forks):
+    """The same without importing everything again."""
+    return forks.run
 
 
 @pytest.fixture
@@ -78,26 +76,26 @@ def test_python_m_is_the_same_program(config, tmp_path):
     assert "update 1/1" in done.stdout
 
 
-def test_a_folder_of_pictures_trains(config, tmp_path):
+def test_a_folder_of_pictures_trains(forked, config, tmp_path):
     folder = pictures(tmp_path / "pictures")
-    done = run("train", config, "--data.source", folder, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "update 2/2" in done.stdout
+    done = forked("train", config, "--data.source", folder)
+    assert done.code == 0, done.err
+    assert "update 2/2" in done.out
 
 
-def test_check_prints_config_scan_and_estimate(config, tmp_path):
+def test_check_prints_config_scan_and_estimate(forked, config, tmp_path):
     folder = pictures(tmp_path / "pictures")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
-    done = run("check", config, "--data.source", folder, "--train.beta", "17", cwd=tmp_path)
-    assert done.returncode == 3
-    assert "beta: 17.0" in done.stdout and "1.png" in done.stdout
-    assert "data: 3 examples, 1 bad" in done.stdout and "device memory" in done.stdout
+    done = forked("check", config, "--data.source", folder, "--train.beta", "17")
+    assert done.code == 3
+    assert "beta: 17.0" in done.out and "1.png" in done.out
+    assert "data: 3 examples, 1 bad" in done.out and "device memory" in done.out
     assert not left_behind(tmp_path)
     (folder / "1.png").unlink()
     (folder / "1.txt").unlink()
-    done = run("check", config, "--data.source", folder, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "data: 2 examples, 0 bad" in done.stdout
+    done = forked("check", config, "--data.source", folder)
+    assert done.code == 0, done.err
+    assert "data: 2 examples, 0 bad" in done.out
 
 
 def missing_image(folder):
@@ -250,10 +248,10 @@ def test_no_space_left(config, tmp_path, tiny):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-def test_a_run_that_diverges_exits_5_and_writes_no_weights(config, tmp_path):
-    done = run("train", config, "--learning-rate", "1e30", "--train.updates", "9", cwd=tmp_path)
-    assert done.returncode == 5, done.stdout + done.stderr
-    assert "not finite 3 times in a row" in done.stderr and "SKIPPED" in done.stdout
+def test_a_run_that_diverges_exits_5_and_writes_no_weights(forked, config, tmp_path):
+    done = forked("train", config, "--learning-rate", "1e30", "--train.updates", "9")
+    assert done.code == 5, done.out + done.err
+    assert "not finite 3 times in a row" in done.err and "SKIPPED" in done.out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".lock",
         "config.yaml",
@@ -304,22 +302,19 @@ def test_epsilon_without_signal_at_the_last_timestep_is_refused(forked, config, 
     assert not left_behind(tmp_path)
 
 
-@pytest.mark.parametrize("limit", [None, 512])
-def test_a_tokenizer_without_its_limit_checks_and_trains(forked, config, tmp_path, tiny, limit):
+def test_a_tokenizer_without_its_limit_checks_and_trains(forked, config, tmp_path, tiny):
     pipeline = shutil.copytree(tiny, tmp_path / "no-limit")
     file = pipeline / "tokenizer" / "tokenizer_config.json"
     settings = json.loads(file.read_text())
-    del settings["model_max_length"]
-    file.write_text(json.dumps(settings | ({} if limit is None else {"model_max_length": limit})))
-    right = forked("check", config)
-    checked = forked("check", config, "--model.path", pipeline)
-    assert checked.code == 0, checked.err
-    chosen = ("disk:", "data:")
-    assert [line for line in checked.out.splitlines() if line.startswith(chosen)] == [
-        line for line in right.out.splitlines() if line.startswith(chosen)
-    ]
-    done = forked("train", config, "--model.path", pipeline)
-    assert done.code == 0, done.err
+    lines = []
+    for limit in ({"model_max_length": settings.pop("model_max_length")}, {}, {"model_max_length": 512}):
+        file.write_text(json.dumps(settings | limit))
+        checked = forked("check", config, "--model.path", pipeline)
+        assert checked.code == 0, checked.err
+        lines.append([line for line in checked.out.splitlines() if line.startswith(("disk:", "data:"))])
+        done = forked("train", config, "--model.path", pipeline, "--output", tmp_path / f"{len(lines)}")
+        assert done.code == 0, done.err
+    assert lines[0] == lines[1] == lines[2] != []
 
 
 def test_interrupt_exits_130_and_writes_no_weights(config, tmp_path):
@@ -353,7 +348,7 @@ def test_out_of_memory_exits_4_with_what_takes_less(config, monkeypatch, capsys)
     assert "Tried to allocate 2 GiB" in said and "train.micro_batch" in said
 
 
-def test_parquet_in_the_pick_a_pic_schema_trains(config, tmp_path):
+def test_parquet_in_the_pick_a_pic_schema_trains(forked, config, tmp_path):
     """Real JPEGs, ties included; DPO takes the labelled losers, SePPO-r a random one of the two."""
     import io
 
@@ -381,9 +376,9 @@ def test_parquet_in_the_pick_a_pic_schema_trains(config, tmp_path):
     for objective in ("diffusion-dpo", "seppo-r", "seppo"):
         output = tmp_path / objective
         flags = ["--data.source", tmp_path / "pairs.parquet", "--objective", objective, "--output", output]
-        done = run("train", config, *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = forked("train", config, *flags)
+        assert done.code == 0, done.err
         entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         assert len(entries) == 2 and all(entry["loss"] > 0 for entry in entries)
-    checked = run("check", config, "--data.source", tmp_path / "pairs.parquet", cwd=tmp_path)
-    assert "data: 3 examples, 0 bad, 2 ties dropped" in checked.stdout
+    checked = forked("check", config, "--data.source", tmp_path / "pairs.parquet")
+    assert "data: 3 examples, 0 bad, 2 ties dropped" in checked.out

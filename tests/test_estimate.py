@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import seppo_fast.estimate
-from benchmarks.forks import Forks
 from seppo_fast.config import parse_config, to_yaml
 from seppo_fast.dial import DIAL, turn_dial
 from seppo_fast.duration import forwards_per_pair
@@ -183,17 +182,16 @@ def test_the_error_holds_the_table(tiny, tmp_path):
     assert "out of memory: no" in said and "16 pairs" in said and said.count("\n  --") == 3
 
 
-def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path):
+def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path, forks):
     config = tiny_config(tiny, tmp_path, **SIZES)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    with Forks(tmp_path) as forks:
-        ended = forks.run("train", tmp_path / "run.yaml", fault="micro-batch@2=memory")
-        assert ended.code == 4, ended.err
-        assert "out of memory: fault micro-batch" in ended.err and "Traceback" not in ended.err
-        lines = ended.err.splitlines()
-        suggested = lines[lines.index("these would take less:") + 1 :]
-        assert len(suggested) == 3
-        assert forks.run("train", tmp_path / "run.yaml", *suggested[0].partition(":")[0].split()).code == 0
+    ended = forks.run("train", tmp_path / "run.yaml", fault="micro-batch@2=memory")
+    assert ended.code == 4, ended.err
+    assert "out of memory: fault micro-batch" in ended.err and "Traceback" not in ended.err
+    lines = ended.err.splitlines()
+    suggested = lines[lines.index("these would take less:") + 1 :]
+    assert len(suggested) == 3
+    assert forks.run("train", tmp_path / "run.yaml", *suggested[0].partition(":")[0].split()).code == 0
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,16 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
 from benchmarks.faults import FULL, POINT, TERM, TIMED, Command, Soak, contents, count, differences, soak
-from benchmarks.forks import Ended, Forks
+from benchmarks.forks import Ended
 
 BEGINS = "update 1/12  loss 0.7\nupdate 2/12  loss 0.7\n"
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("soak")
-    with pytest.MonkeyPatch.context() as patch, Forks(folder) as forks:
+def command(forks, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faults, "UPDATES", 6)
-        yield Command(forks, folder, "lora")
+        yield Command(forks, tmp_path_factory.mktemp("soak"), "lora")
 
 
 def test_a_disturbed_run_ends_as_the_straight_one_and_is_counted(command):

@@ -14,17 +14,10 @@ import yaml
 
 from seppo_fast.config import parse_config, to_yaml
 from seppo_fast.saved_state import saved_states, state_folder
-from tests.ranks import Ranks
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run, content
 
 NUMBERS = ("loss", "winner_error", "ref_winner_error", "loser_error", "grad_norm")
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    with Ranks(tmp_path_factory.mktemp("ranks")) as server:
-        yield server
 
 
 def in_folder(config, name, **keys):

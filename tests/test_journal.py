@@ -3,18 +3,17 @@
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from seppo_fast.config import to_yaml
 from seppo_fast.errors import NonFiniteError
 from seppo_fast.journal import Journal, read_journal
 from seppo_fast.train import train
 from seppo_fast.trainer import Trainer
 from seppo_fast.watch import WINDOW, WinnerWatch, spells
-from tests.launch import launch
 from tests.runs import log_of, tiny_config
 
 CPU = torch.device("cpu")
@@ -173,18 +172,13 @@ def test_what_saving_costs_is_in_the_log(tiny, tmp_path):
     assert sum(entry["save_stall_seconds"] for entry in log) <= stalled[3]
 
 
-def test_two_processes_write_down_the_samples_of_both(tiny, tmp_path):
-    config = tiny_config(tiny, tmp_path, train={"updates": 6}, save={"minutes": 60})
-    (tmp_path / "run.json").write_text(config.model_dump_json())
-    done = launch(2, Path(__file__).resolve(), tmp_path / "run.json", folder=tmp_path)
-    assert done.returncode != 0 and "3 times in a row" in done.stderr, done.stderr
-    (line, *_) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+def test_two_processes_write_down_the_samples_of_both(ranks, tiny, tmp_path):
+    """Of an update for which one of them has winners that are not finite."""
+    config = tiny_config(tiny, tmp_path, save={"minutes": 60})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    ends = ranks.run(2, "train", tmp_path / "run.yaml", broken=True)
+    assert [end.code for end in ends] == [0, 0], ends[0].out
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     alone = Trainer(config.model_copy(update={"output": str(tmp_path / "other")})).rollout._maker.sample_ids(1)
+    assert json.loads(line)["update"] == 2
     assert sorted(json.loads(line)["sample_ids"]) == sorted(alone)
-
-
-if __name__ == "__main__":
-    from seppo_fast.config import parse_config
-
-    torch.set_num_threads(1)
-    train(parse_config(json.loads(Path(sys.argv[1]).read_text())), poison)

@@ -19,7 +19,6 @@ from seppo_fast.journal import read_journal
 from seppo_fast.saved_state import saved_states
 from seppo_fast.sharding import settled, sharding_plugin
 from tests.launch import launch
-from tests.ranks import Ranks
 from tests.runs import log_of, tiny_config
 from tests.test_four_processes import assert_same_training, in_folder, recorded, start  # noqa: F401 - a fixture
 from tests.test_resume import assert_same_run
@@ -27,12 +26,6 @@ from tests.tiny import tiny_unet
 
 # Name: processes, sharded.
 RUNS = {"one": (1, False), "copies": (2, False), "shards": (2, True), "alone": (1, True)}
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    with Ranks(tmp_path_factory.mktemp("ranks")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

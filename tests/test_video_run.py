@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
 
-from benchmarks.forks import Forks
 from seppo_fast.config import to_yaml
 from tests.clips import numbered_frames, write_clip
 from tests.runs import tiny_config
@@ -21,12 +20,6 @@ FRAMES = 5
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     return tiny_adapter(tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 @pytest.fixture
