@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 _CODE = ("seppo_fast", "kernels", "benchmarks")
 _HANGS = 4.0  # times its estimate, after which a step is killed; at least _PATIENCE seconds
 _PATIENCE = 240.0
+_MOST_MINUTES = 24 * 60
 RIGHT, WRONG, FAILED = "right", "WRONG", "could not run"
 
 
@@ -123,7 +124,6 @@ def main(words: list[str] | None = None) -> int:
     """Runs the steps, prints the page and writes the rows; returns the exit code."""
     arguments = parsed(words)
     started = time.monotonic()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         place = isolated(_here, seconds=_PATIENCE)
     except Broken as problem:
@@ -146,11 +146,15 @@ def main(words: list[str] | None = None) -> int:
         hangs = max(_PATIENCE, _HANGS * estimate) if estimate else left
         results[name] = _run(name, arguments.output, place, min(left, hangs))
         print(f"{name}: {results[name].status}, {results[name].seconds:.0f} s", flush=True)
-    if arguments.json:
-        _write_rows(arguments.json, results)
     page = _page(results, place, time.monotonic() - started)
-    (arguments.output / "page.txt").write_text(page, encoding="utf-8")
     print(page)
+    try:
+        (arguments.output / "page.txt").write_text(page, encoding="utf-8")
+        if arguments.json:
+            _write_rows(arguments.json, results)
+    except OSError as problem:
+        print(f"page or rows could not be written: {problem}", file=sys.stderr)
+        return 3
     if {name for name in STEPS if name in results and results[name].status == RIGHT} == set(STEPS):
         shutil.rmtree(arguments.output / "pipeline", ignore_errors=True)
     statuses = {result.status for result in results.values()}
@@ -167,10 +171,14 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: the folder {arguments.json.absolute().parent} does not exist")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"--output {arguments.output}: exists and is not a folder")
-    if not arguments.minutes > 0:
-        parser.error(f"--minutes {arguments.minutes}: must be more than 0")
+    if arguments.json and arguments.json.exists() and not arguments.json.is_file():
+        parser.error(f"--json {arguments.json}: exists and is not a file")
+    if not 0 < arguments.minutes <= _MOST_MINUTES:
+        parser.error(f"--minutes {arguments.minutes}: must be more than 0 and at most {_MOST_MINUTES}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"--output {arguments.output}: {problem.strerror}")
     return arguments
 
 

@@ -17,7 +17,7 @@ import torch
 
 from seppo_fast.config import Config
 from seppo_fast.dial import CPU_ROWS, DIAL, FEW_SAMPLES, filled, learner_bytes, pool_bytes, trained_bytes
-from seppo_fast.errors import ConfigError, OutOfMemoryError
+from seppo_fast.errors import CheckpointError, ConfigError, OutOfMemoryError
 from seppo_fast.families import UNet
 from seppo_fast.families.sd import StableDiffusion
 from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
@@ -254,11 +254,18 @@ def _ladder(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
     if getattr(config.reference, near) != 0 and getattr(config.reference, beyond) != 0:
         changes[f"reference.{near}"] = 0
         yield dict(changes)
-    if saved_states(Path(config.output)):
+    if _has_states(Path(config.output)):
         return  # what follows is another run, and would not go on with this one
     if config.model.train == "full":
         yield {**changes, "model.train": "lora"}
     yield {**changes, "data.resolution": config.data.resolution // 2}
+
+
+def _has_states(run: Path) -> bool:
+    try:
+        return bool(saved_states(run))
+    except CheckpointError:
+        return True  # they cannot be listed; the message at hand is another
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:

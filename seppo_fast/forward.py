@@ -80,11 +80,26 @@ class Forward:
 
 
 @contextmanager
-def outside_autocast() -> Iterator[None]:
-    """As if no caller had entered `torch.autocast`; the caller's contexts go on after the block.
+def outside_modes() -> Iterator[None]:
+    """Leaves the torch modes that the caller has entered until the block ends.
 
-    Inside one, casts of weights are kept until its end: those that sampling makes without gradients would serve
-    training, which then trains nothing, and those of one update the next.
+    These are autocast, `no_grad`, `inference_mode` and another default dtype.
+    """
+    default = torch.get_default_dtype()
+    with _outside_autocast(), torch.inference_mode(False), torch.enable_grad():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+@contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """Leaves autocast, which keeps casts of weights until its block ends.
+
+    Those that sampling makes without gradients would serve training, which then trains nothing, and those of one update
+    the next one.
     """
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     depth = torch.autocast_increment_nesting()

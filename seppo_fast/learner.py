@@ -83,15 +83,17 @@ class Learner:
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.unet).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
-        good = math.isfinite(sums["loss"])  # else the scale is no cause of what is not finite
+        good = math.isfinite(sums["loss"])  # else the pairs are the cause, and not the scale
         searching = self.searching and good
         finite = math.isfinite(norm)
         if finite:
             self._set_learning_rate(update)
             self._scaler.step(self._optimizer)
             self.applied += 1
-            if self.applied == 2:  # in the first, half of a LoRA has none: the other half is zero
-                self._report_untrained()
+            # In the first, half of a LoRA has none, since the other half is zero; during the warm-up that half may
+            # still be too small for half precision.
+            if self.applied == max(2, self._config.train.warmup_updates + 1):
+                self._report_untrained(update)
             if self.ema is not None:
                 self.ema.step(parameters)
         self._scaler.update(None if good else self._scaler.get_scale())
@@ -148,13 +150,14 @@ class Learner:
         for work in works:
             work.wait()
 
-    def _report_untrained(self) -> None:
-        """Says which of the trained tensors have no gradient: a part that is cut off costs no more than quality."""
+    def _report_untrained(self, update: int) -> None:
+        """Names the trained tensors that have no gradient. Nothing else shows them: the loss falls all the same."""
         absent = [name for name, norm in gradient_norms(self.unet).items() if not norm]
         if absent:
             self._accelerator.print(
-                f"{len(absent)} of {len(trainable(self.unet))} trained tensors had no gradient in the second update: "
-                f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}"
+                f"{len(absent)} of {len(trainable(self.unet))} trained tensors had no gradient in update {update + 1}: "
+                f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}. Check whether the model's output "
+                "depends on them, and try another model.precision"
             )
 
     @property

@@ -100,7 +100,7 @@ def make_optimizer(module: nn.Module, learning_rate: float, config: TrainConfig)
 def learning_rate(config: Config, update: int) -> float:
     """The learning rate of an update (from 0): a linear warm-up, then constant.
 
-    Of the update alone: neither `train.updates` nor the number of processes rescales it, and a resume goes on with it.
+    It depends on nothing else: neither on `train.updates`, nor on the number of processes, nor on a resume.
     """
     warmup = config.train.warmup_updates
     return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from seppo_fast.data.names import holds_no_data
 from seppo_fast.errors import CheckpointError, ConfigError, SeppoError
 from seppo_fast.files import NO_LOCKS, disk_message
 from seppo_fast.journal import LOG, SKIPPED
@@ -20,23 +21,30 @@ from seppo_fast.trackers import FOLDERS
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
 # What a run writes before its first state.
-_BEGUN = {LOCK, "config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
+_BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
 
 
 def refuse_occupied(folder: Path) -> None:
     """Passes a folder that is absent, empty or a run's.
 
     Raises:
-        ConfigError: it holds something else.
-        CheckpointError: it cannot be written, or its saved states cannot be listed.
+        ConfigError: it holds something else, or lies below a file.
+        CheckpointError: it cannot be written, or what it holds cannot be listed.
     """
-    if folder.exists() and not (folder.is_dir() and (_ours(folder) or not any(folder.iterdir()))):
-        raise ConfigError(
-            f"output = {str(folder)!r} is not empty and holds no run that can go on; choose another folder or remove it"
-        )
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(existing, os.W_OK):
-        raise CheckpointError(f"output = {str(folder)!r}: {existing} cannot be written")
+    try:
+        if folder.exists() and not (folder.is_dir() and (_ours(folder) or not _names(folder))):
+            raise ConfigError(
+                f"output = {str(folder)!r} is not empty and holds no run that can go on; choose another folder or "
+                "remove it"
+            )
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"output = {str(folder)!r}: {existing} is a file; choose another folder")
+        for place in (existing, folder / "state"):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise CheckpointError(f"output = {str(folder)!r}: {place} cannot be written")
+    except OSError as problem:
+        raise CheckpointError(disk_message(folder, problem)) from problem
 
 
 def _ours(folder: Path) -> bool:
@@ -48,19 +56,23 @@ def _ours(folder: Path) -> bool:
     """
     if saved_states(folder):
         return True
-    states = folder / "state"
-    others = [path.name for path in (states.iterdir() if states.is_dir() else ()) if not path.name.startswith(".tmp-")]
+    others = _names(folder / "state") if (folder / "state").is_dir() else set()
     if others:
         raise ConfigError(
-            f"output = {str(folder)!r}: {states.name}/ holds no saved state, but {', '.join(sorted(others)[:3])}; to "
-            "go on, give a state its name again, update- and a number of updates; to begin anew, choose another folder"
+            f"output = {str(folder)!r}: state/ holds no saved state, but {', '.join(sorted(others)[:3])}. To resume, "
+            "rename a whole state to update- and its number of updates; to start another run, choose another folder"
         )
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".tmp-")}
     try:
         mark = (folder / LOCK).read_text(encoding="utf-8")
-        return (names <= _BEGUN and mark == _MARK) or (names == {LOCK} and not mark)  # killed before it wrote the mark
+        # Without the mark it was killed before it wrote one.
+        return _names(folder) <= _BEGUN if mark == _MARK else not mark and not _names(folder)
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies there, but for hidden files (the lock, unfinished ones) and those that systems keep for themselves."""
+    return {path.name for path in folder.iterdir() if not holds_no_data(path.name)}
 
 
 @contextmanager

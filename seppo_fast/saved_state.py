@@ -22,7 +22,7 @@ from torch import Tensor
 
 from seppo_fast.errors import CheckpointError
 from seppo_fast.faults import fault
-from seppo_fast.files import free_name, read_json, staged_folder
+from seppo_fast.files import disk_message, free_name, read_json, staged_folder
 from seppo_fast.pool_files import checked_members, digest
 
 FORMAT = 1
@@ -109,17 +109,18 @@ def saved_states(run: Path) -> list[Path]:
     """The folders of saved states, newest first; nothing of them is looked at.
 
     Raises:
-        CheckpointError: the folder that holds them is there and cannot be listed.
+        CheckpointError: the folder that holds them exists and cannot be listed.
     """
     states = run / "state"
     try:
+        # A link that leads nowhere is a disk that is not mounted.
+        if not run.is_dir() or not (states.exists() or states.is_symlink()):
+            return []
         folders = [path for path in states.iterdir() if _NAME.fullmatch(path.name)]
-    except FileNotFoundError:
-        return []
     except OSError as problem:
         raise CheckpointError(
-            f"{states}: the saved states cannot be listed ({problem.strerror}). Nothing was changed; make it readable, "
-            "or choose another output to begin anew"
+            f"{states}: the saved states cannot be listed ({problem.strerror}). Nothing was changed; make this folder "
+            "readable"
         ) from problem
     return sorted(folders, key=_number, reverse=True)
 
@@ -189,10 +190,16 @@ def put_aside_newer(run: Path, update: int) -> None:
     """Renames the damaged states after `update` to `damaged-...`, so that they count for nothing and stay.
 
     For the one process that holds the run's lock.
+
+    Raises:
+        CheckpointError: the disk refuses.
     """
     for folder in saved_states(run):
         if _number(folder) > update:
-            folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+            try:
+                folder.rename(free_name(folder.with_name(f"damaged-{folder.name}")))
+            except OSError as problem:
+                raise CheckpointError(disk_message(folder, problem)) from problem
 
 
 def prune(run: Path, keep: int) -> None:

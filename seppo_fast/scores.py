@@ -68,6 +68,8 @@ def read_scores(run: Path) -> Scores | None:
         if not all(math.isfinite(number) for number in numbers.values()):
             raise ValueError("a number is not finite")
         update, items, left_out = int(tree["update"]), int(tree["items"]), int(tree.get("left_out", 0))
+        if left_out < 0:
+            raise ValueError("left_out is negative")
         what, average = str(tree["what"]), bool(tree["average"])
         return Scores(what=what, update=update, average=average, items=items, left_out=left_out, **numbers)
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:

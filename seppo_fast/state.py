@@ -69,7 +69,8 @@ def fitting(saved: SavedState, file: str, own: Mapping[str, Tensor]) -> dict[str
     )
     if different:
         raise CheckpointError(
-            f"{saved.folder}: {file} holds other weights than this model's: {', '.join(different[:5])} ..."
+            f"{saved.folder / file}.safetensors: holds other weights than this model's: {', '.join(different[:5])}"
+            + (", ..." if len(different) > 5 else "")
         )
     return tensors
 
@@ -167,5 +168,5 @@ class Saver:
     def _prune(self) -> None:
         try:
             prune(self._run, self._keep)
-        except OSError as problem:
+        except (OSError, CheckpointError) as problem:
             self._warn(f"an older state could not be removed: {problem}")

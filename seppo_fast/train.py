@@ -34,7 +34,7 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
     # Here, so that the command line can quiet the libraries before they load.
     with held_back():
         from seppo_fast.determinism import deterministic
-        from seppo_fast.forward import outside_autocast
+        from seppo_fast.forward import outside_modes
         from seppo_fast.processes import node_of, processes
         from seppo_fast.run_folder import claimed
         from seppo_fast.trainer import Trainer
@@ -42,7 +42,7 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
     accelerator = processes()
     with (
         tolerant_output(),
-        outside_autocast(),
+        outside_modes(),
         deterministic(config.model.deterministic),
         claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved,
     ):

@@ -360,5 +360,5 @@ def test_an_adapter_whose_weights_have_other_names_is_refused(tiny, adapter, tmp
     if change == "renamed":
         tensors[f"module.{name}"] = weight
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ConfigError, match=f"holds nothing for 1 weights of a MotionAdapter, such as {name}"):
+    with pytest.raises(ConfigError, match=f"holds nothing for 1 weights of MotionAdapter, such as {name}"):
         AnimateDiff.load(str(tiny), CPU, motion_adapter=str(other), frames=4)

@@ -175,10 +175,10 @@ def test_text_encoders_of_older_and_newer_transformers_are_the_same(tiny, tmp_pa
 @pytest.mark.parametrize(
     ("part", "old", "new", "missing"),
     [
-        ("text_encoder", "", "transformer.text_model.", "20 weights of a CLIPTextModel"),
-        ("text_encoder", "q_proj", "query", "2 weights of a CLIPTextModel, such as encoder.*q_proj.bias"),
-        ("unet", "conv_in", "input_blocks.0.0", "2 weights of a UNet2DConditionModel, such as conv_in.bias"),
-        ("vae", "quant_conv", "quantise", "weights of a AutoencoderKL"),
+        ("text_encoder", "", "transformer.text_model.", "20 weights of CLIPTextModel"),
+        ("text_encoder", "q_proj", "query", "2 weights of CLIPTextModel, such as encoder.*q_proj.bias"),
+        ("unet", "conv_in", "input_blocks.0.0", "2 weights of UNet2DConditionModel, such as conv_in.bias"),
+        ("vae", "quant_conv", "quantise", "weights of AutoencoderKL"),
     ],
     ids=["all", "some", "unet", "vae"],
 )
@@ -216,7 +216,7 @@ HUB = """
 import torch
 from seppo_fast.errors import ConfigError
 from seppo_fast.families.sd import StableDiffusion
-for name in ("somebody/tiny", "somebody/unknown"):
+for name in ("somebody/tiny", "somebody/unknown", "somebody/pickled"):
     try:
         print(StableDiffusion.load(name, torch.device("cpu")).identity())
     except ConfigError as refused:
@@ -225,19 +225,23 @@ for name in ("somebody/tiny", "somebody/unknown"):
 
 
 def test_a_hub_id_with_nothing_but_a_variant_is_loaded_and_one_of_unknown_names_refused(tiny, tmp_path):
-    for name in ("tiny", "unknown"):
+    for name in ("tiny", "pickled", "unknown"):
         snapshot = tmp_path / f"models--somebody--{name}" / "snapshots" / "0123abcd"
         as_variant(shutil.copytree(tiny, snapshot), PARTS)
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs" / "main").write_text("0123abcd")
+        if name == "pickled":
+            (file,) = (snapshot / "text_encoder").glob("*.safetensors")
+            file.rename(file.with_name("pytorch_model.bin"))
     renamed(snapshot, "text_encoder", "a.b.{}".format)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    identity, refused = done.stdout.splitlines()[-2:]
+    identity, refused, pickled = done.stdout.splitlines()[-3:]
     expected = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abcd"
     assert identity == StableDiffusion.load(str(expected), CPU).identity()
-    assert "holds nothing for 20 weights of a CLIPTextModel" in refused
+    assert "holds nothing for 20 weights of CLIPTextModel" in refused
+    assert "'somebody/pickled' holds pickled weights" in pickled and "safe_serialization=True" in pickled
 
 
 def test_parts_that_training_never_uses_are_not_needed(tiny, tmp_path, family):

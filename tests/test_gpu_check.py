@@ -179,13 +179,40 @@ def test_what_does_not_fit_into_the_minutes_is_not_begun_and_exits_3(steps, tmp_
 
 
 @pytest.mark.parametrize(
-    "words", [["--only", "losses"], ["--minutes", "0"], ["--minutes", "soon"], ["--json", "nowhere/rows.json"]]
+    "words",
+    [
+        ["--only", "losses"],
+        ["--minutes", "0"],
+        ["--minutes", "soon"],
+        ["--minutes", "inf"],
+        ["--json", "nowhere/rows.json"],
+        ["--json", "tests"],
+    ],
 )
 def test_a_mistake_in_the_command_line_exits_2(words, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         check(tmp_path / "out", *words)
     assert end.value.code == 2 and words[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_made_exits_2(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(SystemExit) as end:
+            check(place)
+        assert end.value.code == 2 and f"--output {place}: " in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_written_take_no_page_with_them(steps, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    steps(first=good, second=good)
+    monkeypatch.setattr(gpu_check, "_write_rows", full)
+    assert check(tmp_path, "--json", str(tmp_path / "rows.json")) == 3
+    said = capsys.readouterr()
+    assert "first       right" in said.out and "No space left on device" in said.err
 
 
 def test_steps_fit_ten_minutes_by_their_estimates():

@@ -183,8 +183,8 @@ def test_captions_under_other_suffixes_are_pointed_at(tmp_path):
     assert [problem.reason for problem in source.problems] == [f"no caption: {n}.txt is missing" for n in "abcde"]
     said = "captions are read from .txt files only; rename or convert those that hold one"
     assert source.notes == [
-        f"2 files without a caption have a .caption file beside them, the first is a.caption: {said}",
-        f"2 files without a caption have a .json file beside them, the first is c.json: {said}",
+        f"files without a caption that have a .caption file beside them: 2, the first is a.caption: {said}",
+        f"files without a caption that have a .json file beside them: 2, the first is c.json: {said}",
     ]
 
 

@@ -8,16 +8,19 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import seppo_fast.state
 from seppo_fast.config import SaveConfig, to_yaml
 from seppo_fast.errors import CheckpointError
 from seppo_fast.interrupt import Interrupted, Interruption, held_back
 from seppo_fast.node import Node
 from seppo_fast.run_folder import claimed
 from seppo_fast.saved_state import prune, saved_states, state_folder
+from seppo_fast.state import Saver
 from seppo_fast.train import train
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run
@@ -257,19 +260,64 @@ def test_nothing_is_begun_over_states_under_other_names(damaged, weights):
     if not weights:  # stopped before its end
         shutil.rmtree(damaged.output / "weights")
     log = (damaged.output / "log.jsonl").read_bytes()
+    (damaged.output / "state" / ".DS_Store").touch()
     ended = damaged.train()
-    assert ended.code == 2 and "holds no saved state, but update-000002.bak, update-000003.bak" in ended.err
+    assert ended.code == 2 and "holds no saved state, but update-000002.bak, update-000003.bak." in ended.err
     assert (damaged.output / "log.jsonl").read_bytes() == log
     (damaged.output / "state" / "update-000003.bak").rename(damaged.output / "state" / "update-000003")
     assert "going on after update 3" in damaged.train("--train.updates", 4).out
 
 
-def test_nothing_is_begun_over_states_that_cannot_be_listed(damaged):
-    (damaged.output / "state").rename(damaged.output / "elsewhere")
-    (damaged.output / "state").touch()  # as a folder without permission: root can list those
-    ended = damaged.train()
-    assert ended.code == 6 and "saved states cannot be listed (Not a directory)" in ended.err
+@pytest.mark.parametrize("weights", [True, False])
+def test_nothing_is_begun_over_states_that_cannot_be_listed(damaged, tmp_path, weights):
+    """A file in the place of their folder stands for one without permission, which root can list."""
+    states = damaged.output / "state"
+    states.rename(tmp_path / "elsewhere")
+    if not weights:
+        shutil.rmtree(damaged.output / "weights")
+    for make, said in ((states.touch, "Not a directory"), (partial(states.symlink_to, "gone"), "No such file")):
+        make()
+        for command in (damaged.train, partial(damaged.forks.run, "export", damaged.output)):
+            ended = command()
+            assert ended.code == 6 and f"saved states cannot be listed ({said}" in ended.err
+        states.unlink()
     assert [entry["update"] for entry in log_of(damaged.config)] == [1, 2, 3]
+
+
+def test_what_systems_keep_beside_states_refuses_no_run(run):
+    """As on a disk of its own, or where a Mac has looked."""
+    for name in (".DS_Store", "state/lost+found/x", "state/._a", "@eaDir/x"):
+        file = run.output / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (run.output / ".lock").write_text("a run of seppo_fast\n")
+    ended = run.train("--train.updates", 1)
+    assert ended.code == 0, ended.err
+
+
+def test_an_output_below_a_file_is_refused_by_check_too(run):
+    for command in ("check", "train"):
+        ended = run.forks.run(command, run.file, "--output", run.file / "x")
+        assert ended.code == 2 and "run.yaml is a file; choose another folder" in ended.err
+
+
+def test_a_folder_that_is_no_run_is_not_exported(run):
+    for place in (run.file, run.output):
+        ended = run.forks.run("export", place)
+        assert ended.code == 2 and "no run with a saved state is there" in ended.err
+
+
+def test_states_that_cannot_be_listed_while_an_older_one_is_removed_are_warned_of(tmp_path, monkeypatch):
+    def lost(*_):
+        raise CheckpointError("state: the saved states cannot be listed")
+
+    lines = []
+    saver = Saver(tmp_path, 0, 2, lines.append)
+    monkeypatch.setattr(seppo_fast.state, "prune", lost)
+    assert saver.begins(1)
+    saver.save(1, {}, {"update": 1}, None)
+    saver.wait(last=True)
+    assert lines == ["an older state could not be removed: state: the saved states cannot be listed"]
 
 
 def test_a_manifest_of_a_newer_format_or_one_that_leads_elsewhere_is_refused(damaged, tmp_path):

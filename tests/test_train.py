@@ -1,6 +1,5 @@
 """The trainer, end to end on a tiny pipeline: exactness at equal weights, learning, and what it writes."""
 
-import contextlib
 import json
 import math
 import os
@@ -105,23 +104,6 @@ def test_a_run_repeats_bit_for_bit_and_a_seed_changes_it(tiny, tmp_path):
         finals.append(seen)
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
     assert any(not torch.equal(finals[0][name], finals[2][name]) for name in finals[0])
-
-
-@pytest.mark.parametrize("model", [{}, {"train": "lora"}], ids=["full", "lora"])
-def test_a_callers_autocast_changes_nothing(tiny, tmp_path, model):
-    """Its cache would serve training the casts that sampling made without gradients, and the last update's."""
-    finals = []
-    for place, caller in (("without", contextlib.nullcontext()), ("within", torch.autocast("cpu", torch.bfloat16))):
-        seen = {}
-        sections = {"model": {"precision": "bf16"} | model, "sampler": {"steps": 1}, "output": str(tmp_path / place)}
-        with caller:
-            train(
-                tiny_config(tiny, tmp_path, **sections), lambda trainer, _, seen=seen: seen.update(weights_of(trainer))
-            )
-            assert torch.is_autocast_enabled("cpu") == (place == "within")
-        assert not torch.is_autocast_enabled("cpu")
-        finals.append(seen)
-    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
 def test_overfitting_one_pair_drives_the_winners_error_down(tiny, tmp_path):

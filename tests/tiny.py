@@ -11,12 +11,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def tiny_unet(seed: int = 0, second_block: str = "DownBlock2D") -> UNet2DConditionModel:
+def tiny_unet(
+    seed: int = 0, second_block: str = "DownBlock2D", channels: tuple[int, int] = (16, 32)
+) -> UNet2DConditionModel:
     """Its UNet: attention in the first of two levels and in the middle, or in the second level too."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32),
+        block_out_channels=channels,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", second_block),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -26,9 +28,11 @@ def tiny_unet(seed: int = 0, second_block: str = "DownBlock2D") -> UNet2DConditi
     ).eval()
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+def tiny_pipeline(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0, channels: tuple[int, int] = (16, 32)
+) -> Path:
     """Writes a pipeline with latents of 4 x 8 x 8 for pictures of 16 pixels; returns `folder`."""
-    unet = tiny_unet(seed)
+    unet = tiny_unet(seed, channels=channels)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,

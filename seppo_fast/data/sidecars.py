@@ -96,8 +96,8 @@ def _elsewhere(folder: Path, files: Sequence[Path], bare: Sequence[Path]) -> Ite
     for suffix, count in Counter(path.suffix for path in found).most_common():
         first = next(path for path in found if path.suffix == suffix)
         yield (
-            f"{count} files without a caption have a {suffix} file beside them, the first is {shown(first)}: captions "
-            "are read from .txt files only; rename or convert those that hold one"
+            f"files without a caption that have a {suffix} file beside them: {count}, the first is {shown(first)}: "
+            "captions are read from .txt files only; rename or convert those that hold one"
         )
 
 

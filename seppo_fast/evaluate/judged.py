@@ -35,12 +35,14 @@ def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list
     """
     chosen: dict[str, None] = {}
     for index in range(20 * count):
+        if len(chosen) == count:
+            break
         text = caption(scene(stream, index))
         if text not in excluded:
             chosen[text] = None
-        if len(chosen) == count:
-            return list(chosen)
-    raise ValueError(f"count: {count} prompts are asked for, {len(chosen)} are left")
+    if len(chosen) < count:
+        raise ValueError(f"count: {count} prompts are requested, {len(chosen)} are left")
+    return list(chosen)
 
 
 def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:

@@ -39,7 +39,7 @@ class PairedDifference:
 
 
 def paired_difference(base: ArrayLike, other: ArrayLike) -> PairedDifference:
-    """Compares scores `(N,)` of two models on the same N items; one that is not finite is none, and never a 0.
+    """Compares scores `(N,)` of two models on the same N items; items with a score that is not finite are left out.
 
     The interval is mean +- 1.96 standard errors of the paired differences: with the hundreds of items it is meant
     for, that is the t interval. It covers the choice of prompts and seeds of sampling, not of training.

@@ -119,7 +119,7 @@ def refuse_missing(key: str, place: Path, kind: type[nn.Module], names: Collecti
     """
     if names:
         raise ConfigError(
-            f"{key}: {place} holds nothing for {len(names)} weights of a {kind.__name__}, such as {min(names)}; "
+            f"{key}: {place} holds nothing for {len(names)} weights of {kind.__name__}, such as {min(names)}; "
             "a file of another format is converted by its from_single_file(FILE).save_pretrained(FOLDER)"
         )
 
@@ -189,6 +189,12 @@ def load_as(key: str, path: str, what: str, load: Callable[[], T]) -> T:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "use_safetensors" in str(error):  # the libraries' advice is to leave it out
+            raise ConfigError(
+                f"{key} = {path!r} holds pickled weights for {what}, which are not loaded, they can run code. Where "
+                "you trust them: DiffusionPipeline.from_pretrained(ID).save_pretrained(NEW_FOLDER, "
+                "safe_serialization=True)"
+            ) from error
         raise ConfigError(
             f"{key} = {path!r} could not be loaded as {what} with safetensors weights: {reason}"
             + ("" if Path(path).exists() else " (is it in the local cache, or can the hub be reached?)")

@@ -155,10 +155,13 @@ def _text_encoder(where: str) -> CLIPTextModel:
 
     try:
         encoder, report = load(variant_of(place))
-    except OSError:
+    except OSError as problem:
         if Path(where).is_dir():
             raise
-        encoder, report = load("fp16")  # as in `load_pipeline`
+        try:
+            encoder, report = load("fp16")  # as in `load_pipeline`
+        except OSError:
+            raise problem from None
     refuse_missing("model.path", place, CLIPTextModel, report["missing_keys"])
     return encoder
 

@@ -1,0 +1,192 @@
+"""What short runs compute, kept: logs, digests of weights and pictures, and states to go on from.
+
+    python -m tests.golden.record        # writes record.json and states/ beside this file
+
+Written by the commit whose values later ones must keep; `tests/test_golden.py` compares. Values are the same bits where
+torch, the CPU and what its kernels are made for are those of the record (`environment`); elsewhere only close.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from seppo_fast.config import Config, parse_config, to_yaml
+from seppo_fast.journal import read_journal
+from seppo_fast.saved_state import saved_states, state_folder
+from seppo_fast.train import train
+from tests.ranks import Ranks
+from tests.tiny import tiny_adapter, tiny_pipeline
+
+HERE = Path(__file__).parent
+UPDATES, KEPT = 4, 2  # of a run; after which a state of it is kept
+TWO = "two processes"
+# Of the log, what depends on the machine's speed and memory alone.
+_TIMES = ("seconds", "per_second", "memory_gib")
+
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"model": {"train": "full"}},
+    "clips": {"model": {"motion_adapter": "adapter"}, "data": {"source": "shapes-motion:5:3", "frames": 3}},
+    "bounded": {"reference": {"keep": 2, "redraw": "update"}, "train": {"updates_per_iteration": 1}},
+    "average": {"train": {"ema_decay": 0.9, "warmup_updates": 3}},
+    "bf16": {"model": {"precision": "bf16"}},
+    "sft": {"objective": "sft"},
+    "dpo": {"objective": "diffusion-dpo", "data": {"source": "pairs.parquet"}},
+    "spin": {"objective": "spin"},
+    "together": {"reference": {"errors": "together"}},
+    TWO: {"train": {"pairs_per_update": 5}},
+}
+
+
+def environment() -> dict[str, Any]:
+    """What decides the bits of a run on a CPU."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def make_inputs(folder: Path) -> None:
+    """A pipeline, a motion adapter and labelled pairs, which runs in `folder` find by their relative names."""
+    tiny_pipeline(folder / "pipeline", channels=(8, 16))
+    tiny_adapter(folder / "adapter", block_out_channels=(8, 16))
+    draw = np.random.default_rng(0)
+
+    def png() -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    columns: dict[str, list[Any]] = {name: [png() for _ in range(5)] for name in ("jpg_0", "jpg_1")}
+    columns |= {"label_0": [1.0, 0.0, 1.0, 0.0, 0.5], "label_1": [0.0, 1.0, 0.0, 1.0, 0.5]}
+    columns["caption"] = [f"caption {row}" for row in range(5)]
+    pq.write_table(pa.table(columns), folder / "pairs.parquet")
+
+
+def config_of(name: str) -> Config:
+    """The configuration of a run, every path of it relative."""
+    tree: dict[str, Any] = {
+        "output": f"runs/{name}",
+        "model": {"path": "pipeline", "train": "lora", "lora_rank": 2, "precision": "fp32"},
+        "data": {"source": "shapes:6:3", "resolution": 16, "prompt_dropout": 0.2, "cache": "cache"},
+        "train": {
+            "updates": UPDATES, "updates_per_iteration": 2, "pairs_per_update": 4, "micro_batch": 3, "beta": 100.0,
+            "learning_rate": 1e-3,
+        },
+        "sampler": {"steps": 2, "guidance": 3.0, "batch": 4},
+        "log": {"sample_every": 2, "sample_prompts": ["a small red circle", "b"]},
+        "save": {"minutes": 0, "keep": 9},
+    }  # fmt: skip
+    for key, value in RUNS[name].items():
+        tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+def run(name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Trains a run in `folder`, or goes on with it, and returns what it computed.
+
+    Args:
+        name: of `RUNS`.
+        folder: with the inputs; the working folder meanwhile.
+        ranks: starts the run of several processes.
+    """
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        config = config_of(name)
+        if name != TWO:
+            train(config)
+        else:
+            places = {
+                "--model.path": "pipeline", "--data.cache": "cache", "--output": config.output,
+            }  # fmt: skip
+            (folder / "two.yaml").write_text(to_yaml(config))
+            words = [word for flag, place in places.items() for word in (flag, folder / place)]
+            ends = ranks.run(2, "train", folder / "two.yaml", *words)
+            assert [end.code for end in ends] == [0, 0], ends[0].out
+        return computed(folder / config.output)
+    finally:
+        os.chdir(before)
+
+
+def computed(place: Path) -> dict[str, Any]:
+    """Log, tensors and pictures of a finished run: digests of their bits, and numbers to compare elsewhere."""
+    log = [{key: value for key, value in entry.items() if not key.endswith(_TIMES)} for entry in read_journal(place)]
+    newest = saved_states(place)[0]
+    files = sorted(file for folder in (place / "weights", newest) for file in folder.rglob("*.safetensors"))
+    pictures = sorted((place / "samples").glob("*.png"))
+    return {
+        "log": log,
+        "tensors": {str(file.relative_to(place)): _tensors(file) for file in files},
+        "pictures": {file.name: _pixels(file) for file in pictures},
+    }
+
+
+def keep(name: str, folder: Path) -> None:
+    """Copies the state of a run after `KEPT` updates beside this file."""
+    shutil.copytree(state_folder(folder / config_of(name).output, KEPT), HERE / "states" / name)
+
+
+def put_back(name: str, folder: Path) -> None:
+    """Makes of a kept state a run in `folder` that can go on."""
+    shutil.copytree(HERE / "states" / name, state_folder(folder / config_of(name).output, KEPT))
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    tensors = load_file(file)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    squares = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
+    return {"sha256": digest.hexdigest(), "norm": squares**0.5}
+
+
+def _pixels(file: Path) -> dict[str, Any]:
+    pixels = np.asarray(Image.open(file).convert("RGB"))
+    return {"sha256": hashlib.sha256(pixels.tobytes()).hexdigest(), "mean": float(pixels.mean())}
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
+
+
+def main() -> None:
+    """Writes the record anew."""
+    shutil.rmtree(HERE / "states", ignore_errors=True)
+    with tempfile.TemporaryDirectory() as temporary, Ranks(Path(temporary)) as ranks:
+        folder = Path(temporary)
+        make_inputs(folder)
+        runs = {}
+        for name in RUNS:
+            runs[name] = run(name, folder, ranks)
+            if name != TWO:
+                keep(name, folder)
+    record = {"environment": environment(), "runs": runs}
+    (HERE / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
