@@ -39,12 +39,13 @@ from tests.tiny import tiny_adapter, tiny_pipeline
 HERE = Path(__file__).parent
 UPDATES, KEPT = 4, 2  # of a run; after which a state of it is kept
 TWO = "two processes"
+STATES = ("full", "clips", "bounded", "average", "sft")  # runs of which a state is kept: the others' are alike
 # Of the log, what depends on the machine's speed and memory alone.
 _TIMES = ("seconds", "per_second", "memory_gib")
 
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "full": {"model": {"train": "full"}},
+    "full": {"model": {"train": "full"}, "train": {"updates_per_iteration": 4}},
     "clips": {"model": {"motion_adapter": "adapter"}, "data": {"source": "shapes-motion:5:3", "frames": 3}},
     "bounded": {"reference": {"keep": 2, "redraw": "update"}, "train": {"updates_per_iteration": 1}},
     "average": {"train": {"ema_decay": 0.9, "warmup_updates": 3}},
@@ -182,7 +183,7 @@ def main() -> None:
         runs = {}
         for name in RUNS:
             runs[name] = run(name, folder, ranks)
-            if name != TWO:
+            if name in STATES:
                 keep(name, folder)
     record = {"environment": environment(), "runs": runs}
     (HERE / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
