@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from seppo_fast.config import Config, parse_config, to_yaml
 from seppo_fast.journal import read_journal
@@ -74,6 +74,8 @@ def make_inputs(folder: Path) -> None:
     tiny_pipeline(folder / "pipeline", channels=(8, 16))
     tiny_adapter(folder / "adapter", block_out_channels=(8, 16))
     draw = np.random.default_rng(0)
+    for file in sorted([*folder.glob("pipeline/*/*.safetensors"), *folder.glob("adapter/*.safetensors")]):
+        _redraw(file, draw)
 
     def png() -> bytes:
         buffer = io.BytesIO()
@@ -155,13 +157,24 @@ def put_back(name: str, folder: Path) -> None:
     shutil.copytree(HERE / "states" / name, state_folder(folder / config_of(name).output, KEPT))
 
 
+def _redraw(file: Path, draw: np.random.Generator) -> None:
+    """Gives what is random in a file of weights values of NumPy's, which are the same on every processor."""
+    tensors = load_file(file)
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_floating_point() and tensor.unique().numel() > 1:
+            values = draw.standard_normal(tuple(tensor.shape)) * float(f"{tensor.std():.1g}")
+            tensors[name] = torch.from_numpy(values).to(tensor.dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def _tensors(file: Path) -> dict[str, Any]:
     tensors = load_file(file)
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    squares = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
+    floats = [tensor.double() for tensor in tensors.values() if tensor.is_floating_point()]  # not a policy's bytes
+    squares = sum(float(tensor.square().sum()) for tensor in floats)
     return {"sha256": digest.hexdigest(), "norm": squares**0.5}
 
 
