@@ -234,7 +234,7 @@ class Learner:
 
 
 def gradient_norms(unet: nn.Module) -> dict[str, float]:
-    """The norm of each trained tensor's gradient by its name, 0 where it has none; in one host sync."""
+    """The norm of each trained tensor's gradient by its name, 0 where it has none; one host sync, of shards more."""
     parameters = trainable(unet)
     gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
     if not gradients:
