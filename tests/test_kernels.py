@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_THE_LOSS = [
-    f"tests/test_{name}.py" for name in ("loss", "loss_and_grad", "loss_layouts", "loss_compiled", "exactness")
-]
-PARTS = {"kernels": ["tests/kernels"], "loss": [*OF_THE_LOSS, "-k", "triton-cpu"]}
+# Of about the same length, since they run at once.
+PARTS = {
+    "kernels": ["tests/kernels"],
+    "loss": ["tests/test_loss.py", "tests/test_loss_and_grad.py", "-k", "triton-cpu"],
+    "loss in other ways": [
+        *(f"tests/test_{name}.py" for name in ("loss_layouts", "loss_compiled", "exactness")), "-k", "triton-cpu",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """All parts at once, a core each."""
+    """All parts at once: they are the last that runs, on cores that have nothing else to do."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     options = {

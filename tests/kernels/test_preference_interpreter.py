@@ -91,7 +91,7 @@ def test_borders_at_the_sizes_of_a_gpu(size, poisoned_memory):
 
 @pytest.mark.parametrize(
     ("lanes", "folds", "shape"),
-    [(2048, 8, (2, 17_000)), (64, 8, (4, 1100)), (16, 2, (6, 100)), (16, 3, (6, 100)), (16, 2, (6, 30))],
+    [(2048, 8, (2, 17_000)), (64, 8, (4, 600)), (16, 2, (4, 100)), (16, 3, (4, 100)), (16, 2, (6, 30))],
     ids=str,
 )
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
