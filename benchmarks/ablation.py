@@ -25,7 +25,7 @@ from benchmarks.provenance import provenance
 from seppo_fast.config import Config, parse_config, read_config
 from seppo_fast.data.sources import open_source
 from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_model, prompt_sets
-from seppo_fast.evaluate.paired import paired_difference
+from seppo_fast.evaluate.paired import given, paired_difference
 from seppo_fast.files import free_name
 from seppo_fast.quiet import quiet_libraries
 from seppo_fast.train import train
@@ -87,7 +87,7 @@ def ablation(folder: str, updates: int, workers: int) -> dict[str, object]:
         # One item a prompt: its scores under the training seeds start from one noise and are no two observations.
         difference = paired_difference(base, np.mean(seeds, axis=0))
         rows.append(
-            {"method": method, "learning_rate": best[method], "seed_means": [float(np.nanmean(s)) for s in seeds]}
+            {"method": method, "learning_rate": best[method], "seed_means": [float(given(s).mean()) for s in seeds]}
             | {"selection": {f"{rate:g}": selection[method, rate] for rate in LEARNING_RATES}}
             | asdict(difference)
         )
@@ -96,7 +96,7 @@ def ablation(folder: str, updates: int, workers: int) -> dict[str, object]:
         "seconds": time.perf_counter() - started,
         "updates": updates or demo.train.updates,
         "pairs_per_update": demo.train.pairs_per_update,
-        "base": float(np.nanmean(base)),
+        "base": float(given(base).mean()),
         "prompts": len(base),
         "training_seeds": REPORT_SEEDS,
         "rows": rows,
@@ -104,7 +104,7 @@ def ablation(folder: str, updates: int, workers: int) -> dict[str, object]:
 
 
 def _announce(stage: str, method: str, learning_rate: float, scores: list[float]) -> float:
-    mean = float(np.nanmean(scores))
+    mean = float(given(scores).mean())
     print(f"{stage}: {method} at {learning_rate:g}: {mean:.3f}", flush=True)
     return mean
 

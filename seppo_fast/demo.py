@@ -16,7 +16,7 @@ import numpy as np
 from seppo_fast.config import Config
 from seppo_fast.data.sources import open_source
 from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_model, judged_pictures, prompt_sets
-from seppo_fast.evaluate.paired import paired_difference
+from seppo_fast.evaluate.paired import given, paired_difference
 from seppo_fast.evaluate.pictures import animate, side_by_side
 from seppo_fast.journal import read_journal
 from seppo_fast.scores import Scores
@@ -43,7 +43,7 @@ class ScoreCurve:
             _, scores = judged_pictures(
                 trainer.family, trainer.forward, trainer.unet, trainer.sampler, self._prompts, DEVELOPMENT
             )
-            scored = scores[np.isfinite(scores)]  # a picture that the judge gave no score does not count as 0
+            scored = given(scores)
             self.points.append((updates, float(scored.mean())))
             print(f"judge after {updates} updates: {scored.mean():.3f} ({len(scored)} development prompts)", flush=True)
 
@@ -64,7 +64,8 @@ def demo(config: Config) -> None:
     shown = {name: images[rows] for name, images in pictures.items()}
     draw(folder, curve.points, [prompts[row] for row in rows], shown)
     result = dataclasses.asdict(difference) | {
-        **{f"{name}_all_right": float(np.mean(all_[np.isfinite(all_)] == 1)) for name, all_ in scores.items()},
+        "base_all_right": float(np.mean(given(scores["base"]) == 1)),
+        "aligned_all_right": float(np.mean(given(scores["aligned"]) == 1)),
         "seconds": time.perf_counter() - started,
         "torch": version("torch"),
         "cores": os.cpu_count(),

@@ -22,7 +22,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """All parts at once: they are the last that runs, on cores that have nothing else to do."""
+    """All parts at once; this file is among the last to run, when cores are free."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     options = {

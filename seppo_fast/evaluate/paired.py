@@ -38,6 +38,12 @@ class PairedDifference:
         )
 
 
+def given(scores: ArrayLike) -> np.ndarray:
+    """The scores, any shape -> `(N,)` float64, that are finite: a judge that has none of a picture gives NaN."""
+    scores = np.asarray(scores, dtype=np.float64)
+    return scores[np.isfinite(scores)]
+
+
 def paired_difference(base: ArrayLike, other: ArrayLike) -> PairedDifference:
     """Compares scores `(N,)` of two models on the same N items; items with a score that is not finite are left out.
 

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.faults import TIMES, logged
 from seppo_fast.config import Config, parse_config, to_yaml
-from seppo_fast.journal import read_journal
 from seppo_fast.saved_state import saved_states, state_folder
 from seppo_fast.train import train
 from tests.ranks import Ranks
@@ -40,8 +39,6 @@ HERE = Path(__file__).parent
 UPDATES, KEPT = 4, 2  # of a run; after which a state of it is kept
 TWO = "two processes"
 STATES = ("full", "clips", "bounded", "average", "sft")  # runs of which a state is kept: the others' are alike
-# Of the log, what depends on the machine's speed and memory alone.
-_TIMES = ("seconds", "per_second", "memory_gib")
 
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -122,9 +119,7 @@ def run(name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
         if name != TWO:
             train(config)
         else:
-            places = {
-                "--model.path": "pipeline", "--data.cache": "cache", "--output": config.output,
-            }  # fmt: skip
+            places = {"--model.path": "pipeline", "--data.cache": "cache", "--output": config.output}
             (folder / "two.yaml").write_text(to_yaml(config))
             words = [word for flag, place in places.items() for word in (flag, folder / place)]
             ends = ranks.run(2, "train", folder / "two.yaml", *words)
@@ -136,7 +131,7 @@ def run(name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 def computed(place: Path) -> dict[str, Any]:
     """Log, tensors and pictures of a finished run: digests of their bits, and numbers to compare elsewhere."""
-    log = [{key: value for key, value in entry.items() if not key.endswith(_TIMES)} for entry in read_journal(place)]
+    log = [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in logged(place)]
     newest = saved_states(place)[0]
     files = sorted(file for folder in (place / "weights", newest) for file in folder.rglob("*.safetensors"))
     pictures = sorted((place / "samples").glob("*.png"))
@@ -203,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
