@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from benchmarks.provenance import provenance
-from seppo_fast.config import Config, parse_config, read_config
+from seppo_fast.config.load import parse_config, read_config
+from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
-from seppo_fast.evaluate.judged import DEVELOPMENT, REPORT, judged_model, prompt_sets
-from seppo_fast.evaluate.paired import given, paired_difference
-from seppo_fast.files import free_name
-from seppo_fast.quiet import quiet_libraries
+from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_model, prompt_sets
+from seppo_fast.evaluation.statistics import given, paired_difference
 from seppo_fast.train import train
+from seppo_fast.utils.files import free_name
+from seppo_fast.utils.logging import quiet_libraries
 
 METHODS = ("sft", "seppo", "seppo-indicator", "seppo-never", "seppo-initial", "seppo-newest")
 LEARNING_RATES = (1e-4, 3e-4)

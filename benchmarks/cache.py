@@ -42,9 +42,9 @@ from benchmarks.measure import Bench, Limit, Machine, Provider, interleaved
 from benchmarks.rows import Row
 from benchmarks.suites import Shared
 from benchmarks.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
-from seppo_fast.config import TrainConfig
-from seppo_fast.memory import free_bytes
-from seppo_fast.pool_files import Tier
+from seppo_fast.config.schema import TrainConfig
+from seppo_fast.references.storage import Tier
+from seppo_fast.utils.memory import free_bytes
 
 _PLACES: dict[Tier, str] = {"host": "host memory", "device": "GPU memory", "disk": "files"}
 _ROOM = 0.8  # of what is free, for the checkpoints of a tier

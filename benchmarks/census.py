@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
-from seppo_fast.quiet import quiet_libraries
+from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
 
@@ -42,15 +42,17 @@ from benchmarks.losses import LATENTS, SD, Case, transfers  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.speed import three_digits  # noqa: E402
 from seppo_fast import shapes  # noqa: E402
-from seppo_fast.config import ModelConfig, SamplerConfig, TrainConfig  # noqa: E402
-from seppo_fast.diffusion import NoiseSchedule, Sampler  # noqa: E402
-from seppo_fast.families.sd import StableDiffusion  # noqa: E402
-from seppo_fast.forward import Forward  # noqa: E402
+from seppo_fast.config.schema import ModelConfig, SamplerConfig, TrainConfig  # noqa: E402
+from seppo_fast.diffusion.sampler import Sampler  # noqa: E402
+from seppo_fast.diffusion.schedule import NoiseSchedule  # noqa: E402
 from seppo_fast.loss import preference_loss  # noqa: E402
-from seppo_fast.memory import fake_copy  # noqa: E402
-from seppo_fast.pairs import Pairs  # noqa: E402
-from seppo_fast.policy import make_optimizer, make_trainable, trainable  # noqa: E402
-from seppo_fast.reference_errors import as_the_policy  # noqa: E402
+from seppo_fast.methods.forward import Forward  # noqa: E402
+from seppo_fast.methods.pairs import Pairs  # noqa: E402
+from seppo_fast.methods.reference_errors import as_the_policy  # noqa: E402
+from seppo_fast.models.fake import fake_copy  # noqa: E402
+from seppo_fast.models.families.sd15 import StableDiffusion  # noqa: E402
+from seppo_fast.models.trainable import make_trainable, trainable  # noqa: E402
+from seppo_fast.train.optimizer import make_optimizer  # noqa: E402
 
 FLOPS, BANDWIDTH = 989e12, 4.8e12  # of an H200, by NVIDIA's data sheet: dense bfloat16 FLOP/s, bytes/s
 SAMPLES, PAIRS = 64, 16  # of a sampling batch, and of a learner's micro-batch, which is an update here

@@ -15,8 +15,8 @@ from transformers import CLIPTokenizer
 
 from benchmarks.measure import Machine
 from seppo_fast import shapes
-from seppo_fast.config import ModelConfig
-from seppo_fast.policy import make_trainable
+from seppo_fast.config.schema import ModelConfig
+from seppo_fast.models.trainable import make_trainable
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # its UNet; all else is diffusers' default
 

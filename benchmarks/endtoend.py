@@ -47,7 +47,7 @@ from benchmarks.rows import (
     with_ratios,
 )
 from benchmarks.suites import Shared
-from seppo_fast.config import Config
+from seppo_fast.config.schema import Config
 
 _TOLERANCE = 0.1  # another flipper moves the change of the weights by 0.4 to 0.9
 _MATMUL_ROUNDS = 5

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.forks import Ended, Forks
-from seppo_fast.errors import EXIT_INTERRUPTED, CheckpointError
+from seppo_fast.utils.errors import EXIT_INTERRUPTED, CheckpointError
 
 UPDATES = 24
 POINTS = (
@@ -118,7 +118,7 @@ def contents(run: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from seppo_fast.saved_state import saved_states
+    from seppo_fast.runs.checkpoint import saved_states
 
     states = saved_states(run)[:1]
     found: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def contents(run: Path) -> dict[str, Any]:
 
 def logged(run: Path) -> list[dict[str, float]]:
     """The log of a run, as far as it got."""
-    from seppo_fast.journal import read_journal
+    from seppo_fast.runs.journal import read_journal
 
     return read_journal(run) if (run / "log.jsonl").exists() else []
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
-    from seppo_fast.config import Config
-    from seppo_fast.trainer import Trainer
+    from seppo_fast.config.schema import Config
+    from seppo_fast.train.trainer import Trainer
 
 LOOKS = 40  # over a run
 
@@ -82,7 +82,7 @@ def growth(looks: list[Look]) -> dict[str, float]:
 
 def long_run(folder: Path, updates: int, **sections: Any) -> list[Look]:
     """Trains so many updates in this process, and gives what was seen."""
-    from seppo_fast.config import parse_config
+    from seppo_fast.config.load import parse_config
     from seppo_fast.train import train
 
     tree: dict[str, Any] = {

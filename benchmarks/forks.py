@@ -97,7 +97,7 @@ class Forks(Server):
 
         Args:
             argv: its words.
-            fault: see `seppo_fast.faults`.
+            fault: see `seppo_fast.utils.fault_injection`.
             seconds: after which it is killed.
             lines: after which the pipe of its stdout is closed.
             out: a file that is its stdout instead.
@@ -110,10 +110,10 @@ class Forks(Server):
 
 
 def _serve() -> None:
-    from seppo_fast.quiet import quiet_libraries
+    from seppo_fast.utils.logging import quiet_libraries
 
     quiet_libraries()
-    import seppo_fast.trainer  # noqa: F401 - what takes the time
+    import seppo_fast.train.trainer  # noqa: F401 - what takes the time
 
     for line in sys.stdin:
         order = json.loads(line)

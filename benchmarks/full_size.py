@@ -23,16 +23,17 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-from seppo_fast.quiet import quiet_libraries
+from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
 
 from benchmarks.models import write_adapter, write_pipeline  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
-from seppo_fast.config import Config, parse_config  # noqa: E402
-from seppo_fast.journal import read_journal  # noqa: E402
+from seppo_fast.config.load import parse_config  # noqa: E402
+from seppo_fast.config.schema import Config  # noqa: E402
+from seppo_fast.runs.journal import read_journal  # noqa: E402
 from seppo_fast.train import train  # noqa: E402
-from seppo_fast.trainer import Trainer  # noqa: E402
+from seppo_fast.train.trainer import Trainer  # noqa: E402
 
 PICTURES = {"pairs": 2, "resolution": 512, "frames": None, "gradient_checkpointing": False}
 CLIPS = {"pairs": 1, "resolution": 256, "frames": 16, "gradient_checkpointing": True}

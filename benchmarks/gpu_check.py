@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.quiet import quiet_libraries
+from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
 
@@ -40,8 +40,8 @@ from benchmarks.measure import Machine  # noqa: E402
 from benchmarks.models import Workplace, write_pipeline  # noqa: E402
 from benchmarks.provenance import commit, device  # noqa: E402
 from benchmarks.rows import records  # noqa: E402
-from seppo_fast.errors import CheckpointError  # noqa: E402
-from seppo_fast.files import staged_folder  # noqa: E402
+from seppo_fast.utils.errors import CheckpointError  # noqa: E402
+from seppo_fast.utils.files import staged_folder  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 _CODE = ("seppo_fast", "kernels", "benchmarks")

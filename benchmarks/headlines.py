@@ -24,7 +24,7 @@ from benchmarks.models import Workplace
 from benchmarks.rows import GENERATION, NAIVE, OURS, POLICY, SEPARATOR, Row
 from benchmarks.suites import Shared
 from benchmarks.value_checks import SUITE, Found
-from seppo_fast.memory import host_bytes, page_locked
+from seppo_fast.utils.memory import host_bytes, page_locked
 
 _PACKAGES = ("torch", "triton", "diffusers", "peft", "accelerate", "transformers", "xformers", "bitsandbytes")
 _PINNED_BYTES = 2**30

@@ -56,9 +56,9 @@ from benchmarks.measure import Bench, Machine, Provider, captured, copy_limit, i
 from benchmarks.rows import Row
 from benchmarks.suites import Shared
 from seppo_fast import shapes
-from seppo_fast.config import ModelConfig
-from seppo_fast.memory import free_bytes
-from seppo_fast.policy import DTYPES, make_trainable
+from seppo_fast.config.schema import ModelConfig
+from seppo_fast.models.trainable import DTYPES, make_trainable
+from seppo_fast.utils.memory import free_bytes
 
 # Bytes that a call takes at its peak beside its inputs, for each element of the prediction: on a GPU that of B.2, on a
 # CPU that of ours, counted on fake tensors; and two for the gradient that a graph keeps.

@@ -14,13 +14,13 @@ from benchmarks.measure import Machine, Stopwatch
 from benchmarks.models import load_pixels
 from benchmarks.naive import NaiveLoop
 from benchmarks.rows import ENCODING, GENERATION, NAIVE, NAIVE_BATCH, OPTIMIZER, OURS, POLICY, REFERENCE
-from seppo_fast.config import Config
+from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
-from seppo_fast.diffusion import NoiseSchedule
-from seppo_fast.pairs import PairMaker, Pairs
-from seppo_fast.policy import trainable
-from seppo_fast.reference_errors import WAYS
-from seppo_fast.trainer import Trainer
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.methods.pairs import PairMaker, Pairs
+from seppo_fast.methods.reference_errors import WAYS
+from seppo_fast.models.trainable import trainable
+from seppo_fast.train.trainer import Trainer
 
 _ENCODED_AT_ONCE = 8  # pictures, as the cache does
 

@@ -282,7 +282,7 @@ def other_divisions(device: torch.device) -> list[str]:
     """Returns the ways to divide a latent among programs beside the one in force on a GPU; none for a CPU."""
     if device.type != "cuda":
         return []
-    from seppo_fast.kernels import errors
+    from seppo_fast.kernels import denoising_error as errors
 
     in_force = errors.CHOSEN.get(errors.capability(device), errors.DEFAULT)
     return [name for name in errors.DIVISIONS if name != in_force]
@@ -296,7 +296,7 @@ def _divided(name: str, device: torch.device, inputs: Inputs) -> tuple[Tensor, T
 @contextmanager
 def dividing(name: str, device: torch.device) -> Iterator[None]:
     """Inside the block the kernels divide latents on GPUs of this kind as the table's row `name` says."""
-    from seppo_fast.kernels import errors
+    from seppo_fast.kernels import denoising_error as errors
 
     kind, before = errors.capability(device), dict(errors.CHOSEN)
     errors.CHOSEN[kind] = name
@@ -309,7 +309,7 @@ def dividing(name: str, device: torch.device) -> Iterator[None]:
 
 def transfers(case: Case) -> tuple[int, int]:
     """Latents that the kernels move a pair, through autograd and by `loss_and_grad`: their byte model."""
-    from seppo_fast.kernels.errors import division
+    from seppo_fast.kernels.denoising_error import division
 
     fewest = 5 if case.ahead else 7
     one_chunk = division(math.prod(LATENTS[case.latent]), torch.device("cpu"))["CHUNKS"] == 1

@@ -33,10 +33,11 @@ from benchmarks.estimates import WRITE_ADAPTER, WRITE_PIPELINE
 from benchmarks.measure import Machine
 from benchmarks.suites import Shared
 from seppo_fast import shapes
-from seppo_fast.config import Config, ModelConfig, parse_config
-from seppo_fast.data.clips import load_clip
+from seppo_fast.config.load import parse_config
+from seppo_fast.config.schema import Config, ModelConfig
 from seppo_fast.data.examples import Example
-from seppo_fast.data.images import load_image
+from seppo_fast.data.media.clips import load_clip
+from seppo_fast.data.media.images import load_image
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -28,10 +28,10 @@ from torch import Tensor
 from benchmarks.measure import Machine, Stopwatch
 from benchmarks.models import load_pipeline, load_pixels
 from benchmarks.rows import ENCODING, GENERATION, OPTIMIZER, POLICY, REFERENCE
-from seppo_fast.config import Config
+from seppo_fast.config.schema import Config
 from seppo_fast.data.examples import Example
-from seppo_fast.pairs import Pairs
-from seppo_fast.policy import DTYPES, make_trainable, trainable
+from seppo_fast.methods.pairs import Pairs
+from seppo_fast.models.trainable import DTYPES, make_trainable, trainable
 
 
 class NaiveLoop:

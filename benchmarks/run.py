@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seppo_fast.quiet import quiet_libraries
+from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
 

@@ -18,10 +18,10 @@ from benchmarks.counters import peak_bytes
 from benchmarks.models import Workplace
 from benchmarks.rows import Row
 from benchmarks.value_checks import SUITE, Found
-from seppo_fast.config import Config
-from seppo_fast.journal import read_journal
+from seppo_fast.config.schema import Config
+from seppo_fast.runs.journal import read_journal
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
+from seppo_fast.train.trainer import Trainer
 
 _LN2 = math.log(2.0)
 

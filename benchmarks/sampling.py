@@ -27,12 +27,13 @@ from benchmarks.measure import Bench, Machine, Provider, agrees, distance
 from benchmarks.models import Workplace, load_pipeline, shared_workplace
 from benchmarks.rows import Row
 from benchmarks.suites import Shared
-from seppo_fast.config import SamplerConfig
-from seppo_fast.diffusion import NoiseSchedule, Sampler
-from seppo_fast.families.load import load_family
-from seppo_fast.forward import Forward
-from seppo_fast.policy import DTYPES, compile_blocks
-from seppo_fast.rollout import sample_latents
+from seppo_fast.config.schema import SamplerConfig
+from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.methods.forward import Forward
+from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.models.registry import load_family
+from seppo_fast.models.trainable import DTYPES, compile_blocks
 from seppo_fast.shapes.world import caption, scene
 
 GUIDANCE = 7.5

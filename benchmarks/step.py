@@ -29,9 +29,9 @@ from benchmarks.models import Workplace, shared_workplace
 from benchmarks.rows import Row
 from benchmarks.steps import NAIVE, NAIVE_BATCH, WAYS_TO_STEP, WITH_ERRORS, Naive, Ours, Way, given_pairs
 from benchmarks.suites import Shared
-from seppo_fast.config import Config
-from seppo_fast.policy import trainable
-from seppo_fast.trainer import Trainer
+from seppo_fast.config.schema import Config
+from seppo_fast.models.trainable import trainable
+from seppo_fast.train.trainer import Trainer
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
 

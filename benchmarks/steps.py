@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from benchmarks.measure import Machine, Stopwatch
 from benchmarks.models import second
 from benchmarks.naive import NaiveLoop
-from seppo_fast.config import Config
-from seppo_fast.diffusion import NoiseSchedule
-from seppo_fast.learner import Learner
-from seppo_fast.opening import open_pool
-from seppo_fast.pairs import PairMaker, Pairs
-from seppo_fast.policy import compile_blocks, trainable
-from seppo_fast.reference_errors import WAYS
-from seppo_fast.trainer import Trainer
+from seppo_fast.config.schema import Config
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.methods.pairs import PairMaker, Pairs
+from seppo_fast.methods.reference_errors import WAYS
+from seppo_fast.models.trainable import compile_blocks, trainable
+from seppo_fast.train.learner import Learner
+from seppo_fast.train.opening import open_pool
+from seppo_fast.train.trainer import Trainer
 
 NAIVE, NAIVE_BATCH = "Diffusion-DPO script", "Diffusion-DPO script, same micro-batch"
 

@@ -18,12 +18,12 @@ from benchmarks.counters import SD15
 from benchmarks.measure import Machine
 from benchmarks.models import second
 from seppo_fast import shapes
-from seppo_fast.config import ModelConfig
-from seppo_fast.policy import DTYPES, make_trainable
-from seppo_fast.pool_files import Tier
+from seppo_fast.config.schema import ModelConfig
+from seppo_fast.models.trainable import DTYPES, make_trainable
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table, trained_state
-from seppo_fast.tiers import Budget
+from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.storage import Tier
+from seppo_fast.references.tiers import Budget
 
 COPY = "plain copy"
 LOAD, READ = "load_state_dict", "load_state_dict, from a file"

@@ -37,10 +37,10 @@ from benchmarks.kernels import in_turn
 from benchmarks.measure import Bench, Machine, Provider, agrees, captured, copy_limit
 from benchmarks.rows import Row
 from benchmarks.suites import Shared
-from seppo_fast.attention import GRID_LIMIT, ChunkedAttention
-from seppo_fast.loss_arguments import Backend
-from seppo_fast.policy import DTYPES
-from seppo_fast.temporal import FrameAttention, set_temporal_attention, temporal_attention
+from seppo_fast._loss_arguments import Backend
+from seppo_fast.models.attention import GRID_LIMIT, ChunkedAttention
+from seppo_fast.models.temporal_attention import FrameAttention, set_temporal_attention, temporal_attention
+from seppo_fast.models.trainable import DTYPES
 
 SDPA, XFORMERS = "SDPA", "xformers"
 THEIR_LAYOUT, IN_PLACE = "ours, their layout", "ours, in place"

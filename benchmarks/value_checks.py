@@ -24,12 +24,12 @@ from benchmarks.rows import Row
 from benchmarks.speed import CHECK
 from seppo_fast import shapes
 from seppo_fast.loss import LEARN_SIGN, denoising_errors, loss_and_grad, preference_loss
-from seppo_fast.memory import host_bytes, page_locked
-from seppo_fast.policy import DTYPES
+from seppo_fast.models.temporal_attention import temporal_attention
+from seppo_fast.models.trainable import DTYPES
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table
-from seppo_fast.temporal import temporal_attention
-from seppo_fast.tiers import Budget
+from seppo_fast.references.layout import Table
+from seppo_fast.references.tiers import Budget
+from seppo_fast.utils.memory import host_bytes, page_locked
 
 SUITE = CHECK
 BETA = 2000.0

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seppo_fast.kernels.errors import (
+from seppo_fast.kernels.denoising_error import (
     EXACT,
     by_four,
     denoising_errors,
@@ -45,7 +45,7 @@ from seppo_fast.kernels.errors import (
     load_target,
     write_gradient,
 )
-from seppo_fast.kernels.pairs import SUMS, judge, means
+from seppo_fast.kernels.pair_loss import SUMS, judge, means
 
 __all__ = ["denoising_errors", "loss_and_grad", "preference"]
 

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seppo_fast.kernels.errors import INTERPRETED
+from seppo_fast.kernels.denoising_error import INTERPRETED
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LOG2E = tl.constexpr(1.4426950408889634)

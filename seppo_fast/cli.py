@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seppo_fast import __version__
-from seppo_fast.errors import EXIT_INTERRUPTED, CheckpointError, LostProcessError, OutOfMemoryError, SeppoError
-from seppo_fast.output import tolerant_output
+from seppo_fast.utils.errors import EXIT_INTERRUPTED, CheckpointError, LostProcessError, OutOfMemoryError, SeppoError
+from seppo_fast.utils.logging import tolerant_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,19 +72,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Imported where they are needed: they take seconds, and nobody should wait for them to read of a typing error.
-    from seppo_fast.overrides import configure
-    from seppo_fast.quiet import quiet_libraries
+    from seppo_fast.config.overrides import configure
+    from seppo_fast.utils.logging import quiet_libraries
 
     try:
         if arguments.command == "report":
             quiet_libraries()
-            from seppo_fast.report import report
+            from seppo_fast.commands.report import report
 
             report(arguments.run, arguments.output)
             return 0
         if arguments.command == "export":
             quiet_libraries()
-            from seppo_fast.export import export
+            from seppo_fast.commands.export import export
 
             moved = {name: getattr(arguments, name) for name in ("path", "motion_adapter") if getattr(arguments, name)}
             export(arguments.run, arguments.format, raw=arguments.raw, output=arguments.output, model=moved)
@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if config is None:
             return _demo(arguments.clips, arguments.output)
         if arguments.command == "check":
-            from seppo_fast.check import check
+            from seppo_fast.commands.check import check
 
             return check(config)
         from seppo_fast.train import train
@@ -102,8 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
         train(config)
         return 0
     except (MemoryError, RuntimeError) as error:
-        from seppo_fast.memory import is_out_of_memory
-        from seppo_fast.processes import is_lost_process
+        from seppo_fast.distributed.processes import is_lost_process
+        from seppo_fast.utils.memory import is_out_of_memory
 
         if is_lost_process(error):
             raise LostProcessError(
@@ -125,9 +125,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _demo(clips: bool, output: Path | None) -> int:
-    from seppo_fast.config import read_config
-    from seppo_fast.demo import demo
-    from seppo_fast.files import free_name
+    from seppo_fast.commands.demo import demo
+    from seppo_fast.config.load import read_config
+    from seppo_fast.utils.files import free_name
 
     config = read_config("demo-video.yaml" if clips else "demo.yaml")
     demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import seppo_fast.loss_arguments as arguments
-from seppo_fast.loss_arguments import Backend
+import seppo_fast._loss_arguments as arguments
+from seppo_fast._loss_arguments import Backend
 
 Flipper = Literal["adaptive", "indicator", "never"]
 

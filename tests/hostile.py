@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seppo_fast.cli import main
-from seppo_fast.config import to_yaml
+from seppo_fast.config.load import to_yaml
 from tests.runs import tiny_config
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

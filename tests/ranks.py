@@ -79,8 +79,8 @@ class Ranks(Server):
 
 
 def _serve() -> None:
-    import seppo_fast.trainer  # noqa: F401 - what takes the time
-    from seppo_fast.quiet import quiet_libraries
+    import seppo_fast.train.trainer  # noqa: F401 - what takes the time
+    from seppo_fast.utils.logging import quiet_libraries
 
     quiet_libraries()
     for line in sys.stdin:
@@ -136,8 +136,8 @@ def _record(folder: Path, rank: int) -> None:
     """From now on each update's pairs are written down, and how many numbers of each kind this process holds."""
     import torch
 
-    from seppo_fast.learner import Learner
-    from seppo_fast.policy import trainable
+    from seppo_fast.models.trainable import trainable
+    from seppo_fast.train.learner import Learner
 
     step, clip, taken = Learner.step, torch.nn.utils.clip_grad_norm_, []
     held: dict[str, int] = {}
@@ -164,7 +164,7 @@ def _record(folder: Path, rank: int) -> None:
 
 
 def _break() -> None:
-    from seppo_fast.learner import Learner
+    from seppo_fast.train.learner import Learner
 
     step = Learner.step
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from seppo_fast.config import Config, parse_config
-from seppo_fast.journal import read_journal
-from seppo_fast.policy import trainable
-from seppo_fast.trainer import Trainer
+from seppo_fast.config.load import parse_config
+from seppo_fast.config.schema import Config
+from seppo_fast.models.trainable import trainable
+from seppo_fast.runs.journal import read_journal
+from seppo_fast.train.trainer import Trainer
 
 
 def tiny_config(pipeline: Path, folder: Path, **sections: Any) -> Config:

@@ -19,15 +19,19 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seppo_fast.config import ModelConfig, SamplerConfig, parse_config
-from seppo_fast.diffusion import NoiseSchedule, Sampler, keyed_noise
-from seppo_fast.errors import ConfigError
-from seppo_fast.evaluate.pictures import generate, side_by_side
-from seppo_fast.families.animatediff import AnimateDiff
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.forward import Forward
-from seppo_fast.policy import lora_weights, make_trainable, trainable
-from seppo_fast.rollout import sample_latents
+from seppo_fast.config.load import parse_config
+from seppo_fast.config.schema import ModelConfig, SamplerConfig
+from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.evaluation.generate import generate
+from seppo_fast.evaluation.grids import side_by_side
+from seppo_fast.methods.forward import Forward
+from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.models.families.animatediff import AnimateDiff
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
+from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.random import keyed_noise
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 CPU = torch.device("cpu")

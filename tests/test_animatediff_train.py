@@ -17,18 +17,18 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file
 
-from seppo_fast.attention import GRID_LIMIT, ChunkedAttention, attention_layers
+from seppo_fast.capacity.footprint import training_footprint
+from seppo_fast.capacity.presets import fit_to_machine, turn_dial
 from seppo_fast.cli import main
-from seppo_fast.config import to_yaml
-from seppo_fast.dial import fit_to_machine, turn_dial
-from seppo_fast.diffusion import keyed_noise
-from seppo_fast.errors import ConfigError
-from seppo_fast.evaluate.judged import judged_model
-from seppo_fast.memory import training_footprint
-from seppo_fast.policy import compile_blocks, trainable
+from seppo_fast.config.load import to_yaml
+from seppo_fast.evaluation.judged import judged_model
+from seppo_fast.models.attention import GRID_LIMIT, ChunkedAttention, attention_layers
+from seppo_fast.models.trainable import compile_blocks, trainable
 from seppo_fast.shapes.motion import captions
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.random import keyed_noise
 from tests.runs import log_of, tiny_config
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ from diffusers.models.attention_processor import (
 )
 from peft import LoraConfig
 
-import seppo_fast.attention as attention
-from seppo_fast.attention import ChunkedAttention, attention_layers, choose_attention, set_attention
-from seppo_fast.errors import ConfigError
+import seppo_fast.models.attention as attention
+from seppo_fast.models.attention import ChunkedAttention, attention_layers, choose_attention, set_attention
+from seppo_fast.utils.errors import ConfigError
 from tests.tiny import tiny_unet
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -20,10 +20,10 @@ from PIL import Image, PngImagePlugin
 
 from benchmarks.forks import ROOT
 from seppo_fast.cli import main
-from seppo_fast.data.images import load_image
+from seppo_fast.data.media.images import load_image
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.test_cache import FakeEncoder, opened
 from tests.test_sources import encoded, header_only_png, pixels
 

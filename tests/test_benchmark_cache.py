@@ -13,8 +13,8 @@ from benchmarks.measure import Machine
 from benchmarks.rows import KEYS, Row
 from benchmarks.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
 from seppo_fast.references import ReferencePool
-from seppo_fast.resident import Resident
-from seppo_fast.slab import trained_state
+from seppo_fast.references.layout import trained_state
+from seppo_fast.references.resident import Resident
 from tests.test_benchmarks import MACHINE, driven, smallest_cache
 
 

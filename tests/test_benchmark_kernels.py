@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import kernels, losses
 from benchmarks.losses import EMBEDDED, LATENTS, LAYOUTS, SD, Case, Truth, make_inputs
 from benchmarks.measure import Machine
-from seppo_fast.kernels import errors
-from seppo_fast.memory import _LiveBytes
+from seppo_fast.capacity.footprint import _LiveBytes
+from seppo_fast.kernels import denoising_error as errors
 from tests.test_benchmarks import MACHINE, driven, smallest_kernels
 from tests.test_drop_in import seppo_before
 

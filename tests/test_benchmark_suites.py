@@ -15,7 +15,7 @@ from benchmarks.measure import Machine
 from benchmarks.rows import Row
 from benchmarks.suites import Case, LeftOut, Shared, chosen, run_cases
 from seppo_fast import shapes
-from seppo_fast.config import ModelConfig
+from seppo_fast.config.schema import ModelConfig
 
 H200 = Machine(torch.device("cuda"), quick=False)
 MINUTES = 6

@@ -11,10 +11,10 @@ from benchmarks.measure import Bench, distance
 from benchmarks.naive import NaiveLoop
 from benchmarks.readme import full_size_table
 from benchmarks.rows import KEYS, NAIVE
-from seppo_fast.config import ModelConfig
+from seppo_fast.config.schema import ModelConfig
 from seppo_fast.data.sources import open_source
-from seppo_fast.families import animatediff
-from seppo_fast.families.load import load_family
+from seppo_fast.models.families import animatediff
+from seppo_fast.models.registry import load_family
 from seppo_fast.shapes.motion import FRAMES
 from tests.test_benchmarks import MACHINE, ROOT
 

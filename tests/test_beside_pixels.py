@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from seppo_fast.data.images import ImageError, bytes_ref, load_image
+from seppo_fast.data.media.images import ImageError, bytes_ref, load_image
 from tests.test_bad_files import with_wrong_crc
 from tests.test_sources import encoded, pixels
 

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seppo_fast.data import build
-from seppo_fast.data.cache import LatentCache, cache_key, open_or_build
-from seppo_fast.data.images import load_image
-from seppo_fast.data.latents import INDEX
+from seppo_fast.data.cache import build
+from seppo_fast.data.cache.latents import INDEX, LatentCache
+from seppo_fast.data.cache.opening import cache_key, open_or_build
+from seppo_fast.data.media.images import load_image
 from seppo_fast.data.sources import Source, open_source
-from seppo_fast.errors import DataError, NonFiniteError
+from seppo_fast.utils.errors import DataError, NonFiniteError
 
 RESOLUTION = 16
 
@@ -205,7 +205,7 @@ def test_key_changes_with_each_thing_it_depends_on(monkeypatch):
     keys = {cache_key(**(base | change)) for change in changes}
     assert len(keys) == len(changes)
     assert cache_key(**(base | {"fingerprint": {"dtype": "f", "vae": "1"}})) == cache_key(**base)
-    monkeypatch.setattr("seppo_fast.data.cache.FORMAT_VERSION", 999)
+    monkeypatch.setattr("seppo_fast.data.cache.opening.FORMAT_VERSION", 999)
     assert cache_key(**base) not in keys
 
 

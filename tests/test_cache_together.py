@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.forks import Forks
-from seppo_fast.data import build
-from seppo_fast.data.cache import open_or_build
+from seppo_fast.data.cache import build
+from seppo_fast.data.cache.opening import open_or_build
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.test_cache import RESOLUTION, FakeEncoder, make_folder, opened
 
 FORK = multiprocessing.get_context("fork")

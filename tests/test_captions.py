@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from seppo_fast.cli import main
-from seppo_fast.data.latents import LatentCache
+from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.hostile import run_config
 from tests.test_cache import FakeEncoder, opened
 from tests.test_shards import member, write_tar

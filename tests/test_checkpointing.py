@@ -8,11 +8,12 @@ from diffusers import UNetMotionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import seppo_fast.checkpointing as checkpointing
-from seppo_fast.checkpointing import Recomputed, enable_checkpointing, whole
-from seppo_fast.config import ModelConfig
-from seppo_fast.memory import _LiveBytes, fake_copy
-from seppo_fast.policy import make_trainable, trainable
+import seppo_fast.models.recompute as checkpointing
+from seppo_fast.capacity.footprint import _LiveBytes
+from seppo_fast.config.schema import ModelConfig
+from seppo_fast.models.fake import fake_copy
+from seppo_fast.models.recompute import Recomputed, enable_checkpointing, whole
+from seppo_fast.models.trainable import make_trainable, trainable
 from tests.tiny import tiny_unet
 
 FRAMES = 4

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from seppo_fast.config import read_config, to_yaml
+from seppo_fast.config.load import read_config, to_yaml
 from tests.runs import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -336,7 +336,7 @@ def test_interrupt_exits_130_and_writes_no_weights(config, tmp_path):
 def test_out_of_memory_exits_4_with_what_takes_less(config, monkeypatch, capsys):
     import torch
 
-    import seppo_fast.train
+    import seppo_fast.train.loop
     from seppo_fast.cli import main
 
     def exhausted(config):

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms
 
-from seppo_fast.data import colours
-from seppo_fast.data.images import bytes_ref, decode_image, is_converted, load_image
+from seppo_fast.data.media import colours
+from seppo_fast.data.media.images import bytes_ref, decode_image, is_converted, load_image
 from seppo_fast.data.scan import decode_all
 from seppo_fast.data.sources import open_source
 from tests.profiles import (

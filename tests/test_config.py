@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import yaml
 
-from seppo_fast.config import RECIPES, Config, parse_config, read_config, to_yaml
-from seppo_fast.errors import ConfigError
-from seppo_fast.objectives import OBJECTIVES
-from seppo_fast.overrides import configure
+from seppo_fast.config.load import RECIPES, parse_config, read_config, to_yaml
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.overrides import configure
+from seppo_fast.config.schema import Config
+from seppo_fast.utils.errors import ConfigError
 
 
 def write(tmp_path, text):
@@ -128,7 +129,7 @@ def test_every_objective_has_a_recipe():
 
 
 def test_yamls_words_are_understood_as_flags():
-    from seppo_fast.overrides import configure
+    from seppo_fast.config.overrides import configure
 
     flags = ["--sampler.batch", "null", "--model.compile", "true", "--train.share-noise", "false"]
     config = configure("demo.yaml", flags)
@@ -136,7 +137,7 @@ def test_yamls_words_are_understood_as_flags():
 
 
 def test_contradictions_are_refused_alike_from_file_and_flags(tmp_path):
-    from seppo_fast.overrides import configure
+    from seppo_fast.config.overrides import configure
 
     file = tmp_path / "run.yaml"
     file.write_text("reference: {uses: 3}\ntrain: {pairs_per_update: 64}\n")

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from seppo_fast.config import parse_config
-from seppo_fast.determinism import deterministic
-from seppo_fast.errors import ConfigError
+from seppo_fast.config.load import parse_config
 from seppo_fast.train import train
+from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.torch_modes import deterministic
 from tests.runs import log_of, tiny_config
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import seppo_fast.dial
-from seppo_fast.config import parse_config, read_config
-from seppo_fast.dial import DIAL, fit_to_machine, turn_dial
-from seppo_fast.memory import sampling_footprint, training_footprint
-from seppo_fast.policy import trainable
-from seppo_fast.slab import Table
+import seppo_fast.capacity.presets
+from seppo_fast.capacity.footprint import sampling_footprint, training_footprint
+from seppo_fast.capacity.presets import DIAL, fit_to_machine, turn_dial
+from seppo_fast.config.load import parse_config, read_config
+from seppo_fast.models.trainable import trainable
+from seppo_fast.references.layout import Table
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
+from seppo_fast.train.trainer import Trainer
 from tests.runs import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -56,7 +56,7 @@ def counted_once(monkeypatch):
         return counting
 
     for count in (training_footprint, sampling_footprint):
-        monkeypatch.setattr(seppo_fast.dial, count.__name__, once(count))
+        monkeypatch.setattr(seppo_fast.capacity.presets, count.__name__, once(count))
 
 
 @pytest.fixture
@@ -80,14 +80,14 @@ def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
     for pairs, samples in ((4, 8), (8, 16), (1, 4)):
         for spare, rows in ((1.001, pairs), (0.999, pairs // 2 or 1)):
             need = spare * (2 * trained + pool + pair.fixed + pairs * pair.per_row) / share
-            monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, need=need: int(need))
+            monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, need=need: int(need))
             assert (
                 chosen(trainer, tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN))[0]
                 == rows
             )
         for spare, rows in ((1.001, samples), (0.999, samples // 2)):
             need = spare * (2 * trained + pool + sample.fixed + samples * sample.per_row) / share
-            monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, need=need: int(need))
+            monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, need=need: int(need))
             assert (
                 chosen(trainer, tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN))[1]
                 == rows
@@ -95,17 +95,17 @@ def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
 
 
 def test_batches_have_a_ceiling_and_one_is_always_tried(tiny, tmp_path, trainer, monkeypatch):
-    monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device: 2**50)
+    monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device: 2**50)
     for memory, expected in (("low", (1, 8)), ("balanced", (16, 32)), ("fast", (16, 32))):
         assert chosen(trainer, tiny_config(tiny, tmp_path, memory=memory, **OPEN)) == expected
     few = {"train": {"micro_batch": None, "pairs_per_update": 5}}
     assert chosen(trainer, tiny_config(tiny, tmp_path, **few)) == (4, 4)  # no more than an update has
-    monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device: 0)
     assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (1, 1)
 
 
 def test_all_processes_take_the_smallest_choice(tiny, tmp_path, trainer, monkeypatch):
-    monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device: 2**50)
+    monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device: 2**50)
     monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, torch.tensor([3])]))
     assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (3, 3)
 
@@ -129,7 +129,7 @@ def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, 
     config = tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN)
     for spare, park in ((1.001, False), (0.999, True)):
         free = int(spare * (2 * trained + pool + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
-        monkeypatch.setattr(seppo_fast.dial, "free_bytes", lambda device, free=free: free)
-        chosen = seppo_fast.dial._with_batch(config, trainer.unet, sample, trainer.accelerator)
+        monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, free=free: free)
+        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.unet, sample, trainer.accelerator)
         assert chosen.reference.park is park
         assert chosen.sampler.batch >= 16  # parked, they fit

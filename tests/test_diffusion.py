@@ -5,10 +5,12 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from seppo_fast.config import SamplerConfig
-from seppo_fast.diffusion import NoiseSchedule, Sampler, keyed_noise, keyed_rng
-from seppo_fast.errors import ConfigError
-from seppo_fast.families.sd import StableDiffusion
+from seppo_fast.config.schema import SamplerConfig
+from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.random import keyed_noise, keyed_rng
 
 CPU = torch.device("cpu")
 SD15 = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from seppo_fast.config import to_yaml
+from seppo_fast.config.load import to_yaml
 from tests.launch import launch
 from tests.runs import log_of, tiny_config
 
@@ -100,8 +100,8 @@ def saved_weights(folder):
 def test_too_few_pairs_for_the_processes_are_refused(tiny, tmp_path, monkeypatch):
     from accelerate import Accelerator
 
-    from seppo_fast.errors import ConfigError
     from seppo_fast.train import train
+    from seppo_fast.utils.errors import ConfigError
 
     monkeypatch.setattr(Accelerator, "num_processes", 8)
     with pytest.raises(ConfigError, match=r"samples an update \(6\).*processes \(8\)"):

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import seppo_fast.estimate
-from seppo_fast.config import parse_config, to_yaml
-from seppo_fast.dial import DIAL, turn_dial
-from seppo_fast.duration import forwards_per_pair
-from seppo_fast.estimate import Need, _ladder, need_of, out_of_memory, suggestions
-from seppo_fast.memory import Footprint
-from seppo_fast.processes import processes
-from seppo_fast.slab import Table
-from seppo_fast.trainer import Trainer
+import seppo_fast.capacity.plan
+from seppo_fast.capacity.eta import forwards_per_pair
+from seppo_fast.capacity.footprint import Footprint
+from seppo_fast.capacity.plan import Need, _ladder, need_of, out_of_memory, suggestions
+from seppo_fast.capacity.presets import DIAL, turn_dial
+from seppo_fast.config.load import parse_config, to_yaml
+from seppo_fast.distributed.processes import processes
+from seppo_fast.references.layout import Table
+from seppo_fast.train.trainer import Trainer
 from tests.runs import tiny_config
 from tests.test_memory import traced_peak
 
@@ -170,7 +170,7 @@ def test_a_run_with_states_is_not_told_to_become_another(tiny, tmp_path):
 
 def test_where_nothing_fits_it_says_so(tiny, tmp_path, monkeypatch):
     trainer = trainer_of(tiny, tmp_path, "full")
-    monkeypatch.setattr(seppo_fast.estimate, "room_on", lambda device: 1)
+    monkeypatch.setattr(seppo_fast.capacity.plan, "room_on", lambda device: 1)
     assert "no other batch, nor recomputing, would be enough" in str(
         out_of_memory(trainer.config, trainer.family, CPU, MemoryError("no"))
     )

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seppo_fast.config import parse_config
+from seppo_fast.commands.demo import by_prompt
+from seppo_fast.config.load import parse_config
 from seppo_fast.data.sources import open_source
-from seppo_fast.demo import by_prompt
-from seppo_fast.evaluate.judged import CLIPS_PER_PROMPT, held_out_prompts, judged_model, prompt_sets
-from seppo_fast.evaluate.paired import paired_difference
-from seppo_fast.evaluate.pictures import animate, side_by_side
+from seppo_fast.evaluation.grids import animate, side_by_side
+from seppo_fast.evaluation.judged import CLIPS_PER_PROMPT, held_out_prompts, judged_model, prompt_sets
+from seppo_fast.evaluation.statistics import paired_difference
 from seppo_fast.shapes.judge import score
 from seppo_fast.shapes.motion import all_captions
 

@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from seppo_fast.exchange import exchange, put_aside, put_back, take_back
-from seppo_fast.slab import trained_state
+from seppo_fast.references.layout import trained_state
+from seppo_fast.references.swap import exchange, put_aside, put_back, take_back
 
 
 class Tied(nn.Module):

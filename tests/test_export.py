@@ -11,13 +11,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from seppo_fast.cli import main
-from seppo_fast.config import parse_config
-from seppo_fast.diffusion import NoiseSchedule, Sampler
-from seppo_fast.evaluate.pictures import generate
-from seppo_fast.export import COMFYUI_FILE, export, kohya_metadata
-from seppo_fast.forward import Forward
-from seppo_fast.saved_state import saved_states
-from seppo_fast.scores import Scores
+from seppo_fast.commands.export import COMFYUI_FILE, export, kohya_metadata
+from seppo_fast.config.load import parse_config
+from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.evaluation.generate import generate
+from seppo_fast.evaluation.scores import Scores
+from seppo_fast.methods.forward import Forward
+from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.train import train
 from tests.runs import tiny_config
 from tests.tiny import tiny_pipeline
@@ -47,7 +48,7 @@ def pictures_of(trainer):
 
 def by_diffusers(pipe, config):
     """The same prompts and seed through a pipeline of diffusers, by the family's sampler."""
-    from seppo_fast.families.sd import StableDiffusion
+    from seppo_fast.models.families.sd15 import StableDiffusion
 
     family = StableDiffusion(pipe, torch.device("cpu"), torch.float32)
     forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)

@@ -13,9 +13,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from seppo_fast.diffusion import NoiseSchedule
-from seppo_fast.errors import ConfigError
-from seppo_fast.families.sd import StableDiffusion
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.utils.errors import ConfigError
 from tests.tiny import tiny_pipeline
 
 CPU = torch.device("cpu")

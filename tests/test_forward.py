@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from seppo_fast.forward import outside_modes
 from seppo_fast.train import train
+from seppo_fast.utils.torch_modes import outside_modes
 from tests.runs import tiny_config, weights_of
 
 

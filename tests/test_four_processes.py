@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from seppo_fast.config import parse_config, to_yaml
-from seppo_fast.saved_state import saved_states, state_folder
+from seppo_fast.config.load import parse_config, to_yaml
+from seppo_fast.runs.checkpoint import saved_states, state_folder
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run, content
 

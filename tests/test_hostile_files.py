@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from seppo_fast.cli import main
-from seppo_fast.config import Config, read_config
+from seppo_fast.config.load import read_config
+from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
-from seppo_fast.diffusion import NoiseSchedule
-from seppo_fast.errors import CheckpointError, ConfigError, DataError
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.journal import read_journal
-from seppo_fast.saved_state import _checksum, checked_state, newest_state
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.runs.checkpoint import _checksum, checked_state, newest_state
+from seppo_fast.runs.journal import read_journal
+from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError
 from tests.hostile import Payload, ends, payloads, run_config
 from tests.test_cache import make_folder, opened
 
@@ -345,7 +346,7 @@ def test_a_hostile_stamp_is_no_stamp(copied, case):
     stamp = file.parent / "run" / "weights" / "seppo_fast.json"
     content = HOSTILE_JSON[case]
     stamp.write_bytes(content if isinstance(content, bytes) else content.encode())
-    from seppo_fast.weights import written_after
+    from seppo_fast.runs.weights import written_after
 
     assert written_after(stamp.parent) in ((2,) if case == "twice" else (None, 123456789012345678901234567890))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from seppo_fast.config import to_yaml
-from seppo_fast.errors import NonFiniteError
-from seppo_fast.journal import Journal, read_journal
+from seppo_fast.config.load import to_yaml
+from seppo_fast.runs.journal import Journal, read_journal
+from seppo_fast.runs.watch import WINDOW, WinnerWatch, spells
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
-from seppo_fast.watch import WINDOW, WinnerWatch, spells
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import NonFiniteError
 from tests.runs import log_of, tiny_config
 
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seppo_fast.errors import NonFiniteError
-from seppo_fast.policy import trainable
+from seppo_fast.models.trainable import trainable
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import NonFiniteError
 from tests.runs import log_of, tiny_config, weights_of
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from seppo_fast.data.examples import Example
-from seppo_fast.data.images import load_image
+from seppo_fast.data.media.images import load_image
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.clips import numbered_frames, write_clip
 from tests.test_names import picture
 from tests.test_shards import member, write_tar

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from seppo_fast.cli import main
-from seppo_fast.config import read_config, to_yaml
+from seppo_fast.config.load import read_config, to_yaml
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run
 

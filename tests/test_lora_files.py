@@ -5,10 +5,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from seppo_fast.config import ModelConfig
-from seppo_fast.export import COMFYUI_FILE, comfyui_weights, kohya_metadata
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.policy import lora_weights, make_trainable, trainable
+from seppo_fast.commands.export import COMFYUI_FILE, comfyui_weights, kohya_metadata
+from seppo_fast.config.schema import ModelConfig
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
 from tests.runs import tiny_config
 
 RANKS = (4, 16)

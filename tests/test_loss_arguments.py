@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import seppo_fast._loss_arguments as loss_arguments
 import seppo_fast.kernels.eager as eager
-import seppo_fast.loss_arguments as loss_arguments
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
 
 X, R = torch.zeros(4, 3, 5), torch.zeros(4)

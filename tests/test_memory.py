@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import seppo_fast.memory as memory
-from seppo_fast.memory import Footprint, free_bytes, sampling_footprint, training_footprint
+import seppo_fast.utils.memory as memory
+from seppo_fast.capacity.footprint import Footprint, _follow_cuda, sampling_footprint, training_footprint
+from seppo_fast.utils.memory import free_bytes
 from tests.tiny import tiny_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -228,7 +229,7 @@ def test_autocast_follows_the_rules_of_cuda(make, shape):
                     setattr(parent, name, nn.Parameter(torch.empty(weight.shape, device=device), requires_grad=False))
             x = torch.empty(shape, device=device, dtype=BF16)
             if device == "cpu":
-                memory._follow_cuda(module)
+                _follow_cuda(module)
             # torch.autocast("cuda") turns itself off where there is no GPU.
             torch.set_autocast_dtype(device, BF16)
             torch.set_autocast_enabled(device, True)

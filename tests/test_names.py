@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.forks import ROOT
-from seppo_fast.data.images import load_image
+from seppo_fast.data.media.images import load_image
 from seppo_fast.data.names import walk_files
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.clips import numbered_frames, write_clip
 from tests.test_shards import member, refusals, write_tar
 from tests.test_sources import encoded, pickapic, pixels, write_metadata

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-import seppo_fast.tiers as tiers
-from seppo_fast.node import Node
+import seppo_fast.references.tiers as tiers
+from seppo_fast.distributed.machine import Node
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table
-from seppo_fast.tiers import Budget, PoolFullError
+from seppo_fast.references.layout import Table
+from seppo_fast.references.tiers import Budget, PoolFullError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 FORK = multiprocessing.get_context("fork")

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from seppo_fast.objectives import OBJECTIVES, averages, step_loss, total
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.methods.preference import averages, step_loss, total
 
 OPTIONS = {"beta": 500.0, "tie_tol": 0.0, "backend": "torch"}
 ANCHOR = {"adaptive": -1.0, "indicator": 0.0, "never": 1.0}

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.forks import Forks
-from seppo_fast.config import to_yaml
-from seppo_fast.output import tolerant_output
+from seppo_fast.config.load import to_yaml
 from seppo_fast.train import train
+from seppo_fast.utils.logging import tolerant_output
 from tests.runs import log_of, tiny_config
 
 ROOT = Path(__file__).parents[1]

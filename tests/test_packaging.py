@@ -139,10 +139,12 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
 
 def test_wheel_holds_pipeline_and_recipes(wheel: Path) -> None:
     pipeline = {f"seppo_fast/shapes/pipeline/{name}" for name in files_under(ROOT / "seppo_fast/shapes/pipeline", "*")}
-    recipes = {f"seppo_fast/recipes/{name}" for name in files_under(ROOT / "seppo_fast/recipes", "*.yaml")}
+    recipes = {
+        f"seppo_fast/config/recipes/{name}" for name in files_under(ROOT / "seppo_fast/config/recipes", "*.yaml")
+    }
     assert "seppo_fast/shapes/pipeline/model_index.json" in pipeline
     assert "seppo_fast/shapes/pipeline/unet/diffusion_pytorch_model.safetensors" in pipeline
-    assert "seppo_fast/recipes/demo.yaml" in recipes
+    assert "seppo_fast/config/recipes/demo.yaml" in recipes
     assert pipeline | recipes <= files_of(wheel)
 
 

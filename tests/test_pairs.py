@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from seppo_fast.pairs import PairMaker, Pairs
+from seppo_fast.methods.pairs import PairMaker, Pairs
 from tests.runs import tiny_config
 
 

@@ -15,8 +15,8 @@ import pytest
 from seppo_fast.cli import main
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import ConfigError, DataError
-from seppo_fast.evaluate.judged import judged_model
+from seppo_fast.evaluation.judged import judged_model
+from seppo_fast.utils.errors import ConfigError, DataError
 from tests.hostile import UNSAFE, Payload, ends, payloads, run_config
 from tests.runs import tiny_config
 from tests.test_cache import make_folder, opened

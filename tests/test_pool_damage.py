@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import seppo_fast.pool_files as pool_files
-from seppo_fast.errors import CheckpointError
-from seppo_fast.pool_files import map_member, write_member
+import seppo_fast.references.storage as pool_files
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table, trained_state
+from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.storage import map_member, write_member
+from seppo_fast.utils.errors import CheckpointError
 from tests.pools import Odd, assert_holds, filled
 
 CPU = torch.device("cpu")

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import seppo_fast.pool_files as pool_files
-import seppo_fast.slab as slab
-from seppo_fast.errors import CheckpointError
+import seppo_fast.references.layout as slab
+import seppo_fast.references.storage as pool_files
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table
-from seppo_fast.tiers import Budget, PoolFullError
+from seppo_fast.references.layout import Table
+from seppo_fast.references.tiers import Budget, PoolFullError
+from seppo_fast.utils.errors import CheckpointError
 from tests.pools import Odd, assert_holds, filled, scrambled
 
 CPU = torch.device("cpu")

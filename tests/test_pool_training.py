@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 
-from seppo_fast.errors import ConfigError
-from seppo_fast.policy import trainable
-from seppo_fast.slab import Table
+from seppo_fast.models.trainable import trainable
+from seppo_fast.references.layout import Table
 from seppo_fast.train import train
+from seppo_fast.utils.errors import ConfigError
 from tests.runs import tiny_config
 
 SCHEDULE = {"updates": 6, "updates_per_iteration": 2}
@@ -50,7 +50,7 @@ def test_a_bounded_pool_trains(tiny, tmp_path, rule):
 
 
 def test_a_policy_for_which_there_is_no_room_is_left_out_and_said(tiny, tmp_path, capsys):
-    from seppo_fast.trainer import Trainer
+    from seppo_fast.train.trainer import Trainer
 
     size = Table.of(Trainer(tiny_config(tiny, tmp_path / "size")).unet).size
     room = 1.5 * size / 2**30

@@ -6,12 +6,12 @@ import os
 
 import pytest
 
-import seppo_fast.files as files
-from seppo_fast.errors import CheckpointError, ConfigError
-from seppo_fast.files import allocate, staged_folder
-from seppo_fast.node import Node
-from seppo_fast.run_folder import claimed
+import seppo_fast.utils.files as files
+from seppo_fast.distributed.machine import Node
+from seppo_fast.runs.folder import claimed
 from seppo_fast.train import train
+from seppo_fast.utils.errors import CheckpointError, ConfigError
+from seppo_fast.utils.files import allocate, staged_folder
 from tests.runs import log_of, tiny_config
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from seppo_fast.processes import Patience, is_lost_process, node_of
+from seppo_fast.distributed.processes import Patience, is_lost_process, node_of
 
 
 def test_one_process_waits_for_nobody():

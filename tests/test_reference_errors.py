@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from seppo_fast.errors import ConfigError
-from seppo_fast.policy import trainable
+from seppo_fast.models.trainable import trainable
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import ConfigError
 from tests.runs import log_of, tiny_config
 
 LORA = {"train": "lora", "lora_rank": 3}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from seppo_fast.errors import CheckpointError
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table, trained_state
-from seppo_fast.tiers import Budget
+from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.tiers import Budget
+from seppo_fast.utils.errors import CheckpointError
 from tests.pools import KEPT, Odd, assert_holds, contents, filled, same, scrambled
 
 SLAB = Table.of(Odd()).size
@@ -360,3 +360,12 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         pool.save(tmp_path / "pool")
     with ReferencePool(7, keep=2) as plain:
         plain.restore(tmp_path / "pool", "cpu")
+
+
+def test_the_pool_has_two_public_places():
+    import seppo_fast
+    import seppo_fast.references
+
+    assert seppo_fast.ReferencePool is seppo_fast.references.ReferencePool is ReferencePool
+    with pytest.raises(AttributeError, match="no attribute 'ReferencePools'"):
+        _ = seppo_fast.ReferencePools

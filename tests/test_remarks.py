@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from seppo_fast.cli import main
-from seppo_fast.data import colours
-from seppo_fast.data.latents import INDEX
+from seppo_fast.data.cache.latents import INDEX
+from seppo_fast.data.media import colours
 from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source

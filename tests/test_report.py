@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from seppo_fast.cli import main
-from seppo_fast.curves import curve
-from seppo_fast.errors import ConfigError
-from seppo_fast.evaluate.pictures import side_by_side
-from seppo_fast.interrupt import Interrupted
-from seppo_fast.report import report
-from seppo_fast.scores import Scores
+from seppo_fast.commands.curves import curve
+from seppo_fast.commands.report import report
+from seppo_fast.evaluation.grids import side_by_side
+from seppo_fast.evaluation.scores import Scores
+from seppo_fast.runs.signals import Interrupted
 from seppo_fast.train import train
+from seppo_fast.utils.errors import ConfigError
 from tests.runs import tiny_config
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-import seppo_fast.resident as resident
+import seppo_fast.references.resident as resident
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table, trained_state
-from seppo_fast.tiers import Budget
+from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.tiers import Budget
 from tests.pools import KEPT, Copies, Odd, bits, contents, filled, same, scrambled
 from tests.tiny import tiny_unet
 

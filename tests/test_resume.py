@@ -7,10 +7,10 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.faults import contents, differences
-from seppo_fast.errors import ConfigError
-from seppo_fast.learner import Learner
-from seppo_fast.saved_state import saved_states
+from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.train import train
+from seppo_fast.train.learner import Learner
+from seppo_fast.utils.errors import ConfigError
 from tests.runs import log_of, tiny_config
 
 UPDATES = 6

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from seppo_fast.config import to_yaml
-from seppo_fast.saved_state import saved_states
+from seppo_fast.config.load import to_yaml
+from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.train import train
 from tests.launch import launch
 from tests.runs import log_of, tiny_config

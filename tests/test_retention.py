@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import seppo_fast.retention as retention
-from seppo_fast.retention import makes_way
+import seppo_fast.references.retention as retention
+from seppo_fast.references.retention import makes_way
 
 RULES = ("newest", "spread", "reservoir")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from seppo_fast.errors import CheckpointError
-from seppo_fast.rollout import sample_latents
-from seppo_fast.trainer import Trainer
+from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import CheckpointError
 from tests.runs import tiny_config
 
 

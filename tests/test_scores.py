@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seppo_fast import demo
-from seppo_fast.config import read_config
-from seppo_fast.evaluate import judged
-from seppo_fast.export import export
-from seppo_fast.scores import read_scores
+from seppo_fast.commands import demo
+from seppo_fast.commands.export import export
+from seppo_fast.config.load import read_config
+from seppo_fast.evaluation import judged
+from seppo_fast.evaluation.scores import read_scores
 
 
 def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch, capsys):

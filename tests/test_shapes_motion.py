@@ -16,7 +16,7 @@ from diffusers import (
 )
 from transformers import CLIPTokenizer
 
-from seppo_fast.data.moving import MovingShapesSource
+from seppo_fast.data.readers.moving import MovingShapesSource
 from seppo_fast.shapes import PIPELINE, motion, world
 from seppo_fast.shapes.motion_judge import judge, judge_all, motion_of, score, score_all, track
 from seppo_fast.shapes.pretrain_motion import SCHEDULE, decode_clips, encode_clips, main

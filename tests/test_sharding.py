@@ -12,12 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from seppo_fast.config import to_yaml
-from seppo_fast.dial import _shards, learner_bytes
-from seppo_fast.errors import ConfigError
-from seppo_fast.journal import read_journal
-from seppo_fast.saved_state import saved_states
-from seppo_fast.sharding import settled, sharding_plugin
+from seppo_fast.capacity.presets import _shards, learner_bytes
+from seppo_fast.config.load import to_yaml
+from seppo_fast.distributed.fsdp import settled, sharding_plugin
+from seppo_fast.runs.checkpoint import saved_states
+from seppo_fast.runs.journal import read_journal
+from seppo_fast.utils.errors import ConfigError
 from tests.launch import launch
 from tests.runs import log_of, tiny_config
 from tests.test_four_processes import assert_same_training, in_folder, recorded, start  # noqa: F401 - a fixture

@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from seppo_fast.cli import main
-from seppo_fast.data.images import decode_image, file_ref, load_image
+from seppo_fast.data.media.images import decode_image, file_ref, load_image
+from seppo_fast.data.readers.shards import Member
 from seppo_fast.data.scan import decode_all, scan
-from seppo_fast.data.shards import Member
 from seppo_fast.data.sources import Source, open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.test_cache import FakeEncoder, direct, opened
 from tests.test_sources import encoded, pixels
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seppo_fast.slab import Table, trained_state
+from seppo_fast.references.layout import Table, trained_state
 from tests.pools import KEPT, Odd, bits, scrambled
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from seppo_fast.data import rows
-from seppo_fast.data.images import ImageError, bytes_ref, file_ref, load_image
+from seppo_fast.data.media.images import ImageError, bytes_ref, file_ref, load_image
+from seppo_fast.data.readers import rows
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 
 
 def pixels(seed: int, height: int = 24, width: int = 32) -> np.ndarray:

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-import seppo_fast.state
-from seppo_fast.config import SaveConfig, to_yaml
-from seppo_fast.errors import CheckpointError
-from seppo_fast.interrupt import Interrupted, Interruption, held_back
-from seppo_fast.node import Node
-from seppo_fast.run_folder import claimed
-from seppo_fast.saved_state import prune, saved_states, state_folder
-from seppo_fast.state import Saver
+import seppo_fast.runs.saver
+from seppo_fast.config.load import to_yaml
+from seppo_fast.config.schema import SaveConfig
+from seppo_fast.distributed.machine import Node
+from seppo_fast.runs.checkpoint import prune, saved_states, state_folder
+from seppo_fast.runs.folder import claimed
+from seppo_fast.runs.saver import Saver
+from seppo_fast.runs.signals import Interrupted, Interruption, held_back
 from seppo_fast.train import train
+from seppo_fast.utils.errors import CheckpointError
 from tests.runs import log_of, tiny_config
 from tests.test_resume import assert_same_run
 from tests.tiny import tiny_pipeline
@@ -313,7 +314,7 @@ def test_states_that_cannot_be_listed_while_an_older_one_is_removed_are_warned_o
 
     lines = []
     saver = Saver(tmp_path, 0, 2, lines.append)
-    monkeypatch.setattr(seppo_fast.state, "prune", lost)
+    monkeypatch.setattr(seppo_fast.runs.saver, "prune", lost)
     assert saver.begins(1)
     saver.save(1, {}, {"update": 1}, None)
     saver.wait(last=True)

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from seppo_fast.cli import main
-from seppo_fast.data.images import load_image
+from seppo_fast.data.media.images import load_image
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.hostile import run_config
 from tests.test_cache import opened
 from tests.test_sources import encoded, pixels, problems_of

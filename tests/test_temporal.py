@@ -14,14 +14,14 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmarks.temporal as benchmark
-import seppo_fast.temporal as temporal
+import seppo_fast.models.temporal_attention as temporal
 from benchmarks.measure import Machine
 from benchmarks.suites import run_cases
-from seppo_fast.attention import ChunkedAttention
-from seppo_fast.checkpointing import enable_checkpointing
-from seppo_fast.errors import ConfigError
 from seppo_fast.kernels.eager import temporal_attention as twin
-from seppo_fast.temporal import FrameAttention, set_temporal_attention, temporal_attention
+from seppo_fast.models.attention import ChunkedAttention
+from seppo_fast.models.recompute import enable_checkpointing
+from seppo_fast.models.temporal_attention import FrameAttention, set_temporal_attention, temporal_attention
+from seppo_fast.utils.errors import ConfigError
 
 OURS = (benchmark.THEIR_LAYOUT, benchmark.IN_PLACE)
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import seppo_fast.tiers as tiers
+import seppo_fast.references.tiers as tiers
 from seppo_fast.references import ReferencePool
-from seppo_fast.slab import Table
-from seppo_fast.tiers import Budget, PoolFullError
+from seppo_fast.references.layout import Table
+from seppo_fast.references.tiers import Budget, PoolFullError
 from tests.pools import KEPT, Odd, assert_holds, contents, filled, same, scrambled
 
 SLAB = Table.of(Odd()).size

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
-from seppo_fast.config import ModelConfig
-from seppo_fast.policy import make_trainable, trainable
-from seppo_fast.together import Together
+from seppo_fast.config.schema import ModelConfig
+from seppo_fast.methods.joint_forward import Together
+from seppo_fast.models.trainable import make_trainable, trainable
 
 TINY = {
     "sample_size": 8,

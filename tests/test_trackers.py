@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from seppo_fast.cli import main
-from seppo_fast.config import to_yaml
-from seppo_fast.interrupt import Interrupted
-from seppo_fast.journal import read_journal
-from seppo_fast.trackers import FOLDERS, Trackers
+from seppo_fast.config.load import to_yaml
+from seppo_fast.runs.journal import read_journal
+from seppo_fast.runs.signals import Interrupted
+from seppo_fast.runs.trackers import FOLDERS, Trackers
 from seppo_fast.train import train
 from tests.runs import log_of, tiny_config
 
@@ -128,7 +128,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tiny, tmp_path, wandb, capsys
 def test_a_missing_package_is_named_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capsys, name):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *rest: None if asked == name else find(asked, *rest))
-    monkeypatch.setattr("seppo_fast.trainer.load_family", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("seppo_fast.train.trainer.load_family", lambda *_: pytest.fail("the model was loaded"))
     config = tiny_config(tiny, tmp_path, log={"trackers": [name]})
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     assert main(["train", str(tmp_path / "run.yaml")]) == 2

@@ -15,14 +15,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from seppo_fast.config import LogConfig, to_yaml
-from seppo_fast.errors import ConfigError
-from seppo_fast.evaluate import pictures
-from seppo_fast.families.sd import StableDiffusion
-from seppo_fast.objectives import OBJECTIVES
-from seppo_fast.rollout import sample_latents
+from seppo_fast.config.load import to_yaml
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.schema import LogConfig
+from seppo_fast.evaluation import generate
+from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.train import train
-from seppo_fast.trainer import Trainer
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import ConfigError
 from tests.runs import log_of, tiny_config, weights_of
 from tests.test_resume import assert_same_run
 
@@ -246,7 +247,7 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
             assert trainer.unet.config.dropout == trainer.family.pipe.text_encoder.config.attention_dropout == 0.5
             assert np.array_equal(trainer._samples._generate(), trainer._samples._base)
 
-    monkeypatch.setattr(pictures, "sample_latents", recording)
+    monkeypatch.setattr(generate, "sample_latents", recording)
     keys = {"data": {"prompt_dropout": 0.8}, "objective": "seppo-newest"}
     log = {"sample_every": 2, "sample_prompts": ["a fox", "b", "c"]}
     config = tiny_config(pipeline, tmp_path, log=log, train={"updates": 4}, **keys)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from seppo_fast.data import build
-from seppo_fast.data.cache import LatentCache, cache_key, open_or_build
-from seppo_fast.data.clips import load_clip
-from seppo_fast.data.frames import choose_frames
-from seppo_fast.data.latents import INDEX
+from seppo_fast.data.cache import build
+from seppo_fast.data.cache.latents import INDEX, LatentCache
+from seppo_fast.data.cache.opening import cache_key, open_or_build
+from seppo_fast.data.media.clips import load_clip
+from seppo_fast.data.media.frames import choose_frames
 from seppo_fast.data.remarks import Remarks
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.clips import frame_numbers, numbered_frames, write_clip
 
 FRAMES, RESOLUTION = 4, 16

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from seppo_fast.cli import main
-from seppo_fast.data.images import fit_square
+from seppo_fast.data.media.images import fit_square
+from seppo_fast.data.media.video_file import VideoFile
 from seppo_fast.data.remarks import Remarks
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.data.video_file import VideoFile
 from tests.clips import frame_numbers, numbered_frames, set_display_matrix, write_clip
 from tests.hostile import run_config
 from tests.test_video_sources import loaded

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
 
-from seppo_fast.config import to_yaml
+from seppo_fast.config.load import to_yaml
 from tests.clips import numbered_frames, write_clip
 from tests.runs import tiny_config
 from tests.test_resume import assert_same_run

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example
-from seppo_fast.data.frames import choose_frames, keyed_choice
-from seppo_fast.data.images import ImageError, file_ref
+from seppo_fast.data.media.clips import load_clip
+from seppo_fast.data.media.frames import choose_frames, keyed_choice
+from seppo_fast.data.media.images import ImageError, file_ref
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import open_source
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 from tests.clips import frame_numbers, numbered_frames, set_display_matrix, write_audio, write_changing_clip, write_clip
 
 
@@ -297,10 +297,10 @@ def test_size_that_changes_in_mid_stream(tmp_path):
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", numbered_frames(3))
-    monkeypatch.setattr("seppo_fast.data.video_file.MAX_PIXELS", 48 * 32 - 1)
+    monkeypatch.setattr("seppo_fast.data.media.video_file.MAX_PIXELS", 48 * 32 - 1)
     monkeypatch.setattr(Image, "fromarray", lambda *_: pytest.fail("decoded"))
     assert reason(path).startswith("too large: 48 x 32")
-    monkeypatch.setattr("seppo_fast.data.video_file.MAX_PIXELS", 48 * 32 // 4)  # libavcodec refuses: there is no size
+    monkeypatch.setattr("seppo_fast.data.media.video_file.MAX_PIXELS", 48 * 32 // 4)  # libavcodec refuses: no size
     assert "megapixels" in reason(path)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seppo_fast.data.clips import Clip, load_clip
 from seppo_fast.data.examples import Example
-from seppo_fast.data.frames import STEP, choose_frames, choose_times, is_short
-from seppo_fast.data.images import file_ref
+from seppo_fast.data.media.clips import Clip, load_clip
+from seppo_fast.data.media.frames import STEP, choose_frames, choose_times, is_short
+from seppo_fast.data.media.images import file_ref
 from seppo_fast.data.sources import open_source
 from tests.clips import frame_numbers, numbered_frames, write_clip
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from seppo_fast.data.images import ImageRef
-from seppo_fast.errors import DataError
+from seppo_fast.data.media.images import ImageRef
+from seppo_fast.utils.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Generic, TypeVar
 
-from seppo_fast.errors import DataError
+from seppo_fast.utils.errors import DataError
 
 _NO_DATA = {
     "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx", "thumbs.db",

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from seppo_fast.data.colours import can_convert
 from seppo_fast.data.examples import Example, printable
+from seppo_fast.data.media.colours import can_convert
 
 if TYPE_CHECKING:
-    from seppo_fast.data.clips import Clip
+    from seppo_fast.data.media.clips import Clip
 
 _SENTENCES = {
     "repeating": "have too few frames for {frames} different ones and repeat some",

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from seppo_fast.data.clips import load_clip
 from seppo_fast.data.examples import Example, Problem, Source, require_kind
-from seppo_fast.data.images import ImageError, ImageRef, Opened, decode_image, open_image
+from seppo_fast.data.media.clips import load_clip
+from seppo_fast.data.media.images import ImageError, ImageRef, Opened, decode_image, open_image
 from seppo_fast.data.remarks import Remarks
 
 _MOST_BYTES = 1 << 29

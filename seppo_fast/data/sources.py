@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from seppo_fast.data.examples import Example, Problem, Source
-from seppo_fast.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from seppo_fast.data.images import ImageRef, load_image
-from seppo_fast.data.listings import find_listing, is_listing, open_listing
+from seppo_fast.data.media.images import ImageRef, load_image
 from seppo_fast.data.names import walk_files
-from seppo_fast.data.rows import open_hub, open_parquet
-from seppo_fast.data.shards import expand_braces, open_shards
-from seppo_fast.data.sidecars import open_sidecars, other_kinds
-from seppo_fast.data.videos import open_clip_csv, open_clip_folder
-from seppo_fast.errors import DataError
+from seppo_fast.data.readers.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from seppo_fast.data.readers.listings import find_listing, is_listing, open_listing
+from seppo_fast.data.readers.rows import open_hub, open_parquet
+from seppo_fast.data.readers.shards import expand_braces, open_shards
+from seppo_fast.data.readers.sidecars import open_sidecars, other_kinds
+from seppo_fast.data.readers.videos import open_clip_csv, open_clip_folder
+from seppo_fast.utils.errors import DataError
 
 __all__ = ["Example", "Problem", "ShapesSource", "Source", "open_source"]
 
@@ -135,7 +135,7 @@ def _open_shapes(spec: str) -> Source:
         raise DataError(f"{spec}: zero scenes; ask for at least one, such as {match['world']}:2048.")
     if match["world"] == "shapes":
         return ShapesSource(spec, count, seed)
-    from seppo_fast.data.moving import MovingShapesSource
+    from seppo_fast.data.readers.moving import MovingShapesSource
 
     return MovingShapesSource(spec, count, seed)
 

@@ -29,8 +29,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faults import TIMES, logged
-from seppo_fast.config import Config, parse_config, to_yaml
-from seppo_fast.saved_state import saved_states, state_folder
+from seppo_fast.config.load import parse_config, to_yaml
+from seppo_fast.config.schema import Config
+from seppo_fast.runs.checkpoint import saved_states, state_folder
 from seppo_fast.train import train
 from tests.ranks import Ranks
 from tests.tiny import tiny_adapter, tiny_pipeline

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import seppo_fast.kernels.errors as errors
+import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.preference as preference
 import seppo_fast.kernels.temporal_attention as temporal
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import seppo_fast.kernels.errors as errors
+import seppo_fast.kernels.denoising_error as errors
 
 
 @dataclass(frozen=True)

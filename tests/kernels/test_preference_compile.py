@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-import seppo_fast.kernels.errors as errors
+import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.preference as preference
 from tests.kernels.offline import Code, compiled
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
+import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.eager as eager
-import seppo_fast.kernels.errors as errors
 import seppo_fast.kernels.preference as preference
 from seppo_fast.loss import PreferenceLoss, denoising_errors, loss_and_grad, preference_loss
 from tests.kernels.launches import launches

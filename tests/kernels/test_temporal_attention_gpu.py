@@ -10,7 +10,7 @@ from diffusers import UNetMotionModel
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from seppo_fast.temporal import set_temporal_attention, temporal_attention
+from seppo_fast.models.temporal_attention import set_temporal_attention, temporal_attention
 from tests.preference_reference import relative_rms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,7 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
 import seppo_fast.kernels.eager as eager
 import seppo_fast.kernels.temporal_attention as kernels
-from seppo_fast.temporal import set_temporal_attention, temporal_attention
+from seppo_fast.models.temporal_attention import set_temporal_attention, temporal_attention
 from tests.kernels.launches import launches
 from tests.kernels.test_traffic_interpreter import _Traffic
 from tests.preference_reference import relative_rms

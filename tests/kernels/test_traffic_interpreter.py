@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-import seppo_fast.kernels.errors as errors
+import seppo_fast.kernels.denoising_error as errors
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
 from tests.kernels.launches import launches
 from tests.preference_reference import predictions

@@ -1,0 +1,191 @@
+"""How much memory a batch takes: what batch sizes are chosen from.
+
+A batch's bytes are counted, not guessed: a copy of the model runs forward (and backward) on fake tensors, which have
+shapes and storages but no data, while the storages that come and go are added up. That takes seconds, next to no
+memory, and no GPU, and it leaves the model alone. What an allocator wastes and a kernel's scratch space are not seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from seppo_fast.models.fake import FamilyDenoise, call_plainly, fake_copy
+from seppo_fast.models.family import UNet
+
+# A footprint is counted at these two numbers of rows.
+_FEW, _MANY = 1, 256
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that the tensors made in a call take at their peak: `fixed + rows * per_row`.
+
+    Each moment of a call holds some bytes that do not depend on the rows and some that grow with them, and the peak is
+    the greatest of these lines. So it is convex in the rows, and the line through the peaks at 1 and at 256 rows is
+    exact there and nowhere too low between.
+
+    Attributes:
+        fixed: gradients, and casts of weights.
+        per_row: activations, mostly.
+    """
+
+    fixed: int
+    per_row: int
+
+    def largest(self, budget: int, cap: int) -> int:
+        """The largest power of two of rows, at most `cap`, that fits into `budget` bytes; 0 where not even one does."""
+        rows, following = 0, 1
+        while following <= cap and self.fixed + following * self.per_row <= budget:
+            rows, following = following, 2 * following
+        return rows
+
+
+def training_footprint(
+    unet: UNet,
+    latent_shape: tuple[int, ...],
+    prompt_shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    denoise: FamilyDenoise = call_plainly,
+) -> Footprint:
+    """What a micro-batch of the learner takes; a row is a pair: two latents forward, and backward.
+
+    Gradients of the trained weights are there from the start, as in every micro-batch but the first. The weights and
+    the optimizer's state are not counted. Attention counts as one fused kernel, whatever the backend.
+
+    Args:
+        unet: as it will be trained: trained weights marked, checkpointing and memory format set.
+        latent_shape: (C, H, W), or (C, F, H, W).
+        prompt_shape: (L, D), tokens and width of the embedding of a prompt.
+        dtype: of the computation; float32 runs without autocast.
+        device: where it will run. Autocast on CUDA keeps more in float32 than on the CPU.
+        denoise: how the UNet is called.
+    """
+
+    def call(model: nn.Module, rows: int) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        latents, timesteps, embeds = _inputs(2 * rows, latent_shape, prompt_shape)
+        target = torch.empty_like(latents)
+        with _autocast(dtype):
+            prediction = denoise(model, latents, timesteps, embeds)
+        (prediction.float() - target).square().mean().backward()
+
+    return _footprint(unet, call, device)
+
+
+def sampling_footprint(
+    unet: UNet,
+    latent_shape: tuple[int, ...],
+    prompt_shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    guided: bool,
+    denoise: FamilyDenoise = call_plainly,
+) -> Footprint:
+    """What a batch of samples takes; a row is one latent, which is two rows of the UNet where it is guided.
+
+    Args:
+        unet: as in `training_footprint`, like the other arguments.
+        latent_shape: (C, H, W), or (C, F, H, W).
+        prompt_shape: (L, D).
+        dtype: of the computation.
+        device: where it will run.
+        guided: with classifier-free guidance, as one doubled batch.
+        denoise: how the UNet is called.
+    """
+
+    def call(model: nn.Module, rows: int) -> None:
+        inputs = _inputs(rows, latent_shape, prompt_shape)
+        with torch.no_grad(), _autocast(dtype):
+            latents, timesteps, embeds = (torch.cat([x, x]) for x in inputs) if guided else inputs
+            denoise(model, latents, timesteps, embeds)
+
+    return _footprint(unet, call, device)
+
+
+def _footprint(unet: UNet, call: Callable[[nn.Module, int], None], device: torch.device) -> Footprint:
+    peaks = []
+    with FakeTensorMode(), torch.enable_grad():
+        model = fake_copy(unet)
+        if device.type == "cuda":
+            _follow_cuda(model)
+        for rows in (_FEW, _MANY):
+            with _LiveBytes(model) as live:
+                call(model, rows)
+            peaks.append(live.peak)
+    per_row = -(-(peaks[1] - peaks[0]) // (_MANY - _FEW))
+    return Footprint(fixed=peaks[0] - _FEW * per_row, per_row=per_row)
+
+
+def _inputs(rows: int, latent_shape: tuple[int, ...], prompt_shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(rows, *latent_shape), torch.empty(rows, dtype=torch.int64), torch.empty(rows, *prompt_shape)
+
+
+def _autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+
+def _follow_cuda(model: nn.Module) -> None:
+    """Lets a fake model on the CPU do what CUDA does otherwise, where that costs memory.
+
+    Autocast computes norms and nearest-neighbour upsampling in float32 there (of torch's list of such operations, what
+    a UNet uses), and group norm copies channels_last to contiguous memory.
+    """
+
+    def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        x, *others = args or (kwargs.pop("hidden_states"),)
+        x = x.float() if torch.is_autocast_enabled("cpu") else x
+        return (x.contiguous() if isinstance(module, nn.GroupNorm) else x, *others), kwargs
+
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm | Upsample2D):
+            module.register_forward_pre_hook(prepare, with_kwargs=True)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make while it is on, each until it is freed.
+
+    Args:
+        model: its weights and buffers are not counted.
+
+    Attributes:
+        peak: the most bytes that were there at once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live = 0
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:  # a view, or written in place
+            return
+        self._known.add(storage)
+        self._live += storage.nbytes()
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._subtract, storage.nbytes()).atexit = False
+
+    def _subtract(self, size: int) -> None:
+        self._live -= size

@@ -1,0 +1,286 @@
+"""What a run takes, counted before it takes it: memory by part and phase; and settings that take less.
+
+Of weights and their copies the bytes are known; what a batch adds is counted on tensors without data (see
+`seppo_fast.capacity.footprint`). So this can be asked in the very moment in which memory is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
+from seppo_fast.capacity.presets import CPU_ROWS, DIAL, FEW_SAMPLES, filled, learner_bytes, pool_bytes, trained_bytes
+from seppo_fast.config.schema import Config
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.family import UNet
+from seppo_fast.models.trainable import DTYPES, make_trainable
+from seppo_fast.runs.checkpoint import saved_states
+from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
+from seppo_fast.utils.memory import free_bytes
+
+_SHARE = 0.9  # of the memory there is, or of what was too much: what a suggestion may fill
+_SUGGESTIONS = 3
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the device, by what takes them.
+
+    Attributes:
+        weights: of the UNet, trained and frozen.
+        trained: of the trained ones.
+        moments: of Adam.
+        average: the moving average of the trained weights.
+        references: past policies that stay on the device, and the one in use.
+        pair: what a micro-batch adds while learning, gradients included.
+        sample: what a batch adds while sampling.
+        micro_batch: pairs in the one.
+        batch: samples in the other.
+        parked: while sampling, moments and trained weights wait in host memory.
+    """
+
+    weights: int
+    trained: int
+    moments: int
+    average: int
+    references: int
+    pair: Footprint
+    sample: Footprint
+    micro_batch: int
+    batch: int
+    parked: bool
+
+    @property
+    def learning(self) -> int:
+        """At the peak of an update."""
+        return self._kept + self.pair.fixed + self.micro_batch * self.pair.per_row
+
+    @property
+    def sampling(self) -> int:
+        """At the peak of a rollout."""
+        aside = self.moments + self.trained if self.parked else 0
+        return self._kept - aside + self.sample.fixed + self.batch * self.sample.per_row
+
+    @property
+    def _kept(self) -> int:
+        return self.weights + self.moments + self.average + self.references
+
+    @property
+    def peak(self) -> int:
+        """The larger of both."""
+        return max(self.learning, self.sampling)
+
+    def table(self) -> list[str]:
+        """Lines that say what takes the memory."""
+        away = "in host memory while sampling" if self.parked else ""
+        rows = [
+            ("weights", self.weights, ""),
+            ("Adam's moments", self.moments, away),
+            ("moving average", self.average, ""),
+            ("past policies", self.references, ""),
+            ("gradients and casts", self.pair.fixed, "while learning"),
+            (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
+            (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
+            ("at most at once", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
+        ]
+        return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
+
+
+def need_of(config: Config, family: StableDiffusion, device: torch.device, room: int, most: int | None = None) -> Need:
+    """What a configuration needs in one process; what it leaves open is filled in by the rules of the dial.
+
+    Args:
+        config: of the run, through `turn_dial`.
+        family: of the model; its UNet is not touched, and may be trained already.
+        device: on which it would run.
+        room: bytes of it that are there for the run.
+        most: bytes that a batch may fill them up to; None: the dial's share of what the weights leave.
+
+    Raises:
+        ConfigError: a resolution that the model does not take.
+    """
+    counted = _counted(config, family, device)
+    unet = counted.unet
+    weights = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
+    average = trained_bytes(unet) if config.train.ema_decay else 0
+    need = Need(
+        weights=weights,
+        trained=trained_bytes(unet),
+        moments=learner_bytes(config, unet) - average,
+        average=average,
+        references=pool_bytes(config, unet, device, max(0, room - weights)),
+        pair=counted.pair,
+        sample=counted.sample,
+        micro_batch=config.train.micro_batch or 0,
+        batch=config.sampler.batch or 0,
+        parked=device.type == "cuda" and bool(config.reference.park),
+    )
+    if most is None:
+        most = weights + int(DIAL[config.memory].share * max(0, room - weights))
+    return _filled_in(need, config, device, most)
+
+
+class _Counted(NamedTuple):
+    """A family's UNet as a configuration trains it, on `meta`, and what its batches take."""
+
+    unet: UNet
+    pair: Footprint
+    sample: Footprint
+
+
+# Counting takes seconds, and suggestions ask again and again for what differs in other settings alone.
+_COUNTED: WeakKeyDictionary[StableDiffusion, dict[tuple[Any, ...], _Counted]] = WeakKeyDictionary()
+
+
+def _counted(config: Config, family: StableDiffusion, device: torch.device) -> _Counted:
+    guided = config.sampler.guidance > 1
+    key = (config.model.model_dump_json(), config.data.resolution, guided, device.type)
+    known = _COUNTED.setdefault(family, {})
+    if key not in known:
+        with torch.device("meta"):
+            unet = type(family.unet).from_config(family.unet.config)
+        make_trainable(unet, config.model, config.seed)
+        unet.to(memory_format=torch.channels_last)
+        shapes: dict[str, Any] = {
+            "latent_shape": family.latent_shape(config.data.resolution),
+            "prompt_shape": (family.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim),
+            "dtype": DTYPES[config.model.precision],
+            "device": device,
+            "denoise": family.denoise,
+        }
+        pair, sample = training_footprint(unet, **shapes), sampling_footprint(unet, **shapes, guided=guided)
+        known[key] = _Counted(unet, pair, sample)
+    return known[key]
+
+
+def _filled_in(need: Need, config: Config, device: torch.device, room: int) -> Need:
+    """Batches and parking as the dial chooses them, where the configuration leaves them open."""
+    setting = DIAL[config.memory]
+    most = CPU_ROWS if device.type == "cpu" else 2**30
+    if not need.micro_batch:
+        cap = min(setting.micro_batch, config.train.pairs_per_update, most)
+        rows = need.pair.largest(room - need.learning + need.pair.fixed, cap)
+        need = replace(need, micro_batch=max(1, rows))
+    cap = min(config.sampler.batch or setting.batch, most)
+
+    def fitting(need: Need) -> int:
+        return max(1, need.sample.largest(room - replace(need, batch=0).sampling + need.sample.fixed, cap))
+
+    if config.reference.park is None and device.type == "cuda":
+        need = replace(need, parked=setting.park or fitting(need) < min(cap, FEW_SAMPLES))
+    return need if need.batch else replace(need, batch=fitting(need))
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of a device that this process has or can have."""
+    if device.type == "cuda":
+        return free_bytes(device) + torch.cuda.memory_allocated(device)
+    return free_bytes(device) + int(psutil.Process().memory_info().rss)
+
+
+def out_of_memory(
+    config: Config, family: StableDiffusion, device: torch.device, error: BaseException
+) -> OutOfMemoryError:
+    """The error that says what takes the memory of a run, and which settings would fit.
+
+    Args:
+        config: of the run, with its batches.
+        family: its model.
+        device: of the run.
+        error: of the allocator that has no more.
+    """
+    problem = (str(error).splitlines() or ["allocation failed"])[0]
+    if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+        return OutOfMemoryError(
+            f"out of host memory, not the GPU's: {problem}; --reference.park false, a smaller reference.host_gib (past "
+            "policies then go to disk), reference.pairs_gib, or fewer processes on the machine take less"
+        )
+    room = room_on(device)
+    need = need_of(config, family, device, room)
+    fitting = [
+        f"  {' '.join(f'--{key} {_word(value)}' for key, value in changes.items())}: {size(lighter.peak)}"
+        for changes, lighter in suggestions(config, family, device, room, int(_SHARE * min(room, need.peak)))
+    ]
+    lines = [
+        f"out of memory: {problem}",
+        "what takes it, by counting:",
+        *need.table(),
+        f"there are {size(room)} on {device.type} for this process, other programs' memory left out",
+        *(["these would take less:", *fitting] if fitting else ["no other batch, nor recomputing, would be enough"]),
+    ]
+    return OutOfMemoryError("\n".join(lines))
+
+
+def suggestions(
+    config: Config, family: StableDiffusion, device: torch.device, room: int, most: int
+) -> Iterator[tuple[dict[str, Any], Need]]:
+    """Up to three changes with which a run takes at most `most` of `room` bytes, and what it needs; mildest first."""
+    found = 0
+    for changes in _ladder(config, device):
+        lighter = _with(config, {**changes, "train.micro_batch": None, "sampler.batch": None})
+        try:
+            need = need_of(lighter, family, device, room, most)
+        except ConfigError:
+            continue  # half the resolution is not one that the model takes
+        batches = {"train.micro_batch": need.micro_batch, "sampler.batch": need.batch}
+        before = {"train.micro_batch": config.train.micro_batch, "sampler.batch": config.sampler.batch}
+        for key, rows in batches.items():
+            batches[key] = min(rows, before[key] or rows)
+        need = replace(need, micro_batch=batches["train.micro_batch"], batch=batches["sampler.batch"])
+        if need.peak <= most:
+            found += 1
+            yield {**{key: rows for key, rows in batches.items() if rows != before[key]}, **changes}, need
+        if found == _SUGGESTIONS:
+            return
+
+
+def _ladder(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Changes that take less memory: first what costs time alone, then what trains or shows something else."""
+    yield {}
+    changes: dict[str, Any] = {}
+    if not config.model.gradient_checkpointing:
+        changes["model.gradient_checkpointing"] = True
+    if device.type == "cuda" and not config.reference.park:
+        changes["reference.park"] = True  # on a CPU it moves nothing
+    if changes:
+        yield dict(changes)
+    near, beyond = ("gpu_gib", "host_gib") if device.type == "cuda" else ("host_gib", "disk_gib")
+    if getattr(config.reference, near) != 0 and getattr(config.reference, beyond) != 0:
+        changes[f"reference.{near}"] = 0
+        yield dict(changes)
+    if _has_states(Path(config.output)):
+        return  # what follows is another run, and would not go on with this one
+    if config.model.train == "full":
+        yield {**changes, "model.train": "lora"}
+    yield {**changes, "data.resolution": config.data.resolution // 2}
+
+
+def _has_states(run: Path) -> bool:
+    try:
+        return bool(saved_states(run))
+    except CheckpointError:
+        return True  # they cannot be listed; the message at hand is another
+
+
+def _with(config: Config, changes: Mapping[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return filled(config, **sections)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,188 @@
+"""`seppo-fast export RUN`: what a run learned, in the formats that people load.
+
+From the newest saved state that is whole, also of a run that is not finished: the weights' moving average where the
+run keeps one, or the raw weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seppo_fast import __version__
+from seppo_fast.config.contradictions import makes_clips
+from seppo_fast.config.load import to_yaml
+from seppo_fast.config.schema import Config
+from seppo_fast.evaluation.scores import Scores, read_scores
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.registry import load_family
+from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
+from seppo_fast.runs.checkpoint import SavedState, newest_state
+from seppo_fast.runs.resume import refuse_other_content, saved_config
+from seppo_fast.runs.saver import AVERAGE, fitting, load_policy, on_cpu
+from seppo_fast.train.learner import applied_updates
+from seppo_fast.utils.errors import CheckpointError, ConfigError
+from seppo_fast.utils.files import free_name, staged_folder
+
+Format = Literal["diffusers", "lora", "comfyui"]
+COMFYUI_FILE = "lora-comfyui.safetensors"
+
+
+def export(
+    run: Path,
+    form: Format | None = None,
+    *,
+    raw: bool = False,
+    output: Path | None = None,
+    model: dict[str, str] | None = None,
+    report: Callable[[str], object] = print,
+) -> Path:
+    """Writes the weights of a run, with a model card, into a folder of their own.
+
+    Args:
+        run: the run's folder.
+        form: `diffusers`: a pipeline folder that `from_pretrained` loads, a LoRA merged into it; `lora`: for
+            `load_lora_weights`; `comfyui`: a LoRA with the key names of kohya's scripts. None: `diffusers` for a run
+            that trained all weights, else `lora`.
+        raw: the weights as they are, though the run keeps their moving average.
+        output: must not exist; None: `export-FORMAT` in the run's folder.
+        model: where the base is now, if it was moved: `path`, `motion_adapter`.
+        report: takes lines for the user.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: no run there; a LoRA is asked of a run that trained all weights; a model that changed.
+        CheckpointError: no saved state that is whole; the disk refuses.
+    """
+    saved = newest_state(run, report)
+    if saved is None:
+        raise ConfigError(f"{run}: no run with a saved state is there")
+    if not applied_updates(saved.numbers):
+        raise ConfigError(f"{run}: all of its {saved.update} updates were skipped, so there is nothing to export")
+    config = saved_config(saved)
+    config = config.model_copy(update={"model": config.model.model_copy(update=model or {})})
+    lora = config.model.train == "lora"
+    form = form or ("lora" if lora else "diffusers")
+    if form != "diffusers" and not lora:
+        raise ConfigError(f"{run}: all weights were trained, so there is no LoRA; use --format diffusers")
+    if form == "comfyui" and makes_clips(config.model):
+        raise ConfigError(f"{run}: ComfyUI has no key names of its own for AnimateDiff; use --format lora")
+    folder = output or free_name(run / f"export-{form}")
+    if folder.exists():
+        raise ConfigError(f"--output {folder}: is there already")
+    scores = read_scores(run)
+    family, average = _trained(config, saved, raw)
+    with staged_folder(folder, CheckpointError) as staging:
+        _write(family, config, form, staging)
+        card = model_card(config, saved, form, average, scores)
+        # A folder's name need not be UTF-8.
+        (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
+    report(f"{form}, after update {saved.update}, {'moving average' if average else 'raw weights'}: {folder}")
+    return folder
+
+
+def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[StableDiffusion, bool]:
+    """The model with a state's weights, in float32, and whether they are the moving average."""
+    instead = "Where the base was moved: --model PATH, --motion-adapter PATH"
+    try:
+        family = load_family(config, torch.device("cpu"))
+    except ConfigError as problem:
+        raise ConfigError(f"{problem}. {instead}") from problem
+    refuse_other_content(saved, {"model": family.identity()}, instead)
+    # The base in float32, whatever it was trained in: what is merged into it would be lost in rounding.
+    make_trainable(family.unet, config.model.model_copy(update={"precision": "fp32"}), config.seed)
+    load_policy(family.unet, saved)
+    average = bool(config.train.ema_decay) and not raw
+    if average:
+        parameters = trainable(family.unet)
+        with torch.no_grad():
+            for name, tensor in fitting(saved, AVERAGE, parameters).items():
+                parameters[name].copy_(tensor)
+    return family, average
+
+
+def _write(family: StableDiffusion, config: Config, form: Format, folder: Path) -> None:
+    if form == "lora":
+        family.save_lora(folder, lora_weights(family.unet))
+    elif form == "comfyui":
+        save_file(
+            comfyui_weights(lora_weights(family.unet)), folder / COMFYUI_FILE, metadata=kohya_metadata(family, config)
+        )
+    else:
+        if config.model.train == "lora":
+            family.unet.fuse_lora()
+            family.unet.unload_lora()
+        family.save(folder)
+
+
+def kohya_metadata(family: StableDiffusion, config: Config) -> dict[str, str]:
+    """Returns what kohya's scripts write beside a LoRA, by which A1111 and others sort: its size and its base."""
+    second = family.unet.config.cross_attention_dim == 1024  # OpenCLIP's width; SD-1.5's is 768
+    velocity = family.scheduler_config["prediction_type"] == "v_prediction"
+    base = ("sd_v2_v" if velocity else "sd_v2") if second else "sd_v1"
+    architectures = {"sd_v1": "v1", "sd_v2": "v2-512", "sd_v2_v": "v2-768-v"}
+    rank = str(config.model.lora_rank)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_base_model_version": base,
+        "ss_v2": str(second),
+        "modelspec.architecture": f"stable-diffusion-{architectures[base]}/lora",
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+    }
+
+
+def comfyui_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA under the key names of kohya's scripts, as ComfyUI, A1111 and others read them, with its alphas."""
+    return on_cpu(convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()}))
+
+
+def model_card(config: Config, saved: SavedState, form: Format, average: bool, scores: Scores | None) -> str:
+    """README.md of an export: base, data, settings, seed, the run's scores, and what it is not."""
+    adapter = {"motion adapter": config.model.motion_adapter} if config.model.motion_adapter else {}
+    lora = f"a LoRA of rank {config.model.lora_rank}"
+    facts: dict[str, Any] = {
+        "base": config.model.path,
+        **adapter,
+        "trained": "all weights of the UNet" if config.model.train == "full" else lora,
+        "weights": "moving average" if average else "raw",
+        "data": f"{config.data.source}, {config.data.resolution} pixels"
+        + (f", {config.data.frames} frames" if makes_clips(config.model) else ""),
+        "objective": f"{config.objective}, beta {config.train.beta:g} (times a mean over latent elements)",
+        "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
+        "references": f"a new past policy every {config.train.updates_per_iteration} updates",
+        "sampler of the references": f"{config.sampler.name}, {config.sampler.steps} steps, "
+        f"guidance {config.sampler.guidance:g}",
+        "seed": config.seed,
+        "fingerprints": json.dumps(saved.numbers.get("fingerprints", {})),
+        "software": f"seppo_fast {__version__}",
+    }  # fmt: skip
+    rows = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items())
+    return (
+        f"---\nlibrary_name: diffusers\ntags: [seppo, preference-alignment{', lora' if form != 'diffusers' else ''}]\n"
+        f"---\n\n# Aligned with SePPO\n\nTrained on winners only, by Semi-Policy Preference Optimization "
+        f"(arXiv 2410.05255).\n\n| | |\n|---|---|\n{rows}\n\nEvery setting: `seppo_fast.yaml`.\n\n"
+        f"{_measured(saved, average, scores)}\n\n"
+        "What it is not: it learned from pictures that "
+        "somebody chose, and from no reward model or human comparison; it takes over the biases, the licence and the "
+        "limits of its base and of those pictures.\n"
+    )
+
+
+def _measured(saved: SavedState, average: bool, scores: Scores | None) -> str:
+    """The run's scores, and whether they are of the weights that are exported."""
+    if scores is None:
+        return "Scores: no score stands here, since none was measured with this run."
+    same = (scores.update, scores.average) == (saved.update, average)
+    return f"Scores: {scores}." + ("" if same else " That is of other weights of the run than these.")

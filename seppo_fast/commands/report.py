@@ -1,0 +1,285 @@
+"""`seppo-fast report RUN`: one HTML page of a run, finished or not: summary, curves, pictures, settings.
+
+The page needs nothing beside it: no scripts, no files, no network. All that users wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import os
+import stat
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from seppo_fast import __version__
+from seppo_fast.commands import curves
+from seppo_fast.config.plain_yaml import MOST_BYTES, parse_yaml
+from seppo_fast.data.media.images import ImageError, decode_image, file_ref, open_file, open_image
+from seppo_fast.evaluation.grids import CAPTION_WIDTH
+from seppo_fast.evaluation.scores import read_scores
+from seppo_fast.runs.journal import LOG, SKIPPED, read_journal
+from seppo_fast.runs.watch import LARGEST, WINDOW, spells
+from seppo_fast.utils.errors import ConfigError
+
+NAME = "report.html"
+_BEGINS = b"<!doctype html>"
+_PICTURES = 6  # of samples
+_WIDEST = 1600  # pixels of a picture in the page
+_MOST_LOG_BYTES = 1 << 27  # some hundred thousand updates
+_MOST_UPDATES = 10**9
+
+_PANELS = {
+    "loss": {"loss": "loss"},
+    "winner error": {"policy": "winner_error", "reference": "ref_winner_error"},
+    "winner error minus the reference's": {"difference": "winner_difference"},
+    "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
+    "reject rate": {"reject": "aaf_rate"},
+    "margin": {"margin": "margin"},
+    "gradient norm, before clipping": {"norm": "grad_norm"},
+    "pairs per second": {"rate": "pairs_per_second"},
+    "peak memory, GiB": {"memory": "memory_gib"},
+}
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --dim: #5b626b; --line: #d9dde2; --first: #1565c0;
+  --second: #c2570c; --warn: #b3261e; --warn-back: #fdecea; }
+@media (prefers-color-scheme: dark) { :root { --back: #15181c; --text: #e6e8ea; --dim: #9aa3ad; --line: #343a41;
+  --first: #6cb1ff; --second: #ffb074; --warn: #ff8a80; --warn-back: #3a1d1b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 1400px; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0.2rem 0; } h2 { font-size: 1.1rem; margin: 1.6rem 0 0.6rem; }
+.dim { color: var(--dim); }
+.warning { border-left: 4px solid var(--warn); background: var(--warn-back); padding: 0.6rem 0.9rem; margin: 0.8rem 0; }
+.curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+figure { margin: 0; }
+.curve { border: 1px solid var(--line); border-radius: 6px; padding: 0.6rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: flex-start; }
+.pictures img { display: block; max-width: 100%; height: auto; }
+table { border-collapse: collapse; } td { padding: 0.15rem 1rem 0.15rem 0; vertical-align: top; }
+td:first-child { color: var(--dim); }
+pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: 0.8rem; font-size: 13px; }
+"""
+
+
+def report(run: Path, output: Path | None = None, say: Callable[[str], object] = print) -> Path:
+    """Writes the page, in place of one that is there.
+
+    Args:
+        run: the run's folder.
+        output: the file; None: `report.html` in the run's folder.
+        say: takes a line for the user.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: no run there, or a file that cannot be read or written.
+    """
+    log = _log(run)
+    file = output or run / NAME
+    if not file.name:
+        raise ConfigError(f"{file}: a folder; name the file to write, such as {file / NAME}")
+    if file.is_file() and not _is_page(file):
+        raise ConfigError(f"{file}: is there already and is no page; choose another --output")
+    # A path may hold bytes that are no text.
+    content = page(run, log).encode("utf-8", errors="replace")
+    staging = file.with_name(f".tmp-{file.name}")
+    try:
+        staging.write_bytes(content)
+        os.replace(staging, file)
+    except OSError as problem:
+        with suppress(OSError):
+            staging.unlink()
+        raise ConfigError(f"{file}: cannot be written: {problem.strerror}") from problem
+    say(f"report: {file}")
+    return file
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file begins as ours do, or holds nothing; what cannot be read is said when it is written."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_BEGINS)).lower() in (_BEGINS, b"")
+    except OSError:
+        return True
+
+
+def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
+    """The page of a run's folder and its log."""
+    settings = _settings(run)
+    parts = [
+        f"<h1>{escape(run.resolve().name)}</h1>",
+        *_warnings(log),
+        "<h2>Summary</h2>",
+        _table(_summary(run, log, settings)),
+        "<h2>Curves</h2>",
+        _curves(log) if log else '<p class="dim">no update has finished yet</p>',
+        "<h2>Samples</h2>",
+        _samples(run / "samples"),
+        "<h2>Settings</h2>",
+        f"<pre>{escape(settings.decode('utf-8', errors='replace'))}</pre>"
+        if settings
+        else f'<p class="dim">no config.yaml of at most {MOST_BYTES} bytes</p>',
+        f'<p class="dim">seppo_fast {escape(__version__)}</p>',
+    ]
+    title = f"{escape(run.resolve().name)} - seppo_fast"
+    # The policy holds should anything ever be escaped badly: nothing runs and nothing is fetched.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        f'{_BEGINS.decode()}\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}{curves.STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    """The updates of a run's log up to the first that cannot be one; raises ConfigError."""
+    try:
+        found = os.stat(run / LOG)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{run}: no run is there: {LOG} is no file")
+        if found.st_size > _MOST_LOG_BYTES:
+            raise ConfigError(f"{run / LOG}: {found.st_size} bytes, {_MOST_LOG_BYTES} at most")
+        log = read_journal(run)
+    except OSError as problem:
+        raise ConfigError(f"{run}: no run is there: {LOG} cannot be read ({problem.strerror})") from problem
+    return list(itertools.takewhile(lambda entry: 0 <= entry["update"] <= _MOST_UPDATES, log))
+
+
+def _settings(run: Path) -> bytes:
+    """config.yaml; nothing where there is none, or one larger than any that a run reads."""
+    try:
+        with open_file(run / "config.yaml") as opened:
+            content = opened.read(MOST_BYTES + 1)
+    except OSError:
+        return b""
+    return content if len(content) <= MOST_BYTES else b""
+
+
+def _counts(settings: bytes) -> list[int | None]:
+    """Updates and pairs an update by config.yaml; None where that is not what a run writes."""
+    try:
+        train = parse_yaml(settings)["train"]
+        values = [train[key] for key in ("updates", "pairs_per_update")]
+    except (ValueError, KeyError, TypeError):
+        return [None, None]
+    return [value if isinstance(value, int) and 0 < value <= _MOST_UPDATES else None for value in values]
+
+
+def _warnings(log: Sequence[dict[str, Any]]) -> Iterator[str]:
+    found = spells(log)
+    if found:
+        when = ", ".join(f"{first} to {last}" for first, last in found)
+        yield (
+            "<p class=\"warning\"><strong>The winner's error stayed above the reference's</strong> (mean of "
+            f"{WINDOW} updates; updates {when}, shaded below): at the good examples the policy was worse than its past "
+            "policies. A lower <code>train.learning_rate</code> is the first thing to try.</p>"
+        )
+
+
+def _table(rows: dict[str, str]) -> str:
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    return f"<table>{cells}</table>"
+
+
+def _summary(run: Path, log: Sequence[dict[str, Any]], settings: bytes) -> dict[str, str]:
+    total, pairs = _counts(settings)
+    finished = log[-1]["update"] if log else 0
+    rows = {"updates": f"{finished} of {total}" if total else str(finished)}
+    if not log:
+        return rows
+    seconds = sum(_numbers(log, "seconds"))
+    rows["time"] = f"{_clock(seconds)} of rolling out and learning"
+    if rates := _numbers(log, "pairs_per_second"):
+        rows["rate"] = f"{statistics.median(rates):.3g} pairs/s (median)" + (
+            f", {pairs} pairs an update" if pairs else ""
+        )
+    stall = sum(_numbers(log, "save_stall_seconds"))
+    if seconds and stall:
+        rows["waiting for saves"] = f"{_clock(stall)}, {stall / (seconds + stall):.2%}"
+    skipped = _skipped(log)
+    shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
+    rows["skipped updates"] = f"{len(skipped)}: {shown}; samples in {SKIPPED}" if skipped else "none"
+    for name, key in {"loss": "loss", "reject rate": "aaf_rate", "peak memory, GiB": "memory_gib"}.items():
+        if values := _numbers(log, key):
+            rows[name] = f"{values[-1]:.4g}" + ("" if key == "memory_gib" else " (last)")
+    scores = read_scores(run)
+    return rows | ({"scores": str(scores)} if scores else {})
+
+
+def _numbers(log: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [value for value in _column(log, key) if value is not None]
+
+
+def _column(log: Sequence[dict[str, Any]], key: str) -> list[float | None]:
+    values = [entry.get(key) for entry in log]
+    return [float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None for value in values]
+
+
+def _skipped(log: Sequence[dict[str, Any]]) -> list[int]:
+    return [entry["update"] for entry in log if entry.get("skipped")]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} m" if hours else f"{minutes} m {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _curves(log: Sequence[dict[str, Any]]) -> str:
+    updates = [entry["update"] for entry in log]
+    columns = {key: _column(log, key) for lines in _PANELS.values() for key in lines.values()}
+    pairs = zip(columns["winner_error"], columns["ref_winner_error"], strict=True)
+    columns["winner_difference"] = [None if a is None or b is None else a - b for a, b in pairs]
+    figures = []
+    for title, lines in _PANELS.items():
+        drawn = {name: columns[key] for name, key in lines.items() if any(value is not None for value in columns[key])}
+        if drawn:
+            marks = _skipped(log) if "grad_norm" in lines.values() else []
+            shaded = spells(log) if title.startswith("winner error") else []
+            figures.append(curves.curve(title, updates, drawn, spells=shaded, skipped=marks))
+    return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def _samples(folder: Path) -> str:
+    """Base, the first picture's, then the run's of a few updates, the last among them."""
+    # By number: names have more digits from a million updates on.
+    files = sorted(folder.glob("update-*.png"), key=lambda file: (len(file.name), file.name))
+    last = len(files) - 1
+    chosen = sorted({round(place * last / max(1, _PICTURES - 1)) for place in range(_PICTURES)}) if files else []
+    images = []
+    for file in (files[place] for place in chosen):
+        try:
+            picture = decode_image(file.name, open_image(file_ref(file)), formats=("PNG",))
+            if picture.width <= CAPTION_WIDTH:
+                raise ImageError(file.name, "too narrow to be one of a run")
+        except ImageError as problem:
+            images.append(f'<p class="dim">{escape(file.name)} cannot be shown: {escape(problem.reason)}</p>')
+            continue
+        # As `FixedPrompts` writes them: captions, base, current.
+        middle = CAPTION_WIDTH + max(0, picture.width - CAPTION_WIDTH) // 2
+        if not any(image.startswith("<img") for image in images):
+            images.append(_image(picture.crop((0, 0, middle, picture.height)), "prompts and base"))
+        images.append(_image(picture.crop((middle, 0, picture.width, picture.height)), file.stem))
+    return f'<div class="pictures">{"".join(images)}</div>' if images else '<p class="dim">no pictures</p>'
+
+
+def _image(picture: Image.Image, name: str) -> str:
+    picture.thumbnail((_WIDEST, 4 * _WIDEST))
+    data = io.BytesIO()
+    picture.save(data, "WEBP", quality=90)
+    code = base64.b64encode(data.getvalue()).decode("ascii")
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img {size} alt="{escape(name)}" title="{escape(name)}" src="data:image/webp;base64,{code}">'

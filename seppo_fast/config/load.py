@@ -1,0 +1,92 @@
+"""Reads a configuration: from a YAML file, a recipe that ships with the package, or what a run saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from seppo_fast.config.contradictions import refuse_contradictions
+from seppo_fast.config.plain_yaml import read_yaml
+from seppo_fast.config.schema import Config, _Section, did_you_mean, keys
+from seppo_fast.utils.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def read_config(path: str | Path) -> Config:
+    """Reads a YAML file, or the recipe of that name that ships with the package.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key (with a suggestion) or a value that does not fit.
+    """
+    file = Path(path)
+    if not file.exists() and str(path) == file.name:
+        file = RECIPES / file.name
+    if not file.exists():
+        recipes = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"config {str(path)!r} does not exist; recipes that ship with seppo_fast: {recipes}")
+    try:
+        tree = read_yaml(file)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    return parse_config(tree or {}, str(path))
+
+
+def parse_config(tree: Any, origin: str = "config") -> Config:
+    """Builds the configuration from nested dictionaries; aliases are accepted at the top level.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    config = saved_values(tree, origin)
+    refuse_contradictions(config)
+    return config
+
+
+def saved_values(tree: Any, origin: str) -> Config:
+    """As `parse_config`, of what a run saved: whether it fits together depends on folders that may have moved since.
+
+    Raises:
+        ConfigError: keys or values that are none.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: expected a mapping of keys at the top, got {type(tree).__name__}")
+    resolved: dict[str, Any] = {}
+    sections = {name for name in Config.model_fields if isinstance(getattr(Config(), name), _Section)}
+    for key, value in tree.items():
+        if key in sections:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{origin}: section {key!r} must hold keys of its own, got {_shown(value)}")
+            resolved.setdefault(key, {}).update(value)
+            continue
+        section, dot, name = keys().get(str(key), str(key)).rpartition(".")
+        place = resolved.setdefault(section, {}) if dot and section in sections else resolved
+        if name in place or name in (tree.get(section) or {}):
+            raise ConfigError(f"{origin}: {key!r} is another name of {section}.{name}, which is given too")
+        place[name] = value
+    try:
+        return Config.model_validate(resolved)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{did_you_mean(key, keys())}"
+    if not key:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return f"{key} = {_shown(problem['input'])}: {problem['msg']}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, every key spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,48 @@
+"""The family of objectives as a table: who generates the negatives, which reference is drawn, which flipper.
+
+With D = m - r (policy error minus reference error, per sample), every row but SFT is
+`loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in `a` and in where `x_l` and `r` come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row.
+
+    Attributes:
+        flipper: the constant `a`: `adaptive` (+1 reject, -1 learn), `indicator` (+1, 0), `never` (+1).
+        draw: which past policy is the reference: `uniform` over all so far, `newest`, `initial` (checkpoint 0);
+            None: no reference at all, plain supervised fine-tuning.
+        negatives: `generated` by the drawn reference, the `labelled` losers of the data, or None.
+        winners: the `preferred` image of each example (SePPO-w), or a `random` one of its two images (SePPO-r).
+        source: where the row comes from.
+    """
+
+    flipper: Literal["adaptive", "indicator", "never"]
+    draw: Literal["uniform", "newest", "initial"] | None
+    negatives: Literal["generated", "labelled"] | None
+    winners: Literal["preferred", "random"]
+    source: str
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the data must hold two images per prompt."""
+        return self.negatives == "labelled" or self.winners == "random"
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "seppo": Objective("adaptive", "uniform", "generated", "preferred", "SePPO (SePPO-w), eq. 8-10 and Algorithm 1"),
+    "seppo-r": Objective("adaptive", "uniform", "generated", "random", "SePPO-r: a random one of the two images"),
+    "seppo-indicator": Objective("indicator", "uniform", "generated", "preferred", "SePPO table 4: flip to 0, not -1"),
+    "seppo-never": Objective("never", "uniform", "generated", "preferred", "SePPO table 4: without the anchor test"),
+    "seppo-initial": Objective("adaptive", "initial", "generated", "preferred", "SePPO table 4: ref = 0"),
+    "seppo-newest": Objective("adaptive", "newest", "generated", "preferred", "SePPO table 4: ref = k-1"),
+    "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
+    "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
+    "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),
+}

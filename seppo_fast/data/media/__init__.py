@@ -1,0 +1,1 @@
+"""Reads one picture or one clip."""

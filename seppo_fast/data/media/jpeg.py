@@ -1,0 +1,42 @@
+"""JPEG files without the segments that only inform, so that none of those, however broken, costs the picture."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+from seppo_fast.data.media.parts import append_part, parts_of
+
+SIGNATURE = b"\xff\xd8\xff"
+_FILL, _SCAN = 0xFF, 0xDA
+_INFORMING = (*range(0xE0, 0xF0), 0xFE)  # APP0 to APP15, and comments
+_NEEDED = {
+    0xE0: (b"JFIF\0", 14),  # which colours they are, as APP14
+    0xE1: (b"", 0),  # EXIF and XMP, which may tell how to turn them
+    0xE2: (b"ICC_PROFILE\0", 14),
+    0xEE: (b"Adobe", 12),
+}
+"""By marker: how such a segment begins, and the fewest bytes that it must have."""
+
+
+def stripped(stream: BinaryIO) -> BinaryIO:
+    """A JPEG reduced to its pixels, what tells their colours, and what may tell how to turn them.
+
+    Where the pixels begin, a segment is cut short, or what follows is none, all from there on stays for the decoder.
+    """
+    size = stream.seek(0, io.SEEK_END)
+    parts = [(0, 2)]
+    place = 2
+    while place < size:
+        stream.seek(place)
+        head = stream.read(32)
+        marker = head[1] if head[:1] == b"\xff" and len(head) > 1 else _SCAN
+        length = 1 if marker == _FILL else 2 + int.from_bytes(head[2:4], "big")
+        if marker <= 0xBF or 0xD0 <= marker <= _SCAN or place + length > size:
+            append_part(parts, place, size - place)
+            break
+        begin, least = _NEEDED.get(marker, (b"", size))
+        if marker not in _INFORMING or (head[4:].startswith(begin) and length - 4 >= least):
+            append_part(parts, place, length)
+        place += length
+    return parts_of(stream, parts)

@@ -1,0 +1,1 @@
+"""The mathematics of noising and sampling; knows no model and no run."""

@@ -1,1 +1,0 @@
-"""Looking at what came out: pictures side by side, judged scores, paired intervals."""

@@ -1,0 +1,1 @@
+"""Pictures of a model, and statistics of their scores."""

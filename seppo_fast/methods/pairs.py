@@ -1,0 +1,154 @@
+"""Pairs: what the learner sees of one update. Which examples, timesteps and noises is a pure function of the seed.
+
+Shape legend: B pairs, b pairs of a micro-batch, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.schema import Config
+from seppo_fast.data.cache.latents import LatentCache
+from seppo_fast.utils.random import keyed_noise, keyed_rng
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs of one update, on the CPU.
+
+    Attributes:
+        sample_ids: B numbers, unique in the run but for `reference.uses`: visit * len(data) + index of the example.
+        winners: `(B, *latent)` float32.
+        losers: `(B, *latent)` float32; None where the objective has none.
+        timesteps: `(B,)` int64, shared by both halves.
+        noise: `(B, *latent)`, shared by both halves, or `(2B, *latent)` winner half first.
+        prompt_embeds: `(B, L, D)`, of the pair's prompt or, where it was dropped, of the empty one.
+        ref_error: `(2B,)` float32 errors of the reference, winner half first; None where they are not made ahead.
+    """
+
+    sample_ids: tuple[int, ...]
+    winners: Tensor
+    losers: Tensor | None
+    timesteps: Tensor
+    noise: Tensor
+    prompt_embeds: Tensor
+    ref_error: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def micro_batches(self, size: int) -> Iterator[Pairs]:
+        """Consecutive runs of at most `size` pairs."""
+        for start in range(0, len(self), size):
+            chosen = slice(start, start + size)
+            yield Pairs(
+                sample_ids=self.sample_ids[chosen],
+                winners=self.winners[chosen],
+                losers=None if self.losers is None else self.losers[chosen],
+                timesteps=self.timesteps[chosen],
+                noise=self._both_halves(self.noise, chosen),
+                prompt_embeds=self.prompt_embeds[chosen],
+                ref_error=None if self.ref_error is None else self._both_halves(self.ref_error, chosen),
+            )
+
+    def _both_halves(self, rows: Tensor, chosen: slice) -> Tensor:
+        if len(rows) == len(self):
+            return rows[chosen]
+        winner, loser = rows.chunk(2)
+        return torch.cat([winner[chosen], loser[chosen]])
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same pairs on a device; on a GPU through pinned memory, so that the host does not wait for the copy."""
+        tensors: dict[str, Any] = {
+            name: _sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    # What is there already cannot be pinned.
+    return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
+
+
+class PairMaker:
+    """Makes the pairs of an update, up to the reference's share.
+
+    Args:
+        config: of the run.
+        cache: latents and prompt embeddings.
+        num_timesteps: of the schedule.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, config: Config, cache: LatentCache, num_timesteps: int, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self._config = config
+        self._objective = OBJECTIVES[config.objective]
+        self._cache = cache
+        self._num_timesteps = num_timesteps
+        self._rank, self._world = rank, world
+        self._order: tuple[int, Tensor] | None = None
+
+    def sample_ids(self, update: int) -> list[int]:
+        """This rank's sample ids of an update: each example once before any twice, dealt out to the ranks in turn."""
+        samples = self._config.train.pairs_per_update // self._config.reference.uses
+        positions = range(update * samples, (update + 1) * samples)
+        ids = [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
+        return ids[self._rank :: self._world]
+
+    def _sample_id(self, visit: int, position: int) -> int:
+        if self._order is None or self._order[0] != visit:
+            permutation = keyed_rng(self._config.seed, "order", visit).permutation(len(self._cache))
+            self._order = (visit, torch.from_numpy(permutation))
+        return visit * len(self._cache) + int(self._order[1][position])
+
+    def examples(self, sample_ids: Sequence[int]) -> list[int]:
+        """The rows of the cache that the sample ids name."""
+        return [sample % len(self._cache) for sample in sample_ids]
+
+    def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """What a reference samples from, for (update, sample id): x_T `(B, *latent)`, own prompts `(B, L, D)`."""
+        noise = keyed_noise(self._config.seed, "sample", keys, self._cache.latent_shape)
+        return noise, self._cache.prompt_embeds(self.examples([sample for _, sample in keys]))
+
+    def pairs(self, update: int, sample_ids: Sequence[int], losers: Tensor | None = None) -> Pairs:
+        """Pairs with their timesteps, noises and prompts: `reference.uses` in a row for each sample id.
+
+        Args:
+            update: the update they are for.
+            sample_ids: of the samples.
+            losers: `(len(sample_ids), *latent)` generated ones; without them the labelled ones, where there are any.
+        """
+        config, seed, uses = self._config, self._config.seed, self._config.reference.uses
+        examples = self.examples(sample_ids)
+        winners = self._cache.winners(examples).float().repeat_interleave(uses, 0)
+        other = self._cache.losers(examples).float().repeat_interleave(uses, 0) if self._objective.needs_pairs else None
+        embeds = self._cache.prompt_embeds(examples).repeat_interleave(uses, 0)
+        # No number for the first use, so that it draws what runs without several uses draw.
+        keys = [(update, sample, *([use] if use else [])) for sample in sample_ids for use in range(uses)]
+        timesteps = torch.empty(len(keys), dtype=torch.int64)
+        for row, key in enumerate(keys):
+            rng = keyed_rng(seed, "pair", *key)
+            timesteps[row] = int(rng.integers(self._num_timesteps))
+            if rng.random() < config.data.prompt_dropout:
+                embeds[row] = self._cache.uncond_embeds[0]
+            if other is not None and self._objective.winners == "random" and rng.random() < 0.5:
+                winners[row] = other[row]
+        noise = keyed_noise(seed, "noise", keys, winners.shape[1:])
+        if not config.train.share_noise and self._objective.negatives is not None:
+            noise = torch.cat([noise, keyed_noise(seed, "loser noise", keys, winners.shape[1:])])
+        if losers is not None and uses > 1:  # else it stays what it is: a part of the pinned room it waited in
+            losers = losers.repeat_interleave(uses, 0)
+        elif losers is None and self._objective.negatives == "labelled":
+            losers = other
+        return Pairs(tuple(key[1] for key in keys), winners, losers, timesteps, noise, embeds)

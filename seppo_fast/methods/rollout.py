@@ -1,0 +1,234 @@
+"""Rolling out ahead: the drawn reference's samples, and its errors on them, for several coming updates at once.
+
+A drawn reference is frozen, so what depends on it alone can be made before the policy trains, with its weights
+resident: samples in batches as large as the device likes, whatever the training batch; errors in the learner's own
+micro-batches (see `reference_errors`). What is left per pair for the learner is one latent and two numbers; all
+else is a function of (seed, update, sample id) and is made again when it is needed.
+
+Shape legend: B rows, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.schema import Config
+from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.methods.forward import Forward
+from seppo_fast.methods.pairs import PairMaker, Pairs
+from seppo_fast.methods.reference_errors import ReferenceErrors
+from seppo_fast.references.pool import ReferencePool
+from seppo_fast.utils.errors import CheckpointError
+from seppo_fast.utils.fault_injection import fault
+from seppo_fast.utils.files import allocate, disk_message
+from seppo_fast.utils.memory import free_bytes, is_out_of_memory
+
+_FULL_BATCHES = 8  # rolled out at once: the last, unfilled one then wastes an eighth at most
+_REPORT_SECONDS = 30.0
+
+
+class Rollout:
+    """Makes the pairs of each update, as many updates ahead as fill the sampling batches.
+
+    Attributes:
+        batch: samples generated at once; halved where memory is short.
+        seconds: that the last update's pairs took, an equal share of its window's.
+
+    Args:
+        config: of the run, its batches chosen.
+        maker: of the pairs up to the reference's share.
+        uncond_embeds: `(1, L, D)`, of the empty prompt.
+        forward: of policy and reference.
+        sampler: how references generate.
+        references: the past policies; None where the objective has no reference.
+        errors: the way to the reference's errors.
+        world: number of processes.
+        making_room: entered while a reference is resident, to free device memory that only the learner needs.
+        report: takes a line on progress now and then.
+        warn: takes a line on trouble.
+        check: called before each batch; what it raises leaves everything as it was.
+        least: of a value of each process the smallest, once all have one; called after a rollout.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        maker: PairMaker,
+        uncond_embeds: Tensor,
+        forward: Forward,
+        sampler: Sampler,
+        references: ReferencePool | None,
+        errors: ReferenceErrors,
+        *,
+        world: int = 1,
+        making_room: Callable[[], AbstractContextManager[None]] = nullcontext,
+        report: Callable[[str], object] = print,
+        warn: Callable[[str], object] = print,
+        check: Callable[[], None] = lambda: None,
+        least: Callable[[int], int] = lambda value: value,
+    ) -> None:
+        assert config.sampler.batch is not None, "the sampling batch is chosen before"
+        self._config = config
+        self._generates = OBJECTIVES[config.objective].negatives == "generated"
+        self._maker = maker
+        self._uncond_embeds = uncond_embeds
+        self._forward = forward
+        self._sampler = sampler
+        self._references = references
+        self._errors = errors
+        self._world = world
+        self._making_room = making_room
+        self._report = report
+        self._warn = warn
+        self._check = check
+        self._least = least
+        self.batch = config.sampler.batch
+        self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self._window_share = 0.0
+        self.seconds = 0.0
+
+    def pairs(self, update: int) -> Pairs:
+        """This rank's pairs of an update; the first of a window rolls out all of it."""
+        if self._references is not None and update not in self._waiting:
+            window, started = self.window(update), time.perf_counter()
+            self._waiting = self._roll_out(window, update)
+            self._prefetch(window)
+            # One process may have found less memory; windows follow the batch, and must be the same for all.
+            self.batch = self._least(self.batch)
+            self._window_share = (time.perf_counter() - started) / len(self._waiting)
+        started = time.perf_counter()
+        samples, errors = self._waiting.pop(update, (None, None))
+        pairs = replace(self._maker.pairs(update, self._maker.sample_ids(update), samples), ref_error=errors)
+        self.seconds = self._window_share + time.perf_counter() - started
+        return pairs
+
+    def window(self, update: int) -> range:
+        """The updates that are rolled out with `update`: never beyond the next draw of a reference."""
+        config = self._config
+        if config.reference.redraw == "update":
+            return range(update, update + 1)
+        ahead = config.reference.window
+        if ahead is None:
+            mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
+            ahead = math.ceil(_FULL_BATCHES * self.batch / mine) if self._generates else 1
+        length = config.train.updates_per_iteration
+        first = update - update % length
+        # A grid that starts at the draw, so that windows are the same wherever a run goes on.
+        start = first + (update - first) // ahead * ahead
+        return range(start, min(start + ahead, first + length, config.train.updates))
+
+    def _prefetch(self, window: range) -> None:
+        """The next draw's weights come up while the learner works, if it is of a policy that is there already."""
+        config, references = self._config, self._references
+        assert references is not None
+        after, length = window[-1] + 1, config.train.updates_per_iteration
+        drawn_next = config.reference.redraw == "update" or after % length == 0
+        if drawn_next and after < config.train.updates and not config.reference.park:
+            grows = after % length == 0 and OBJECTIVES[config.objective].draw != "initial"
+            references.prefetch(references.draw(self._draw_number(after), len(references) + grows))
+
+    def _draw_number(self, update: int) -> int:
+        by_iteration = self._config.reference.redraw == "iteration"
+        return update // self._config.train.updates_per_iteration if by_iteration else update
+
+    def _roll_out(self, window: range, first: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
+        """Samples and errors of the window's updates from `first` on, which is not the window's where a run goes on."""
+        assert self._references is not None
+        number = self._draw_number(window[0])
+        ids = {update: self._maker.sample_ids(update) for update in window}
+        keys = [(update, sample) for update in window for sample in ids[update]]
+        done = sum(len(ids[update]) for update in range(window[0], first))
+        with self._making_room(), self._errors.drawn(self._references, self._references.draw(number)) as reference:
+            samples = self._generate(reference, keys, done) if self._generates else None
+            made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+            for update in window[first - window[0] :]:
+                start = (update - window[0]) * len(ids[update])
+                own = None if samples is None else samples[start : start + len(ids[update])]
+                pairs = partial(self._maker.pairs, update, ids[update], own)
+                self._check()
+                made[update] = own, self._errors.ahead(reference, pairs)
+        return made
+
+    def _generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int) -> Tensor:
+        """Samples `(len(keys), *latent)` for (update, sample id), in batches that halve where memory is short.
+
+        The first `done` are not asked for. Batches are those that make them all: rounding depends on a batch's size.
+        """
+        samples: Tensor | None = None
+        start, began = done - done % self.batch, time.monotonic()
+        told, skipped = began, start
+        while start < len(keys):
+            self._check()
+            noise, embeds = self._maker.generation(keys[start : start + self.batch])
+            try:
+                fault("sampling")
+                made = sample_latents(self._forward, model, self._sampler, noise, embeds, self._uncond_embeds)
+            except (RuntimeError, MemoryError) as error:
+                if len(noise) == 1 or not is_out_of_memory(error):
+                    raise
+                self.batch = len(noise) // 2
+                self._warn(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self.batch}")
+                continue
+            if samples is None:
+                samples = self._waiting_room((len(keys), *made.shape[1:]))
+            samples[start : start + len(made)] = made
+            start += len(made)
+            if time.monotonic() - told > _REPORT_SECONDS:
+                told = time.monotonic()
+                self._report(
+                    f"rolled out {start}/{len(keys)} samples  {(start - skipped) / (told - began):.3g} samples/s"
+                )
+        assert samples is not None
+        return samples
+
+    def _waiting_room(self, shape: tuple[int, ...]) -> Tensor:
+        """Host memory for samples, pinned beside a GPU; a nameless file where the budget does not hold them."""
+        count = math.prod(shape)
+        budget = self._config.reference.pairs_gib
+        # The other processes of a machine have samples of their own.
+        allowed = free_bytes(torch.device("cpu")) // 4 // self._world if budget is None else budget * 2**30
+        if 4 * count <= allowed:
+            return torch.empty(shape, pin_memory=self._forward.device.type == "cuda")
+        folder = Path(self._config.data.cache)  # a real disk; what is called temporary may be memory
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:
+                allocate(file.fileno(), 4 * count)  # a mapped file that finds no space later would kill us
+                return torch.from_file(file.name, shared=True, size=count).view(shape)  # lives on without its name
+        except OSError as problem:
+            raise CheckpointError(disk_message(folder, problem)) from problem
+
+
+def sample_latents(
+    forward: Forward, model: nn.Module, sampler: Sampler, noise: Tensor, prompt_embeds: Tensor, uncond_embeds: Tensor
+) -> Tensor:
+    """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` (all where it is None) at a time.
+
+    Args:
+        forward: how the model is called.
+        model: the reference, or any UNet of the family.
+        sampler: solver and guidance.
+        noise: x_T `(B, *latent)`.
+        prompt_embeds: `(B, L, D)` of the pairs' own prompts, never the dropped one.
+        uncond_embeds: `(1, L, D)`.
+    """
+    size, device = sampler.config.batch or len(noise), forward.device
+
+    def denoise(latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        return forward.denoise(model, latents, timesteps, embeds)
+
+    batches = zip(noise.split(size), prompt_embeds.split(size), strict=True)
+    with forward.autocast():  # around all steps, so that weights are cast once and not at each
+        return torch.cat(
+            [sampler(denoise, x.to(device), e.to(device), uncond_embeds.to(device)).cpu() for x, e in batches]
+        )

@@ -1,0 +1,1 @@
+"""What is trained. Nothing outside this package knows a model's parts."""

@@ -1,0 +1,222 @@
+"""AnimateDiff: Stable Diffusion 1.5 with motion modules between the layers of its UNet. It makes clips.
+
+Shape legend: B clips, F frames, H x W pixels, C x h x w the latent of a frame, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from diffusers.configuration_utils import ConfigMixin
+from torch import Tensor, nn
+
+from seppo_fast import shapes
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.folders import check_complete, check_place, check_weights, expanded, load_as, variant_of
+from seppo_fast.models.loading import check_pipeline, load_pipeline, rescheduled
+from seppo_fast.utils.errors import ConfigError
+
+# What the motion modules were trained on. Neither an SD-1.5 folder nor an adapter carries it.
+_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+}
+
+
+class AnimateDiff(StableDiffusion):
+    """A clip model, seen as `StableDiffusion` is; one prompt embedding a clip everywhere but inside `denoise`.
+
+    Args:
+        pipe: its UNet holds the motion modules.
+        device: where everything is computed.
+        dtype: in which the encoders compute and the cache is kept.
+        frames: of a clip.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, device: torch.device, dtype: torch.dtype, frames: int) -> None:
+        super().__init__(pipe, device, dtype)
+        self.frames: int = frames
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        beta_schedule: str | None = None,
+        motion_adapter: str = "",
+        frames: int = 16,
+    ) -> AnimateDiff:
+        """Loads a Stable Diffusion 1.5 pipeline and a motion adapter, or an AnimateDiff pipeline that `save` wrote.
+
+        Args:
+            path: as `StableDiffusion.load`; without an adapter, the folder of an AnimateDiff pipeline.
+            device: where everything is to be computed.
+            dtype: as `StableDiffusion.load`.
+            beta_schedule: in place of the one that AnimateDiff was trained on, linear.
+            motion_adapter: a folder or hub id of a `MotionAdapter`, or `shapes`, the one that ships with the package.
+            frames: of a clip.
+
+        Raises:
+            ConfigError: as `StableDiffusion.load`; an adapter that does not fit the UNet; more frames than it takes.
+        """
+        override = {} if beta_schedule is None else {"beta_schedule": beta_schedule}
+        if motion_adapter:
+            where = check_pipeline(path)
+            adapter = _check_adapter(motion_adapter, _unet_config(path, where), frames)
+            pipe = _assembled(load_pipeline(where), motion_adapter, adapter)
+            pipe.scheduler = rescheduled(pipe.scheduler, DDIMScheduler, **_SCHEDULE | override)
+        else:
+            where = check_pipeline(path, ("AnimateDiffPipeline",))
+            unet = load_as(
+                "model.path", path, "a UNetMotionModel", lambda: _read_config(UNetMotionModel, where, "unet")
+            )
+            if unet["_class_name"] != "UNetMotionModel":
+                raise ConfigError(
+                    f"model.path = {path!r}: its unet is a {unet['_class_name']}, that of an AnimateDiffPipeline is a "
+                    "UNetMotionModel"
+                )
+            _check_frames(frames, unet["motion_max_seq_length"])
+            pipe = load_pipeline(where, AnimateDiffPipeline)
+            # Of a folder that diffusers wrote; the UNet holds the same modules, and is what is trained.
+            pipe.register_modules(motion_adapter=None)
+            if override:
+                pipe.scheduler = rescheduled(pipe.scheduler, type(pipe.scheduler), **override)
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe, device, dtype, frames)
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """(C, F, h, w) of the latent of a clip of square frames; raises as `StableDiffusion.latent_shape`."""
+        channels, *sides = super().latent_shape(resolution)
+        return (channels, self.frames, *sides)
+
+    def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """The UNet's prediction `(B, C, F, h, w)` for latents of that shape, timesteps `(B,)`, embeds `(B, L, D)`."""
+        return super().denoise(unet, latents, timesteps, prompt_embeds.repeat_interleave(latents.shape[2], 0))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`, about a megapixel at a time."""
+        frames = images.flatten(0, 1)
+        rows = max(1, 2**20 // frames[0, ..., 0].numel())
+        encode = super().encode_images
+        latents = torch.cat([encode(chunk) for chunk in frames.split(rows)])
+        return latents.unflatten(0, images.shape[:2]).transpose(1, 2).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`, about a megapixel at a time."""
+        pixels = super().decode(latents.transpose(1, 2).flatten(0, 1))
+        return pixels.reshape(len(latents), latents.shape[2], *pixels.shape[1:])
+
+    def _pipeline_of(self, parts: dict[str, Any]) -> AnimateDiffPipeline:
+        return AnimateDiffPipeline(**parts)
+
+
+def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPipeline:
+    """An AnimateDiff pipeline of the parts of `pipe` and the adapter at `where`, in float32."""
+
+    def load() -> UNetMotionModel:
+        adapter = MotionAdapter.from_pretrained(where, use_safetensors=True, variant=variant_of(Path(where)))
+        check_complete("model.motion_adapter", Path(where), adapter)
+        return UNetMotionModel.from_unet2d(pipe.unet, adapter.float())
+
+    unet = load_as("model.motion_adapter", path, "a MotionAdapter", load)
+    kept = ("vae", "text_encoder", "tokenizer", "scheduler")
+    # The motion modules are in the UNet now; the adapter would be a second copy of them.
+    return AnimateDiffPipeline(**{name: pipe.components[name] for name in kept}, unet=unet, motion_adapter=None)
+
+
+def _check_adapter(path: str, unet: Mapping[str, Any], frames: int) -> str:
+    """Says what is wrong with `model.motion_adapter` before any weight is read.
+
+    Returns:
+        Its folder or hub id.
+
+    Raises:
+        ConfigError: see `AnimateDiff.load`.
+    """
+    where = str(shapes.MOTION_ADAPTER) if path == "shapes" else expanded(path)
+    folder = check_place("model.motion_adapter", where, "MotionAdapter")
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.motion_adapter = {path!r} holds no config.json, so it is no MotionAdapter folder")
+        check_weights("model.motion_adapter", path, folder, loader="MotionAdapter")
+    adapter = load_as("model.motion_adapter", path, "a MotionAdapter", lambda: _read_config(MotionAdapter, where))
+    if adapter["_class_name"] != "MotionAdapter":
+        raise ConfigError(f"model.motion_adapter = {path!r} is a {adapter['_class_name']}, a MotionAdapter is needed")
+    _check_fit(path, adapter, unet)
+    _check_frames(frames, adapter["motion_max_seq_length"])
+    return where
+
+
+def _check_fit(path: str, adapter: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+    """Raises ConfigError where motion modules were made for another UNet."""
+    if adapter["conv_in_channels"]:
+        raise ConfigError(f"model.motion_adapter = {path!r} changes the UNet's input (PIA); a plain one is needed")
+    levels = len(unet["block_out_channels"])
+    for ours, theirs in {
+        "block_out_channels": "block_out_channels",
+        "motion_layers_per_block": "layers_per_block",
+        "motion_norm_num_groups": "norm_num_groups",
+    }.items():
+        if _by_level(adapter[ours], levels) != _by_level(unet[theirs], levels):
+            raise ConfigError(
+                f"model.motion_adapter = {path!r} does not fit model.path: its {ours} is {adapter[ours]}, "
+                f"the UNet's {theirs} is {unet[theirs]}"
+            )
+
+
+def _by_level(value: Any, levels: int) -> list[Any]:
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def _check_frames(frames: int, most: int) -> None:
+    if frames > most:
+        raise ConfigError(f"data.frames = {frames}: this motion adapter takes {most} frames, not more")
+
+
+def _unet_config(path: str, where: str) -> dict[str, Any]:
+    """The configuration of an SD-1.5 UNet.
+
+    Raises:
+        ConfigError: the UNet has what `UNetMotionModel` has not, and would silently lose it.
+    """
+    config = load_as("model.path", path, "a UNet", lambda: _read_config(UNet2DConditionModel, where, "unet"))
+    plain, kept = _defaults(UNet2DConditionModel), {*_defaults(UNetMotionModel), "attention_head_dim"}
+    for name in plain.keys() - kept:
+        if (config[name] or None) != (plain[name] or None):
+            raise ConfigError(
+                f"model.path = {path!r}: its UNet has {name} = {config[name]!r}, which AnimateDiff's UNet has not"
+            )
+    return config
+
+
+def _read_config(kind: type[ConfigMixin], where: str, subfolder: str | None = None) -> dict[str, Any]:
+    """What is written of a model, and the defaults of what is not; lists as tuples."""
+    written = kind.load_config(where, **({} if subfolder is None else {"subfolder": subfolder}))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in written.items()}
+    return {"_class_name": None, **_defaults(kind), **values}
+
+
+def _defaults(kind: type[ConfigMixin]) -> dict[str, Any]:
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters}

@@ -1,0 +1,183 @@
+"""A pipeline of Stable Diffusion 1.5 or of AnimateDiff from its folder or hub id, as it is, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from diffusers.schedulers import SchedulerMixin
+from torch import nn
+from transformers import CLIPTextModel
+
+from seppo_fast import shapes
+from seppo_fast.models.folders import (
+    UNNEEDED,
+    check_complete,
+    check_parts,
+    check_place,
+    check_weights,
+    expanded,
+    load_as,
+    refuse_missing,
+    variant_of,
+)
+from seppo_fast.utils.errors import ConfigError
+
+# One set of parts, two ways to call it.
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_WEIGHTS = ("unet", "vae", "text_encoder")
+_AS_SAFETENSORS: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+
+
+def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
+    """Says what is wrong with `model.path` before any weight is read.
+
+    Args:
+        path: a diffusers folder, a hub id, or `shapes`.
+        allowed: names of pipeline classes; the first of them is the one that messages speak of.
+
+    Returns:
+        The folder or hub id.
+
+    Raises:
+        ConfigError: see `StableDiffusion.load`.
+    """
+    if not path:
+        raise ConfigError("model.path is empty; give a diffusers folder, a hub id, or 'shapes'")
+    where = str(shapes.SHIPPED[path]) if path in shapes.SHIPPED else expanded(path)
+    folder = check_place("model.path", where, "StableDiffusionPipeline")
+    if folder is not None:
+        if not (folder / "model_index.json").is_file():
+            raise ConfigError(
+                f"model.path = {where!r} holds no model_index.json, so it is not a diffusers pipeline folder"
+            )
+        for part in _WEIGHTS:
+            check_weights("model.path", where, folder, part)
+
+    def read() -> dict[str, Any]:
+        return dict(StableDiffusionPipeline.load_config(where))
+
+    index = load_as("model.path", where, "a Stable Diffusion pipeline", read)
+    found = str(index.get("_class_name"))
+    if found == "AnimateDiffPipeline" and found not in allowed:
+        local = "" if folder else " and give it as a folder, not as a hub id"
+        raise ConfigError(
+            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: leave "
+            f"model.motion_adapter empty{local}; or give a Stable Diffusion pipeline and an adapter"
+        )
+    if found not in allowed:
+        raise ConfigError(
+            f"model.path = {path!r} could not be loaded as a Stable Diffusion pipeline: it is a {found}, the SD-1.5 "
+            f"format ({allowed[0]}) is needed"
+        )
+    check_parts("model.path", where, index)
+    return where
+
+
+def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline at `where` (see `check_pipeline`) in float32, without the parts that training never uses.
+
+    Raises:
+        ConfigError: weights that are not safetensors, damaged files.
+    """
+    unneeded: dict[str, Any] = dict.fromkeys(UNNEEDED)
+    if kind is StableDiffusionPipeline:
+        unneeded["requires_safety_checker"] = False
+    else:
+        del unneeded["safety_checker"]  # clips have none
+
+    def load() -> DiffusionPipeline:
+        scheduler = _stand_in(where)
+        parts = unneeded | _variants(where, kind) | {"text_encoder": _text_encoder(where)}
+        parts |= {} if scheduler is None else {"scheduler": None}
+        try:
+            pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, **parts)
+        except (OSError, ValueError):
+            if Path(where).is_dir():
+                raise
+            pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, variant="fp16", **parts)  # some hub ids have no other
+        if scheduler is not None:
+            pipe.register_modules(scheduler=scheduler)
+        # Some folders leave the first one out, and then it is 10^30.
+        limits = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
+        pipe.tokenizer.model_max_length = min(limits)
+        for part in _WEIGHTS:
+            check_complete("model.path", Path(where) / part, pipe.components[part])
+        return pipe
+
+    pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
+    pipe.set_progress_bar_config(disable=True)
+    takes, gives, made = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
+    if not takes == gives == made:
+        raise ConfigError(
+            f"model.path = {where!r}: its UNet takes {takes} channels and gives {gives}, and the latents of its VAE "
+            f"have {made}; a text-to-image model is needed (inpainting takes more)"
+        )
+    return pipe
+
+
+def _variants(where: str, kind: type[DiffusionPipeline]) -> dict[str, nn.Module]:
+    """UNet and VAE of a folder that has nothing but a variant of them, such as fp16, loaded in float32."""
+    kinds = {"unet": UNet2DConditionModel if kind is StableDiffusionPipeline else UNetMotionModel, "vae": AutoencoderKL}
+    variants = {part: variant_of(Path(where) / part) for part in kinds}
+    return {
+        part: kinds[part].from_pretrained(where, subfolder=part, variant=variant, **_AS_SAFETENSORS)
+        for part, variant in variants.items()
+        if variant is not None
+    }
+
+
+def _text_encoder(where: str) -> CLIPTextModel:
+    """The text encoder at `where` in float32.
+
+    Loaded by itself, since transformers fills weights whose names it does not find with random numbers, and only its
+    loading report tells. Names do change: up to 5.5 transformers does not know those that 5.6 gives a CLIPTextModel.
+
+    Raises:
+        ConfigError: a weight is missing.
+    """
+    place = Path(where) / "text_encoder"
+
+    def load(variant: str | None) -> Any:
+        settings = {"subfolder": "text_encoder", "output_loading_info": True, **_AS_SAFETENSORS}
+        return CLIPTextModel.from_pretrained(where, variant=variant, **settings)
+
+    try:
+        encoder, report = load(variant_of(place))
+    except OSError as problem:
+        if Path(where).is_dir():
+            raise
+        try:
+            encoder, report = load("fp16")  # as in `load_pipeline`
+        except OSError:
+            raise problem from None
+    refuse_missing("model.path", place, CLIPTextModel, report["missing_keys"])
+    return encoder
+
+
+def _stand_in(where: str) -> SchedulerMixin | None:
+    """A DDIM scheduler for one that needs a package that is not installed; only a scheduler's settings are used."""
+    index = StableDiffusionPipeline.load_config(where)
+    try:
+        _ = getattr(diffusers, str(index["scheduler"][1])).config_name  # what stands in its place has no attributes
+    except ImportError:
+        return DDIMScheduler.from_pretrained(where, subfolder="scheduler")
+    except (AttributeError, LookupError, TypeError):
+        pass  # the pipeline's own loading says what is wrong
+    return None
+
+
+def rescheduled(scheduler: SchedulerMixin, kind: type[SchedulerMixin], **settings: Any) -> SchedulerMixin:
+    """A scheduler of that kind with the configuration of another but for `settings`; betas given one by one go."""
+    return kind.from_config(scheduler.config, trained_betas=None, **settings)

@@ -1,0 +1,70 @@
+"""Gradient checkpointing: activations are made again in the backward instead of being kept.
+
+diffusers marks the places itself, and for pictures these are taken as they are. Of a UNet with motion modules it leaves
+most of those out, and in attention it keeps what lies between the transformer blocks. So there each residual unit, a
+resnet, a spatial transformer or a motion module, is recomputed as a whole, and little more than its input is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import Transformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from seppo_fast.models.family import UNet
+
+_UNITS = (ResnetBlock2D, Transformer2DModel, AnimateDiffTransformer3D)
+
+
+class Recomputed:
+    """Stands in a module's place of `forward`; a copy of the module gets one of its own.
+
+    Args:
+        forward: the module's own. It must draw no random numbers: their state is not kept.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self.on = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives."""
+        if not (self.on and torch.is_grad_enabled()):
+            return self._forward(*args, **kwargs)
+        return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def enable_checkpointing(unet: UNet) -> None:
+    """Turns gradient checkpointing on, in place, for a UNet in eval mode; predictions and gradients keep their bits."""
+    if not any(isinstance(module, AnimateDiffTransformer3D) for module in unet.modules()):
+        unet.enable_gradient_checkpointing()
+        return
+    for module in unet.modules():
+        if isinstance(module, _UNITS):
+            module.forward = Recomputed(module.forward)
+
+
+@contextmanager
+def whole(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Inside, nothing is recomputed in these modules."""
+    flagged: list[Any] = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    units = [module.forward for module in modules if isinstance(module.forward, Recomputed) and module.forward.on]
+    try:
+        _set(flagged, units, False)
+        yield
+    finally:
+        _set(flagged, units, True)
+
+
+def _set(flagged: Iterable[Any], units: Iterable[Recomputed], on: bool) -> None:
+    for module in flagged:
+        module.gradient_checkpointing = on
+    for unit in units:
+        unit.on = on

@@ -1,0 +1,143 @@
+"""The slab of which a reference's tensors are views, and the checkpoint that comes up before it is needed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from seppo_fast.references.layout import Table
+from seppo_fast.references.storage import Member
+from seppo_fast.utils.memory import is_out_of_memory
+
+
+def reading_thread(device: torch.device) -> ThreadPoolExecutor:
+    """Returns an executor of one thread, whose current device is `device` where that is a GPU.
+
+    By default it would be GPU 0, and leaving a stream makes a context on the thread's current device: 0.5 GB of GPU 0
+    for each other process of a run.
+    """
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, thread_name_prefix="seppo-prefetch")
+    return ThreadPoolExecutor(1, "seppo-prefetch", initializer=torch.cuda.set_device, initargs=(device,))
+
+
+class Resident:
+    """One slab on the device whose address never changes: a switch is one copy, and CUDA graphs stay valid.
+
+    `prefetch` and `switch` belong on one CUDA stream, that of the forward.
+
+    Args:
+        table: of the slab.
+        device: where it lies.
+
+    Attributes:
+        views: its tensors by name.
+    """
+
+    def __init__(self, table: Table, device: torch.device) -> None:
+        self._slab = torch.zeros(table.size, dtype=torch.uint8, device=device)
+        self.views = table.views(self._slab)
+        self._index: int | None = None
+        self._version = 0
+        self._stand_ins: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+        self._ahead: Tensor | None = None
+        self._ahead_index: int | None = None
+        self._coming: Future[torch.cuda.Event | None] | None = None
+        self._stream = torch.cuda.Stream(self._slab.device) if device.type == "cuda" else None
+        self._reader = reading_thread(self._slab.device)
+
+    def stand_ins(self, module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each of a module's tensors one of its kind, a view of the slab; the same ones each time."""
+        if module not in self._stand_ins:
+            self._stand_ins[module] = {
+                name: nn.Parameter(self.views[name], tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else self.views[name]
+                for name, tensor in state.items()
+            }
+        return self._stand_ins[module]
+
+    def prefetch(self, index: int, member: Member) -> None:
+        """Starts bringing a checkpoint up, into a second slab; the one that `switch` asks for may be another.
+
+        Where the device has no memory for a second slab, warns and does nothing.
+        """
+        near = member.tier == "device" or (self._stream is None and member.tier == "host")
+        if near or index in (self._index, self._ahead_index):
+            return
+        self._settle()
+        if self._ahead is None and not self._make_room():
+            return
+        if self._stream is not None:
+            # The last switch may still read the second slab.
+            self._stream.wait_stream(torch.cuda.current_stream(self._slab.device))
+        self._ahead_index = index
+        self._coming = self._reader.submit(self._bring, member.slab)
+
+    def switch(self, index: int, member: Member) -> None:
+        """The slab becomes checkpoint `index`: one copy, or none where it is that already.
+
+        What was written to its tensors meanwhile is noticed, but not through `.data`.
+        """
+        if index == self._index and self._slab._version == self._version:
+            return
+        source = member.slab
+        if index == self._ahead_index and self._settle():
+            assert self._ahead is not None
+            source = self._ahead
+        self._index = None  # should the copy fail
+        self._slab.copy_(source, non_blocking=True)
+        self._index, self._version = index, self._slab._version  # a module may write to its buffers
+        torch.clear_autocast_cache()  # else the casts of the last reference's weights would serve for this one's
+
+    def close(self) -> None:
+        """Waits for all copies, since what they read and write goes."""
+        self._reader.shutdown()
+        if self._stream is not None:
+            self._stream.synchronize()
+            torch.cuda.current_stream(self._slab.device).synchronize()
+
+    def _make_room(self) -> bool:
+        """Returns whether the device has memory for a second slab."""
+        try:
+            self._ahead = torch.empty_like(self._slab)
+        except RuntimeError as problem:
+            if not is_out_of_memory(problem):
+                raise
+            warnings.warn(
+                f"{self._slab.device} has no memory for a second past policy of {self._slab.nbytes / 2**30:.3g} GiB: "
+                "references are brought up when they are drawn, not ahead of time",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        return True
+
+    def _bring(self, slab: Tensor) -> torch.cuda.Event | None:
+        assert self._ahead is not None
+        if self._stream is None:
+            self._ahead.copy_(slab)
+            return None
+        with torch.cuda.stream(self._stream):
+            self._ahead.copy_(slab, non_blocking=True)  # blocks this thread alone where the source is a mapped file
+            return self._stream.record_event()
+
+    def _settle(self) -> bool:
+        """What is coming has come, for the host's reader and for the current stream; False where it failed."""
+        coming, self._coming = self._coming, None
+        if coming is None:
+            return self._ahead_index is not None
+        try:
+            event = coming.result()
+        except (RuntimeError, OSError) as problem:
+            warnings.warn(f"a reference could not be brought up ahead of time: {problem}", RuntimeWarning, stacklevel=2)
+            self._ahead_index = None
+            return False
+        if event is not None:
+            event.wait(torch.cuda.current_stream(self._slab.device))
+        return True

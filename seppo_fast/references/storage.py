@@ -1,0 +1,205 @@
+"""Past policies as files: one safetensors file each, and a manifest that says which there are and their checksums.
+
+A file holds one tensor of bytes, the slab, and its table as JSON in the header; it is mapped, never read whole, so a
+pool on disk takes no memory but what the system caches. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seppo_fast.references.layout import Table
+from seppo_fast.utils.errors import CheckpointError
+from seppo_fast.utils.files import read_json, staged_folder
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_SLAB, _TABLE = "slab", "table"
+
+Tier = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint.
+
+    Attributes:
+        tier: where it is.
+        slab: `(size,)` uint8; on disk, mapped, to be read only.
+    """
+
+    tier: Tier
+    slab: Tensor
+
+
+def write_member(file: Path, slab: Tensor, table: Table) -> None:
+    """Writes a slab, which is on the CPU, and its table; the file appears whole or not at all.
+
+    Raises:
+        OSError, SafetensorError: the disk refuses.
+    """
+    staging = file.with_name(f".tmp-{file.name}")
+    try:
+        save_file({_SLAB: slab}, staging, metadata={_TABLE: json.dumps(table.to_json())})
+        os.replace(staging, file)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def map_member(file: Path) -> tuple[Tensor, Table]:
+    """The slab of a file, mapped and to be read only, and its table.
+
+    Raises:
+        CheckpointError: no such file, or what it holds is no checkpoint of a pool; names it.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slab = opened.get_tensor(_SLAB)
+            table = Table.from_json(json.loads((opened.metadata() or {})[_TABLE]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise CheckpointError(f"{file}: no checkpoint of a reference pool ({problem})") from problem
+    if slab.dtype != torch.uint8 or slab.shape != (table.size,):
+        raise CheckpointError(f"{file}: holds {tuple(slab.shape)} {slab.dtype}, not a slab of {table.size} bytes")
+    return slab, table
+
+
+Settings = Mapping[str, str | int | None]
+
+
+def save_members(
+    folder: Path,
+    members: Mapping[int, Member],
+    table: Table,
+    count: int,
+    settings: Settings,
+    previous: Path | None = None,
+) -> None:
+    """Writes all checkpoints and their manifest into a folder that appears whole or not at all.
+
+    Args:
+        folder: must not exist yet.
+        members: by number.
+        table: of them all.
+        count: of the checkpoints so far, with those that were dropped.
+        settings: in which a pool that takes them over must agree.
+        previous: a folder that was saved before of the same pool; what it holds undamaged is linked, not written again.
+
+    Raises:
+        CheckpointError: the disk refuses, or `previous` is no saved pool of these settings.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already")
+    before = {} if previous is None else _manifest(previous, settings)[0]
+    with staged_folder(folder, CheckpointError) as staging:
+        rows = []
+        for number, member in members.items():
+            file = staging / member_name(number)
+            if previous is not None and number in before and not _damage(previous / file.name, *before[number]):
+                _link(previous / file.name, file)
+                size, checksum = before[number]
+            else:
+                write_member(file, member.slab.cpu(), table)
+                size, checksum = file.stat().st_size, digest(file)
+            rows.append({"number": number, "file": file.name, "size": size, "sha256": checksum})
+        tree = {"format": FORMAT, "count": count, "settings": dict(settings), "members": rows}
+        (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def checked_members(folder: Path, settings: Settings | None = None) -> tuple[dict[int, Path], int]:
+    """The files of a saved pool by number, each compared with its size and checksum, and the count of checkpoints.
+
+    Args:
+        folder: that `save_members` wrote.
+        settings: in which the pool that was saved must agree; None: whatever they are.
+
+    Raises:
+        CheckpointError: a manifest that cannot be read, is of a newer format or of other settings; files that are
+            missing or damaged, all of them named.
+    """
+    rows, count = _manifest(folder, settings)
+    files = {number: folder / member_name(number) for number in sorted(rows)}
+    found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
+    damaged = [f"{name} {what}" for name, what in found.items() if what]
+    if damaged:
+        raise CheckpointError(
+            f"{folder}: of {len(rows)} checkpoints {len(damaged)} cannot be used: " + "; ".join(damaged)
+        )
+    return files, count
+
+
+def is_saved_pool(folder: Path) -> bool:
+    """Whether a manifest is there that can be read; its checkpoints are not looked at."""
+    try:
+        _manifest(folder, None)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[int, str]], int]:
+    """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
+    manifest = folder / MANIFEST
+    try:
+        tree: dict[str, Any] = read_json(manifest)
+        if int(tree["format"]) > FORMAT:
+            raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
+        rows = {int(row["number"]): (int(row["size"]), str(row["sha256"])) for row in tree["members"]}
+        count, saved = int(tree["count"]), dict(tree["settings"])
+        # Checkpoint 0 always stays.
+        if min(rows, default=None) != 0 or max(rows) >= count:
+            raise ValueError(f"checkpoints {sorted(rows)} of {count}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:
+        raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
+    others = [
+        f"{key} = {saved.get(key)!r}, not {value!r}"
+        for key, value in (settings or {}).items()
+        if saved.get(key) != value
+    ]
+    if others:
+        raise CheckpointError(f"{folder}: saved by a pool with {', '.join(others)}")
+    return rows, count
+
+
+def _damage(file: Path, size: int, checksum: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, {size} were written"
+    try:
+        return None if digest(file) == checksum else "is damaged: its checksum differs"
+    except OSError as problem:
+        return f"cannot be read: {problem}"
+
+
+def member_name(index: int) -> str:
+    """The file of a checkpoint."""
+    return f"checkpoint-{index:06d}.safetensors"
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**24):
+            sha.update(block)
+    return sha.hexdigest()

@@ -1,0 +1,164 @@
+"""What a run says while it runs: a line for people, a JSON line for programs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seppo_fast.runs.watch import WINDOW, WinnerWatch
+
+LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
+_GIB = 2**30
+_ETA_UPDATES = 10  # that the time left is judged by
+
+
+class Journal:
+    """Writes `log.jsonl` in the run's folder, one object per update, and prints one line per update.
+
+    Args:
+        folder: of the run.
+        updates: in all.
+        pairs_per_update: for the rate.
+        device: whose peak memory is told.
+    """
+
+    def __init__(self, folder: Path, updates: int, pairs_per_update: int, device: torch.device) -> None:
+        self._folder = folder
+        self._updates = updates
+        self._pairs = pairs_per_update
+        self._device = device
+        self._waiting = b""
+        self._watch = WinnerWatch()
+        self._seconds: deque[float] = deque(maxlen=_ETA_UPDATES)
+
+    def resume(self, finished: int) -> None:
+        """Drops what was written of updates after `finished`, which will come again, and a line that broke off."""
+        for name in (LOG, SKIPPED):
+            file = self._folder / name
+            if not file.exists():
+                continue
+            kept = [entry for entry in _entries(file) if entry["update"] <= finished]
+            staging = file.with_name(f".tmp-{name}")
+            staging.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(staging, file)
+            if name == LOG:
+                for entry in kept:
+                    self._watch.see(entry)
+
+    def tell(self, number: int, stats: dict[str, float]) -> dict[str, float]:
+        """Prints update `number` (from 1); `stats` holds the learner's means and the seconds of both phases.
+
+        Returns:
+            What there is to record of it.
+        """
+        stats = stats | {"seconds": stats["rollout_seconds"] + stats["learn_seconds"]}
+        stats |= {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib(self._device)}
+        self._seconds.append(stats["seconds"])
+        # The median: the first update compiles and measures, and a machine that others use stops now and then.
+        left = (self._updates - number) * statistics.median(self._seconds)
+        print(progress_line(number, self._updates, stats, left), flush=True)
+        if self._watch.see(stats):
+            print(_WARNING, flush=True)
+        if "ref_winner_error" in stats:
+            stats["winner_above_reference"] = float(self._watch.above)
+        return stats
+
+    def write(self, number: int, stats: dict[str, float]) -> None:
+        """Records in `log.jsonl` what `tell` gave.
+
+        Raises:
+            OSError: the disk refuses; the line is written with the next one.
+        """
+        # JSON has no NaN: what is not finite is null there, and printed as it is.
+        finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
+        self._waiting += json.dumps({"update": number} | finite).encode() + b"\n"
+        _append(self._folder / LOG, self._waiting)
+        self._waiting = b""
+
+    def skipped(self, number: int, sample_ids: Sequence[int], searching: bool) -> None:
+        """Records in `skipped.jsonl` the pairs of an update whose gradient was not finite.
+
+        Args:
+            number: of the update, from 1.
+            sample_ids: of all processes; see `Pairs`.
+            searching: whether the scaler of half precision still searched its scale, which is no fault of the pairs.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        line = {"update": number, "scaler_searching": searching, "sample_ids": list(sample_ids)}
+        _append(self._folder / SKIPPED, json.dumps(line).encode() + b"\n")
+
+
+_WARNING = (
+    f"the winner's error stays above the reference's (mean of the last {WINDOW} updates): at the good examples the "
+    "policy is worse than its past policies. If that goes on, a lower train.learning_rate is the first thing to try"
+)
+
+
+def _append(file: Path, lines: bytes) -> None:
+    """All of the lines or none of them."""
+    with file.open("ab", buffering=0) as opened:
+        size = opened.tell()
+        if opened.write(lines) < len(lines):
+            os.ftruncate(opened.fileno(), size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The updates of a run, in order; a value that was not finite is None."""
+    return list(_entries(folder / LOG))
+
+
+def _entries(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            return  # a killed process wrote half of it
+        if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
+            return
+        yield entry
+
+
+def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float) -> str:
+    """`update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`"""
+    parts = [f"update {number}/{updates}", f"loss {stats['loss']:.4f}"]
+    winner = f"winner {stats['winner_error']:.4f}"
+    if "aaf_rate" in stats:
+        parts += [f"{winner} (ref {stats['ref_winner_error']:.4f})", f"reject {stats['aaf_rate']:.2f}"]
+    else:
+        parts.append(winner)
+    parts.append(
+        f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: not finite, samples in {SKIPPED}" if stats["skipped"] else "")
+    )
+    parts.append(f"{stats['pairs_per_second']:.3g} pairs/s")
+    parts.append(f"eta {duration(seconds_left)}")
+    parts.append(f"{stats['memory_gib']:.1f} GB")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak memory of a GPU in GiB, or the peak resident memory of the process for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB

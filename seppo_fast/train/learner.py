@@ -1,0 +1,250 @@
+"""One optimizer update: forward, loss, backward, clip, step, over the pairs of this rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.schema import Config
+from seppo_fast.distributed.fsdp import fill, is_sharded, whole
+from seppo_fast.methods.pairs import Pairs
+from seppo_fast.methods.preference import averages, step_loss, total
+from seppo_fast.methods.reference_errors import ReferenceErrors
+from seppo_fast.models.trainable import trainable
+from seppo_fast.runs.journal import SKIPPED
+from seppo_fast.train.optimizer import learning_rate, make_ema, make_optimizer
+from seppo_fast.utils.errors import NonFiniteError
+from seppo_fast.utils.fault_injection import fault
+
+_MAX_SKIPPED = 3  # updates in a row with a non-finite gradient before the run stops
+
+
+class Learner:
+    """Trains the policy on pairs; it holds no reference unless `errors` does.
+
+    Attributes:
+        applied: updates of the whole run that changed the weights; the others were skipped.
+
+    Args:
+        unet: the policy, its trained weights marked; sharded or not.
+        errors: the way to the reference's errors; it makes the policy's forward.
+        config: of the run, its micro-batch chosen.
+        accelerator: devices and processes.
+        check: called before each micro-batch; what it raises leaves the weights as the last update left them.
+        skipped: called where an update is skipped, with its index, the sample ids of all ranks, and whether the scaler
+            of half precision was still searching its scale.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        errors: ReferenceErrors,
+        config: Config,
+        accelerator: Accelerator,
+        check: Callable[[], None] = lambda: None,
+        skipped: Callable[[int, list[int], bool], None] = lambda update, sample_ids, searching: None,
+    ) -> None:
+        assert config.train.micro_batch is not None, "the micro-batch is chosen before"
+        self.unet = unet
+        self.ema = make_ema(unet, config.train.ema_decay)
+        self._errors = errors
+        self._check = check
+        self._tell_skipped = skipped
+        self._micro_batch = config.train.micro_batch
+        self._config = config
+        self._objective = OBJECTIVES[config.objective]
+        self._accelerator = accelerator
+        self._optimizer = make_optimizer(unet, config.learning_rate, config.train)
+        half = config.model.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
+        self._skipped = 0
+        self.applied = 0
+
+    def step(self, pairs: Pairs, update: int) -> dict[str, float]:
+        """One update on this rank's share of the pairs.
+
+        Returns:
+            Means over the pairs of all ranks (see `objectives.averages`), `grad_norm` before clipping, `skipped`: 1
+            where the gradient was not finite and the weights were left alone, and `learn_seconds`.
+
+        Raises:
+            NonFiniteError: the third update in a row whose gradient is not finite.
+        """
+        started = time.perf_counter()
+        sums = self._accumulate(pairs)
+        self._scaler.unscale_(self._optimizer)
+        parameters = list(trainable(self.unet).values())
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
+        good = math.isfinite(sums["loss"])  # else the pairs are the cause, and not the scale
+        searching = self.searching and good
+        finite = math.isfinite(norm)
+        if finite:
+            self._set_learning_rate(update)
+            self._scaler.step(self._optimizer)
+            self.applied += 1
+            # In the first, half of a LoRA has none, since the other half is zero; during the warm-up that half may
+            # still be too small for half precision.
+            if self.applied == max(2, self._config.train.warmup_updates + 1):
+                self._report_untrained(update)
+            if self.ema is not None:
+                self.ema.step(parameters)
+        self._scaler.update(None if good else self._scaler.get_scale())
+        self._optimizer.zero_grad(set_to_none=True)
+        self._skipped = 0 if finite or searching else self._skipped + 1
+        if not finite:  # on all ranks: the gradient is theirs together
+            self._tell_skipped(update, gather_object(list(pairs.sample_ids)), searching)
+        if self._skipped == _MAX_SKIPPED:
+            raise NonFiniteError(
+                f"update {update + 1}: the gradient was not finite {_MAX_SKIPPED} times in a row "
+                f"(loss {sums['loss']}); sample ids from {list(pairs.sample_ids[:8])} on, all in {SKIPPED} of the "
+                "run's folder. A lower train.learning_rate or another model.precision are the first things to try"
+            )
+        means = averages(sums, self._config.train.pairs_per_update)
+        took = time.perf_counter() - started
+        return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
+
+    def _accumulate(self, pairs: Pairs) -> dict[str, float]:
+        """Gradients of the mean loss over the pairs of all ranks; sums of what is logged, in one host sync."""
+        train = self._config.train
+        batches = list(pairs.micro_batches(self._micro_batch))
+        scale = self._scaler.scale(torch.ones((), device=self._accelerator.device))  # a tensor: it stays on the device
+        steps: list[dict[str, torch.Tensor]] = []
+        for batch in batches:
+            self._check()
+            fault("micro-batch")
+            prediction, target, ref_error = self._errors(self.unet, batch)
+            step = step_loss(
+                self._objective,
+                prediction,
+                target,
+                ref_error,
+                beta=train.beta,
+                tie_tol=train.tie_tol,
+                grad_scale=scale * (len(batch) / train.pairs_per_update),
+                backend=train.backend,
+            )
+            prediction.backward(step.grad)
+            steps.append(step.sums)
+        if self._accelerator.num_processes > 1 and not is_sharded(self.unet):
+            self._add_gradients()
+        sums = total(steps)
+        reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        return dict(zip(sums, reduced.tolist(), strict=True))
+
+    def _add_gradients(self) -> None:
+        """Each gradient becomes its sum over all processes.
+
+        Once an update, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
+        processes or more add up other pieces in another order, so that a run that goes on would not be the same.
+        """
+        gradients = [weight.grad for weight in trainable(self.unet).values() if weight.grad is not None]
+        works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for work in works:
+            work.wait()
+
+    def _report_untrained(self, update: int) -> None:
+        """Names the trained tensors that have no gradient. Nothing else shows them: the loss falls all the same."""
+        absent = [name for name, norm in gradient_norms(self.unet).items() if not norm]
+        if absent:
+            self._accelerator.print(
+                f"{len(absent)} of {len(trainable(self.unet))} trained tensors had no gradient in update {update + 1}: "
+                f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}. Check whether the model's output "
+                "depends on them, and try another model.precision"
+            )
+
+    @property
+    def searching(self) -> bool:
+        """Whether the scaler of half precision may still lower its scale."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() > 1
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """What it holds beside the weights: live tensors by file and name, and what is no tensor."""
+        tensors: dict[str, torch.Tensor] = {}
+        plain: dict[str, Any] = {}
+        for name, parameter in trainable(self.unet).items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, torch.Tensor) else plain)[f"{key}/{name}"] = value
+        files = {"optimizer": tensors}
+        numbers = {
+            "optimizer": plain,
+            "scaler": self._scaler.state_dict(),
+            "skipped": self._skipped,
+            "applied": self.applied,
+        }
+        if self.ema is not None:
+            files["average"] = dict(zip(trainable(self.unet), self.ema.shadow_params, strict=True))
+            numbers["average_step"] = self.ema.optimization_step
+        return files, numbers
+
+    def restore(self, files: Mapping[str, Mapping[str, torch.Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave, its tensors from the CPU.
+
+        Raises:
+            KeyError, ValueError: it is not of this optimizer and these weights.
+        """
+        parameters = trainable(self.unet)
+        for place, value in [*files["optimizer"].items(), *numbers["optimizer"].items()]:
+            key, _, name = place.partition("/")
+            own = parameters[name]
+            if isinstance(value, torch.Tensor):
+                # Moments lie in memory as their parameter does, whatever the file's order.
+                like = torch.empty_like(own.detach(), dtype=value.dtype) if value.shape == own.shape else None
+                if like is not None:
+                    fill(like, value)
+                value = value.to(own.device) if like is None else like
+            self._optimizer.state[own][key] = value
+        if self._config.train.optimizer == "adamw":
+            for name, own in parameters.items():
+                shapes = {key: value.shape for key, value in self._optimizer.state.get(own, {}).items()}
+                if shapes not in ({}, {"step": torch.Size(), "exp_avg": own.shape, "exp_avg_sq": own.shape}):
+                    raise ValueError(f"the optimizer's {name} has {shapes}")
+        self._scaler.load_state_dict(numbers["scaler"])
+        self._skipped = int(numbers["skipped"])
+        self.applied = applied_updates(numbers)
+        if self.ema is not None:
+            for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
+                fill(shadow, files["average"][name])
+            self.ema.optimization_step = numbers["average_step"]
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Inside the block the optimizer's state waits in host memory: room for a rollout, for two copies."""
+        device = self._accelerator.device
+        self._move_state(torch.device("cpu"))
+        try:
+            yield
+        finally:
+            self._move_state(device)
+
+    def _move_state(self, device: torch.device) -> None:
+        for state in self._optimizer.state.values():
+            state.update({name: value.to(device) for name, value in state.items() if isinstance(value, torch.Tensor)})
+
+    def _set_learning_rate(self, update: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, update)
+
+
+def gradient_norms(unet: nn.Module) -> dict[str, float]:
+    """The norm of each trained tensor's gradient by its name, 0 where it has none; one host sync, of shards more."""
+    parameters = trainable(unet)
+    gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
+    if not gradients:
+        return dict.fromkeys(parameters, 0.0)
+    norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients.values()]).tolist()
+    return dict.fromkeys(parameters, 0.0) | dict(zip(gradients, norms, strict=True))
+
+
+def applied_updates(numbers: Mapping[str, Any]) -> int:
+    """Returns how many of a saved state's updates changed the weights; states of older versions do not say: all."""
+    return int(numbers.get("applied", numbers["update"]))

@@ -1,0 +1,56 @@
+"""Algorithm 1 of SePPO: draw a past policy, let it generate the negatives, learn, keep the new policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seppo_fast.runs.signals import held_back
+from seppo_fast.utils.logging import tolerant_output
+
+if TYPE_CHECKING:
+    from seppo_fast.config.schema import Config
+    from seppo_fast.train.trainer import Trainer
+
+
+def train(config: Config, observe: Callable[[Trainer, int], None] = lambda trainer, updates: None) -> Path:
+    """Algorithm 1: runs a whole training, or goes on with it; weights, log and pictures go into `config.output`.
+
+    The state is saved now and then and on SIGINT, SIGTERM, SIGHUP and SIGUSR1; the same call goes on from it.
+
+    Args:
+        config: of the run.
+        observe: called with the trainer and the number of finished updates: before the first, then after each.
+
+    Returns:
+        The folder with the weights: a diffusers pipeline for full weights, a LoRA otherwise.
+
+    Raises:
+        ConfigError, DataError, NonFiniteError, CheckpointError: see `seppo_fast.utils.errors`.
+        Interrupted: by a signal, after the state was saved.
+    """
+    # Here, so that the command line can quiet the libraries before they load.
+    with held_back():
+        from seppo_fast.distributed.processes import node_of, processes
+        from seppo_fast.runs.folder import claimed
+        from seppo_fast.train.trainer import Trainer
+        from seppo_fast.utils.torch_modes import deterministic, outside_modes
+
+    accelerator = processes()
+    with (
+        tolerant_output(),
+        outside_modes(),
+        deterministic(config.model.deterministic),
+        claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved,
+    ):
+        trainer = Trainer(config, accelerator, saved)
+        observe(trainer, trainer.finished)
+        with trainer.running():
+            for update in range(trainer.finished, config.train.updates):
+                if update % config.train.updates_per_iteration == 0:
+                    trainer.add_checkpoint()  # the first is checkpoint 0, the initial policy
+                pairs = trainer.rollout.pairs(update)
+                trainer.report(trainer.learner.step(pairs, update))
+                observe(trainer, trainer.finished)
+            return trainer.save()

@@ -1,0 +1,37 @@
+"""The optimizer of the trained weights, its learning rate and their moving average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from seppo_fast.config.schema import Config, TrainConfig
+from seppo_fast.models.trainable import trainable
+
+
+def make_optimizer(module: nn.Module, learning_rate: float, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with betas 0.9, 0.999 over the trained weights."""
+    settings: dict[str, Any] = {"lr": learning_rate, "weight_decay": config.weight_decay}
+    parameters = list(trainable(module).values())
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    from bitsandbytes.optim import AdamW8bit  # an extra; `preflight` has asked for it
+
+    return AdamW8bit(parameters, **settings)
+
+
+def learning_rate(config: Config, update: int) -> float:
+    """The learning rate of an update (from 0): a linear warm-up, then constant.
+
+    It depends on nothing else: neither on `train.updates`, nor on the number of processes, nor on a resume.
+    """
+    warmup = config.train.warmup_updates
+    return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
+
+
+def make_ema(module: nn.Module, decay: float) -> EMAModel | None:
+    """A moving average of the trained weights, for export; None where it is off (decay 0)."""
+    return EMAModel(trainable(module).values(), decay=decay) if decay else None

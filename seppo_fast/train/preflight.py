@@ -1,0 +1,112 @@
+"""What can be found wrong before anything expensive starts; training and `check` ask it alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from seppo_fast.config.contradictions import makes_clips
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.schema import Config
+from seppo_fast.data.sources import Source, open_source
+from seppo_fast.models.attention import require_xformers
+from seppo_fast.runs.folder import refuse_occupied
+from seppo_fast.runs.trackers import require_trackers
+from seppo_fast.utils.errors import ConfigError, DataError
+
+
+def preflight(config: Config, device: torch.device, processes: int) -> Source:
+    """Checks settings, folders and the shape of the data; loads no model and decodes no image.
+
+    Returns:
+        The data, opened.
+
+    Raises:
+        ConfigError: an occupied output folder, settings that cannot work here or do not fit the data.
+        CheckpointError: an output folder that cannot be written.
+        DataError: no data; see `seppo_fast.data`.
+    """
+    _check_names(config)
+    refuse_occupied(Path(config.output))
+    samples = config.train.pairs_per_update // config.reference.uses
+    if samples < processes:
+        raise ConfigError(
+            f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
+            f"leave fewer samples an update ({samples}) than there are processes ({processes}): raise the first or "
+            "lower the second"
+        )
+    reference = config.reference
+    rooms = [reference.host_gib, reference.disk_gib, *([reference.gpu_gib] if device.type == "cuda" else [])]
+    if OBJECTIVES[config.objective].draw and not any(room is None or room > 0 for room in rooms):
+        raise ConfigError(
+            "reference.gpu_gib, host_gib, disk_gib: with 0 for all no past policy has room"
+            + ("" if device.type == "cuda" else " (gpu_gib is for a GPU)")
+        )
+    if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
+    require_trackers(config)
+    if config.model.attention == "xformers":
+        require_xformers(device)
+    if config.train.backend == "triton":
+        _check_triton("train.backend", "auto", device)
+    if config.model.temporal_attention == "triton":
+        _check_triton("model.temporal_attention", "sdpa", device)
+    if not config.data.source:
+        raise ConfigError("data.source is empty; give a folder, parquet files, a hub id, or shapes:N")
+    source = open_source(config.data.source, config.data.split)
+    _check_clips(config, source)
+    if OBJECTIVES[config.objective].needs_pairs and not source.has_losers:
+        raise ConfigError(
+            f"objective {config.objective!r} needs two images per prompt (the Pick-a-Pic schema), "
+            f"data.source = {config.data.source!r} has one; 'seppo' needs winners only"
+        )
+    if not len(source) and not source.problems:
+        raise DataError(f"data.source = {config.data.source!r}: no examples in it")
+    return source
+
+
+def _check_names(config: Config) -> None:
+    """Refuses places that the libraries which write there cannot name: they take UTF-8 only."""
+    model, data = config.model, config.data
+    places = {"output": config.output, "model.path": model.path, "data.cache": data.cache}
+    for key, place in (places | {"model.motion_adapter": model.motion_adapter}).items():
+        try:
+            place.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            instead = (
+                "rename it"
+                if encoding == "utf-8"
+                else f"this locale's is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+            )
+            raise ConfigError(f"{key} = {place!r} is not UTF-8, in which its files are named; {instead}") from None
+
+
+def _check_clips(config: Config, source: Source) -> None:
+    if source.clips and not makes_clips(config.model):
+        raise ConfigError(
+            f"data.source = {config.data.source!r} holds clips: give model.motion_adapter, a folder or hub id of a "
+            "MotionAdapter that fits model.path (empty only where that is the folder of an AnimateDiffPipeline)"
+        )
+    if makes_clips(config.model) and not source.clips:
+        adapter = config.model.motion_adapter
+        what, instead = (
+            (f"model.motion_adapter = {adapter!r}", "leave the adapter out")
+            if adapter
+            else (f"model.path = {config.model.path!r}, an AnimateDiffPipeline,", "give a Stable Diffusion pipeline")
+        )
+        raise ConfigError(
+            f"{what} makes clips, and data.source = {config.data.source!r} holds pictures: {instead}, or give clips "
+            "(x.mp4 with x.txt, or a csv beside mp4 files; metadata.jsonl and tar files are read for pictures only)"
+        )
+
+
+def _check_triton(key: str, without: str, device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"{key} = triton needs triton (pip install 'triton>=3.6'); {without!r} works without")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"{key} = triton needs a GPU, this is a run on {device.type}; use {without!r}")

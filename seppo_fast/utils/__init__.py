@@ -1,0 +1,1 @@
+"""Knows nothing of diffusion: errors, files, randomness, memory, what is printed."""

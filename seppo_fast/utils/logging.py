@@ -1,0 +1,88 @@
+"""What is printed: nothing of the libraries' own, and never an end of the run by it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+
+class _Tolerant:
+    """A text stream that shows what it can: missing letters are escaped, and a stream that fails is given up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError) as problem:  # ValueError: it was closed
+            self._give_up(problem)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as problem:
+            self._give_up(problem)
+
+    def _give_up(self, problem: Exception) -> None:
+        """From now on the stream's lines go nowhere, those that it still holds included."""
+        if self._lost:
+            return
+        self._lost = True
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # else the interpreter would fail when it flushes at its end
+            os.close(nowhere)
+        if getattr(problem, "errno", None) != errno.EPIPE and self._stream is not sys.__stderr__:
+            print(f"seppo-fast: what is printed cannot be shown from here on: {problem}", file=sys.stderr)
+
+
+@contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Inside the block nothing that is printed, to stdout or stderr, raises an error."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, _Tolerant) else _Tolerant(stream)  # type: ignore[assignment]
+        for stream in before
+    )
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # what is still held may be what cannot be written
+        sys.stdout, sys.stderr = before
+
+
+def quiet_libraries() -> None:
+    """Errors only, and no progress bars, from transformers and diffusers; call it before anything imports them.
+
+    What the user has set in the environment stands.
+    """
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    from diffusers.utils import logging  # after the environment is set: it reads it when it is imported
+
+    logging.disable_progress_bar()
