@@ -139,6 +139,7 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
 
 def test_wheel_holds_pipeline_and_recipes(wheel: Path) -> None:
     pipeline = {f"seppo_fast/shapes/pipeline/{name}" for name in files_under(ROOT / "seppo_fast/shapes/pipeline", "*")}
+    assert not any(name.startswith("seppo_fast/shapes/motion_pipeline/vae/") for name in files_of(wheel))  # the other's
     recipes = {
         f"seppo_fast/config/recipes/{name}" for name in files_under(ROOT / "seppo_fast/config/recipes", "*.yaml")
     }

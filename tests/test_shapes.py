@@ -257,7 +257,14 @@ def test_the_tokenizer_knows_the_worlds_words_and_any_other_text():
 def test_pretraining_writes_a_pipeline_that_loads(tmp_path):
     settings = {"pictures": 64, "vae-steps": 2, "vae-batch": 4, "steps": 2, "batch": 4, "judged": 4}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "seppo_fast.shapes.pretrain", "--output", str(tmp_path / "pipeline"), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.shapes_world.pretrain",
+        "--output",
+        str(tmp_path / "pipeline"),
+        *options,
+    ]
     root = Path(world.__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,15 +11,17 @@ from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     MotionAdapter,
     UNet2DConditionModel,
 )
 from transformers import CLIPTokenizer
 
+from benchmarks.shapes_world.pretrain_motion import SCHEDULE, decode_clips, encode_clips, main
 from seppo_fast.data.readers.moving import MovingShapesSource
-from seppo_fast.shapes import PIPELINE, motion, world
+from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.shapes import MOTION_ADAPTER, PIPELINE, SHIPPED, motion, pipeline_folder, world
 from seppo_fast.shapes.motion_judge import judge, judge_all, motion_of, score, score_all, track
-from seppo_fast.shapes.pretrain_motion import SCHEDULE, decode_clips, encode_clips, main
 
 FOLDER = PIPELINE.parent
 HELD_OUT = 7001  # a seed that neither pretraining nor the demo uses
@@ -297,11 +299,14 @@ def animate(folder: Path, prompts: list[str], steps: int, guidance: float = 3.0)
 
 
 @pytest.fixture(scope="module")
-def shipped_clips():
+def shipped_clips(tmp_path_factory):
     """Prompts that ask for a motion, and what the shipped adapter makes of them."""
     moving = [text for text in motion.all_captions() if motion.parse(text).motion != "stays still"]
     prompts = [moving[number] for number in np.random.default_rng(1).permutation(len(moving))[:48]]
-    return prompts, np.concatenate([animate(FOLDER, prompts[at : at + 24], steps=10) for at in range(0, 48, 24)])
+    folder = tmp_path_factory.mktemp("shipped")
+    pipeline_folder(folder / "motion_pipeline", "shapes-motion")
+    (folder / "motion_adapter").symlink_to(MOTION_ADAPTER)
+    return prompts, np.concatenate([animate(folder, prompts[at : at + 24], steps=10) for at in range(0, 48, 24)])
 
 
 def test_the_shipped_adapter_moves_what_it_is_told_to(shipped_clips):
@@ -334,9 +339,35 @@ def test_what_is_shipped_is_small_and_fits():
     assert sum(files.values()) <= 4e6
     assert sum(file.stat().st_size for file in base.rglob("*") if file.is_file()) <= 13e6
     assert (base / "unet" / "config.json").read_bytes() == (PIPELINE / "unet" / "config.json").read_bytes()
-    for part in ("vae", "tokenizer"):
-        for file in (PIPELINE / part).iterdir():
-            assert (base / part / file.name).read_bytes() == file.read_bytes()
+    assert sorted(part.name for part in base.iterdir() if part.is_dir()) == ["scheduler", "text_encoder", "unet"]
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes-motion"])
+def test_a_written_pipeline_has_all_its_parts_and_loads_by_itself(name, tmp_path):
+    folder = pipeline_folder(tmp_path / "pipeline", name)
+    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    assert pipeline.scheduler.config.prediction_type == {"shapes": "epsilon", "shapes-motion": "v_prediction"}[name]
+    written, embedded = load_shipped(str(folder)), load_shipped(name)
+    assert written.identity() == embedded.identity() and written.fingerprint() == embedded.fingerprint()
+    assert (folder / "README.md").read_bytes() == (SHIPPED[name] / "README.md").read_bytes()
+    assert pipeline_folder(str(folder), name) == folder  # over itself
+
+
+def test_the_embedded_models_are_the_ones_that_runs_were_begun_with():
+    """A saved state names them; measured before the two shared their VAE and tokenizer."""
+    assert load_shipped("shapes").identity().startswith("9f8ab6b937bec864")
+    assert load_shipped("shapes-motion").identity().startswith("e6dba673e5573383")
+    parts = load_shipped("shapes-motion").fingerprint()
+    assert parts == load_shipped("shapes").fingerprint() | {"text_encoder": parts["text_encoder"]}
+
+
+def test_only_shipped_pipelines_are_written(tmp_path):
+    with pytest.raises(ValueError, match="name must be one of shapes, shapes-motion, got 'shape'"):
+        pipeline_folder(tmp_path, "shape")
+
+
+def load_shipped(path: str) -> StableDiffusion:
+    return StableDiffusion.load(path, torch.device("cpu"))
 
 
 def test_pretraining_writes_an_adapter_and_a_pipeline_that_have_learned(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from diffusers.schedulers import SchedulerMixin
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from seppo_fast import shapes
 from seppo_fast.models.folders import (
@@ -63,7 +63,7 @@ def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
                 f"model.path = {where!r} holds no model_index.json, so it is not a diffusers pipeline folder"
             )
         for part in _WEIGHTS:
-            check_weights("model.path", where, folder, part)
+            check_weights("model.path", where, shapes.part_folder(folder, part).parent, part)
 
     def read() -> dict[str, Any]:
         return dict(StableDiffusionPipeline.load_config(where))
@@ -99,7 +99,7 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
 
     def load() -> DiffusionPipeline:
         scheduler = _stand_in(where)
-        parts = unneeded | _variants(where, kind) | {"text_encoder": _text_encoder(where)}
+        parts = unneeded | _shared(where) | _variants(where, kind) | {"text_encoder": _text_encoder(where)}
         parts |= {} if scheduler is None else {"scheduler": None}
         try:
             pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, **parts)
@@ -113,7 +113,7 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
         limits = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
         pipe.tokenizer.model_max_length = min(limits)
         for part in _WEIGHTS:
-            check_complete("model.path", Path(where) / part, pipe.components[part])
+            check_complete("model.path", shapes.part_folder(where, part), pipe.components[part])
         return pipe
 
     pipe = load_as("model.path", where, "a Stable Diffusion pipeline", load)
@@ -125,6 +125,17 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
             f"have {made}; a text-to-image model is needed (inpainting takes more)"
         )
     return pipe
+
+
+def _shared(where: str) -> dict[str, Any]:
+    """The parts that a shipped pipeline has from another one."""
+    vae, tokenizer = shapes.part_folder(where, "vae"), shapes.part_folder(where, "tokenizer")
+    if vae.parent == Path(where):
+        return {}
+    return {
+        "vae": AutoencoderKL.from_pretrained(vae, **_AS_SAFETENSORS),
+        "tokenizer": CLIPTokenizer.from_pretrained(tokenizer),
+    }
 
 
 def _variants(where: str, kind: type[DiffusionPipeline]) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Makes the shipped pipeline: `python -m seppo_fast.shapes.pretrain --output DIR`.
+"""Makes the shipped pipeline: `python -m benchmarks.shapes_world.pretrain --output DIR`.
 
 A small Stable Diffusion in the diffusers format, from nothing: a BPE vocabulary, an autoencoder trained on clean
 pictures, then text encoder and UNet jointly on its latents. The captions are deliberately noisy, as web data is, so
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .judge import judge_all
-from .tokenizer import save_tokenizer, train_tokenizer
-from .world import SIZE, caption, noisy_caption, render, scene
+from benchmarks.shapes_world.tokenizer import save_tokenizer, train_tokenizer
+from seppo_fast.shapes.judge import judge_all
+from seppo_fast.shapes.world import SIZE, caption, noisy_caption, render, scene
 
 TIMESTEPS = 1000
 SCHEDULE: dict[str, Any] = {  # Stable Diffusion 1.5's
@@ -270,7 +270,7 @@ def write_card(settings: Settings, lines: list[str]) -> None:
         for field in fields(settings)
         if field.name != "output" and getattr(settings, field.name) != field.default
     ]
-    command = " ".join(["python -m seppo_fast.shapes.pretrain --output DIR", *options])
+    command = " ".join(["python -m benchmarks.shapes_world.pretrain --output DIR", *options])
     printed = "\n".join(lines)
     text = f"""# A small Stable Diffusion for the world of shapes
 

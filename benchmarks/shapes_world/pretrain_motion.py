@@ -1,4 +1,4 @@
-"""Makes the shipped motion adapter: `python -m seppo_fast.shapes.pretrain_motion --output DIR`.
+"""Makes the shipped motion adapter: `python -m benchmarks.shapes_world.pretrain_motion --output DIR`.
 
 A tiny MotionAdapter in the diffusers format, and the pipeline that it goes with: the shipped one, trained further. That
 pipeline alone cannot carry it: at the high noise where a motion is decided, the noise that it predicts says nearly
@@ -34,11 +34,20 @@ from diffusers import (
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import PIPELINE
-from .motion import FRAMES, MOTIONS, all_captions, caption, moving_scene, noisy_caption, render
-from .motion_judge import judge_all
-from .pretrain import TIMESTEPS, Report, _batches, _count, _tokenize, _update, _warm_cosine, encode
-from .world import SIZE
+from benchmarks.shapes_world.pretrain import (
+    TIMESTEPS,
+    Report,
+    _batches,
+    _count,
+    _tokenize,
+    _update,
+    _warm_cosine,
+    encode,
+)
+from seppo_fast.shapes import PIPELINE, pipeline_folder
+from seppo_fast.shapes.motion import FRAMES, MOTIONS, all_captions, caption, moving_scene, noisy_caption, render
+from seppo_fast.shapes.motion_judge import judge_all
+from seppo_fast.shapes.world import SIZE
 
 SCHEDULE: dict[str, Any] = {  # AnimateDiff's, but for the prediction type
     "num_train_timesteps": TIMESTEPS,
@@ -125,7 +134,7 @@ def pretrain(settings: Settings) -> Report:
 def save(folder: Path, base: StableDiffusionPipeline, unet: UNetMotionModel) -> None:
     """Writes the adapter, and the pipeline with what it has learned; the other parts are copied as they are."""
     unet.save_motion_modules(folder / ADAPTER)
-    shutil.copytree(PIPELINE, folder / BASE, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
+    pipeline_folder(folder / BASE)
     base.unet.save_pretrained(folder / BASE / "unet")
     # The one that was just written names the folder on this machine that the UNet came from.
     shutil.copyfile(PIPELINE / "unet" / "config.json", folder / BASE / "unet" / "config.json")
@@ -261,7 +270,7 @@ def write_cards(settings: Settings, lines: list[str]) -> None:
         for field in fields(settings)
         if field.name != "output" and getattr(settings, field.name) != field.default
     ]
-    command = " ".join(["python -m seppo_fast.shapes.pretrain_motion --output DIR", *options])
+    command = " ".join(["python -m benchmarks.shapes_world.pretrain_motion --output DIR", *options])
     printed = "\n".join(lines)
     text = f"""# A tiny motion adapter for the world of shapes
 
@@ -270,8 +279,8 @@ Trained on captions of which {settings.wrong:.0%} name another motion. It exists
 It goes with the pipeline in `../{BASE}`, predicts v, and needs AnimateDiff's linear schedule:
 
 ```python
-folder = seppo_fast.shapes.PIPELINE.parent
-adapter = MotionAdapter.from_pretrained(folder / "{ADAPTER}")
+folder = seppo_fast.shapes.pipeline_folder("pipeline", "shapes-motion")
+adapter = MotionAdapter.from_pretrained(seppo_fast.shapes.MOTION_ADAPTER)
 scheduler = DDIMScheduler(
     beta_start=0.00085,
     beta_end=0.012,
@@ -281,7 +290,7 @@ scheduler = DDIMScheduler(
     timestep_spacing="linspace",
     prediction_type="v_prediction",
 )
-pipeline = AnimateDiffPipeline.from_pretrained(folder / "{BASE}", motion_adapter=adapter, scheduler=scheduler)
+pipeline = AnimateDiffPipeline.from_pretrained(folder, motion_adapter=adapter, scheduler=scheduler)
 ```
 
 Made on {torch.get_num_threads()} CPU thread(s), with torch {torch.__version__}, by

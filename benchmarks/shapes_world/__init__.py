@@ -1,0 +1,1 @@
+"""Makes the embedded worlds' pipelines, which ship in `seppo_fast/shapes/`."""
