@@ -43,6 +43,7 @@ setup(
         "seppo_fast.methods",
         "seppo_fast.models",
         "seppo_fast.models.families",
+        "seppo_fast.models.pipelines",
         "seppo_fast.references",
         "seppo_fast.runs",
         "seppo_fast.shapes",

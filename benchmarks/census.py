@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
@@ -43,12 +44,14 @@ from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.speed import three_digits  # noqa: E402
 from seppo_fast import shapes  # noqa: E402
 from seppo_fast.config.schema import ModelConfig, SamplerConfig, TrainConfig  # noqa: E402
-from seppo_fast.diffusion.sampler import Sampler  # noqa: E402
+from seppo_fast.diffusion.conditioning import Conditioning  # noqa: E402
+from seppo_fast.diffusion.sampler import DiffusionSolver, Sampler  # noqa: E402
 from seppo_fast.diffusion.schedule import NoiseSchedule  # noqa: E402
 from seppo_fast.loss import preference_loss  # noqa: E402
-from seppo_fast.methods.forward import Forward  # noqa: E402
-from seppo_fast.methods.pairs import Pairs  # noqa: E402
-from seppo_fast.methods.reference_errors import as_the_policy  # noqa: E402
+from seppo_fast.methods.pairs import NoisedBatch, Pairs, noised  # noqa: E402
+from seppo_fast.methods.reference_errors import predict_like_policy  # noqa: E402
+from seppo_fast.models.denoiser import Denoiser  # noqa: E402
+from seppo_fast.models.encoders import PROMPT_EMBEDS  # noqa: E402
 from seppo_fast.models.fake import fake_copy  # noqa: E402
 from seppo_fast.models.families.sd15 import StableDiffusion  # noqa: E402
 from seppo_fast.models.trainable import make_trainable, trainable  # noqa: E402
@@ -140,14 +143,15 @@ def solver_counts(solver: str, steps: int) -> tuple[Count, Count]:
     """Guidance and the solver of a step of `SAMPLES` samples, averages over all steps of the package's sampler."""
     device = torch.device("meta")
     noise = torch.empty(SAMPLES, *LATENTS[SD], device=device)
-    embeds = torch.empty(SAMPLES, 77, 768, dtype=torch.bfloat16, device=device)
+    embeds = Conditioning({PROMPT_EMBEDS: torch.empty(SAMPLES, 77, 768, dtype=torch.bfloat16, device=device)})
 
-    def denoise(rows: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def denoise(rows: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         return torch.empty_like(rows, dtype=torch.bfloat16)
 
     def a_step(guidance: float) -> Count:
         config = SamplerConfig.model_validate({"name": solver, "steps": steps, "guidance": guidance})
-        whole = count(partial(Sampler(_scheduler(), config), denoise, noise, embeds, embeds[:1]), device)
+        sampler = Sampler(config, lambda shape: DiffusionSolver(_scheduler(), config))
+        whole = count(partial(sampler, denoise, noise, embeds, embeds.take(slice(0, 1))), device)
         return Count(whole.operations / steps, whole.moved_bytes / steps, 0.0)
 
     guided, plain = a_step(7.5), a_step(1.0)
@@ -170,24 +174,24 @@ class Phases:
     def __init__(self, train: Literal["lora", "full"], unet: Mapping[str, Any]) -> None:
         with torch.device("meta"):
             meta = UNet2DConditionModel(**unet)
-            make_trainable(meta, ModelConfig(train=train), 0)
+            make_trainable(meta, ModelConfig(train=train), 0, UNetFamily)
             meta.to(memory_format=torch.channels_last)
         self._mode, self._device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
         self._latent = meta.config.in_channels, meta.config.sample_size, meta.config.sample_size
         self._width = meta.config.cross_attention_dim
-        schedule = NoiseSchedule(_scheduler())  # which looks at its own numbers
+        self._schedule = NoiseSchedule(_scheduler())  # which looks at its own numbers
         with self._mode:
             self._unet = fake_copy(meta)
             denoise = partial(StableDiffusion.denoise, cast(StableDiffusion, None))
             family = SimpleNamespace(device=self._device, denoise=denoise)
-            self._forward = Forward(cast(StableDiffusion, family), schedule, torch.bfloat16)
+            self._denoiser = Denoiser(cast(StableDiffusion, family), torch.bfloat16)
 
     def sampling(self) -> Count:
         """A forward of the doubled batch of `SAMPLES` samples."""
-        with self._mode, torch.no_grad(), self._forward.autocast():
+        with self._mode, torch.no_grad(), self._denoiser.autocast():
             rows = 2 * SAMPLES
             inputs = torch.empty(rows, *self._latent), torch.empty(rows, dtype=torch.int64), self._embeds(rows)
-            call = partial(self._forward.denoise, self._unet, *inputs)
+            call = partial(self._denoiser.denoise, self._unet, *inputs)
             call()  # casts the weights, for all steps
             return count(call, self._device)
 
@@ -195,15 +199,15 @@ class Phases:
         """What is done with `PAIRS` pairs, and an update."""
         with self._mode, torch.enable_grad():
             pairs = self._pairs()
-            noised = self._forward.noised(pairs)
-            prediction = torch.empty_like(noised.latents, dtype=torch.bfloat16).requires_grad_()
+            shown = self._noised(pairs)
+            prediction = torch.empty_like(shown.latents, dtype=torch.bfloat16).requires_grad_()
 
             def policy() -> None:
-                self._forward.denoise(self._unet, *noised[:3]).backward(prediction.detach())
+                self._denoiser.denoise(self._unet, *shown[:3]).backward(prediction.detach())
 
             def loss() -> None:
                 errors = pairs.ref_error
-                preference_loss(prediction, noised.target, ref_error=errors, backend="torch").loss.backward()
+                preference_loss(prediction, shown.target, ref_error=errors, backend="torch").loss.backward()
 
             optimizer = make_optimizer(self._unet, 1e-4, TrainConfig())
 
@@ -213,21 +217,24 @@ class Phases:
                 optimizer.step()
 
             made = {
-                NOISING: count(lambda: self._forward.noised(pairs), self._device),
-                REFERENCE: count(lambda: as_the_policy(self._forward, self._unet, noised), self._device),
+                NOISING: count(lambda: self._noised(pairs), self._device),
+                REFERENCE: count(lambda: predict_like_policy(self._denoiser, self._unet, shown), self._device),
                 POLICY: count(policy, self._device),
                 LOSS_PYTORCH: count(loss, self._device),
             }
             update()  # makes the optimizer's state
             return made | {UPDATE: count(update, self._device)}
 
+    def _noised(self, pairs: Pairs) -> NoisedBatch:
+        return noised(pairs, self._schedule, self._device)
+
     def _pairs(self) -> Pairs:
         winners, losers, noise = torch.empty(3, PAIRS, *self._latent)
         timesteps, errors = torch.empty(PAIRS, dtype=torch.int64), torch.empty(2 * PAIRS)
         return Pairs(tuple(range(PAIRS)), winners, losers, timesteps, noise, self._embeds(PAIRS), errors)
 
-    def _embeds(self, rows: int) -> Tensor:
-        return torch.empty(rows, 77, self._width, dtype=torch.bfloat16)
+    def _embeds(self, rows: int) -> Conditioning:
+        return Conditioning({PROMPT_EMBEDS: torch.empty(rows, 77, self._width, dtype=torch.bfloat16)})
 
 
 def census(train: Literal["lora", "full"], unet: Mapping[str, Any] = SD15) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from benchmarks.measure import Machine
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import make_trainable
+from seppo_fast.models.unet import UNetFamily
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # its UNet; all else is diffusers' default
 
@@ -77,7 +78,7 @@ def _counted(
         if train is None:
             with torch.no_grad():
                 return count_flops(lambda: unet(latents, timesteps, embeds))
-        make_trainable(unet, train, 0)
+        make_trainable(unet, train, 0, UNetFamily)
         return count_flops(lambda: unet(latents, timesteps, embeds).sample.sum().backward())
 
 

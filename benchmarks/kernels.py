@@ -58,6 +58,7 @@ from benchmarks.suites import Shared
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import DTYPES, make_trainable
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.memory import free_bytes
 
 # Bytes that a call takes at its peak beside its inputs, for each element of the prediction: on a GPU that of B.2, on a
@@ -141,7 +142,7 @@ def step_seconds(machine: Machine) -> dict[int, float]:
             unet = UNet2DConditionModel(**SD15)
     else:
         unet = UNet2DConditionModel.from_pretrained(shapes.PIPELINE, subfolder="unet")
-    make_trainable(unet, ModelConfig(train="lora", precision=machine.precision), 0)
+    make_trainable(unet, ModelConfig(train="lora", precision=machine.precision), 0, UNetFamily)
     unet.to(machine.device, memory_format=torch.channels_last)
     shape, dtype, device = LATENTS[SD if gpu else EMBEDDED], DTYPES[machine.precision], machine.device
 

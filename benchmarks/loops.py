@@ -16,9 +16,8 @@ from benchmarks.naive import NaiveLoop
 from benchmarks.rows import ENCODING, GENERATION, NAIVE, NAIVE_BATCH, OPTIMIZER, OURS, POLICY, REFERENCE
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.methods.pairs import PairMaker, Pairs
-from seppo_fast.methods.reference_errors import WAYS
+from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
 from seppo_fast.models.trainable import trainable
 from seppo_fast.train.trainer import Trainer
 
@@ -43,15 +42,15 @@ class Ours:
         self.config = config = self.trainer.config
         self.pairs = config.train.pairs_per_update
         self.source = open_source(config.data.source)
-        schedule = NoiseSchedule(self.trainer.family.scheduler_config)
-        self.maker = PairMaker(config, self.trainer.cache, schedule.num_timesteps)
+        family, denoiser = self.trainer.family, self.trainer.denoiser
+        self.maker = PairMaker(config, self.trainer.cache, family.schedule)
         # One more of the kind that the rollout calls, so that the errors can be timed by themselves.
-        self._errors = WAYS["ahead"](self.trainer.forward, self.trainer.unet, config)
+        self._errors = REFERENCE_STRATEGIES["ahead"](family, denoiser, self.trainer.policy, config)
 
     @property
     def unet(self) -> nn.Module:
         """The policy."""
-        return self.trainer.unet
+        return self.trainer.policy
 
     def close(self) -> None:
         """Closes its past policies."""
@@ -119,7 +118,7 @@ class Naive:
         maker = self._ours.maker
         ids = maker.sample_ids(number)[: self.pairs // self._ours.config.reference.uses]
         examples = [self._ours.source[row] for row in maker.examples(ids)]
-        start_noise, _ = maker.generation([(number, sample) for sample in ids])
+        start_noise, *_ = maker.generation([(number, sample) for sample in ids])
         return self._loop.update(examples, start_noise, maker.pairs(number, ids), self._batch)
 
 

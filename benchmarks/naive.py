@@ -32,6 +32,7 @@ from seppo_fast.config.schema import Config
 from seppo_fast.data.examples import Example
 from seppo_fast.methods.pairs import Pairs
 from seppo_fast.models.trainable import DTYPES, make_trainable, trainable
+from seppo_fast.models.unet import UNetFamily
 
 
 class NaiveLoop:
@@ -51,7 +52,7 @@ class NaiveLoop:
         self.machine = machine
         self.dtype = DTYPES[config.model.precision]
         self.unet = load_pipeline(config.model, torch.float32, machine.device).unet
-        make_trainable(self.unet, config.model, config.seed)
+        make_trainable(self.unet, config.model, config.seed, UNetFamily)
         self.pipe = load_pipeline(config.model, self.dtype, machine.device)
         self._clip = {"num_frames": config.data.frames} if config.model.motion_adapter else {}
         self.pipe.unet.requires_grad_(False)
@@ -92,7 +93,7 @@ class NaiveLoop:
             for start in range(0, len(winners), batch):
                 own = slice(start, start + batch)
                 rows = slice(first * uses + start, min(first * uses + start + batch, (first + len(chosen)) * uses))
-                noise, timesteps = pairs.noise[rows], pairs.timesteps[rows]
+                noise, timesteps = pairs.noise[rows], pairs.times[rows]
                 loss = self.loss(winners[own], losers[own], embeds[own], noise, timesteps, watch)
                 with watch.phase(POLICY):
                     (loss * (len(noise) / len(pairs))).backward()

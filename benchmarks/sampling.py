@@ -28,12 +28,12 @@ from benchmarks.models import Workplace, load_pipeline, shared_workplace
 from benchmarks.rows import Row
 from benchmarks.suites import Shared
 from seppo_fast.config.schema import SamplerConfig
-from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.diffusion.schedule import NoiseSchedule
-from seppo_fast.methods.forward import Forward
-from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.encoders import PROMPT_EMBEDS
 from seppo_fast.models.registry import load_family
 from seppo_fast.models.trainable import DTYPES, compile_blocks
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.shapes.world import caption, scene
 
 GUIDANCE = 7.5
@@ -105,8 +105,8 @@ class Samplers:
         self.dtype = DTYPES[place.machine.precision]
         family = load_family(model, device)
         prompts = [caption(scene(5, index)) for index in range(samples)]
-        self.embeds = family.encode_prompts(prompts).to(device, self.dtype)
-        self.uncond_embeds = family.encode_prompts([""]).to(device, self.dtype)
+        embeds = family.collate(family.encode_prompts(["", *prompts]))[PROMPT_EMBEDS].to(device, self.dtype)
+        self.uncond_embeds, self.embeds = embeds[:1], embeds[1:]
         family.park_encoders()
         self._family = family
         self.pipe = load_pipeline(model.model, self.dtype, device)
@@ -148,7 +148,7 @@ class Samplers:
     def compiled(self) -> Sample:
         """Our samples with the repeated blocks of the UNet compiled for the shapes that come next."""
         unet = copy.deepcopy(self.unet)
-        compile_blocks(unet, "sdpa")
+        compile_blocks(unet, "sdpa", UNetFamily)
         return lambda count, steps: self.ours(count, steps, unet)
 
     @cached_property
@@ -168,10 +168,9 @@ class Samplers:
 
     def _ours(self, count: int, steps: int, unet: nn.Module, dtype: torch.dtype) -> Tensor:
         config = SamplerConfig(name="ddim", steps=steps, guidance=GUIDANCE, batch=count)
-        sampler = Sampler(self._family.scheduler_config, config)
-        forward = Forward(self._family, NoiseSchedule(self._family.scheduler_config), dtype)
-        inputs = self.noise[:count], self.embeds[:count].to(dtype), self.uncond_embeds.to(dtype)
-        return sample_latents(forward, unet, sampler, *inputs)
+        sampler = self._family.sampler(config, self.noise.shape[1:])
+        prompts = (Conditioning({PROMPT_EMBEDS: t.to(dtype)}) for t in (self.embeds[:count], self.uncond_embeds))
+        return Denoiser(self._family, dtype).sample(unet, sampler, self.noise[:count], *prompts)
 
     @torch.no_grad()
     def _call(self, pipe: DiffusionPipeline, count: int, steps: int) -> Tensor:

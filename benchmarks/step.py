@@ -201,7 +201,7 @@ def _contenders(
     made = {NAIVE: _Contender(naive.step, True, held, policy + reference)}
     if most > 1:
         made[NAIVE_BATCH] = _Contender(naive.step_at_once, right[NAIVE_BATCH], held, policy + reference)
-    frozen = sum(weight.nbytes for weight in trainer.unet.parameters() if not weight.requires_grad)
+    frozen = sum(weight.nbytes for weight in trainer.policy.parameters() if not weight.requires_grad)
     for name, way in _ways(machine, size, train).items():
         before = allocated(machine)
         ours = Ours(trainer, way, pairs, False, stack)

@@ -13,9 +13,9 @@ from benchmarks.measure import Machine, Stopwatch
 from benchmarks.models import second
 from benchmarks.naive import NaiveLoop
 from seppo_fast.config.schema import Config
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.methods.pairs import PairMaker, Pairs
-from seppo_fast.methods.reference_errors import WAYS
+from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
+from seppo_fast.models.encoders import PROMPT_EMBEDS
 from seppo_fast.models.trainable import compile_blocks, trainable
 from seppo_fast.train.learner import Learner
 from seppo_fast.train.opening import open_pool
@@ -67,16 +67,16 @@ class Ours:
 
     def __init__(self, trainer: Trainer, way: Way, pairs: Pairs, moved: bool, stack: ExitStack) -> None:
         config = trainer.config
-        self.unet = second(trainer.unet)
+        self.unet = second(trainer.policy)
         if not way.channels_last:  # `to` would turn the weights that `second` shares
-            self.unet = copy.deepcopy(trainer.unet).to(memory_format=torch.contiguous_format)
-        errors = WAYS[way.errors](trainer.forward, self.unet, config)
-        self._ahead = WAYS["ahead"](trainer.forward, self.unet, config)
+            self.unet = copy.deepcopy(trainer.policy).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        errors = REFERENCE_STRATEGIES[way.errors](trainer.family, trainer.denoiser, self.unet, config)
+        self._ahead = REFERENCE_STRATEGIES["ahead"](trainer.family, trainer.denoiser, self.unet, config)
         self._references = stack.enter_context(open_pool(config, trainer.accelerator))
         if way.errors == "ahead":
             self._references.add(self.unet)
         if way.compiled:
-            compile_blocks(self.unet, config.model.attention)
+            compile_blocks(self.unet, config.model.attention, trainer.family)
         if moved:
             move(self.unet)
         self._learner = Learner(self.unet, errors, config, trainer.accelerator)
@@ -123,7 +123,7 @@ class Naive:
             move(self.unet)
         assert pairs.losers is not None
         self._latents = [half.to(machine.device, self._loop.dtype) for half in (pairs.winners, pairs.losers)]
-        self._embeds = pairs.prompt_embeds.to(machine.device, self._loop.dtype)
+        self._embeds = pairs.conditioning[PROMPT_EMBEDS].to(machine.device, self._loop.dtype)
         self._pairs = pairs
 
     def step(self, count: int, batch: int = 1) -> list[Tensor]:
@@ -132,7 +132,7 @@ class Naive:
         for start in range(0, count, batch):
             rows = slice(start, min(start + batch, count))
             winners, losers = (half[rows] for half in self._latents)
-            noise, timesteps = self._pairs.noise[rows], self._pairs.timesteps[rows]
+            noise, timesteps = self._pairs.noise[rows], self._pairs.times[rows]
             loss = self._loop.loss(winners, losers, self._embeds[rows], noise, timesteps, self._watch)
             loss = loss * (len(noise) / count)
             loss.backward()
@@ -146,7 +146,7 @@ class Naive:
 
 def given_pairs(trainer: Trainer) -> Pairs:
     """The pairs of update 0; the loser of each is the winner of the one before it, with some noise."""
-    maker = PairMaker(trainer.config, trainer.cache, NoiseSchedule(trainer.family.scheduler_config).num_timesteps)
+    maker = PairMaker(trainer.config, trainer.cache, trainer.family.schedule)
     ids = maker.sample_ids(0)
     winners = maker.pairs(0, ids).winners
     noise = torch.randn(winners.shape, generator=torch.Generator().manual_seed(0))

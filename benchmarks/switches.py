@@ -20,6 +20,7 @@ from benchmarks.models import second
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import DTYPES, make_trainable
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.references import ReferencePool
 from seppo_fast.references.layout import Table, trained_state
 from seppo_fast.references.storage import Tier
@@ -54,7 +55,7 @@ class Subject:
                 unet = UNet2DConditionModel(**SD15)
         else:
             unet = UNet2DConditionModel.from_pretrained(shapes.PIPELINE, subfolder="unet")
-        make_trainable(unet, ModelConfig(train=train, precision=precision), 0)
+        make_trainable(unet, ModelConfig(train=train, precision=precision), 0, UNetFamily)
         self.name = f"{train} {precision}"
         self.machine = machine
         self.compute = DTYPES[precision]

@@ -93,6 +93,9 @@ def _run(arguments: argparse.Namespace) -> int:
         quiet_libraries()
         if config is None:
             return _demo(arguments.clips, arguments.output)
+        from seppo_fast.models.registry import validate_model
+
+        validate_model(config)
         if arguments.command == "check":
             from seppo_fast.commands.check import check
 

@@ -39,4 +39,4 @@ def log_of(config: Config) -> list[dict[str, float]]:
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The trained weights as they are now."""
-    return {name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()}
+    return {name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()}

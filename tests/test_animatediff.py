@@ -21,17 +21,18 @@ from torch import nn
 
 from seppo_fast.config.load import parse_config
 from seppo_fast.config.schema import ModelConfig, SamplerConfig
-from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.evaluation.generate import generate
 from seppo_fast.evaluation.grids import side_by_side
-from seppo_fast.methods.forward import Forward
-from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.families.animatediff import AnimateDiff
 from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.registry import validate_model
 from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.random import keyed_noise
+from tests.calls import encoded
 from tests.tiny import tiny_adapter, tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -77,13 +78,12 @@ def sampled(pipe, solver=None, **settings):
 
 def way_of(family, **settings):
     config = SamplerConfig(**{"steps": 4, "guidance": 3.0} | settings)
-    forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
-    return forward, family.unet, Sampler(family.scheduler_config, config)
+    return Denoiser(family, torch.float32), family.model, family.sampler(config, family.latent_shape(16))
 
 
 def own_samples(family, **settings):
-    embeds = family.encode_prompts([*PROMPTS, ""])
-    return sample_latents(*way_of(family, **settings), noise_for(PROMPTS), embeds[:-1], embeds[-1:])
+    denoiser, *way = way_of(family, **settings)
+    return denoiser.sample(*way, noise_for(PROMPTS), encoded(family, PROMPTS), encoded(family, [""]))
 
 
 def distance(samples, others):
@@ -114,15 +114,15 @@ def test_clips_equal_the_pipelines(tiny, adapter, family):
 
 def test_without_motion_each_frame_is_the_pictures_model(tiny, adapter):
     family, pictures = load(tiny, adapter), StableDiffusion.load(str(tiny), CPU)
-    for name, weight in family.unet.named_parameters():
+    for name, weight in family.model.named_parameters():
         if "motion_modules" in name and "proj_out" in name:
             nn.init.zeros_(weight)
-    latents, embeds = noise_for(PROMPTS), family.encode_prompts(PROMPTS)
+    latents, prompts = noise_for(PROMPTS), encoded(family, PROMPTS)
     timesteps = torch.tensor([3, 700])
     with torch.no_grad():
-        clips = family.denoise(family.unet, latents, timesteps, embeds)
+        clips = family.denoise(family.model, latents, timesteps, prompts)
         for frame in range(FRAMES):
-            expected = pictures.denoise(pictures.unet, latents[:, :, frame], timesteps, embeds)
+            expected = pictures.denoise(pictures.model, latents[:, :, frame], timesteps, prompts)
             torch.testing.assert_close(clips[:, :, frame], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -143,8 +143,8 @@ def test_the_schedule_is_the_linear_one(tiny, adapter, family):
 
 
 def test_a_schedule_can_be_set_for_pictures_too(tiny):
-    config = StableDiffusion.load(str(tiny), CPU, beta_schedule="squaredcos_cap_v2").scheduler_config
-    assert config["beta_schedule"] == "squaredcos_cap_v2" and config["steps_offset"] == 1
+    config = StableDiffusion.load(str(tiny), CPU, beta_schedule="linear").scheduler_config
+    assert config["beta_schedule"] == "linear" and config["steps_offset"] == 1
 
 
 @pytest.mark.parametrize("clips", [1, 2])
@@ -183,11 +183,11 @@ def test_a_cache_is_that_of_the_base(tiny, family):
 def test_a_lora_in_the_pipeline_gives_the_runs_own_samples(tiny, adapter, tmp_path, where):
     family = load(tiny, adapter)
     plain = own_samples(family)
-    make_trainable(family.unet, ModelConfig(precision="fp32", lora_rank=3, lora_on=where), seed=0)
+    make_trainable(family.model, ModelConfig(precision="fp32", lora_rank=3, lora_on=where), seed=0, family=UNetFamily)
     torch.manual_seed(1)
-    for weight in trainable(family.unet).values():
+    for weight in trainable(family.model).values():
         nn.init.normal_(weight, std=0.3)
-    family.save_lora(tmp_path, lora_weights(family.unet))
+    family.save_lora(tmp_path, lora_weights(family.model))
     ours = own_samples(family)
     pipe = pipeline(tiny, adapter)
     pipe.load_lora_weights(tmp_path)
@@ -198,8 +198,8 @@ def test_a_lora_in_the_pipeline_gives_the_runs_own_samples(tiny, adapter, tmp_pa
 @pytest.mark.parametrize(("where", "temporal", "spatial"), [("spatial", 0, 1), ("motion", 1, 0), ("both", 1, 1)])
 def test_where_the_lora_is(tiny, adapter, where, temporal, spatial):
     """Of each of the four products of each attention layer: 14 temporal ones in 7 motion modules, 8 spatial ones."""
-    unet = load(tiny, adapter).unet
-    make_trainable(unet, ModelConfig(precision="bf16", lora_on=where), seed=0)
+    unet = load(tiny, adapter).model
+    make_trainable(unet, ModelConfig(precision="bf16", lora_on=where), seed=0, family=UNetFamily)
     names = trainable(unet)
     assert sum("motion_modules" in name for name in names) == temporal * 14 * 4 * 2
     assert sum("motion_modules" not in name for name in names) == spatial * 8 * 4 * 2
@@ -211,12 +211,12 @@ def test_full_weights_load_as_a_pipeline_and_again(tiny, adapter, tmp_path):
     family = load(tiny, adapter, beta_schedule="scaled_linear")
     torch.manual_seed(1)
     with torch.no_grad():
-        for weight in family.unet.parameters():
+        for weight in family.model.parameters():
             weight += 0.02 * torch.randn_like(weight)
     family.save(tmp_path / "saved")
     pipe = AnimateDiffPipeline.from_pretrained(tmp_path / "saved")
     assert isinstance(pipe.unet, UNetMotionModel)
-    for name, weight in family.unet.state_dict().items():
+    for name, weight in family.model.state_dict().items():
         assert torch.equal(pipe.unet.state_dict()[name], weight)
     pipe.set_progress_bar_config(disable=True)
     ours = own_samples(family)
@@ -339,7 +339,7 @@ def test_other_bases_are_refused(tiny, adapter, tmp_path):
 )
 def test_settings_of_the_other_family_are_refused(sections, message):
     with pytest.raises(ConfigError, match=message):
-        parse_config(sections)
+        validate_model(parse_config(sections))
 
 
 def test_loading_says_nothing(tiny, adapter):

@@ -22,13 +22,16 @@ from seppo_fast.capacity.presets import fit_to_machine, turn_dial
 from seppo_fast.cli import main
 from seppo_fast.config.load import to_yaml
 from seppo_fast.evaluation.judged import judged_model
+from seppo_fast.methods.pairs import noised
 from seppo_fast.models.attention import GRID_LIMIT, ChunkedAttention, attention_layers
 from seppo_fast.models.trainable import compile_blocks, trainable
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.shapes.motion import captions
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.random import keyed_noise
+from tests.calls import embeds, inputs_of
 from tests.runs import log_of, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +52,7 @@ def trained(config):
     seen = {}
 
     def observe(trainer, updates):
-        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()})
+        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()})
 
     train(config, observe)
     return seen, log_of(config)
@@ -121,14 +124,14 @@ def test_training_noises_clips_on_the_linear_schedule(trainer):
     """Betas from 0.00085 to 0.012 in equal steps, in float64; on the folder's own schedule this is off by a tenth."""
     pairs = trainer.rollout.pairs(0)
     assert pairs.winners.shape == pairs.losers.shape == pairs.noise.shape == (4, 4, FRAMES, 8, 8)
-    assert pairs.prompt_embeds.shape == (4, 16, 16)
-    noised = trainer.forward.noised(pairs)
-    share = torch.from_numpy(np.cumprod(1 - np.linspace(0.00085, 0.012, 1000))[pairs.timesteps.numpy()])
+    assert pairs.conditioning["prompt_embeds"].shape == (4, 16, 16)
+    shown = noised(pairs, trainer.family.schedule, torch.device("cpu"))
+    share = torch.from_numpy(np.cumprod(1 - np.linspace(0.00085, 0.012, 1000))[pairs.times.numpy()])
     share = share.view(-1, 1, 1, 1, 1)
-    for half, latents in zip(noised.latents.chunk(2), (pairs.winners, pairs.losers), strict=True):
+    for half, latents in zip(shown.latents.chunk(2), (pairs.winners, pairs.losers), strict=True):
         expected = share.sqrt() * latents.double() + (1 - share).sqrt() * pairs.noise.double()
         torch.testing.assert_close(half.double(), expected, rtol=0, atol=1e-5)
-    assert torch.equal(noised.target, pairs.noise)
+    assert torch.equal(shown.target, pairs.noise)
 
 
 def test_a_clips_noise_is_keyed_by_its_sample_id(trainer):
@@ -147,10 +150,10 @@ def test_gradients_add_up_over_micro_batches(tiny, adapter, tmp_path):
         trainer.add_checkpoint()
         pairs = trainer.rollout.pairs(0)
         with torch.no_grad():
-            for weight in trainable(trainer.unet).values():
+            for weight in trainable(trainer.policy).values():
                 weight.add_(0.05)  # else every pair ties
         trainer.learner._accumulate(pairs)
-        gradients.append(torch.cat([weight.grad.flatten().double() for weight in trainable(trainer.unet).values()]))
+        gradients.append(torch.cat([weight.grad.flatten().double() for weight in trainable(trainer.policy).values()]))
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
@@ -159,7 +162,10 @@ def test_gradients_add_up_over_micro_batches(tiny, adapter, tmp_path):
 
 
 def test_attention_is_found_with_its_shapes(trainer):
-    layers = attention_layers(trainer.unet, (4, FRAMES, 8, 8), (16, 16), 2, torch.float32, trainer.family.denoise)
+    inputs = trainer.family.example_inputs(16)
+    layers = attention_layers(
+        trainer.policy, lambda model, rows: trainer.family.denoise(model, *inputs(rows)), 2, torch.float32
+    )
     found = {(shape.hidden, shape.context): len(names) for shape, names in layers.items()}
     # Six rows of frames within, and as many rows of three frames as there are places in two clips.
     assert found == {
@@ -177,7 +183,11 @@ def test_memory_is_counted_for_clips(trainer, device):
     """Twice the frames take twice the memory; on CUDA norms are in float32, so it is more."""
     one, two = (
         training_footprint(
-            trainer.unet, (4, frames, 16, 16), (16, 16), torch.bfloat16, torch.device(device), trainer.family.denoise
+            trainer.policy,
+            trainer.family.denoise,
+            inputs_of((4, frames, 16, 16), (16, 16)),
+            torch.bfloat16,
+            torch.device(device),
         )
         for frames in (3, 6)
     )
@@ -187,21 +197,21 @@ def test_memory_is_counted_for_clips(trainer, device):
 def test_batches_are_chosen_for_clips(tiny, adapter, tmp_path, trainer):
     config = clip_config(tiny, adapter, tmp_path, train={"micro_batch": None}, sampler={"batch": None})
     config = turn_dial(config, CPU)
-    chosen = fit_to_machine(config, trainer.unet, trainer.cache, trainer.accelerator, trainer.family.denoise)
+    chosen = fit_to_machine(config, trainer.family, trainer.accelerator)
     assert (chosen.train.micro_batch, chosen.sampler.batch) == (4, 32)  # of an update no more; a CPU's ceiling
 
 
 @pytest.mark.parametrize("limit", [GRID_LIMIT, 50], ids=["whole", "chunks"])
 def test_compiled_blocks_predict_the_same(trainer, monkeypatch, limit):
     """Traced whole, motion modules too; run as it was traced, without a compiler."""
-    trainer.unet.set_attn_processor(ChunkedAttention(AttnProcessor2_0(), limit))
-    inputs = keyed_noise(0, "x", [(0,), (1,)], (4, FRAMES, 8, 8)), torch.tensor([3, 700]), torch.ones(2, 16, 16)
+    trainer.policy.set_attn_processor(ChunkedAttention(AttnProcessor2_0(), limit))
+    inputs = keyed_noise(0, "x", [(0,), (1,)], (4, FRAMES, 8, 8)), torch.tensor([3, 700]), embeds(torch.ones(2, 16, 16))
     with torch.no_grad():
-        expected = trainer.forward.denoise(trainer.unet, *inputs)
+        expected = trainer.denoiser.denoise(trainer.policy, *inputs)
         monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-        compile_blocks(trainer.unet, "sdpa")
-        assert torch.equal(trainer.forward.denoise(trainer.unet, *inputs), expected)
-    blocks = [part for part in trainer.unet.modules() if isinstance(part, BasicTransformerBlock)]
+        compile_blocks(trainer.policy, "sdpa", UNetFamily)
+        assert torch.equal(trainer.denoiser.denoise(trainer.policy, *inputs), expected)
+    blocks = [part for part in trainer.policy.modules() if isinstance(part, BasicTransformerBlock)]
     assert len(blocks) == 4 + 7 and all(block._compiled_call_impl is not None for block in blocks)
 
 
@@ -252,7 +262,7 @@ def test_full_training_goes_on_from_its_own_export(tiny, adapter, tmp_path, caps
     assert main(["check", str(tmp_path / "on.yaml")]) == 0
     trainer = Trainer(config)
     exported = load_file(tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(exported[name], weight) for name, weight in trainer.unet.state_dict().items())
+    assert all(torch.equal(exported[name], weight) for name, weight in trainer.policy.state_dict().items())
     assert trainer.family.scheduler_config["beta_schedule"] == "linear"
     assert trainer.cache.fingerprint == Trainer(first.model_copy(update={"output": "x"})).cache.fingerprint
     train(config)
@@ -284,7 +294,7 @@ def test_a_pipeline_that_diffusers_wrote_with_its_adapter_loads(tiny, adapter, t
     model = {"path": str(tmp_path / "whole"), "motion_adapter": ""}
     trainer = Trainer(clip_config(tiny, adapter, tmp_path, model=model))
     assert trainer.family.pipe.motion_adapter is None
-    state = {name.replace(".base_layer", ""): weight for name, weight in trainer.unet.state_dict().items()}
+    state = {name.replace(".base_layer", ""): weight for name, weight in trainer.policy.state_dict().items()}
     assert all(torch.equal(state[name], weight) for name, weight in pipe.unet.state_dict().items())
 
 

@@ -18,6 +18,7 @@ from peft import LoraConfig
 import seppo_fast.models.attention as attention
 from seppo_fast.models.attention import ChunkedAttention, attention_layers, choose_attention, set_attention
 from seppo_fast.utils.errors import ConfigError
+from tests.calls import call_of
 from tests.tiny import tiny_unet
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -182,8 +183,7 @@ def test_other_attention_is_not_replaced(unet):
 
 def choose(unet, wanted="auto", device=CUDA, dtype=torch.float32, **kwargs):
     """As on a GPU, but that the UNet is on the CPU."""
-    shapes = {"latent_shape": LATENT, "prompt_shape": PROMPT, "rows": ROWS}
-    return choose_attention(wanted, unet, **shapes, device=device, dtype=dtype, **kwargs)
+    return choose_attention(wanted, unet, call=call_of(LATENT, PROMPT), rows=ROWS, device=device, dtype=dtype, **kwargs)
 
 
 def no_timer(functions):
@@ -191,7 +191,7 @@ def no_timer(functions):
 
 
 def test_layers_are_found_with_their_shapes(unet):
-    layers = attention_layers(with_lora(unet), LATENT, PROMPT, 5, torch.bfloat16)
+    layers = attention_layers(with_lora(unet), call_of(LATENT, PROMPT), 5, torch.bfloat16)
     # Of the two cross-attention blocks, one has one layer and one has two; and there is the middle block's.
     found = {(shape.hidden, shape.context, shape.heads, shape.head_dim): len(names) for shape, names in layers.items()}
     text = (5, 7, 16)
@@ -232,7 +232,7 @@ def test_xformers_on_the_cpu_is_refused(unet, xformers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_takes_the_faster_by_the_sum_over_all_layers(unet, xformers, dtype):
     """xformers is faster in the shapes that occur once, slower in the others."""
-    counts = [len(names) for names in attention_layers(unet, LATENT, PROMPT, ROWS, dtype).values()]
+    counts = [len(names) for names in attention_layers(unet, call_of(LATENT, PROMPT), ROWS, dtype).values()]
     assert sorted(counts) == [1, 1, 1, 3, 3]
 
     def made_up(slower):

@@ -24,7 +24,9 @@ from seppo_fast.data.cache.latents import INDEX, LatentCache
 from seppo_fast.data.cache.opening import cache_key, open_or_build
 from seppo_fast.data.media.images import load_image
 from seppo_fast.data.sources import Source, open_source
+from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError, NonFiniteError
+from tests.calls import embeds
 
 RESOLUTION = 16
 
@@ -45,10 +47,12 @@ class FakeEncoder:
         small = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2).float() / 127.5 - 1, 4)
         return torch.cat([small, small.square().sum(1, keepdim=True)], dim=1).to(self.dtype)
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    collate = staticmethod(Conditioning.cat)
+
+    def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
         self.prompts += prompts
         rows = [[(len(p) + 1) * (i + 1) + sum(p.encode()) / 7 for i in range(15)] for p in prompts]
-        return torch.tensor(rows).reshape(-1, 5, 3).to(self.dtype)
+        return [embeds(row) for row in torch.tensor(rows).reshape(-1, 5, 3).to(self.dtype).split(1)]
 
     def too_long(self, prompts: list[str]) -> list[str]:
         return [prompt for prompt in prompts if len(prompt) > 40]
@@ -125,11 +129,11 @@ def test_random_access_equals_encoding_directly(tmp_path, small_shards, dtype):
             assert got.dtype == dtype
             for row, ref in zip(got, refs, strict=True):
                 assert torch.equal(row, direct(ref, encoder))
-        embeds = cache.prompt_embeds(indices)
-        assert embeds.shape == (len(examples), 5, 3)
-        for row, example in zip(embeds, examples, strict=True):
-            assert torch.equal(row, encoder.encode_prompts([example.prompt])[0])
-    assert torch.equal(cache.uncond_embeds, encoder.encode_prompts([""]))
+        rows = cache.conditioning(indices)["prompt_embeds"]
+        assert rows.shape == (len(examples), 5, 3)
+        for row, example in zip(rows, examples, strict=True):
+            assert torch.equal(row, encoder.encode_prompts([example.prompt])[0]["prompt_embeds"][0])
+    assert torch.equal(cache.conditioning([None])["prompt_embeds"], encoder.encode_prompts([""])[0]["prompt_embeds"])
 
 
 def test_rows_are_copies(tmp_path):
@@ -182,7 +186,7 @@ def test_index_out_of_range(tmp_path):
         with pytest.raises(IndexError, match=f"index {index} is out of range for a cache of 3"):
             cache.winners([0, index])
         with pytest.raises(IndexError):
-            cache.prompt_embeds([index])
+            cache.conditioning([index])
 
 
 def test_key_changes_with_each_thing_it_depends_on(monkeypatch):
@@ -206,7 +210,8 @@ def test_key_changes_with_each_thing_it_depends_on(monkeypatch):
     assert len(keys) == len(changes)
     assert cache_key(**(base | {"fingerprint": {"dtype": "f", "vae": "1"}})) == cache_key(**base)
     monkeypatch.setattr("seppo_fast.data.cache.opening.FORMAT_VERSION", 999)
-    assert cache_key(**base) not in keys
+    assert cache_key(**base) in keys  # what is stored is the same in any format
+    assert cache_key(**base, format_version=2) not in keys
 
 
 def test_cache_is_made_again_for_another_encoder_or_data(tmp_path):
@@ -245,10 +250,10 @@ def test_up_to_one_percent_is_left_out_and_listed(tmp_path):
     assert cache.ids == [f"{i:04d}.png" for i in range(200) if i not in (3, 150)]
     rows = [2, 3, 148, 149, 197]
     encoder = FakeEncoder()
-    for row, got, embed in zip(rows, cache.winners(rows), cache.prompt_embeds(rows), strict=True):
+    for row, got, embed in zip(rows, cache.winners(rows), cache.conditioning(rows)["prompt_embeds"], strict=True):
         example = next(e for e in source if e.id == cache.ids[row])
         assert torch.equal(got, direct(example.image, encoder))
-        assert torch.equal(embed, encoder.encode_prompts([example.prompt])[0])
+        assert torch.equal(embed, encoder.encode_prompts([example.prompt])[0]["prompt_embeds"][0])
     assert opened(open_source(str(folder)), tmp_path / "cache").dropped == cache.dropped
 
 

@@ -134,7 +134,7 @@ def test_check_tells_the_line_for_every_caption(tmp_path, tiny, capsys):
 
 def rows_of(cache: LatentCache) -> dict[str, tuple[str, bytes]]:
     """Prompt and embedding of each example."""
-    embeds = cache.prompt_embeds(range(len(cache)))
+    embeds = cache.conditioning(range(len(cache)))["prompt_embeds"]
     return {
         id: (prompt, row.numpy().tobytes()) for id, prompt, row in zip(cache.ids, cache.prompts, embeds, strict=True)
     }
@@ -181,6 +181,6 @@ def test_every_picture_keeps_its_own_caption(tmp_path):
         for id, (prompt, embedding) in rows_of(cache).items():
             text = (folder / id).with_suffix(".txt").read_bytes().decode("utf-8-sig").strip()
             assert prompt == text
-            assert embedding == FakeEncoder().encode_prompts([text])[0].numpy().tobytes()
+            assert embedding == FakeEncoder().encode_prompts([text])[0]["prompt_embeds"][0].numpy().tobytes()
         assert (cache.fingerprint not in keys) == changes, number
         keys.append(cache.fingerprint)

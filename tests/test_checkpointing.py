@@ -8,12 +8,12 @@ from diffusers import UNetMotionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import seppo_fast.models.recompute as checkpointing
 from seppo_fast.capacity.footprint import _LiveBytes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.fake import fake_copy
-from seppo_fast.models.recompute import Recomputed, enable_checkpointing, whole
+from seppo_fast.models.recompute import Recomputed, whole
 from seppo_fast.models.trainable import make_trainable, trainable
+from seppo_fast.models.unet import UNetFamily
 from tests.tiny import tiny_unet
 
 FRAMES = 4
@@ -29,7 +29,7 @@ def motion_unet(train="lora", precision="fp32", enable=None):
         num_attention_heads=2,
         motion_num_attention_heads=2,
     )
-    make_trainable(unet, ModelConfig(train=train, precision=precision, lora_rank=2), seed=0)
+    make_trainable(unet, ModelConfig(train=train, precision=precision, lora_rank=2), seed=0, family=UNetFamily)
     for weight in trainable(unet).values():
         nn.init.normal_(weight, std=0.2)  # a LoRA starts as no change
     if enable is not None:
@@ -55,14 +55,14 @@ def prediction_and_gradients(unet, precision):
 def test_prediction_and_gradients_keep_their_bits(train, precision):
     kept, made_again = (
         prediction_and_gradients(motion_unet(train, precision, enable), precision)
-        for enable in (None, enable_checkpointing)
+        for enable in (None, UNetFamily.recompute)
     )
     assert all(torch.equal(a, b) for a, b in zip(kept, made_again, strict=True))
     assert all(gradient.abs().max() > 0 for gradient in kept[1:])
 
 
 def test_every_residual_unit_runs_twice_and_no_more(monkeypatch):
-    unet, runs = motion_unet("full", enable=enable_checkpointing), []
+    unet, runs = motion_unet("full", enable=UNetFamily.recompute), []
     units = [module for module in unet.modules() if isinstance(module.forward, Recomputed)]
     # Resnets, spatial transformers, motion modules: 2 + 1 + 2 down, 2 + 1 + 1 in the middle, 4 + 2 + 4 up.
     assert len(units) == 19
@@ -81,7 +81,7 @@ def test_every_residual_unit_runs_twice_and_no_more(monkeypatch):
 
 
 def test_a_copy_recomputes_with_its_own_weights():
-    unet = motion_unet(enable=enable_checkpointing)
+    unet = motion_unet(enable=UNetFamily.recompute)
     other = copy.deepcopy(unet)
     with torch.no_grad():
         for weight in trainable(other).values():
@@ -96,7 +96,7 @@ def test_a_copy_recomputes_with_its_own_weights():
 
 def test_a_unet_for_pictures_is_checkpointed_as_diffusers_does():
     ours, theirs = tiny_unet(), tiny_unet()
-    enable_checkpointing(ours)
+    UNetFamily.recompute(ours)
     theirs.enable_gradient_checkpointing()
     marked = [
         {name for name, part in unet.named_modules() if getattr(part, "gradient_checkpointing", False)}
@@ -130,7 +130,7 @@ def test_what_is_kept_is_a_fifth_of_what_diffusers_checkpointing_keeps():
     """
     unit = 4 * 2 * FRAMES * 16 * 32 * 32
     nothing, theirs, ours = (
-        kept_bytes(enable) for enable in (None, UNetMotionModel.enable_gradient_checkpointing, enable_checkpointing)
+        kept_bytes(enable) for enable in (None, UNetMotionModel.enable_gradient_checkpointing, UNetFamily.recompute)
     )
     assert ours == pytest.approx(23 * unit, rel=0.15)
     assert theirs == pytest.approx(146 * unit, rel=0.15)
@@ -144,4 +144,4 @@ def test_units_are_named_as_diffusers_names_them():
         layers = {name for name, _ in block.named_children()} - {"downsamplers", "upsamplers"}
         assert layers <= {"resnets", "attentions", "motion_modules"}
         for name in layers:
-            assert all(isinstance(layer, checkpointing._UNITS) for layer in getattr(block, name))
+            assert all(isinstance(layer, UNetFamily.recomputed) for layer in getattr(block, name))

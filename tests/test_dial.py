@@ -13,6 +13,7 @@ from seppo_fast.models.trainable import trainable
 from seppo_fast.references.layout import Table
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
+from tests.calls import denoise_unet, inputs_of
 from tests.runs import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,10 +48,10 @@ def counted_once(monkeypatch):
     def once(count):
         known = {}
 
-        def counting(unet, **shapes):
-            key = id(unet), unet.is_gradient_checkpointing, str(shapes)
+        def counting(model, denoise, inputs, **others):
+            key = id(model), model.is_gradient_checkpointing, str([tuple(t.shape) for t in inputs(1)[:2]]), str(others)
             if key not in known:
-                known[key] = unet, count(unet, **shapes)  # kept, so that no other one gets its id
+                known[key] = model, count(model, denoise, inputs, **others)  # kept, so that no other one gets its id
             return known[key][1]
 
         return counting
@@ -65,17 +66,17 @@ def trainer(tiny, tmp_path):
 
 
 def chosen(trainer, config):
-    config = fit_to_machine(turn_dial(config, CPU), trainer.unet, trainer.cache, trainer.accelerator)
+    config = fit_to_machine(turn_dial(config, CPU), trainer.family, trainer.accelerator)
     return config.train.micro_batch, config.sampler.batch
 
 
 def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
     """Next to the moments of Adam, and for sampling next to the policy's weights too, which wait meanwhile."""
-    trained = sum(weight.numel() * 4 for weight in trainable(trainer.unet).values())
-    slab = Table.of(trainer.unet).size
+    trained = sum(weight.numel() * 4 for weight in trainable(trainer.policy).values())
+    slab = Table.of(trainer.policy).size
     pool = 3 * slab  # two past policies, and the one that is resident
-    shapes = ((4, 8, 8), (16, 16), torch.float32, CPU)
-    pair, sample = training_footprint(trainer.unet, *shapes), sampling_footprint(trainer.unet, *shapes, guided=True)
+    asked = trainer.policy, denoise_unet, inputs_of((4, 8, 8), (16, 16)), torch.float32, CPU
+    pair, sample = training_footprint(*asked), sampling_footprint(*asked, guided=True)
     share = DIAL["balanced"].share
     for pairs, samples in ((4, 8), (8, 16), (1, 4)):
         for spare, rows in ((1.001, pairs), (0.999, pairs // 2 or 1)):
@@ -122,14 +123,15 @@ def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
 
 
 def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, tmp_path, trainer, monkeypatch):
-    trained = sum(weight.numel() * 4 for weight in trainable(trainer.unet).values())
-    slab = Table.of(trainer.unet).size
+    trained = sum(weight.numel() * 4 for weight in trainable(trainer.policy).values())
+    slab = Table.of(trainer.policy).size
     pool = 3 * slab  # two past policies, and the one that is resident
-    sample = sampling_footprint(trainer.unet, (4, 8, 8), (16, 16), torch.float32, CPU, guided=True)
+    inputs = inputs_of((4, 8, 8), (16, 16))
+    sample = sampling_footprint(trainer.policy, denoise_unet, inputs, torch.float32, CPU, guided=True)
     config = tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN)
     for spare, park in ((1.001, False), (0.999, True)):
         free = int(spare * (2 * trained + pool + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
         monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, free=free: free)
-        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.unet, sample, trainer.accelerator)
+        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.policy, sample, trainer.accelerator)
         assert chosen.reference.park is park
         assert chosen.sampler.batch >= 16  # parked, they fit

@@ -6,11 +6,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from seppo_fast.config.schema import SamplerConfig
-from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.random import keyed_noise, keyed_rng
+from tests.calls import embeds, encoded, sampler_of
 
 CPU = torch.device("cpu")
 SD15 = {
@@ -72,7 +72,9 @@ def test_ddim_against_its_equation_in_float64():
     """DDIM eq. 12 with eta 0 on a linear model; leading spacing with offset 1, as SD-1.5."""
     steps, x = 7, torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     config = SamplerConfig(name="ddim", steps=steps, guidance=1.0)
-    got = Sampler(SD15, config)(lambda x, t, e: 0.3 * x, x, torch.zeros(2, 1, 1), torch.zeros(1, 1, 1))
+    got = sampler_of(SD15, config)(
+        lambda x, t, e: 0.3 * x, x, embeds(torch.zeros(2, 1, 1)), embeds(torch.zeros(1, 1, 1))
+    )
     alpha, stride, expected = alphas_cumprod(), 1000 // steps, x.double()
     for t in [step * stride + 1 for step in reversed(range(steps))]:
         now, before = alpha[t], alpha[t - stride] if t >= stride else alpha[0]
@@ -90,10 +92,10 @@ def test_samples_equal_the_pipelines(tiny, name, guidance):
     family = StableDiffusion.load(str(tiny), CPU)
     prompts = ["a fox", "two foxes on a hill"]
     noise = keyed_noise(0, "sample", [(0, 1), (0, 2)], (4, 8, 8))
-    sampler = Sampler(family.scheduler_config, SamplerConfig(name=name, steps=5, guidance=guidance))
+    sampler = family.sampler(SamplerConfig(name=name, steps=5, guidance=guidance), (4, 8, 8))
     got = sampler(
-        lambda x, t, e: family.denoise(family.unet, x, t, e),
-        noise, family.encode_prompts(prompts), family.encode_prompts([""]),
+        lambda x, t, e: family.denoise(family.model, x, t, e),
+        noise, encoded(family, prompts), encoded(family, [""]),
     )  # fmt: skip
     if name == "dpmsolver++":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
@@ -113,8 +115,8 @@ def test_guidance_one_never_reads_the_empty_prompt():
 
     noise = torch.ones(3, 4, 2, 2)
     for guidance in (1.0, 2.0):
-        Sampler(SD15, SamplerConfig(steps=2, guidance=guidance))(
-            denoise, noise, torch.zeros(3, 1, 1), torch.zeros(1, 1, 1)
+        sampler_of(SD15, SamplerConfig(steps=2, guidance=guidance))(
+            denoise, noise, embeds(torch.zeros(3, 1, 1)), embeds(torch.zeros(1, 1, 1))
         )
     assert rows == [3, 3, 6, 6]
 
@@ -123,22 +125,23 @@ def test_guidance_one_never_reads_the_empty_prompt():
 def test_no_step_waits_for_the_device(solver):
     """A meta tensor has no values: whatever asks for one, as a host sync does, fails."""
     config = SamplerConfig(name=solver, steps=7, guidance=3.0)
-    sampler = Sampler(SD15, config)
+    sampler = sampler_of(SD15, config)
     with pytest.raises(RuntimeError):
         torch.zeros(1, device="meta").item()
-    noise, embeds = torch.empty(3, 4, 5, 6, device="meta"), torch.empty(3, 2, 8, device="meta")
+    noise, prompts = torch.empty(3, 4, 5, 6, device="meta"), embeds(torch.empty(3, 2, 8, device="meta"))
     rows = []
 
-    def denoise(latents, timesteps, embeds):
-        rows.append((latents.shape, timesteps.shape, timesteps.device.type, embeds.shape))
+    def denoise(latents, times, conditioning):
+        shape = conditioning["prompt_embeds"].shape
+        rows.append((latents.shape, times.shape, times.device.type, shape))
         return torch.empty_like(latents)
 
-    assert sampler(denoise, noise, embeds, embeds[:1]).shape == noise.shape
+    assert sampler(denoise, noise, prompts, prompts.take(slice(0, 1))).shape == noise.shape
     assert rows == [((6, 4, 5, 6), (6,), "meta", (6, 2, 8))] * 7
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
 def test_more_steps_than_timesteps_are_refused(solver):
-    Sampler(SD15, SamplerConfig(name=solver, steps=1000))
+    sampler_of(SD15, SamplerConfig(name=solver, steps=1000))
     with pytest.raises(ConfigError, match="sampler.steps = 1001.*1000 timesteps"):
-        Sampler(SD15, SamplerConfig(name=solver, steps=1001))
+        sampler_of(SD15, SamplerConfig(name=solver, steps=1001))

@@ -15,7 +15,7 @@ from tests.runs import log_of, tiny_config
 # Runs the real trainer and writes down this rank's pairs: by sample id, what data and reference made of them.
 RECORDER = """
 import json, sys
-from seppo_fast.overrides import configure
+from seppo_fast.config.overrides import configure
 from seppo_fast.train import train
 
 taken = []
@@ -27,7 +27,7 @@ def observe(trainer, updates):
             halves = [None, None] if pairs.ref_error is None else pairs.ref_error.chunk(2)
             taken.append({
                 sample: [
-                    pairs.timesteps[row].item(),
+                    pairs.times[row].item(),
                     pairs.noise[row].flatten().tolist(),
                     pairs.losers[row].flatten().tolist(),
                     [half[row].item() for half in halves if half is not None],

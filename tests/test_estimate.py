@@ -55,7 +55,7 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     # The reference's errors are made there too, in the learner's micro-batches: a forward's activations.
     assert need.sample.fixed + need.batch * need.sample.per_row < 1.15 * sampling
     assert sampling < 1.05 * max(expected, need.sample.fixed + need.batch * need.sample.per_row)
-    parameters = list(trainer.unet.parameters())
+    parameters = list(trainer.policy.parameters())
     states = trainer.learner._optimizer.state.values()
     moments = sum(value.nbytes for state in states for value in state.values() if value.dim())
     average = sum(value.nbytes for value in trainer.learner.ema.shadow_params)
@@ -140,7 +140,7 @@ def test_what_stays_open_on_a_gpu_is_chosen_as_the_dial_does(tiny, tmp_path):
     tree = trainer.config.model_dump(mode="json")
     tree["reference"]["park"] = tree["sampler"]["batch"] = tree["reference"]["gpu_gib"] = None
     config, cuda = parse_config(tree), torch.device("cuda")
-    slab = Table.of(trainer.unet).size
+    slab = Table.of(trainer.policy).size
     full = need_of(config, trainer.family, cuda, 2**40)
     assert not full.parked and full.references == (2 + 1) * slab and full.batch == DIAL["balanced"].batch
     few = replace(full, batch=15).sampling
@@ -216,7 +216,7 @@ def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sectio
     def backward(module, inputs, outputs):
         rows["backward"] += len(outputs[0])
 
-    last = trainer.unet.up_blocks[-1].resnets[-1].conv1  # within what is recomputed
+    last = trainer.policy.up_blocks[-1].resnets[-1].conv1  # within what is recomputed
     last.register_forward_hook(forward)
     last.register_full_backward_hook(backward)
     trainer.add_checkpoint()

@@ -11,13 +11,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from seppo_fast.cli import main
-from seppo_fast.commands.export import COMFYUI_FILE, export, kohya_metadata
+from seppo_fast.commands.export import COMFYUI_FILE, export
 from seppo_fast.config.load import parse_config
-from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.evaluation.generate import generate
 from seppo_fast.evaluation.scores import Scores
-from seppo_fast.methods.forward import Forward
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.train import train
 from tests.runs import tiny_config
@@ -43,7 +42,7 @@ def trained(tiny, folder, **sections):
 
 def pictures_of(trainer):
     family = trainer.family
-    return generate(family, trainer.forward, trainer.unet, trainer.sampler, PROMPTS, resolution=16, seed=3)
+    return generate(family, trainer.denoiser, trainer.policy, trainer.sampler, PROMPTS, resolution=16, seed=3)
 
 
 def by_diffusers(pipe, config):
@@ -51,9 +50,8 @@ def by_diffusers(pipe, config):
     from seppo_fast.models.families.sd15 import StableDiffusion
 
     family = StableDiffusion(pipe, torch.device("cpu"), torch.float32)
-    forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
-    sampler = Sampler(family.scheduler_config, config.sampler)
-    return generate(family, forward, pipe.unet, sampler, PROMPTS, resolution=16, seed=3)
+    sampler = family.sampler(config.sampler, family.latent_shape(16))
+    return generate(family, Denoiser(family, torch.float32), pipe.unet, sampler, PROMPTS, resolution=16, seed=3)
 
 
 def close(ours, theirs):
@@ -106,10 +104,11 @@ def test_comfyui_key_names_are_those_of_kohya(tiny, tmp_path):
         (1024, "v_prediction", ("True", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "v")),
     ],
 )
-def test_a_lora_says_which_model_it_is_for(tiny, tmp_path, width, prediction, expected):
-    unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width))
-    family = SimpleNamespace(unet=unet, scheduler_config={"prediction_type": prediction})
-    metadata = kohya_metadata(family, tiny_config(tiny, tmp_path))
+def test_a_lora_says_which_model_it_is_for(width, prediction, expected):
+    model = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width))
+    family = SimpleNamespace(model=model, scheduler_config={"prediction_type": prediction})
+    weights = {"mid_block.attentions.0.to_q.lora_A.weight": torch.zeros(4, 8)}
+    _, metadata = UNetFamily.comfyui_lora(family, weights, 4)
     keys = ("ss_v2", "ss_base_model_version", "modelspec.architecture", "modelspec.prediction_type")
     assert tuple(metadata[key] for key in keys) == expected
 

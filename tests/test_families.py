@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.utils.errors import ConfigError
+from tests.calls import encoded
 from tests.tiny import tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(family, pipe):
     prompts = ["a fox", "", "a prompt that is longer than sixteen letters by far"]
     with torch.no_grad():
         expected, _ = pipe.encode_prompt(prompts, CPU, 1, False)
-    assert torch.equal(family.encode_prompts(prompts), expected)
+    assert torch.equal(encoded(family, prompts)["prompt_embeds"], expected)
 
 
 def test_pictures_become_scaled_latents_and_back(family, pipe):
@@ -59,7 +60,7 @@ def test_fingerprint_follows_what_the_encoders_write(tiny, tmp_path, family):
     assert other["tokenizer"] == family.fingerprint()["tokenizer"]
     half = StableDiffusion.load(str(tiny), CPU, torch.bfloat16)
     assert half.fingerprint()["dtype"] != family.fingerprint()["dtype"]
-    assert half.unet.dtype == half.pipe.vae.dtype == torch.float32
+    assert half.model.dtype == half.pipe.vae.dtype == torch.float32
 
 
 def test_resolutions_that_do_not_divide_are_refused(family):
@@ -110,7 +111,7 @@ def test_prompts_are_as_long_as_the_text_encoder_takes_whatever_the_tokenizer_sa
     changed(folder / "tokenizer", "tokenizer_config.json", model_max_length=limit)
     other = StableDiffusion.load(str(folder), CPU)
     prompts = ["a fox", "a prompt that is longer than sixteen letters by far"]
-    assert torch.equal(other.encode_prompts(prompts), family.encode_prompts(prompts))
+    assert torch.equal(encoded(other, prompts)["prompt_embeds"], encoded(family, prompts)["prompt_embeds"])
     assert other.too_long(prompts) == family.too_long(prompts) == prompts[1:]
     assert other.fingerprint() == family.fingerprint()  # one cache serves both
     other.save(tmp_path / "saved")
@@ -191,9 +192,9 @@ def test_weights_under_names_that_the_library_does_not_know_are_refused(tiny, tm
 def test_a_variant_in_several_files_is_loaded_and_counted(tiny, tmp_path, family):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    family.unet.to(memory_format=torch.contiguous_format)
-    family.unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="100KB")
-    family.unet.to(memory_format=torch.channels_last)
+    family.model.to(memory_format=torch.contiguous_format)
+    family.model.save_pretrained(folder / "unet", variant="fp16", max_shard_size="100KB")
+    family.model.to(memory_format=torch.channels_last)
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").exists()
     assert StableDiffusion.load(str(folder), CPU).identity() == family.identity()
     (shard, *_) = sorted((folder / "unet").glob("*.safetensors"))
@@ -214,8 +215,8 @@ def test_an_index_of_a_variant_that_leads_to_pickles_is_refused(tiny, tmp_path):
 
 HUB = """
 import torch
-from seppo_fast.errors import ConfigError
-from seppo_fast.families.sd import StableDiffusion
+from seppo_fast.utils.errors import ConfigError
+from seppo_fast.models.families.sd15 import StableDiffusion
 for name in ("somebody/tiny", "somebody/unknown", "somebody/pickled"):
     try:
         print(StableDiffusion.load(name, torch.device("cpu")).identity())

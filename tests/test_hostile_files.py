@@ -372,8 +372,8 @@ def test_a_cache_with_numbers_that_do_not_fit(tmp_path):
     folder = opened(source, tmp_path / "cache").folder
     index = json.loads((folder / "index.json").read_text())
     for change in (
-        {"ids": ["a"]}, {"ids": 3}, {"prompt_rows": [0, 1, 99]}, {"prompt_rows": ["a"]}, {"latent_shape": 3},
-        {"latent_shape": [9, 9, 9]}, {"shard_size": 0}, {"shard_size": "x"}, {"num_examples": 1e9}, {"dropped": [1]},
+        {"ids": ["a"]}, {"ids": 3}, {"prompt_rows": [0, 1, 99]}, {"prompt_rows": ["a"]}, {"latent_shapes": 3},
+        {"latent_shapes": [[9, 9, 9]]}, {"shard_size": 0}, {"shard_size": "x"}, {"num_examples": 1e9}, {"dropped": [1]},
         {"files": {"../../../x": 3}}, {"truncated": None, "files": 7}, {"prompts": {}},
     ):  # fmt: skip
         (folder / "index.json").write_text(json.dumps(index | change))

@@ -19,7 +19,7 @@ def test_what_is_cut_off_is_named_once(tiny, tmp_path, capsys, kind, warmup, upd
 
     def observe(trainer, updates):
         if not updates:
-            weights = trainable(trainer.unet)
+            weights = trainable(trainer.policy)
             cut.extend([next(name for name in weights if "lora_B" not in name), len(weights)])
             weights[cut[0]].register_hook(torch.zeros_like)
 
@@ -36,10 +36,10 @@ def test_accumulation_gives_the_same_gradient(tiny, tmp_path):
         trainer.add_checkpoint()
         pairs = trainer.rollout.pairs(0)
         with torch.no_grad():
-            for weight in trainer.unet.parameters():
+            for weight in trainer.policy.parameters():
                 weight.mul_(1.01)  # else every pair ties
         trainer.learner._accumulate(pairs)
-        gradients.append(torch.cat([weight.grad.flatten().double() for weight in trainable(trainer.unet).values()]))
+        gradients.append(torch.cat([weight.grad.flatten().double() for weight in trainable(trainer.policy).values()]))
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
@@ -83,14 +83,14 @@ def test_warm_up_scales_the_first_updates(tiny, tmp_path):
 def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path, value, precision):
     trainer = Trainer(tiny_config(tiny, tmp_path, model={"precision": precision}, train={"beta": 20.0}))
     learner = trainer.learner
-    trainer.references.add(trainer.unet)
+    trainer.references.add(trainer.policy)
     pairs = trainer.rollout.pairs(0)
     poisoned = replace(pairs, winners=pairs.winners.index_fill(0, torch.tensor(4), value))
     before, scale = weights_of(trainer), learner._scaler.get_scale()
     for update in range(2):
         stats = learner.step(poisoned, update)
         assert stats["skipped"] == 1 and not math.isfinite(stats["loss"])
-    assert all(torch.equal(before[name], weight) for name, weight in trainable(trainer.unet).items())
+    assert all(torch.equal(before[name], weight) for name, weight in trainable(trainer.policy).items())
     assert learner._scaler.get_scale() == scale  # which is no cause of it
     assert learner.step(pairs, 2)["skipped"] == 0  # the count starts again
     assert all(moment.isfinite().all() for state in learner._optimizer.state.values() for moment in state.values())

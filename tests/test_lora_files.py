@@ -5,11 +5,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from seppo_fast.commands.export import COMFYUI_FILE, comfyui_weights, kohya_metadata
+from seppo_fast.commands.export import COMFYUI_FILE
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
-from tests.runs import tiny_config
+from seppo_fast.models.unet import UNetFamily
 
 RANKS = (4, 16)
 FORMATS = ("lora", "comfyui")
@@ -22,16 +22,18 @@ def loras(tiny, tmp_path_factory):
     for rank in RANKS:
         family = StableDiffusion.load(str(tiny), torch.device("cpu"))
         model = ModelConfig(train="lora", lora_rank=rank, precision="fp32")
-        make_trainable(family.unet, model, seed=rank)
+        make_trainable(family.model, model, seed=rank, family=UNetFamily)
         generator = torch.Generator().manual_seed(rank)
-        for name, weight in trainable(family.unet).items():
+        for name, weight in trainable(family.model).items():
             if "lora_B" in name:  # zero at the start
                 weight.data.normal_(generator=generator)
-        weights = {name: tensor.detach() for name, tensor in lora_weights(family.unet).items()}
+        weights = {name: tensor.detach() for name, tensor in lora_weights(family.model).items()}
         folder = tmp_path_factory.mktemp(f"rank{rank}")
         family.save_lora(folder, weights)
-        config = tiny_config(tiny, folder, model=model.model_dump())
-        save_file(comfyui_weights(weights), folder / COMFYUI_FILE, metadata=kohya_metadata(family, config))
+        named, metadata = family.comfyui_lora(weights, rank)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in named.items()}, folder / COMFYUI_FILE, metadata=metadata
+        )
         places = {name.partition(".lora_")[0] for name in weights}
         products = {
             place: weights[f"{place}.lora_B.weight"].double() @ weights[f"{place}.lora_A.weight"].double()
@@ -95,6 +97,6 @@ def test_each_comfyui_key_is_one_layer_of_the_unet(tiny, loras):
     known = {"lora_unet_" + layer.replace(".", "_"): layer for layer in layers}
     assert len(known) == len(layers)  # no two layers have one key
     for _, weights, products in loras.values():
-        keys = comfyui_weights(weights)
+        keys, _ = StableDiffusion.load(str(tiny), torch.device("cpu")).comfyui_lora(weights, 4)
         assert {known[key.partition(".")[0]] for key in keys} == products.keys()
         assert len(keys) == 3 * len(products)  # down, up and alpha of each

@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import seppo_fast.utils.memory as memory
-from seppo_fast.capacity.footprint import Footprint, _follow_cuda, sampling_footprint, training_footprint
+from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
+from seppo_fast.models.fake import follow_cuda
 from seppo_fast.utils.memory import free_bytes
+from tests.calls import denoise_unet, inputs_of
 from tests.tiny import tiny_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LATENT, PROMPT = (4, 16, 16), (7, 16)
+INPUTS = inputs_of(LATENT, PROMPT)
 FP32, BF16 = torch.float32, torch.bfloat16
 
 native_bf16 = pytest.mark.skipif(
@@ -52,7 +55,7 @@ def unet_of(kind, dtype):
 
 @functools.cache
 def counted_training(kind, dtype):
-    return training_footprint(unet_of(kind, dtype), LATENT, PROMPT, dtype, CPU)
+    return training_footprint(unet_of(kind, dtype), denoise_unet, INPUTS, dtype, CPU)
 
 
 def traced_peak(call, folder):
@@ -123,7 +126,7 @@ def test_training_takes_what_is_counted(tmp_path, kind, dtype):
 )
 def test_sampling_takes_what_is_counted(tmp_path, guided, dtype):
     unet = tiny_unet()
-    footprint = sampling_footprint(unet, LATENT, PROMPT, dtype, CPU, guided)
+    footprint = sampling_footprint(unet, denoise_unet, INPUTS, dtype, CPU, guided)
 
     def sample(rows):
         latents, timesteps, embeds = torch.randn(rows, *LATENT), torch.arange(rows), torch.randn(rows, *PROMPT)
@@ -142,7 +145,7 @@ def test_sampling_takes_what_is_counted(tmp_path, guided, dtype):
 def test_training_on_a_gpu_takes_what_is_counted(kind, dtype):
     """Within a fifth: blocks are rounded up, and convolutions may take scratch space."""
     unet, rows = unet_of(kind, dtype).to(CUDA), 64
-    footprint = training_footprint(unet, (4, 32, 32), PROMPT, dtype, CUDA)
+    footprint = training_footprint(unet, denoise_unet, inputs_of((4, 32, 32), PROMPT), dtype, CUDA)
 
     def train():
         latents, target = torch.randn(2, 2 * rows, 4, 32, 32, device=CUDA).unbind()
@@ -163,9 +166,12 @@ def test_training_on_a_gpu_takes_what_is_counted(kind, dtype):
 def test_rows_grow_with_pixels_not_with_their_square():
     """Attention is counted as a fused kernel; as an N x N matrix the factor would be well above 4."""
     unet = tiny_unet()
-    small, large = (sampling_footprint(unet, (4, side, side), PROMPT, BF16, CUDA, False).per_row for side in (32, 64))
+    small, large = (
+        sampling_footprint(unet, denoise_unet, inputs_of((4, side, side), PROMPT), BF16, CUDA, False).per_row
+        for side in (32, 64)
+    )
     assert large / small == pytest.approx(4, rel=0.02)
-    trained = training_footprint(unet, (4, 32, 32), PROMPT, FP32, CPU).per_row
+    trained = training_footprint(unet, denoise_unet, inputs_of((4, 32, 32), PROMPT), FP32, CPU).per_row
     assert trained / counted_training("full", FP32).per_row == pytest.approx(4, rel=0.02)
 
 
@@ -181,8 +187,8 @@ def test_the_unet_is_left_as_it_was():
     weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
     processors = unet.attn_processors
     random = torch.get_rng_state()
-    training_footprint(unet, LATENT, PROMPT, BF16, CUDA)
-    sampling_footprint(unet, LATENT, PROMPT, BF16, CUDA, True)
+    training_footprint(unet, denoise_unet, INPUTS, BF16, CUDA)
+    sampling_footprint(unet, denoise_unet, INPUTS, BF16, CUDA, True)
     assert torch.equal(torch.get_rng_state(), random)
     for name, p in unet.named_parameters():
         assert before[name] == (p, p.data_ptr(), p._version, p.stride(), p.requires_grad)
@@ -229,7 +235,7 @@ def test_autocast_follows_the_rules_of_cuda(make, shape):
                     setattr(parent, name, nn.Parameter(torch.empty(weight.shape, device=device), requires_grad=False))
             x = torch.empty(shape, device=device, dtype=BF16)
             if device == "cpu":
-                _follow_cuda(module)
+                follow_cuda(module)
             # torch.autocast("cuda") turns itself off where there is no GPU.
             torch.set_autocast_dtype(device, BF16)
             torch.set_autocast_enabled(device, True)

@@ -24,7 +24,7 @@ def finished(tiny, folder, **reference):
         if updates == 0:
             prefetch = trainer.references.prefetch
             trainer.references.prefetch = lambda index: asked.append(index) or prefetch(index)
-        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()})
+        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()})
         seen["tiers"] = trainer.references.tiers
 
     train(tiny_config(tiny, folder, train=SCHEDULE, reference=reference), observe)
@@ -52,7 +52,7 @@ def test_a_bounded_pool_trains(tiny, tmp_path, rule):
 def test_a_policy_for_which_there_is_no_room_is_left_out_and_said(tiny, tmp_path, capsys):
     from seppo_fast.train.trainer import Trainer
 
-    size = Table.of(Trainer(tiny_config(tiny, tmp_path / "size")).unet).size
+    size = Table.of(Trainer(tiny_config(tiny, tmp_path / "size")).policy).size
     room = 1.5 * size / 2**30
     tiers, _, _ = finished(tiny, tmp_path / "run", host_gib=room, disk_gib=0)
     assert tiers == {0: "host"}

@@ -28,7 +28,7 @@ def trained(tiny, folder, errors, **sections):
     seen = {}
 
     def observe(trainer, updates):
-        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()})
+        seen.update({name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()})
 
     train(config, observe)
     return seen, log_of(config)
@@ -64,7 +64,7 @@ def test_together_trains_to_the_same_weights(tiny, tmp_path):
 
 def trained_start(tiny, tmp_path):
     trainer = Trainer(tiny_config(tiny, tmp_path, model=LORA, output=str(tmp_path / "start")))
-    return {name: weight.detach().clone() for name, weight in trainable(trainer.unet).items()}
+    return {name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()}
 
 
 @pytest.mark.parametrize("errors", ["ahead", "together", "apart"])
@@ -80,11 +80,11 @@ def test_equal_weights_give_a_difference_of_exactly_zero(tiny, tmp_path, errors)
 def test_apart_shares_what_is_frozen(tiny, tmp_path, model, copies):
     trainer = Trainer(tiny_config(tiny, tmp_path, model=model, reference={"errors": "apart"}))
     reference = trainer.learner._errors._reference
-    shared = {weight.data_ptr() for weight in trainer.unet.parameters()} & {
+    shared = {weight.data_ptr() for weight in trainer.policy.parameters()} & {
         weight.data_ptr() for weight in reference.parameters()
     }
     assert bool(shared) is not copies
-    trained_in_place = {weight.data_ptr() for weight in trainable(trainer.unet).values()}
+    trained_in_place = {weight.data_ptr() for weight in trainable(trainer.policy).values()}
     assert not trained_in_place & {weight.data_ptr() for weight in reference.parameters()}
 
 
@@ -92,10 +92,10 @@ def test_ahead_keeps_the_weights_where_they_are(tiny, tmp_path):
     """What a captured graph or compiled code has seen of them stays valid."""
     trainer = Trainer(tiny_config(tiny, tmp_path))
     trainer.add_checkpoint()
-    before = {name: weight.data_ptr() for name, weight in trainer.unet.named_parameters()}
+    before = {name: weight.data_ptr() for name, weight in trainer.policy.named_parameters()}
     pairs = trainer.rollout.pairs(0)
     trainer.learner.step(pairs, 0)
-    assert {name: weight.data_ptr() for name, weight in trainer.unet.named_parameters()} == before
+    assert {name: weight.data_ptr() for name, weight in trainer.policy.named_parameters()} == before
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
@@ -106,7 +106,7 @@ def test_compiled_code_is_exact_too(tiny, tmp_path):
         train={"updates": 3, "updates_per_iteration": 2, "micro_batch": 6},
     )  # fmt: skip
     compiled = []
-    train(config, lambda trainer, updates: compiled.append(trainer.unet))
+    train(config, lambda trainer, updates: compiled.append(trainer.policy))
     blocks = [module for module in compiled[0].modules() if type(module).__name__ == "BasicTransformerBlock"]
     assert blocks and all(block._compiled_call_impl is not None for block in blocks)
     log = log_of(config)
@@ -143,7 +143,7 @@ def test_errors_of_many_micro_batches_take_no_more_memory_than_one(tiny, tmp_pat
         pairs = next(trainer.rollout.pairs(0).micro_batches(count))
         trainer.rollout._waiting.clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            trainer.learner._errors.ahead(trainer.unet, lambda pairs=pairs: pairs)
+            trainer.learner._errors.ahead(trainer.policy, lambda pairs=pairs: pairs)
         sizes = [event.nbytes() for event in memory_events(profiler)]
         peaks.append(max(itertools.accumulate(sizes)))
     assert peaks[1] < 1.1 * peaks[0]
@@ -163,7 +163,7 @@ def test_8_bit_adam_trains_contiguous_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     for optimizer in ("adamw", "adamw8bit"):
         trainer = Trainer(tiny_config(tiny, tmp_path, train={"optimizer": optimizer}))
-        assert trainer.unet.conv_in.weight.is_contiguous() is (optimizer == "adamw8bit")
+        assert trainer.policy.conv_in.weight.is_contiguous() is (optimizer == "adamw8bit")
 
 
 def test_several_uses_train(tiny, tmp_path):

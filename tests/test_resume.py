@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_with_other_batches_takes_the_same_pairs(tiny, tmp_pa
 
     def recording(self, pairs, update):
         key = Path(self._config.output).name, update
-        taken[key] = list(pairs.sample_ids), pairs.timesteps.tolist(), pairs.noise.tolist()
+        taken[key] = list(pairs.sample_ids), pairs.times.tolist(), pairs.noise.tolist()
         return step(self, pairs, update)
 
     monkeypatch.setattr(Learner, "step", recording)

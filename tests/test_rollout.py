@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.methods.pairs import noised
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import CheckpointError
+from tests.calls import embeds
 from tests.runs import tiny_config
 
 
@@ -22,8 +23,8 @@ def trainer(tiny, tmp_path):
 
 def guided_inputs(rows):
     generator = torch.Generator().manual_seed(0)
-    noise, embeds = torch.randn(rows, 4, 8, 8, generator=generator), torch.randn(rows, 16, 16, generator=generator)
-    return noise, embeds, torch.randn(1, 16, 16, generator=generator)
+    noise, prompts = torch.randn(rows, 4, 8, 8, generator=generator), torch.randn(rows, 16, 16, generator=generator)
+    return noise, embeds(prompts), embeds(torch.randn(1, 16, 16, generator=generator))
 
 
 def test_reference_errors_are_those_of_a_plain_float64_mean(trainer):
@@ -31,8 +32,9 @@ def test_reference_errors_are_those_of_a_plain_float64_mean(trainer):
     errors = []
     with torch.no_grad():
         for batch in pairs.micro_batches(4):
-            prediction, target = trainer.forward(trainer.unet, batch)
-            difference = prediction.double() - target.double().repeat(2, 1, 1, 1)
+            shown = noised(batch, trainer.family.schedule, trainer.denoiser.device)
+            prediction = trainer.denoiser.denoise(trainer.policy, *shown[:3])
+            difference = prediction.double() - shown.target.double().repeat(2, 1, 1, 1)
             errors.append(difference.square().mean(dim=(1, 2, 3)).chunk(2))
     expected = torch.cat([winner for winner, _ in errors] + [loser for _, loser in errors])
     assert pairs.ref_error.dtype == torch.float32
@@ -40,13 +42,12 @@ def test_reference_errors_are_those_of_a_plain_float64_mean(trainer):
 
 
 def test_samples_do_not_depend_on_the_batch(trainer):
-    noise, embeds, uncond = guided_inputs(16)
-    whole = sample_latents(trainer.forward, trainer.unet, trainer.sampler, noise, embeds, uncond)
+    noise, prompts, uncond = guided_inputs(16)
+    whole = trainer.denoiser.sample(trainer.policy, trainer.sampler, noise, prompts, uncond)
     assert whole.shape == noise.shape
     for row in (0, 5, 15):
-        alone = sample_latents(
-            trainer.forward, trainer.unet, trainer.sampler, noise[row : row + 1], embeds[row : row + 1], uncond
-        )
+        one = slice(row, row + 1)
+        alone = trainer.denoiser.sample(trainer.policy, trainer.sampler, noise[one], prompts.take(one), uncond)
         torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -54,13 +55,13 @@ def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_pr
     """Not from the policy, and never from the dropped prompt."""
     before = trainer.rollout.pairs(1).losers
     with torch.no_grad():
-        for parameter in trainer.unet.parameters():
+        for parameter in trainer.policy.parameters():
             parameter.add_(0.05)
     trainer.rollout._waiting.clear()
     assert torch.equal(trainer.rollout.pairs(1).losers, before)
     dropping = started(tiny, tmp_path, data={"prompt_dropout": 1.0}).rollout.pairs(1)
     assert torch.equal(dropping.losers, before)
-    assert (dropping.prompt_embeds == trainer.cache.uncond_embeds).all()
+    assert (dropping.conditioning["prompt_embeds"] == trainer.cache.conditioning([None])["prompt_embeds"]).all()
 
 
 @pytest.mark.parametrize(
@@ -88,21 +89,21 @@ def test_windows_follow_each_other_and_end_at_the_next_draw(tiny, tmp_path, sect
 
 def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
     trainer = started(tiny, tmp_path, train={"updates": 4, "updates_per_iteration": 4}, reference={"window": 3})
-    rows, denoise = [], trainer.forward.denoise
+    rows, denoise = [], trainer.denoiser.denoise
 
     def recording(model, latents, timesteps, embeds):
         if not torch.is_grad_enabled():  # the errors are made with grad
             rows.append(len(latents))
         return denoise(model, latents, timesteps, embeds)
 
-    trainer.forward.denoise = recording
+    trainer.denoiser.denoise = recording
     windows = [trainer.rollout.pairs(update) for update in range(3)]
     # 18 samples in batches of 4, doubled by guidance, two steps each; nothing is made for the updates that follow
     assert rows == [8] * 8 + [4] * 2
     for update, ahead in enumerate(windows):
         alone = started(tiny, tmp_path, reference={"window": 1}).rollout.pairs(update)
         assert alone.sample_ids == ahead.sample_ids
-        assert torch.equal(alone.noise, ahead.noise) and torch.equal(alone.timesteps, ahead.timesteps)
+        assert torch.equal(alone.noise, ahead.noise) and torch.equal(alone.times, ahead.times)
         torch.testing.assert_close(alone.losers, ahead.losers, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone.ref_error, ahead.ref_error, rtol=1e-4, atol=1e-5)
 
@@ -110,14 +111,14 @@ def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
 def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, capsys):
     plain = started(tiny, tmp_path).rollout.pairs(0)
     trainer = started(tiny, tmp_path, sampler={"batch": 64})
-    denoise, largest = trainer.forward.denoise, 6
+    denoise, largest = trainer.denoiser.denoise, 6
 
     def small_device(model, latents, timesteps, embeds):
         if len(latents) > largest and not torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return denoise(model, latents, timesteps, embeds)
 
-    trainer.forward.denoise = small_device
+    trainer.denoiser.denoise = small_device
     capsys.readouterr()
     pairs = trainer.rollout.pairs(0)
     torch.testing.assert_close(pairs.losers, plain.losers, rtol=1e-4, atol=1e-5)
@@ -168,5 +169,5 @@ def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_pa
         trainer.rollout._waiting.clear()
         trainer.learner.step(trainer.rollout.pairs(1), 1)
         assert len(moves) == (4 if memory == "low" else 0)
-        finals.append(torch.cat([weight.detach().flatten() for weight in trainer.unet.parameters()]))
+        finals.append(torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]))
     assert torch.equal(*finals)

@@ -19,8 +19,8 @@ from benchmarks.measure import Machine
 from benchmarks.suites import run_cases
 from seppo_fast.kernels.eager import temporal_attention as twin
 from seppo_fast.models.attention import ChunkedAttention
-from seppo_fast.models.recompute import enable_checkpointing
 from seppo_fast.models.temporal_attention import FrameAttention, set_temporal_attention, temporal_attention
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.errors import ConfigError
 
 OURS = (benchmark.THEIR_LAYOUT, benchmark.IN_PLACE)
@@ -122,7 +122,7 @@ def test_autocast(in_float64):
 def test_checkpointing(first, in_float64):
     unet, inputs = _unet(lora=True).double(), _inputs(dtype=torch.float64)
     expected = _results(unet, inputs)
-    steps = [lambda: enable_checkpointing(unet), lambda: set_temporal_attention(unet, "torch")]
+    steps = [lambda: UNetFamily.recompute(unet), lambda: set_temporal_attention(unet, "torch")]
     for step in steps if first == "checkpointing" else steps[::-1]:
         step()
     calls = []

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import (
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.methods.joint_forward import Together
 from seppo_fast.models.trainable import make_trainable, trainable
+from seppo_fast.models.unet import UNetFamily
 
 TINY = {
     "sample_size": 8,
@@ -46,7 +47,7 @@ def tiny_policy(precision: str = "fp32", train: str = "lora", checkpointing: boo
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**TINY)
     config = ModelConfig(train=train, lora_rank=4, precision=precision, gradient_checkpointing=checkpointing)
-    make_trainable(unet, config, seed=0)
+    make_trainable(unet, config, seed=0, family=UNetFamily)
     return unet
 
 
@@ -79,6 +80,10 @@ def make_batch(rows: int, size: tuple[int, int] = (8, 8), dtype: torch.dtype = t
 def predict(unet: nn.Module, batch: Batch) -> Tensor:
     latents, timesteps, prompt_embeds = batch
     return unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+
+def together_of(policy, reference):
+    return Together(policy, reference, UNetFamily.joint_parts(policy))
 
 
 def one_pass(policy: nn.Module, together: Together, batch: Batch, rows: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +149,7 @@ def test_both_halves_are_bit_equal_to_two_passes(precision, pairs):
     rows = 2 * pairs
     batch = make_batch(2 * rows)
     with autocast(precision):
-        ours, theirs = one_pass(policy, Together(policy, reference), batch, rows)
+        ours, theirs = one_pass(policy, together_of(policy, reference), batch, rows)
         expected = two_passes(policy, reference, batch, rows)
         other = predict(reference, tuple(part[:rows] for part in batch))
     assert ours.dtype == expected[0].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -159,7 +164,7 @@ def test_halves_of_any_shape_are_bit_equal_where_products_do_not_depend_on_the_b
     policy, reference = models(precision)
     batch = make_batch(total, size)
     with autocast(precision), RowByRow():
-        ours, theirs = one_pass(policy, Together(policy, reference), batch, rows)
+        ours, theirs = one_pass(policy, together_of(policy, reference), batch, rows)
         expected = two_passes(policy, reference, batch, rows)
     assert torch.equal(ours, expected[0])
     assert torch.equal(theirs, expected[1])
@@ -169,7 +174,7 @@ def test_halves_of_any_shape_are_bit_equal_where_products_do_not_depend_on_the_b
 def test_halves_of_any_shape_are_close_to_two_passes(rows, total, size):
     policy, reference = models()
     batch = make_batch(total, size)
-    halves = one_pass(policy, Together(policy, reference), batch, rows)
+    halves = one_pass(policy, together_of(policy, reference), batch, rows)
     for half, expected in zip(halves, two_passes(policy, reference, batch, rows)):
         torch.testing.assert_close(half, expected, rtol=1e-5, atol=5e-6)
 
@@ -188,7 +193,7 @@ def test_scale_and_dtype_of_an_adapter_are_kept():
             part.scaling["default"] = -0.75
     batch = make_batch(4, dtype=torch.bfloat16)
     with RowByRow():
-        halves = one_pass(policy, Together(policy, reference), batch, 2)
+        halves = one_pass(policy, together_of(policy, reference), batch, 2)
         expected = two_passes(policy, reference, batch, 2)
     assert all(torch.equal(half, other) for half, other in zip(halves, expected))
 
@@ -197,7 +202,7 @@ def test_scale_and_dtype_of_an_adapter_are_kept():
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_equal_weights_give_equal_halves(precision, pairs):
     policy, _ = models(precision)
-    together = Together(policy, reference_of(policy))
+    together = together_of(policy, reference_of(policy))
     twice = tuple(torch.cat([part, part]) for part in make_batch(2 * pairs))
     with autocast(precision):
         ours, theirs = one_pass(policy, together, twice, 2 * pairs)
@@ -206,7 +211,7 @@ def test_equal_weights_give_equal_halves(precision, pairs):
 
 def test_weights_written_into_the_reference_are_used_at_once():
     policy, reference = models()
-    together, batch = Together(policy, reference), make_batch(4)
+    together, batch = together_of(policy, reference), make_batch(4)
     first = one_pass(policy, together, batch, 2)[1]
     with torch.no_grad():
         for weight in adapters(reference).values():
@@ -221,7 +226,7 @@ def test_outside_rows_the_policy_is_what_it_was():
     batch = make_batch(4)
     before, gradient = predict(policy, batch), gradients(policy, predict(policy, batch))
     attributes = {name: set(vars(module)) for name, module in policy.named_modules()}
-    together = Together(policy, reference)
+    together = together_of(policy, reference)
     one_pass(policy, together, batch, 2)
     with pytest.raises(ValueError, match="policy_rows = 4 leaves the reference none of the batch's 4 rows"):
         one_pass(policy, together, batch, 4)
@@ -238,12 +243,12 @@ def test_outside_rows_the_policy_is_what_it_was():
 @pytest.mark.parametrize(("rows", "total", "size"), [(6, 12, (8, 8)), (3, 5, (7, 9))])
 def test_gradients_are_those_of_two_passes(rows, total, size, checkpointing):
     policy, reference = (unet.double() for unet in models(checkpointing=checkpointing))
-    together, batch = Together(policy, reference), make_batch(total, size, torch.float64)
+    together, batch = together_of(policy, reference), make_batch(total, size, torch.float64)
     expected = gradients(policy, two_passes(policy, reference, batch, rows)[0])
     assert distance(gradients(policy, one_pass(policy, together, batch, rows)[0]), expected) < 1e-10
     single = make_batch(total, size)
     policy, reference = policy.float(), reference_of(policy.float())
-    ours = gradients(policy, one_pass(policy, Together(policy, reference), single, rows)[0])
+    ours = gradients(policy, one_pass(policy, together_of(policy, reference), single, rows)[0])
     assert distance({name: gradient.double() for name, gradient in ours.items()}, expected) < 1e-5
 
 
@@ -255,7 +260,7 @@ def test_the_reference_half_has_no_gradient():
     batch[0].requires_grad_(True)
     expected = gradients(policy, two_passes(policy, reference, batch, 2)[0])
     of_latents, batch[0].grad = batch[0].grad, None
-    ours, theirs = one_pass(policy, Together(policy, reference), batch, 2)
+    ours, theirs = one_pass(policy, together_of(policy, reference), batch, 2)
     weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
     (theirs * weights).sum().backward(retain_graph=True)
     assert all(weight.grad.abs().max() == 0 for weight in trainable(policy).values())
@@ -269,7 +274,7 @@ def test_the_reference_half_has_no_gradient():
 
 def test_gradients_of_micro_batches_add_up():
     policy, reference = (unet.double() for unet in models())
-    together = Together(policy, reference)
+    together = together_of(policy, reference)
     batches = {2: make_batch(4, dtype=torch.float64), 3: make_batch(5, (6, 10), torch.float64)}
     alone = [gradients(policy, two_passes(policy, reference, batch, rows)[0]) for rows, batch in batches.items()]
     expected = {name: alone[0][name] + alone[1][name] for name in alone[0]}
@@ -283,7 +288,7 @@ def test_gradients_of_micro_batches_add_up():
 
 def test_mixed_precision_gradients_do_not_depend_on_where_the_backward_is():
     policy, reference = models("bf16")
-    together, batch = Together(policy, reference), make_batch(4)
+    together, batch = together_of(policy, reference), make_batch(4)
     with autocast("bf16"):
         half = one_pass(policy, together, batch, 2)[0]
     outside = gradients(policy, half)
@@ -298,7 +303,7 @@ def test_mixed_precision_gradients_do_not_depend_on_where_the_backward_is():
 
 def test_a_loss_scale_goes_through():
     policy, reference = models()
-    together, batch = Together(policy, reference), make_batch(4)
+    together, batch = together_of(policy, reference), make_batch(4)
     plain = gradients(policy, one_pass(policy, together, batch, 2)[0])
     scaled = gradients(policy, one_pass(policy, together, batch, 2)[0], scale=2.0**16)
     assert all(torch.equal(scaled[name], plain[name] * 2**16) for name in plain)
@@ -313,7 +318,7 @@ def test_distributed_data_parallel_sees_every_gradient(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(policy)
         reduced = []
         wrapped.register_comm_hook(reduced, _note_bucket)
-        together = Together(policy, reference)
+        together = together_of(policy, reference)
         for _ in range(2):  # the second forward fails where the first left a gradient out
             assert distance(gradients(policy, one_pass(wrapped, together, batch, 2)[0]), expected) < 1e-5
     finally:
@@ -330,7 +335,7 @@ def _note_bucket(reduced: list[int], bucket: torch.distributed.GradBucket) -> to
 
 def test_an_adapter_changed_before_the_backward_is_noticed():
     policy, reference = models()
-    half = one_pass(policy, Together(policy, reference), make_batch(4), 2)[0]
+    half = one_pass(policy, together_of(policy, reference), make_batch(4), 2)[0]
     with torch.no_grad():
         next(iter(trainable(policy).values())).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -388,7 +393,9 @@ def sd15(mode: FakeTensorMode) -> tuple[UNet2DConditionModel, UNet2DConditionMod
     """Policy and reference of fake tensors: shapes and dtypes, neither memory nor arithmetic."""
     with torch.device("meta"):
         policy = UNet2DConditionModel(cross_attention_dim=768)
-        make_trainable(policy, ModelConfig(precision="bf16", lora_rank=8, gradient_checkpointing=True), seed=0)
+        make_trainable(
+            policy, ModelConfig(precision="bf16", lora_rank=8, gradient_checkpointing=True), seed=0, family=UNetFamily
+        )
     reference = reference_of(policy)
     fakes: dict[nn.Parameter, nn.Parameter] = {}
     with mode:
@@ -429,7 +436,7 @@ def costs() -> tuple[Cost, Cost, int]:
     with mode:
         batch = torch.empty(4, 4, 64, 64), torch.empty(4, dtype=torch.long), torch.empty(4, 77, 768)
         given = [*policy.parameters(), *reference.parameters(), *batch]
-        together = Together(policy, reference)
+        together = together_of(policy, reference)
         one = cost(lambda: one_pass(policy, together, batch, 2), given)
         inputs = []
         for block in (*policy.down_blocks, policy.mid_block, *policy.up_blocks, policy.conv_norm_out):
@@ -453,7 +460,7 @@ def test_bytes_kept_are_the_policy_rows_of_the_blocks_inputs(costs):
 def test_a_flop_counter_sees_both_passes_of_a_block():
     # It hangs hooks on the tensors that enter a module, also when a block runs again.
     policy, reference = models(checkpointing=True)
-    together, batch = Together(policy, reference), make_batch(4)
+    together, batch = together_of(policy, reference), make_batch(4)
     counted = []
     for way in (lambda: one_pass(policy, together, batch, 2), lambda: two_passes(policy, reference, batch, 2)):
         with FlopCounterMode(display=False) as counter:
@@ -471,13 +478,13 @@ def test_a_flop_counter_sees_both_passes_of_a_block():
 def test_full_weights_are_refused_with_the_way_out():
     policy = tiny_policy(train="full")
     with pytest.raises(ValueError, match="208 trained weights are no LoRA weights, 'conv_in.weight'.*errors='ahead'"):
-        Together(policy, copy.deepcopy(policy))
+        together_of(policy, copy.deepcopy(policy))
 
 
 def test_a_base_that_is_not_shared_is_refused():
     policy = tiny_policy()
     with pytest.raises(ValueError, match="reference: its 'conv_in.weight' is not the policy's own parameter"):
-        Together(policy, copy.deepcopy(policy))
+        together_of(policy, copy.deepcopy(policy))
 
 
 @pytest.mark.parametrize(
@@ -489,26 +496,26 @@ def test_other_lora_layers_are_refused(settings):
     policy = UNet2DConditionModel(**TINY).requires_grad_(False).eval()
     policy.add_adapter(LoraConfig(r=2, **settings))
     with pytest.raises(ValueError, match="each LoRA layer has to be a peft Linear in a down, mid or up block"):
-        Together(policy, reference_of(policy))
+        together_of(policy, reference_of(policy))
 
 
 def test_a_disabled_adapter_is_refused():
     policy, reference = models()
     policy.disable_adapters()
     with pytest.raises(ValueError, match="with one adapter, active and not merged"):
-        Together(policy, reference)
+        together_of(policy, reference)
 
 
 @pytest.mark.parametrize("rows", [0, -1])
 def test_a_policy_without_rows_is_refused(rows):
-    together = Together(*models())
+    together = together_of(*models())
     with pytest.raises(ValueError, match=f"policy_rows = {rows} must be at least 1"), together.rows(rows):
         pass
 
 
 def test_a_policy_in_training_mode_is_refused():
     policy, reference = models()
-    together = Together(policy, reference)
+    together = together_of(policy, reference)
     policy.train()
     with pytest.raises(ValueError, match="policy: in training mode"), together.rows(1):
         pass
@@ -527,7 +534,12 @@ def motion_models(checkpointing: bool) -> tuple[UNetMotionModel, UNetMotionModel
         num_attention_heads=2,
         motion_num_attention_heads=2,
     )
-    make_trainable(policy, ModelConfig(lora_rank=2, precision="fp32", gradient_checkpointing=checkpointing), seed=0)
+    make_trainable(
+        policy,
+        ModelConfig(lora_rank=2, precision="fp32", gradient_checkpointing=checkpointing),
+        seed=0,
+        family=UNetFamily,
+    )
     reference = reference_of(policy)
     for weight in (*adapters(policy).values(), *adapters(reference).values()):
         nn.init.normal_(weight, std=0.3)
@@ -547,7 +559,7 @@ def predict_clips(unet: nn.Module, batch: Batch, rows: slice) -> Tensor:
 
 def test_halves_of_clips_are_bit_equal_where_products_do_not_depend_on_the_batch():
     policy, reference = motion_models(checkpointing=False)
-    together, batch = Together(policy, reference), clips(3, (2, 2))
+    together, batch = together_of(policy, reference), clips(3, (2, 2))
     with RowByRow(), torch.no_grad():
         ours, theirs = one_pass(policy, together, batch, 2)
         assert torch.equal(ours, predict_clips(policy, batch, slice(2)))
@@ -559,6 +571,6 @@ def test_halves_of_clips_are_bit_equal_where_products_do_not_depend_on_the_batch
 @pytest.mark.parametrize(("rows", "total"), [(1, 2), (2, 3)])
 def test_gradients_of_clips_are_those_of_two_passes(rows, total, checkpointing):
     policy, reference = (unet.double() for unet in motion_models(checkpointing))
-    together, batch = Together(policy, reference), clips(total, (4, 6), torch.float64)
+    together, batch = together_of(policy, reference), clips(total, (4, 6), torch.float64)
     expected = gradients(policy, predict_clips(policy, batch, slice(rows)))
     assert distance(gradients(policy, one_pass(policy, together, batch, rows)[0]), expected) < 1e-10

@@ -18,8 +18,7 @@ from PIL import Image
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import LogConfig
-from seppo_fast.evaluation import generate
-from seppo_fast.methods.rollout import sample_latents
+from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
@@ -115,7 +114,7 @@ def test_overfitting_one_pair_drives_the_winners_error_down(tiny, tmp_path):
             if updates == 0:
                 seen.append(trainer.rollout._maker.pairs(10_000, range(64)))  # one example, 64 timesteps and noises
             with torch.no_grad():
-                prediction, target = trainer.forward(trainer.unet, seen[0])
+                prediction, target = trainer.denoiser(trainer.policy, seen[0])
             seen.append((prediction - target).square().mean().item())
 
     config = tiny_config(
@@ -140,7 +139,7 @@ def test_never_pushes_samples_away_where_adaptive_learns_from_them(tiny, tmp_pat
             train={"updates": 30, "learning_rate": 1e-3, "beta": 100.0},
         )  # fmt: skip
         trainer = Trainer(config)
-        trainer.references.add(trainer.unet)
+        trainer.references.add(trainer.policy)
         pairs = trainer.rollout.pairs(0)
         better = replace(pairs, ref_error=0.2 * pairs.ref_error)
         entries = [trainer.learner.step(better, update) for update in range(30)]
@@ -166,7 +165,7 @@ def test_full_weights_load_in_diffusers(tiny, tmp_path):
 def test_pipelines_of_half_precision_encoders_are_saved_as_they_were_loaded(tiny, tmp_path):
     """On a GPU the encoders compute in half precision; what is exported must still load and run by itself."""
     family = StableDiffusion.load(str(tiny), torch.device("cpu"), torch.bfloat16)
-    assert family.encode_prompts(["a fox"]).dtype == torch.bfloat16
+    assert family.encode_prompts(["a fox"])[0]["prompt_embeds"].dtype == torch.bfloat16
     family.save(tmp_path / "saved")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
@@ -202,7 +201,7 @@ def test_lora_loads_in_diffusers_and_predicts_alike(tiny, tmp_path):
 
     def observe(trainer, updates):
         with torch.no_grad():
-            seen[updates] = trainer.unet(*inputs, encoder_hidden_states=embeds).sample
+            seen[updates] = trainer.policy(*inputs, encoder_hidden_states=embeds).sample
 
     folder = train(tiny_config(tiny, tmp_path, model={"train": "lora"}, train={"learning_rate": 1e-2}), observe)
     pipe = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
@@ -236,18 +235,18 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
     for part, dropout in (("unet", "dropout"), ("text_encoder", "attention_dropout")):
         file = pipeline / part / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {dropout: 0.5}))
-    started = []
+    started, sample = [], Denoiser.sample
 
-    def recording(forward, model, sampler, noise, embeds, uncond):
-        started.append((noise, embeds, uncond))
-        return sample_latents(forward, model, sampler, noise, embeds, uncond)
+    def recording(denoiser, model, sampler, noise, own, uncond):
+        started.append((noise, own["prompt_embeds"], uncond["prompt_embeds"]))
+        return sample(denoiser, model, sampler, noise, own, uncond)
 
     def observe(trainer, updates):
         if updates == 0:
-            assert trainer.unet.config.dropout == trainer.family.pipe.text_encoder.config.attention_dropout == 0.5
+            assert trainer.policy.config.dropout == trainer.family.pipe.text_encoder.config.attention_dropout == 0.5
             assert np.array_equal(trainer._samples._generate(), trainer._samples._base)
 
-    monkeypatch.setattr(generate, "sample_latents", recording)
+    monkeypatch.setattr(Denoiser, "sample", recording)
     keys = {"data": {"prompt_dropout": 0.8}, "objective": "seppo-newest"}
     log = {"sample_every": 2, "sample_prompts": ["a fox", "b", "c"]}
     config = tiny_config(pipeline, tmp_path, log=log, train={"updates": 4}, **keys)

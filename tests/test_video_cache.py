@@ -19,7 +19,9 @@ from seppo_fast.data.media.frames import choose_frames
 from seppo_fast.data.remarks import Remarks
 from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source
+from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError
+from tests.calls import embeds
 from tests.clips import frame_numbers, numbered_frames, write_clip
 
 FRAMES, RESOLUTION = 4, 16
@@ -37,8 +39,10 @@ class ClipEncoder:
         self.batches.append(len(clips))
         return clips.permute(0, 4, 1, 2, 3).half()
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        return torch.tensor([[float(len(prompt))] * 6 for prompt in prompts]).reshape(-1, 2, 3).half()
+    collate = staticmethod(Conditioning.cat)
+
+    def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
+        return [embeds(torch.full((1, 2, 3), float(len(prompt))).half()) for prompt in prompts]
 
     def too_long(self, prompts: list[str]) -> list[str]:
         return []
@@ -159,7 +163,9 @@ def test_keys_of_image_caches_are_what_they_were(tmp_path):
     assert digest == "0a59986d213e96ca5d5f37a3cbe9e554a2919d08b8105cc33e9b7bf914fca684"
     parts = {"fingerprint": {"vae": "1", "dtype": "torch.float16"}, "resolution": 512, "crop": "center"}
     key = "e5a7cbd71734160107eaa1fb12afa8c577eb981e1d90bdd2699994071649952c"
-    assert cache_key(digest, losers=False, **parts) == key
+    assert cache_key(digest, losers=False, **parts, format_version=2) == key
+    key = cache_key(digest, losers=False, **parts)
+    assert key == "380ab3c00f6bff0c7cdec69fbb404b480893bbd5dccf332ca56df8875b0917a1"
     others = [cache_key(digest, losers=False, frames=frames, **parts) for frames in (16, 8)]
     others.append(cache_key(digest, losers=False, frames=16, flip=True, **parts))
     assert len({key, *others}) == 4

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seppo_fast.models.fake import FamilyDenoise, call_plainly, fake_copy
-from seppo_fast.models.family import UNet
+from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.models.fake import fake_copy, follow_cuda
+from seppo_fast.models.family import Inputs
 
 # A footprint is counted at these two numbers of rows.
 _FEW, _MANY = 1, 256
+
+FamilyDenoise = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+"""`Family.denoise`: (model, latents (B, *latent), times (B,), conditioning of B rows) -> prediction (B, *latent)"""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,7 @@ class Footprint:
 
 
 def training_footprint(
-    unet: UNet,
-    latent_shape: tuple[int, ...],
-    prompt_shape: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    denoise: FamilyDenoise = call_plainly,
+    model: nn.Module, denoise: FamilyDenoise, inputs: Inputs, dtype: torch.dtype, device: torch.device
 ) -> Footprint:
     """What a micro-batch of the learner takes; a row is a pair: two latents forward, and backward.
 
@@ -65,63 +63,57 @@ def training_footprint(
     the optimizer's state are not counted. Attention counts as one fused kernel, whatever the backend.
 
     Args:
-        unet: as it will be trained: trained weights marked, checkpointing and memory format set.
-        latent_shape: (C, H, W), or (C, F, H, W).
-        prompt_shape: (L, D), tokens and width of the embedding of a prompt.
+        model: as it will be trained: trained weights marked, checkpointing and memory format set.
+        denoise: calls it, or a copy of it.
+        inputs: of so many rows, on the CPU; `Family.example_inputs` of a resolution.
         dtype: of the computation; float32 runs without autocast.
         device: where it will run. Autocast on CUDA keeps more in float32 than on the CPU.
-        denoise: how the UNet is called.
     """
 
     def call(model: nn.Module, rows: int) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        latents, timesteps, embeds = _inputs(2 * rows, latent_shape, prompt_shape)
+        latents, times, conditioning = inputs(2 * rows)
         target = torch.empty_like(latents)
         with _autocast(dtype):
-            prediction = denoise(model, latents, timesteps, embeds)
+            prediction = denoise(model, latents, times, conditioning)
         (prediction.float() - target).square().mean().backward()
 
-    return _footprint(unet, call, device)
+    return _footprint(model, call, device)
 
 
 def sampling_footprint(
-    unet: UNet,
-    latent_shape: tuple[int, ...],
-    prompt_shape: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    guided: bool,
-    denoise: FamilyDenoise = call_plainly,
+    model: nn.Module, denoise: FamilyDenoise, inputs: Inputs, dtype: torch.dtype, device: torch.device, guided: bool
 ) -> Footprint:
-    """What a batch of samples takes; a row is one latent, which is two rows of the UNet where it is guided.
+    """What a batch of samples takes; a row is one latent, which is two rows of the network where it is guided.
 
     Args:
-        unet: as in `training_footprint`, like the other arguments.
-        latent_shape: (C, H, W), or (C, F, H, W).
-        prompt_shape: (L, D).
+        model: as in `training_footprint`, like the other arguments.
+        denoise: calls it.
+        inputs: of so many rows.
         dtype: of the computation.
         device: where it will run.
         guided: with classifier-free guidance, as one doubled batch.
-        denoise: how the UNet is called.
     """
 
     def call(model: nn.Module, rows: int) -> None:
-        inputs = _inputs(rows, latent_shape, prompt_shape)
+        latents, times, conditioning = inputs(rows)
         with torch.no_grad(), _autocast(dtype):
-            latents, timesteps, embeds = (torch.cat([x, x]) for x in inputs) if guided else inputs
-            denoise(model, latents, timesteps, embeds)
+            if guided:
+                latents, times = torch.cat([latents, latents]), torch.cat([times, times])
+                conditioning = Conditioning.cat([conditioning, conditioning])
+            denoise(model, latents, times, conditioning)
 
-    return _footprint(unet, call, device)
+    return _footprint(model, call, device)
 
 
-def _footprint(unet: UNet, call: Callable[[nn.Module, int], None], device: torch.device) -> Footprint:
+def _footprint(network: nn.Module, call: Callable[[nn.Module, int], None], device: torch.device) -> Footprint:
     peaks = []
     with FakeTensorMode(), torch.enable_grad():
-        model = fake_copy(unet)
+        model = fake_copy(network)
         if device.type == "cuda":
-            _follow_cuda(model)
+            follow_cuda(model)
         for rows in (_FEW, _MANY):
             with _LiveBytes(model) as live:
                 call(model, rows)
@@ -130,29 +122,8 @@ def _footprint(unet: UNet, call: Callable[[nn.Module, int], None], device: torch
     return Footprint(fixed=peaks[0] - _FEW * per_row, per_row=per_row)
 
 
-def _inputs(rows: int, latent_shape: tuple[int, ...], prompt_shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(rows, *latent_shape), torch.empty(rows, dtype=torch.int64), torch.empty(rows, *prompt_shape)
-
-
 def _autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-
-
-def _follow_cuda(model: nn.Module) -> None:
-    """Lets a fake model on the CPU do what CUDA does otherwise, where that costs memory.
-
-    Autocast computes norms and nearest-neighbour upsampling in float32 there (of torch's list of such operations, what
-    a UNet uses), and group norm copies channels_last to contiguous memory.
-    """
-
-    def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        x, *others = args or (kwargs.pop("hidden_states"),)
-        x = x.float() if torch.is_autocast_enabled("cpu") else x
-        return (x.contiguous() if isinstance(module, nn.GroupNorm) else x, *others), kwargs
-
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm | Upsample2D):
-            module.register_forward_pre_hook(prepare, with_kwargs=True)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from torch import nn
 
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
 from seppo_fast.capacity.presets import CPU_ROWS, DIAL, FEW_SAMPLES, filled, learner_bytes, pool_bytes, trained_bytes
 from seppo_fast.config.schema import Config
-from seppo_fast.models.families.sd15 import StableDiffusion
-from seppo_fast.models.family import UNet
+from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, make_trainable
 from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
@@ -34,7 +34,7 @@ class Need:
     """Bytes on the device, by what takes them.
 
     Attributes:
-        weights: of the UNet, trained and frozen.
+        weights: of the network, trained and frozen.
         trained: of the trained ones.
         moments: of Adam.
         average: the moving average of the trained weights.
@@ -93,12 +93,12 @@ class Need:
         return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
 
 
-def need_of(config: Config, family: StableDiffusion, device: torch.device, room: int, most: int | None = None) -> Need:
+def need_of(config: Config, family: Family, device: torch.device, room: int, most: int | None = None) -> Need:
     """What a configuration needs in one process; what it leaves open is filled in by the rules of the dial.
 
     Args:
         config: of the run, through `turn_dial`.
-        family: of the model; its UNet is not touched, and may be trained already.
+        family: of the model; its network is not touched, and may be trained already.
         device: on which it would run.
         room: bytes of it that are there for the run.
         most: bytes that a batch may fill them up to; None: the dial's share of what the weights leave.
@@ -107,15 +107,15 @@ def need_of(config: Config, family: StableDiffusion, device: torch.device, room:
         ConfigError: a resolution that the model does not take.
     """
     counted = _counted(config, family, device)
-    unet = counted.unet
-    weights = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
-    average = trained_bytes(unet) if config.train.ema_decay else 0
+    model = counted.model
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    average = trained_bytes(model) if config.train.ema_decay else 0
     need = Need(
         weights=weights,
-        trained=trained_bytes(unet),
-        moments=learner_bytes(config, unet) - average,
+        trained=trained_bytes(model),
+        moments=learner_bytes(config, model) - average,
         average=average,
-        references=pool_bytes(config, unet, device, max(0, room - weights)),
+        references=pool_bytes(config, model, device, max(0, room - weights)),
         pair=counted.pair,
         sample=counted.sample,
         micro_batch=config.train.micro_batch or 0,
@@ -128,35 +128,33 @@ def need_of(config: Config, family: StableDiffusion, device: torch.device, room:
 
 
 class _Counted(NamedTuple):
-    """A family's UNet as a configuration trains it, on `meta`, and what its batches take."""
+    """A family's network as a configuration trains it, on `meta`, and what its batches take."""
 
-    unet: UNet
+    model: nn.Module
     pair: Footprint
     sample: Footprint
 
 
 # Counting takes seconds, and suggestions ask again and again for what differs in other settings alone.
-_COUNTED: WeakKeyDictionary[StableDiffusion, dict[tuple[Any, ...], _Counted]] = WeakKeyDictionary()
+_COUNTED: WeakKeyDictionary[Family, dict[tuple[Any, ...], _Counted]] = WeakKeyDictionary()
 
 
-def _counted(config: Config, family: StableDiffusion, device: torch.device) -> _Counted:
+def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
     guided = config.sampler.guidance > 1
     key = (config.model.model_dump_json(), config.data.resolution, guided, device.type)
     known = _COUNTED.setdefault(family, {})
     if key not in known:
-        with torch.device("meta"):
-            unet = type(family.unet).from_config(family.unet.config)
-        make_trainable(unet, config.model, config.seed)
-        unet.to(memory_format=torch.channels_last)
-        shapes: dict[str, Any] = {
-            "latent_shape": family.latent_shape(config.data.resolution),
-            "prompt_shape": (family.pipe.tokenizer.model_max_length, unet.config.cross_attention_dim),
+        model = family.empty()
+        make_trainable(model, config.model, config.seed, family)
+        circumstances: dict[str, Any] = {
+            "denoise": family.denoise,
+            "inputs": family.example_inputs(config.data.resolution),
             "dtype": DTYPES[config.model.precision],
             "device": device,
-            "denoise": family.denoise,
         }
-        pair, sample = training_footprint(unet, **shapes), sampling_footprint(unet, **shapes, guided=guided)
-        known[key] = _Counted(unet, pair, sample)
+        pair = training_footprint(model, **circumstances)
+        sample = sampling_footprint(model, **circumstances, guided=guided)
+        known[key] = _Counted(model, pair, sample)
     return known[key]
 
 
@@ -185,9 +183,7 @@ def room_on(device: torch.device) -> int:
     return free_bytes(device) + int(psutil.Process().memory_info().rss)
 
 
-def out_of_memory(
-    config: Config, family: StableDiffusion, device: torch.device, error: BaseException
-) -> OutOfMemoryError:
+def out_of_memory(config: Config, family: Family, device: torch.device, error: BaseException) -> OutOfMemoryError:
     """The error that says what takes the memory of a run, and which settings would fit.
 
     Args:
@@ -219,7 +215,7 @@ def out_of_memory(
 
 
 def suggestions(
-    config: Config, family: StableDiffusion, device: torch.device, room: int, most: int
+    config: Config, family: Family, device: torch.device, room: int, most: int
 ) -> Iterator[tuple[dict[str, Any], Need]]:
     """Up to three changes with which a run takes at most `most` of `room` bytes, and what it needs; mildest first."""
     found = 0

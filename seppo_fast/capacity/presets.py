@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
-from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.distributed.fsdp import sharding_asked
-from seppo_fast.models.attention import choose_attention
-from seppo_fast.models.fake import FamilyDenoise, call_plainly
-from seppo_fast.models.family import UNet
+from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, trainable
 from seppo_fast.references.layout import Table
 from seppo_fast.utils.memory import free_bytes
@@ -72,75 +70,74 @@ def turn_dial(config: Config, device: torch.device) -> Config:
     return filled(config, model=model)
 
 
-def fit_to_machine(
-    config: Config,
-    unet: UNet,
-    cache: LatentCache,
-    accelerator: Accelerator,
-    denoise: FamilyDenoise = call_plainly,
-) -> Config:
+def fit_to_machine(config: Config, family: Family, accelerator: Accelerator) -> Config:
     """Fills in the pool's place on a GPU, batches, parking and attention, which take model and machine to know.
 
     Args:
         config: of the run, through `turn_dial`.
-        unet: on its device, its trained weights marked.
-        cache: the data; the shapes of its latents and embeddings count.
+        family: its network on its device, its trained weights marked.
         accelerator: all processes take the smallest batches of any, and the attention that the first one measured.
-        denoise: how the UNet is called.
 
     Raises:
         ConfigError: attention that is asked for and does not work.
     """
-    shapes: dict[str, Any] = {
-        "denoise": denoise,
-        "latent_shape": tuple(cache.latent_shape),
-        "prompt_shape": tuple(cache.uncond_embeds.shape[1:]),
+    model = family.model
+    circumstances: dict[str, Any] = {
+        "denoise": family.denoise,
+        "inputs": family.example_inputs(config.data.resolution),
         "dtype": DTYPES[config.model.precision],
         "device": accelerator.device,
     }
     if config.reference.gpu_gib is None and accelerator.device.type == "cuda":
-        config = _with_pool(config, unet, accelerator)
+        config = _with_pool(config, model, accelerator)
     if config.train.micro_batch is None:
-        config = _with_micro_batch(config, unet, training_footprint(unet, **shapes), accelerator)
+        config = _with_micro_batch(config, model, training_footprint(model, **circumstances), accelerator)
     if config.reference.park is None and (DIAL[config.memory].park or accelerator.device.type != "cuda"):
         config = filled(config, reference={"park": DIAL[config.memory].park})  # on a CPU it moves nothing
     guided = config.sampler.guidance > 1
     if config.sampler.batch is None or config.reference.park is None:
-        config = _with_batch(config, unet, sampling_footprint(unet, **shapes, guided=guided), accelerator)
+        sample = sampling_footprint(model, **circumstances, guided=guided)
+        config = _with_batch(config, model, sample, accelerator)
     assert config.train.micro_batch is not None
     objective = OBJECTIVES[config.objective]
     evaluations = config.sampler.steps * (2 if guided else 1) if objective.negatives == "generated" else 0
-    attention = choose_attention(
+
+    def call(model: nn.Module, rows: int) -> None:
+        family.denoise(model, *circumstances["inputs"](rows))
+
+    attention = family.choose_attention(
         "sdpa" if config.model.deterministic else config.model.attention,
-        unet,
-        **shapes,
+        model,
+        call=call,
         rows=2 * config.train.micro_batch,
+        device=accelerator.device,
+        dtype=circumstances["dtype"],
         forwards=evaluations / (2 * config.reference.uses) + (1 if objective.draw else 0),
     )
     (attention,) = broadcast_object_list([attention])
     return filled(config, model={"attention": attention})
 
 
-def _with_pool(config: Config, unet: UNet, accelerator: Accelerator) -> Config:
-    slab = Table.of(unet, DTYPES[config.model.precision]).size
+def _with_pool(config: Config, model: nn.Module, accelerator: Accelerator) -> Config:
+    slab = Table.of(model, DTYPES[config.model.precision]).size
     most = int(_POOL_SHARE * free_bytes(accelerator.device)) // slab
     mine = torch.tensor([min(most, checkpoints(config))], device=accelerator.device)
     return filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
 
 
-def _with_micro_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
+def _with_micro_batch(config: Config, model: nn.Module, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
-    pool = pool_bytes(config, unet, accelerator.device, free_bytes(accelerator.device))
-    beside = learner_bytes(config, unet, _shards(accelerator)) + pool
+    pool = pool_bytes(config, model, accelerator.device, free_bytes(accelerator.device))
+    beside = learner_bytes(config, model, _shards(accelerator)) + pool
     most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
     return filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
 
 
-def _with_batch(config: Config, unet: UNet, footprint: Footprint, accelerator: Accelerator) -> Config:
+def _with_batch(config: Config, model: nn.Module, footprint: Footprint, accelerator: Accelerator) -> Config:
     setting = DIAL[config.memory]
-    average = trained_bytes(unet) if config.train.ema_decay else 0
-    pool = pool_bytes(config, unet, accelerator.device, free_bytes(accelerator.device))
-    beside = learner_bytes(config, unet, _shards(accelerator)) + pool
+    average = trained_bytes(model) if config.train.ema_decay else 0
+    pool = pool_bytes(config, model, accelerator.device, free_bytes(accelerator.device))
+    beside = learner_bytes(config, model, _shards(accelerator)) + pool
     most = config.sampler.batch or setting.batch
     park = config.reference.park
     if park is None:
@@ -160,8 +157,8 @@ def _fitting(setting: Setting, footprint: Footprint, beside: int, most: int, acc
     return int(accelerator.gather(torch.tensor([rows], device=device)).min())
 
 
-def trained_bytes(unet: UNet) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in trainable(unet).values())
+def trained_bytes(model: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in trainable(model).values())
 
 
 def checkpoints(config: Config) -> int:
@@ -173,12 +170,12 @@ def checkpoints(config: Config) -> int:
     return min(made, 2 if draw == "newest" else config.reference.keep or made)
 
 
-def pool_bytes(config: Config, unet: UNet, device: torch.device, free: int) -> int:
+def pool_bytes(config: Config, model: nn.Module, device: torch.device, free: int) -> int:
     """Of the device's memory, of which `free` bytes are for a run: past policies there, the resident one, the next."""
     count = checkpoints(config)
     if not count:
         return 0
-    slab = Table.of(unet, DTYPES[config.model.precision]).size
+    slab = Table.of(model, DTYPES[config.model.precision]).size
     # On a CPU host memory is the device's; unless a budget is given, the pool takes half of it at most.
     cuda = device.type == "cuda"
     given = config.reference.gpu_gib if cuda else config.reference.host_gib
@@ -192,10 +189,10 @@ def _shards(accelerator: Accelerator) -> int:
     return accelerator.num_processes if sharding_asked() else 1
 
 
-def learner_bytes(config: Config, unet: UNet, shards: int = 1) -> int:
+def learner_bytes(config: Config, model: nn.Module, shards: int = 1) -> int:
     """Of what the learner adds to the weights and their gradients: Adam's two moments, the moving average."""
     moments = 0.5 if config.train.optimizer == "adamw8bit" else 2
-    return int(trained_bytes(unet) * (moments + (1 if config.train.ema_decay else 0)) / shards)
+    return int(trained_bytes(model) * (moments + (1 if config.train.ema_decay else 0)) / shards)
 
 
 def filled(config: Config, **sections: dict[str, Any]) -> Config:

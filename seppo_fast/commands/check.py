@@ -15,11 +15,9 @@ from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.opening import truncation
 from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
-from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.distributed.processes import processes
-from seppo_fast.methods.forward import Forward
-from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.family import Family
 from seppo_fast.models.registry import load_family
 from seppo_fast.models.trainable import DTYPES, make_trainable, trainable
 from seppo_fast.references.layout import Table
@@ -44,9 +42,8 @@ def check(config: Config) -> int:
     print(f"objective: {objective.source}")
     source = preflight(config, device, processes=1)
     family = load_family(config, device)
-    schedule = NoiseSchedule(family.scheduler_config)
-    Sampler(family.scheduler_config, config.sampler)
     shape = family.latent_shape(config.data.resolution)
+    family.sampler(config.sampler, shape)
     remarks = Remarks(config.data.resolution)
     problems = scan(source, losers=objective.needs_pairs, frames=family.frames, remarks=remarks)
     for problem in problems:
@@ -68,26 +65,26 @@ def check(config: Config) -> int:
     print("\n".join(need.table()))
     for line in _places(config, family, need, device):
         print(line)
-    text = len(prompts) * family.pipe.tokenizer.model_max_length * family.unet.config.cross_attention_dim
+    text = len(prompts) * sum(tensor.numel() for tensor in family.example_row().values())
     latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
     print(f"disk: {size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
     states = need.trained + need.moments + need.average
     print(f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, and the past policies once")
-    forward = Forward(family, schedule, DTYPES[config.model.precision])
-    seconds = seconds_of_run(config, need, family, forward)
+    denoiser = Denoiser(family, DTYPES[config.model.precision])
+    seconds = seconds_of_run(config, need, family, denoiser)
     print(
         f"eta: about {duration(seconds)} on one such {device.type} for {config.train.updates} updates, by one forward"
     )
     return DataError.exit_code if problems else 0
 
 
-def _places(config: Config, family: StableDiffusion, need: Need, device: torch.device) -> Iterator[str]:
+def _places(config: Config, family: Family, need: Need, device: torch.device) -> Iterator[str]:
     """Where past policies go, and what waits in host memory."""
-    every = sum(weight.numel() for weight in family.unet.parameters())
-    make_trainable(family.unet, config.model, config.seed)
-    yield f"trained: {sum(weight.numel() for weight in trainable(family.unet).values()):,} of {every:,} weights"
+    every = sum(weight.numel() for weight in family.model.parameters())
+    make_trainable(family.model, config.model, config.seed, family)
+    yield f"trained: {sum(weight.numel() for weight in trainable(family.model).values()):,} of {every:,} weights"
     references = checkpoints(config)
-    slab = Table.of(family.unet, DTYPES[config.model.precision]).size if references else 0
+    slab = Table.of(family.model, DTYPES[config.model.precision]).size if references else 0
     first = "GPU memory, else in " if device.type == "cuda" else ""
     yield (
         f"past policies: {references} of {size(slab)}, in {first}{_tier(config.reference.host_gib)} of "

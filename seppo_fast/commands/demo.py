@@ -41,7 +41,7 @@ class ScoreCurve:
     def __call__(self, trainer: Trainer, updates: int) -> None:
         if updates % CURVE_EVERY == 0 or updates == trainer.config.train.updates:
             _, scores = judged_pictures(
-                trainer.family, trainer.forward, trainer.unet, trainer.sampler, self._prompts, DEVELOPMENT
+                trainer.family, trainer.denoiser, trainer.policy, trainer.sampler, self._prompts, DEVELOPMENT
             )
             scored = given(scores)
             self.points.append((updates, float(scored.mean())))

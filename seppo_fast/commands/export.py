@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
-from torch import Tensor
 
 from seppo_fast import __version__
-from seppo_fast.config.contradictions import makes_clips
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
 from seppo_fast.evaluation.scores import Scores, read_scores
-from seppo_fast.models.families.sd15 import StableDiffusion
-from seppo_fast.models.registry import load_family
+from seppo_fast.models.family import Family
+from seppo_fast.models.registry import family_of, load_family
 from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
 from seppo_fast.runs.checkpoint import SavedState, newest_state
 from seppo_fast.runs.resume import refuse_other_content, saved_config
@@ -74,15 +71,16 @@ def export(
     form = form or ("lora" if lora else "diffusers")
     if form != "diffusers" and not lora:
         raise ConfigError(f"{run}: all weights were trained, so there is no LoRA; use --format diffusers")
-    if form == "comfyui" and makes_clips(config.model):
-        raise ConfigError(f"{run}: ComfyUI has no key names of its own for AnimateDiff; use --format lora")
+    family = family_of(config.model)
+    if form == "comfyui" and not family.has_comfyui_names:
+        raise ConfigError(f"{run}: ComfyUI has no key names of its own for {family.__name__}; use --format lora")
     folder = output or free_name(run / f"export-{form}")
     if folder.exists():
         raise ConfigError(f"--output {folder}: is there already")
     scores = read_scores(run)
-    family, average = _trained(config, saved, raw)
+    trained, average = _trained(config, saved, raw)
     with staged_folder(folder, CheckpointError) as staging:
-        _write(family, config, form, staging)
+        _write(trained, config, form, staging)
         card = model_card(config, saved, form, average, scores)
         # A folder's name need not be UTF-8.
         (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
@@ -91,61 +89,37 @@ def export(
     return folder
 
 
-def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[StableDiffusion, bool]:
+def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[Family, bool]:
     """The model with a state's weights, in float32, and whether they are the moving average."""
     instead = "Where the base was moved: --model PATH, --motion-adapter PATH"
     try:
         family = load_family(config, torch.device("cpu"))
     except ConfigError as problem:
         raise ConfigError(f"{problem}. {instead}") from problem
-    refuse_other_content(saved, {"model": family.identity()}, instead)
+    refuse_other_content(saved, {"model": (family.identity(),)}, instead)
     # The base in float32, whatever it was trained in: what is merged into it would be lost in rounding.
-    make_trainable(family.unet, config.model.model_copy(update={"precision": "fp32"}), config.seed)
-    load_policy(family.unet, saved)
+    plain = config.model.model_copy(update={"precision": "fp32"})
+    make_trainable(family.model, plain, config.seed, family)
+    load_policy(family.model, saved)
     average = bool(config.train.ema_decay) and not raw
     if average:
-        parameters = trainable(family.unet)
+        parameters = trainable(family.model)
         with torch.no_grad():
             for name, tensor in fitting(saved, AVERAGE, parameters).items():
                 parameters[name].copy_(tensor)
     return family, average
 
 
-def _write(family: StableDiffusion, config: Config, form: Format, folder: Path) -> None:
+def _write(family: Family, config: Config, form: Format, folder: Path) -> None:
     if form == "lora":
-        family.save_lora(folder, lora_weights(family.unet))
+        family.save_lora(folder, lora_weights(family.model))
     elif form == "comfyui":
-        save_file(
-            comfyui_weights(lora_weights(family.unet)), folder / COMFYUI_FILE, metadata=kohya_metadata(family, config)
-        )
+        weights, metadata = family.comfyui_lora(lora_weights(family.model), config.model.lora_rank)
+        save_file(on_cpu(weights), folder / COMFYUI_FILE, metadata=metadata)
     else:
         if config.model.train == "lora":
-            family.unet.fuse_lora()
-            family.unet.unload_lora()
+            family.merge_lora()
         family.save(folder)
-
-
-def kohya_metadata(family: StableDiffusion, config: Config) -> dict[str, str]:
-    """Returns what kohya's scripts write beside a LoRA, by which A1111 and others sort: its size and its base."""
-    second = family.unet.config.cross_attention_dim == 1024  # OpenCLIP's width; SD-1.5's is 768
-    velocity = family.scheduler_config["prediction_type"] == "v_prediction"
-    base = ("sd_v2_v" if velocity else "sd_v2") if second else "sd_v1"
-    architectures = {"sd_v1": "v1", "sd_v2": "v2-512", "sd_v2_v": "v2-768-v"}
-    rank = str(config.model.lora_rank)
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
-        "ss_base_model_version": base,
-        "ss_v2": str(second),
-        "modelspec.architecture": f"stable-diffusion-{architectures[base]}/lora",
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
-    }
-
-
-def comfyui_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA under the key names of kohya's scripts, as ComfyUI, A1111 and others read them, with its alphas."""
-    return on_cpu(convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()}))
 
 
 def model_card(config: Config, saved: SavedState, form: Format, average: bool, scores: Scores | None) -> str:
@@ -155,10 +129,10 @@ def model_card(config: Config, saved: SavedState, form: Format, average: bool, s
     facts: dict[str, Any] = {
         "base": config.model.path,
         **adapter,
-        "trained": "all weights of the UNet" if config.model.train == "full" else lora,
+        "trained": "all weights of the network" if config.model.train == "full" else lora,
         "weights": "moving average" if average else "raw",
         "data": f"{config.data.source}, {config.data.resolution} pixels"
-        + (f", {config.data.frames} frames" if makes_clips(config.model) else ""),
+        + (f", {config.data.frames} frames" if family_of(config.model).makes_clips else ""),
         "objective": f"{config.objective}, beta {config.train.beta:g} (times a mean over latent elements)",
         "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
         "references": f"a new past policy every {config.train.updates_per_iteration} updates",

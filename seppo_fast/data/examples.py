@@ -21,6 +21,7 @@ class Example:
         loser: The rejected image of a labelled pair, or None.
         time_lapse: A clip whose frames are to be taken from all of it, first to last, not from a window.
         by_number: A clip whose frames are to be chosen by their numbers, as MagicTime does, not by their times.
+        number: A label or a score of the example, where the data set has one.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Example:
     loser: ImageRef | None = None
     time_lapse: bool = False
     by_number: bool = False
+    number: float | None = None
 
 
 def printable(text: str) -> str:

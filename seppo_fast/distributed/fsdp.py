@@ -14,22 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from diffusers import Transformer2DModel
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from seppo_fast.config.schema import Config
-from seppo_fast.models.family import UNet
 from seppo_fast.utils.errors import ConfigError
-
-# Gathered as a whole: of SD-1.5 at most 49 M weights each. The embeddings and outer layers, 3 M, are the root's.
-_UNITS = (ResnetBlock2D, Transformer2DModel, AnimateDiffTransformer3D, Downsample2D, Upsample2D)
 
 
 def sharding_asked() -> bool:
@@ -91,22 +82,27 @@ def settled(config: Config, processes: int) -> Config:
     return config.model_copy(update={name: getattr(config, name).model_copy(update=keys) for name, keys in off.items()})
 
 
-def shard(unet: UNet, device: torch.device) -> UNet:
-    """Shards a UNet in place, all of whose parameters are trained and contiguous, over all processes.
+def shard(model: nn.Module, units: tuple[type[nn.Module], ...], device: torch.device) -> nn.Module:
+    """Shards a network in place, all of whose parameters are trained and contiguous, over all processes.
+
+    Args:
+        model: the network.
+        units: classes of the modules whose weights are gathered as a whole; what lies outside them is the root's.
+        device: of this process.
 
     Returns:
         A plain module like it, without weights (its own are on `meta`), in whose places others can be put.
     """
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in unet.parameters()}
-    plain = copy.deepcopy(unet, dict(empty))
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    plain = copy.deepcopy(model, dict(empty))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Units stay gathered from no forward to the next thing, so that outside of one the weights are always the shards.
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    for module in unet.modules():
-        if isinstance(module, _UNITS):
+    for module in model.modules():
+        if isinstance(module, units):
             fully_shard(module, **settings)
-    fully_shard(unet, **settings)
-    for module in unet.modules():
+    fully_shard(model, **settings)
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             # Gradients of all processes are added up, not averaged; by a plain sum, which gloo has too.
             module.set_gradient_divide_factor(1.0)

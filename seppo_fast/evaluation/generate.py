@@ -7,20 +7,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.evaluation.grids import side_by_side
-from seppo_fast.methods.forward import Forward
-from seppo_fast.methods.rollout import sample_latents
-from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.family import Family
 from seppo_fast.utils.random import keyed_noise
 
 
 def generate(
-    family: StableDiffusion,
-    forward: Forward,
+    family: Family,
+    denoiser: Denoiser,
     model: nn.Module,
     sampler: Sampler,
     prompts: Sequence[str],
@@ -36,8 +34,10 @@ def generate(
     """
     shape = family.latent_shape(resolution)
     noise = keyed_noise(seed, "evaluation", [(0, index) for index in range(len(prompts))], shape)
-    embeds = torch.cat([family.encode_prompts(list(chunk)) for chunk in _chunks(prompts, 256)])
-    latents = sample_latents(forward, model, sampler, noise, embeds, family.encode_prompts([""]))
+    rows = [row for chunk in _chunks(["", *prompts], 256) for row in family.encode_prompts(list(chunk))]
+    conditioning = family.collate(rows)
+    own, uncond = conditioning.take(slice(1, None)), conditioning.take(slice(0, 1))
+    latents = denoiser.sample(model, sampler, noise, own, uncond)
     pictures = family.decode(latents)
     family.park_encoders()
     return pictures
@@ -48,8 +48,8 @@ class FixedPrompts:
 
     Args:
         family: the model.
-        forward: how it is called.
-        model: its UNet, which as it is now is the base; for all processes to call where it is sharded.
+        denoiser: how it is called.
+        model: its network, which as it is now is the base; for all processes to call where it is sharded.
         sampler: how pictures are made.
         prompts: one row each.
         resolution: in pixels.
@@ -58,8 +58,8 @@ class FixedPrompts:
 
     def __init__(
         self,
-        family: StableDiffusion,
-        forward: Forward,
+        family: Family,
+        denoiser: Denoiser,
         model: nn.Module,
         sampler: Sampler,
         prompts: Sequence[str],
@@ -68,7 +68,7 @@ class FixedPrompts:
     ) -> None:
         self._prompts = list(prompts)
         self._generate = partial(
-            generate, family, forward, model, sampler, self._prompts, resolution=resolution, seed=seed
+            generate, family, denoiser, model, sampler, self._prompts, resolution=resolution, seed=seed
         )
         self._base = self._generate()
 

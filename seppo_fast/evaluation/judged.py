@@ -13,11 +13,10 @@ from torch import nn
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import Source
 from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.evaluation.generate import generate
-from seppo_fast.methods.forward import Forward
-from seppo_fast.models.families.sd15 import StableDiffusion
-from seppo_fast.models.folders import load_as
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.family import Family
+from seppo_fast.models.pipelines.folders import load_as
 from seppo_fast.models.registry import load_family
 from seppo_fast.shapes import judge, motion, motion_judge
 from seppo_fast.shapes.world import SIZE, caption, scene
@@ -61,14 +60,14 @@ def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:
 
 
 def judged_pictures(
-    family: StableDiffusion, forward: Forward, model: nn.Module, sampler: Sampler, prompts: Sequence[str], seed: int
+    family: Family, denoiser: Denoiser, model: nn.Module, sampler: Sampler, prompts: Sequence[str], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures or clips, as the family makes them, and their scores.
 
     Args:
         family: the pipeline.
-        forward: how the model is called.
-        model: the UNet.
+        denoiser: how the model is called.
+        model: its network.
         sampler: how pictures are made.
         prompts: captions of the shapes world.
         seed: of the starting noise; picture i starts from noise (seed, i), whatever the model.
@@ -77,7 +76,7 @@ def judged_pictures(
         Pictures `(N, 32, 32, 3)` or clips `(N, F, 32, 32, 3)` uint8, and scores `(N,)`: the share of asked-for
         attributes that the judge finds.
     """
-    pictures = generate(family, forward, model, sampler, prompts, resolution=SIZE, seed=seed)
+    pictures = generate(family, denoiser, model, sampler, prompts, resolution=SIZE, seed=seed)
     score_all = motion_judge.score_all if pictures.ndim == 5 else judge.score_all
     return pictures, np.asarray(score_all(list(prompts), pictures))
 
@@ -91,8 +90,7 @@ def judged_model(
     model = config.model.model_copy(update={"path": str(weights), "motion_adapter": ""}) if full else config.model
     family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
     if weights is not None and not full:
-        adapter = partial(family.pipe.load_lora_weights, weights, use_safetensors=True)
-        load_as("weights", str(weights), "a LoRA", adapter)
-    forward = Forward(family, NoiseSchedule(family.scheduler_config), torch.float32)
-    sampler = Sampler(family.scheduler_config, config.sampler)
-    return judged_pictures(family, forward, family.unet, sampler, prompts, seed)
+        load_as("weights", str(weights), "a LoRA", partial(family.load_lora, weights))
+    denoiser = Denoiser(family, torch.float32)
+    sampler = family.sampler(config.sampler, family.latent_shape(SIZE))
+    return judged_pictures(family, denoiser, family.model, sampler, prompts, seed)

@@ -3,8 +3,8 @@
 Two LoRAs of one base differ in their adapters alone. So one batch holds rows of both: each base layer takes all rows at
 once, each half passes through its own adapter, and attention runs over the whole batch. Left to autograd that costs
 more than two forwards, because it keeps the reference's activations too and sends zeros back through them. Here each
-block of the UNet runs on all rows without a graph, keeps a copy of its inputs' policy rows, and runs those alone once
-more, with a graph, when their gradient arrives: gradient checkpointing with the block as its unit.
+block of the network runs on all rows without a graph, keeps a copy of its inputs' policy rows, and runs those alone
+once more, with a graph, when their gradient arrives: gradient checkpointing with the block as its unit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
-from diffusers.models.resnet import ResnetBlock2D
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from seppo_fast.models.family import UNet
+from seppo_fast.models.family import JointParts
 from seppo_fast.models.recompute import whole
 from seppo_fast.models.trainable import trainable
 
@@ -37,27 +35,29 @@ class Together:
     blocks is off while they run again: it would run most of them a third time.
 
     Args:
-        policy: the UNet that is trained, in eval mode, with LoRA layers in its down, mid and up blocks.
+        policy: the network that is trained, in eval mode, with LoRA layers in its blocks.
         reference: a module of the same structure that holds the policy's frozen parameters themselves, not copies,
             and adapters of its own, which may be written in place between forwards.
+        parts: those of the policy; see `Family.joint_parts`.
 
     Raises:
         ValueError: weights other than a LoRA's are trained, a LoRA layer is of another kind than `make_trainable` adds
             or lies outside the blocks, or a frozen parameter is not shared.
     """
 
-    def __init__(self, policy: UNet, reference: nn.Module) -> None:
-        blocks = [block for block in (*policy.down_blocks, policy.mid_block, *policy.up_blocks) if block is not None]
+    def __init__(self, policy: nn.Module, reference: nn.Module, parts: JointParts) -> None:
         theirs = dict(reference.named_modules())
         layers = {ours: theirs.get(name) for name, ours in policy.named_modules() if isinstance(ours, LoraLayer)}
-        _check(policy, reference, blocks, layers)
+        _check(policy, reference, parts.blocks, layers)
         self._policy = policy
-        self._units = {block: _Unit(block.forward, [block], layers) for block in blocks}
-        tail = [part for part in (policy.conv_norm_out, policy.conv_act, policy.conv_out) if part is not None]
-        self._units[tail[-1]] = _Unit(_chain([part.forward for part in tail]), tail, layers)
+        units = [_Unit(block.forward, [block], layers, parts.row_layers) for block in parts.blocks]
+        self._units = dict(zip(parts.blocks, units, strict=True))
+        tail = parts.tail
+        run = _chain([part.forward for part in tail])
+        self._units[tail[-1]] = _Unit(run, tail, layers, parts.row_layers)
         self._passed = tail[:-1]  # the last one runs them all
-        embeddings = [part for part in policy.modules() if isinstance(part, TimestepEmbedding)]
-        self._row_layers = [layer for part in embeddings for layer in (part.linear_1, part.linear_2)]
+        inside = {part for unit in self._units.values() for part in unit.parts}
+        self._row_layers = [layer for layer in parts.row_layers if layer not in inside]
 
     @contextmanager
     def rows(self, policy_rows: int) -> Iterator[None]:
@@ -148,17 +148,22 @@ class _Unit:
         run: its forward.
         modules: which it runs.
         layers: the reference's layer for each LoRA layer of the policy.
+        row_layers: of the network, those within these modules among them.
     """
 
     def __init__(
-        self, run: Callable[..., Any], modules: Sequence[nn.Module], layers: Mapping[LoraLayer, LoraLayer]
+        self,
+        run: Callable[..., Any],
+        modules: Sequence[nn.Module],
+        layers: Mapping[LoraLayer, LoraLayer],
+        row_layers: Sequence[nn.Module],
     ) -> None:
         self.run = run
         self.parameters = [weight for module in modules for weight in trainable(module).values()]
-        self._parts = [part for module in modules for part in module.modules()]
-        self._layers = {part: layers[part] for part in self._parts if part in layers}
-        resnets = [part for part in self._parts if isinstance(part, ResnetBlock2D)]
-        self._row_layers = [part.time_emb_proj for part in resnets if part.time_emb_proj is not None]
+        self.parts = [part for module in modules for part in module.modules()]
+        self._layers = {part: layers[part] for part in self.parts if part in layers}
+        inside = set(self.parts)
+        self._row_layers = [layer for layer in row_layers if layer in inside]
 
     def shared(self, rows: _Rows) -> AbstractContextManager[None]:
         """Inside, its layers take rows of both."""
@@ -167,7 +172,7 @@ class _Unit:
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, gradient checkpointing is off."""
-        return whole(self._parts)
+        return whole(self.parts)
 
 
 class _SharedForward(torch.autograd.Function):

@@ -1,13 +1,13 @@
-"""Pairs: what the learner sees of one update. Which examples, timesteps and noises is a pure function of the seed.
+"""Pairs: what the learner sees of one update. Which examples, times and noises is a pure function of the seed.
 
-Shape legend: B pairs, b pairs of a micro-batch, L tokens, D embedding width.
+Shape legend: B pairs, b pairs of a micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.latents import LatentCache
+from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.diffusion.schedule import Schedule
 from seppo_fast.utils.random import keyed_noise, keyed_rng
 
 
@@ -26,18 +28,18 @@ class Pairs:
         sample_ids: B numbers, unique in the run but for `reference.uses`: visit * len(data) + index of the example.
         winners: `(B, *latent)` float32.
         losers: `(B, *latent)` float32; None where the objective has none.
-        timesteps: `(B,)` int64, shared by both halves.
+        times: `(B,)` in the schedule's dtype, shared by both halves.
         noise: `(B, *latent)`, shared by both halves, or `(2B, *latent)` winner half first.
-        prompt_embeds: `(B, L, D)`, of the pair's prompt or, where it was dropped, of the empty one.
+        conditioning: B rows, of the pair's prompt or, where it was dropped, of the empty one.
         ref_error: `(2B,)` float32 errors of the reference, winner half first; None where they are not made ahead.
     """
 
     sample_ids: tuple[int, ...]
     winners: Tensor
     losers: Tensor | None
-    timesteps: Tensor
+    times: Tensor
     noise: Tensor
-    prompt_embeds: Tensor
+    conditioning: Conditioning
     ref_error: Tensor | None = None
 
     def __len__(self) -> int:
@@ -51,9 +53,9 @@ class Pairs:
                 sample_ids=self.sample_ids[chosen],
                 winners=self.winners[chosen],
                 losers=None if self.losers is None else self.losers[chosen],
-                timesteps=self.timesteps[chosen],
+                times=self.times[chosen],
                 noise=self._both_halves(self.noise, chosen),
-                prompt_embeds=self.prompt_embeds[chosen],
+                conditioning=self.conditioning.take(chosen),
                 ref_error=None if self.ref_error is None else self._both_halves(self.ref_error, chosen),
             )
 
@@ -68,7 +70,39 @@ class Pairs:
         tensors: dict[str, Any] = {
             name: _sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        tensors["conditioning"] = self.conditioning.map(lambda tensor: _sent(tensor, device))
         return replace(self, **tensors)
+
+
+class NoisedBatch(NamedTuple):
+    """What the model is shown of b pairs, winner half first, and what it should predict.
+
+    Attributes:
+        latents: `(2b, *latent)`, or `(b, *latent)` without losers.
+        times: one a row.
+        conditioning: one row a row.
+        target: as `latents`, or `(b, *latent)` where both halves share it.
+    """
+
+    latents: Tensor
+    times: Tensor
+    conditioning: Conditioning
+    target: Tensor
+
+
+def noised(pairs: Pairs, schedule: Schedule, device: torch.device) -> NoisedBatch:
+    """Pairs to the model's input and target, on the device."""
+    pairs = pairs.to(device)
+    latents = pairs.winners if pairs.losers is None else torch.cat([pairs.winners, pairs.losers])
+    halves = len(latents) // len(pairs)
+    noise = pairs.noise.repeat(len(latents) // len(pairs.noise), *[1] * (latents.dim() - 1))
+    times = pairs.times.repeat(halves)
+    return NoisedBatch(
+        latents=schedule.add_noise(latents, noise, times),
+        times=times,
+        conditioning=pairs.conditioning.repeat(halves),
+        target=pairs.noise if schedule.shared_target else schedule.target(latents, noise, times),
+    )
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -83,19 +117,19 @@ class PairMaker:
 
     Args:
         config: of the run.
-        cache: latents and prompt embeddings.
-        num_timesteps: of the schedule.
+        cache: latents and conditioning.
+        schedule: of the model; it draws the times.
         rank: of this process.
         world: number of processes.
     """
 
     def __init__(
-        self, config: Config, cache: LatentCache, num_timesteps: int, *, rank: int = 0, world: int = 1
+        self, config: Config, cache: LatentCache, schedule: Schedule, *, rank: int = 0, world: int = 1
     ) -> None:
         self._config = config
         self._objective = OBJECTIVES[config.objective]
         self._cache = cache
-        self._num_timesteps = num_timesteps
+        self._schedule = schedule
         self._rank, self._world = rank, world
         self._order: tuple[int, Tensor] | None = None
 
@@ -116,13 +150,18 @@ class PairMaker:
         """The rows of the cache that the sample ids name."""
         return [sample % len(self._cache) for sample in sample_ids]
 
-    def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """What a reference samples from, for (update, sample id): x_T `(B, *latent)`, own prompts `(B, L, D)`."""
+    def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Conditioning, Conditioning]:
+        """What a reference samples from, for B keys (update, sample id).
+
+        Returns:
+            Noise `(B, *latent)`; the conditioning of the samples' own prompts, B rows; that of the empty one, one row.
+        """
         noise = keyed_noise(self._config.seed, "sample", keys, self._cache.latent_shape)
-        return noise, self._cache.prompt_embeds(self.examples([sample for _, sample in keys]))
+        rows = self._cache.conditioning([None, *self.examples([sample for _, sample in keys])])
+        return noise, rows.take(slice(1, None)), rows.take(slice(0, 1))
 
     def pairs(self, update: int, sample_ids: Sequence[int], losers: Tensor | None = None) -> Pairs:
-        """Pairs with their timesteps, noises and prompts: `reference.uses` in a row for each sample id.
+        """Pairs with their times, noises and prompts: `reference.uses` in a row for each sample id.
 
         Args:
             update: the update they are for.
@@ -133,15 +172,15 @@ class PairMaker:
         examples = self.examples(sample_ids)
         winners = self._cache.winners(examples).float().repeat_interleave(uses, 0)
         other = self._cache.losers(examples).float().repeat_interleave(uses, 0) if self._objective.needs_pairs else None
-        embeds = self._cache.prompt_embeds(examples).repeat_interleave(uses, 0)
+        prompts: list[int | None] = [example for example in examples for _ in range(uses)]
         # No number for the first use, so that it draws what runs without several uses draw.
         keys = [(update, sample, *([use] if use else [])) for sample in sample_ids for use in range(uses)]
-        timesteps = torch.empty(len(keys), dtype=torch.int64)
+        times = torch.empty(len(keys), dtype=self._schedule.dtype)
         for row, key in enumerate(keys):
             rng = keyed_rng(seed, "pair", *key)
-            timesteps[row] = int(rng.integers(self._num_timesteps))
+            times[row] = self._schedule.draw(rng, winners.shape[1:])
             if rng.random() < config.data.prompt_dropout:
-                embeds[row] = self._cache.uncond_embeds[0]
+                prompts[row] = None
             if other is not None and self._objective.winners == "random" and rng.random() < 0.5:
                 winners[row] = other[row]
         noise = keyed_noise(seed, "noise", keys, winners.shape[1:])
@@ -151,4 +190,4 @@ class PairMaker:
             losers = losers.repeat_interleave(uses, 0)
         elif losers is None and self._objective.negatives == "labelled":
             losers = other
-        return Pairs(tuple(key[1] for key in keys), winners, losers, timesteps, noise, embeds)
+        return Pairs(tuple(key[1] for key in keys), winners, losers, times, noise, self._cache.conditioning(prompts))

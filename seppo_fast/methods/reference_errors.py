@@ -13,20 +13,49 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import Config
 from seppo_fast.loss import Backend, denoising_errors
-from seppo_fast.methods.forward import Forward, Noised
 from seppo_fast.methods.joint_forward import Together
-from seppo_fast.methods.pairs import Pairs
+from seppo_fast.methods.pairs import NoisedBatch, Pairs, noised
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.family import Family
 from seppo_fast.references.pool import ReferencePool
 
 
-class ReferenceErrors(ABC):
-    """What the rollout and the learner ask."""
+class Predictions(NamedTuple):
+    """What a loss is made of, on b noised pairs, winner half first.
+
+    Attributes:
+        policy: the policy's prediction, as the noised latents.
+        target: what should be predicted; see `NoisedBatch`.
+        ref_error: errors of the reference `(2b,)` float32; None without a reference.
+    """
+
+    policy: Tensor
+    target: Tensor
+    ref_error: Tensor | None
+
+
+class ReferenceStrategy(ABC):
+    """Where and when the reference's errors are made.
+
+    Args:
+        family: of the model.
+        denoiser: the forward of policy and reference.
+        model: the network whose weights are the policy's, or in whose place a reference's can be put.
+        config: of the run, its batches chosen.
+    """
+
+    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
+        self._schedule = family.schedule
+        self._denoiser = denoiser
+        self._model = model
+        self._backend: Backend = config.train.backend
 
     @abstractmethod
     def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
@@ -37,72 +66,60 @@ class ReferenceErrors(ABC):
         """Errors `(2B,)` float32 on the CPU, winner half first; None where the learner's step makes them."""
 
     @abstractmethod
-    def __call__(self, policy: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The policy's prediction and its target, as `Forward`, and errors `(2b,)`; None without a reference."""
+    def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
+        """The policy's prediction on a micro-batch, its target, and the reference's errors."""
+
+    def _noised(self, pairs: Pairs) -> NoisedBatch:
+        return noised(pairs, self._schedule, self._denoiser.device)
 
 
-def as_the_policy(forward: Forward, reference: nn.Module, noised: Noised) -> Tensor:
+def predict_like_policy(denoiser: Denoiser, reference: nn.Module, batch: NoisedBatch) -> Tensor:
     """The reference's prediction, with autograd on although nothing is differentiated.
 
     Without it compiled code and attention kernels may differ, and equal weights must give equal errors bit for bit.
     """
     with torch.enable_grad():
-        return forward.denoise(reference, *noised[:3]).detach()
+        return denoiser.denoise(reference, *batch[:3]).detach()
 
 
-class Ahead(ReferenceErrors):
-    """In the rollout, in the learner's micro-batches, through the learner's forward, autograd included.
+class Precomputed(ReferenceStrategy):
+    """In the rollout, in the learner's micro-batches, through the learner's forward, autograd included."""
 
-    Args:
-        forward: of policy and reference.
-        unet: the policy, which is the reference while one is resident.
-        config: of the run, its batches chosen.
-    """
-
-    def __init__(self, forward: Forward, unet: nn.Module, config: Config) -> None:
+    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
+        super().__init__(family, denoiser, model, config)
         assert config.train.micro_batch is not None, "the micro-batch is chosen before"
-        self._forward = forward
-        self._unet = unet
         self._micro_batch = config.train.micro_batch
-        self._backend: Backend = config.train.backend
         self._aside = torch.device("cpu") if config.reference.park else None
 
     def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
-        """The one UNet, whose weights are the reference's meanwhile."""
-        return references.resident(self._unet, index, self._aside)
+        """The one network, whose weights are the reference's meanwhile."""
+        return references.resident(self._model, index, self._aside)
 
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor:
-        """See `ReferenceErrors.ahead`."""
+        """See `ReferenceStrategy.ahead`."""
         halves = [self._errors(reference, batch).chunk(2) for batch in pairs().micro_batches(self._micro_batch)]
         return torch.cat([winner for winner, _ in halves] + [loser for _, loser in halves]).cpu()
 
     def _errors(self, reference: nn.Module, batch: Pairs) -> Tensor:
         """Of one micro-batch; its activations are freed on return."""
-        noised = self._forward.noised(batch)
-        prediction = as_the_policy(self._forward, reference, noised)
-        return denoising_errors(prediction, noised.target, backend=self._backend)
+        shown = self._noised(batch)
+        prediction = predict_like_policy(self._denoiser, reference, shown)
+        return denoising_errors(prediction, shown.target, backend=self._backend)
 
-    def __call__(self, policy: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `ReferenceErrors`: one forward; the errors came with the pairs."""
-        pairs = pairs.to(self._forward.device)
-        prediction, target = self._forward(policy, pairs)
-        return prediction, target, pairs.ref_error
+    def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
+        """See `ReferenceStrategy`: one forward; the errors came with the pairs."""
+        pairs = pairs.to(self._denoiser.device)
+        shown = self._noised(pairs)
+        return Predictions(self._denoiser.denoise(policy, *shown[:3]), shown.target, pairs.ref_error)
 
 
-class Apart(ReferenceErrors):
-    """A second module, a second forward. For a LoRA it shares the frozen weights; for full weights it is a second UNet.
+class SeparateForward(ReferenceStrategy):
+    """A second module, a second forward; for a LoRA it shares the frozen weights, else it is a second network."""
 
-    Args:
-        forward: of policy and reference.
-        unet: the policy.
-        config: of the run.
-    """
-
-    def __init__(self, forward: Forward, unet: nn.Module, config: Config) -> None:
-        self._forward = forward
-        self._backend: Backend = config.train.backend
-        frozen = {id(weight): weight for weight in unet.parameters() if not weight.requires_grad}
-        self._reference = copy.deepcopy(unet, frozen)
+    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
+        super().__init__(family, denoiser, model, config)
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        self._reference = copy.deepcopy(model, frozen)
         self._bound = False
 
     @contextmanager
@@ -118,30 +135,34 @@ class Apart(ReferenceErrors):
         """Nothing: each step makes them."""
         return None
 
-    def __call__(self, policy: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `ReferenceErrors`: two forwards of the same noised pairs."""
-        noised = self._forward.noised(pairs)
-        reference = as_the_policy(self._forward, self._reference, noised)  # first: then its activations are gone
-        errors = denoising_errors(reference, noised.target, backend=self._backend)
-        return self._forward.denoise(policy, *noised[:3]), noised.target, errors
+    def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
+        """See `ReferenceStrategy`: two forwards of the same noised pairs."""
+        shown = self._noised(pairs)
+        reference = predict_like_policy(self._denoiser, self._reference, shown)  # first: then its activations are gone
+        errors = denoising_errors(reference, shown.target, backend=self._backend)
+        return Predictions(self._denoiser.denoise(policy, *shown[:3]), shown.target, errors)
 
 
-class Shared(Apart):
-    """One forward of policy rows and reference rows, of which only the policy's are differentiated; see `together`."""
+class JointForward(SeparateForward):
+    """One forward of policy rows and reference rows, of which only the policy's are differentiated."""
 
-    def __init__(self, forward: Forward, unet: nn.Module, config: Config) -> None:
-        super().__init__(forward, unet, config)
-        self._together = Together(unet, self._reference)
+    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
+        super().__init__(family, denoiser, model, config)
+        self._together = Together(model, self._reference, family.joint_parts(model))
 
-    def __call__(self, policy: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `ReferenceErrors`."""
-        noised = self._forward.noised(pairs)
-        rows = len(noised.latents)
-        twice = [torch.cat([part, part]) for part in noised[:3]]
+    def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
+        """See `ReferenceStrategy` and `joint_forward`."""
+        shown = self._noised(pairs)
+        rows = len(shown.latents)
+        latents, times = (torch.cat([part, part]) for part in shown[:2])
         with self._together.rows(rows):
-            both = self._forward.denoise(policy, *twice)
-        errors = denoising_errors(both[rows:].detach(), noised.target, backend=self._backend)
-        return both[:rows], noised.target, errors
+            both = self._denoiser.denoise(policy, latents, times, shown.conditioning.repeat(2))
+        errors = denoising_errors(both[rows:].detach(), shown.target, backend=self._backend)
+        return Predictions(both[:rows], shown.target, errors)
 
 
-WAYS: dict[str, type[Ahead] | type[Apart]] = {"ahead": Ahead, "together": Shared, "apart": Apart}
+REFERENCE_STRATEGIES: dict[str, type[ReferenceStrategy]] = {
+    "ahead": Precomputed,
+    "together": JointForward,
+    "apart": SeparateForward,
+}

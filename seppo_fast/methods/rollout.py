@@ -4,8 +4,6 @@ A drawn reference is frozen, so what depends on it alone can be made before the 
 resident: samples in batches as large as the device likes, whatever the training batch; errors in the learner's own
 micro-batches (see `reference_errors`). What is left per pair for the learner is one latent and two numbers; all
 else is a function of (seed, update, sample id) and is made again when it is needed.
-
-Shape legend: B rows, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ from torch import Tensor, nn
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.methods.forward import Forward
 from seppo_fast.methods.pairs import PairMaker, Pairs
-from seppo_fast.methods.reference_errors import ReferenceErrors
+from seppo_fast.methods.reference_errors import ReferenceStrategy
+from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.references.pool import ReferencePool
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
@@ -48,8 +46,7 @@ class Rollout:
     Args:
         config: of the run, its batches chosen.
         maker: of the pairs up to the reference's share.
-        uncond_embeds: `(1, L, D)`, of the empty prompt.
-        forward: of policy and reference.
+        denoiser: the forward of policy and reference.
         sampler: how references generate.
         references: the past policies; None where the objective has no reference.
         errors: the way to the reference's errors.
@@ -65,11 +62,10 @@ class Rollout:
         self,
         config: Config,
         maker: PairMaker,
-        uncond_embeds: Tensor,
-        forward: Forward,
+        denoiser: Denoiser,
         sampler: Sampler,
         references: ReferencePool | None,
-        errors: ReferenceErrors,
+        errors: ReferenceStrategy,
         *,
         world: int = 1,
         making_room: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -82,8 +78,7 @@ class Rollout:
         self._config = config
         self._generates = OBJECTIVES[config.objective].negatives == "generated"
         self._maker = maker
-        self._uncond_embeds = uncond_embeds
-        self._forward = forward
+        self._denoiser = denoiser
         self._sampler = sampler
         self._references = references
         self._errors = errors
@@ -170,15 +165,15 @@ class Rollout:
         told, skipped = began, start
         while start < len(keys):
             self._check()
-            noise, embeds = self._maker.generation(keys[start : start + self.batch])
+            inputs = self._maker.generation(keys[start : start + self.batch])
             try:
                 fault("sampling")
-                made = sample_latents(self._forward, model, self._sampler, noise, embeds, self._uncond_embeds)
+                made = self._denoiser.sample(model, self._sampler, *inputs)
             except (RuntimeError, MemoryError) as error:
-                if len(noise) == 1 or not is_out_of_memory(error):
+                if len(inputs[0]) == 1 or not is_out_of_memory(error):
                     raise
-                self.batch = len(noise) // 2
-                self._warn(f"out of memory with {len(noise)} samples; going on with sampler.batch = {self.batch}")
+                self.batch = len(inputs[0]) // 2
+                self._warn(f"out of memory with {len(inputs[0])} samples; going on with sampler.batch = {self.batch}")
                 continue
             if samples is None:
                 samples = self._waiting_room((len(keys), *made.shape[1:]))
@@ -199,7 +194,7 @@ class Rollout:
         # The other processes of a machine have samples of their own.
         allowed = free_bytes(torch.device("cpu")) // 4 // self._world if budget is None else budget * 2**30
         if 4 * count <= allowed:
-            return torch.empty(shape, pin_memory=self._forward.device.type == "cuda")
+            return torch.empty(shape, pin_memory=self._denoiser.device.type == "cuda")
         folder = Path(self._config.data.cache)  # a real disk; what is called temporary may be memory
         try:
             with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:
@@ -207,28 +202,3 @@ class Rollout:
                 return torch.from_file(file.name, shared=True, size=count).view(shape)  # lives on without its name
         except OSError as problem:
             raise CheckpointError(disk_message(folder, problem)) from problem
-
-
-def sample_latents(
-    forward: Forward, model: nn.Module, sampler: Sampler, noise: Tensor, prompt_embeds: Tensor, uncond_embeds: Tensor
-) -> Tensor:
-    """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` (all where it is None) at a time.
-
-    Args:
-        forward: how the model is called.
-        model: the reference, or any UNet of the family.
-        sampler: solver and guidance.
-        noise: x_T `(B, *latent)`.
-        prompt_embeds: `(B, L, D)` of the pairs' own prompts, never the dropped one.
-        uncond_embeds: `(1, L, D)`.
-    """
-    size, device = sampler.config.batch or len(noise), forward.device
-
-    def denoise(latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
-        return forward.denoise(model, latents, timesteps, embeds)
-
-    batches = zip(noise.split(size), prompt_embeds.split(size), strict=True)
-    with forward.autocast():  # around all steps, so that weights are cast once and not at each
-        return torch.cat(
-            [sampler(denoise, x.to(device), e.to(device), uncond_embeds.to(device)).cpu() for x, e in batches]
-        )

@@ -17,14 +17,15 @@ from typing import Any, Literal
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from seppo_fast.models.fake import FamilyDenoise, call_plainly, fake_copy
-from seppo_fast.models.family import UNet
+from seppo_fast.models.fake import UNet, fake_copy
 from seppo_fast.utils.errors import ConfigError
 
 Backend = Literal["sdpa", "xformers"]
+Call = Callable[[nn.Module, int], Any]
+"""(network, rows) -> what it gives for inputs of so many rows, made there."""
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
 # Fused kernels fail where rows x heads, one side of their grid, reaches this (xformers#845, pytorch#142228).
@@ -134,14 +135,12 @@ def choose_attention(
     wanted: Literal["auto", "sdpa", "xformers"],
     unet: UNet,
     *,
-    latent_shape: tuple[int, ...],
-    prompt_shape: tuple[int, int],
+    call: Call,
     rows: int,
     device: torch.device,
     dtype: torch.dtype,
     forwards: float = 0.0,
     timer: Timer = interleaved_milliseconds,
-    denoise: FamilyDenoise = call_plainly,
 ) -> Backend:
     """The backend that is wanted; for `auto`, the faster one that works.
 
@@ -152,14 +151,12 @@ def choose_attention(
     Args:
         wanted: `sdpa` is taken as it is, and nothing is run; `xformers` is tried.
         unet: on the device it will run on. Weights and their gradients are left alone.
-        latent_shape: (C, H, W), or (C, F, H, W).
-        prompt_shape: (L, D), tokens and width of the embedding of a prompt.
+        call: runs the UNet, or a copy of it, on a number of rows.
         rows: of the UNet in one call.
         device: where it will run.
         dtype: of the computation; float32 runs without autocast.
         forwards: rows without gradient for each row with one; sampling is most of SePPO's.
         timer: takes functions and returns their milliseconds.
-        denoise: how the UNet is called.
 
     Raises:
         ConfigError: `xformers` is wanted, and is not installed or does not work here.
@@ -168,7 +165,7 @@ def choose_attention(
         require_xformers(device)
     elif wanted == "sdpa" or device.type != "cuda" or not _has_xformers():
         return "sdpa"
-    layers = attention_layers(unet, latent_shape, prompt_shape, rows, dtype, denoise)
+    layers = attention_layers(unet, call, rows, dtype)
     for shape, names in layers.items():
         problem = _xformers_problem(unet.get_submodule(names[0]), shape, dtype)
         if problem is None:
@@ -186,11 +183,9 @@ def choose_attention(
 
 def attention_layers(
     unet: UNet,
-    latent_shape: tuple[int, ...],
-    prompt_shape: tuple[int, int],
+    call: Call,
     rows: int,
     dtype: torch.dtype,
-    denoise: FamilyDenoise = call_plainly,
 ) -> dict[AttentionShape, list[str]]:
     """The names of the UNet's attention layers, by the shape in which its forward calls them; nothing is computed."""
     layers: dict[AttentionShape, list[str]] = defaultdict(list)
@@ -211,8 +206,7 @@ def attention_layers(
         for name, module in fake.named_modules():
             if isinstance(module, Attention):
                 module.set_processor(recorder(name))
-        timesteps = torch.empty(rows, dtype=torch.int64)
-        denoise(fake, torch.empty(rows, *latent_shape), timesteps, torch.empty(rows, *prompt_shape))
+        call(fake, rows)
     return dict(layers)
 
 

@@ -12,15 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import Transformer2DModel
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from seppo_fast.models.family import UNet
-
-_UNITS = (ResnetBlock2D, Transformer2DModel, AnimateDiffTransformer3D)
 
 
 class Recomputed:
@@ -41,13 +34,10 @@ class Recomputed:
         return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def enable_checkpointing(unet: UNet) -> None:
-    """Turns gradient checkpointing on, in place, for a UNet in eval mode; predictions and gradients keep their bits."""
-    if not any(isinstance(module, AnimateDiffTransformer3D) for module in unet.modules()):
-        unet.enable_gradient_checkpointing()
-        return
-    for module in unet.modules():
-        if isinstance(module, _UNITS):
+def recompute_units(model: nn.Module, units: tuple[type[nn.Module], ...]) -> None:
+    """Recomputes modules of these classes as wholes, in place, of a network in eval mode; all keeps its bits."""
+    for module in model.modules():
+        if isinstance(module, units):
             module.forward = Recomputed(module.forward)
 
 

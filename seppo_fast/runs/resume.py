@@ -60,13 +60,13 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
 
 
 def refuse_other_content(
-    saved: SavedState, fingerprints: dict[str, str], instead: str = "Choose another output to begin anew"
+    saved: SavedState, fingerprints: dict[str, tuple[str, ...]], instead: str = "Choose another output to begin anew"
 ) -> None:
     """Compares what a run was begun with by content.
 
     Args:
         saved: the state to go on from.
-        fingerprints: of the model and of the data as they are now.
+        fingerprints: of the model and of the data as they are now; any one of each has to be the saved one.
         instead: what the user can do, for the message.
 
     Raises:
@@ -76,7 +76,7 @@ def refuse_other_content(
     before = saved.numbers.get("fingerprints", {})
     if not isinstance(before, dict):
         raise CheckpointError(f"{saved.folder}: what it was begun with cannot be read ({before!r})")
-    other = [name for name, value in fingerprints.items() if before.get(name) != value]
+    other = [name for name, values in fingerprints.items() if before.get(name) not in values]
     if other:
         raise ConfigError(
             f"the {' and the '.join(other)} changed since the run was begun, which can only go on with what it had. "

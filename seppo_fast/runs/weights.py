@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from seppo_fast.config.schema import Config
-from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import lora_weights
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
@@ -17,7 +17,7 @@ from seppo_fast.utils.files import free_name, read_json, staged_folder
 _STAMP = "seppo_fast.json"
 
 
-def write_weights(folder: Path, family: StableDiffusion, unet: nn.Module, config: Config, finished: int) -> None:
+def write_weights(folder: Path, family: Family, policy: nn.Module, config: Config, finished: int) -> None:
     """Writes what was trained, after so many updates; weights that a shorter run left are put aside.
 
     Raises:
@@ -29,7 +29,7 @@ def write_weights(folder: Path, family: StableDiffusion, unet: nn.Module, config
         if config.model.train == "full":
             family.save(staging)
         else:
-            family.save_lora(staging, lora_weights(unet))
+            family.save_lora(staging, lora_weights(policy))
         fault("weights-write")
         (staging / _STAMP).write_text(json.dumps({"update": finished}) + "\n", encoding="utf-8")
     fault("weights")

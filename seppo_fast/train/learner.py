@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from seppo_fast.config.objectives import OBJECTIVES
@@ -19,7 +18,7 @@ from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import fill, is_sharded, whole
 from seppo_fast.methods.pairs import Pairs
 from seppo_fast.methods.preference import averages, step_loss, total
-from seppo_fast.methods.reference_errors import ReferenceErrors
+from seppo_fast.methods.reference_errors import ReferenceStrategy
 from seppo_fast.models.trainable import trainable
 from seppo_fast.runs.journal import SKIPPED
 from seppo_fast.train.optimizer import learning_rate, make_ema, make_optimizer
@@ -36,7 +35,7 @@ class Learner:
         applied: updates of the whole run that changed the weights; the others were skipped.
 
     Args:
-        unet: the policy, its trained weights marked; sharded or not.
+        policy: the network, its trained weights marked; sharded or not.
         errors: the way to the reference's errors; it makes the policy's forward.
         config: of the run, its micro-batch chosen.
         accelerator: devices and processes.
@@ -47,16 +46,16 @@ class Learner:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        errors: ReferenceErrors,
+        policy: nn.Module,
+        errors: ReferenceStrategy,
         config: Config,
         accelerator: Accelerator,
         check: Callable[[], None] = lambda: None,
         skipped: Callable[[int, list[int], bool], None] = lambda update, sample_ids, searching: None,
     ) -> None:
         assert config.train.micro_batch is not None, "the micro-batch is chosen before"
-        self.unet = unet
-        self.ema = make_ema(unet, config.train.ema_decay)
+        self.policy = policy
+        self.ema = make_ema(policy, config.train.ema_decay)
         self._errors = errors
         self._check = check
         self._tell_skipped = skipped
@@ -64,7 +63,7 @@ class Learner:
         self._config = config
         self._objective = OBJECTIVES[config.objective]
         self._accelerator = accelerator
-        self._optimizer = make_optimizer(unet, config.learning_rate, config.train)
+        self._optimizer = make_optimizer(policy, config.learning_rate, config.train)
         half = config.model.precision == "fp16"
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
         self._skipped = 0
@@ -83,7 +82,7 @@ class Learner:
         started = time.perf_counter()
         sums = self._accumulate(pairs)
         self._scaler.unscale_(self._optimizer)
-        parameters = list(trainable(self.unet).values())
+        parameters = list(trainable(self.policy).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
         good = math.isfinite(sums["loss"])  # else the pairs are the cause, and not the scale
         searching = self.searching and good
@@ -122,7 +121,7 @@ class Learner:
         for batch in batches:
             self._check()
             fault("micro-batch")
-            prediction, target, ref_error = self._errors(self.unet, batch)
+            prediction, target, ref_error = self._errors.predictions(self.policy, batch)
             step = step_loss(
                 self._objective,
                 prediction,
@@ -135,7 +134,7 @@ class Learner:
             )
             prediction.backward(step.grad)
             steps.append(step.sums)
-        if self._accelerator.num_processes > 1 and not is_sharded(self.unet):
+        if self._accelerator.num_processes > 1 and not is_sharded(self.policy):
             self._add_gradients()
         sums = total(steps)
         reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
@@ -147,19 +146,19 @@ class Learner:
         Once an update, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
         processes or more add up other pieces in another order, so that a run that goes on would not be the same.
         """
-        gradients = [weight.grad for weight in trainable(self.unet).values() if weight.grad is not None]
+        gradients = [weight.grad for weight in trainable(self.policy).values() if weight.grad is not None]
         works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
         for work in works:
             work.wait()
 
     def _report_untrained(self, update: int) -> None:
         """Names the trained tensors that have no gradient. Nothing else shows them: the loss falls all the same."""
-        absent = [name for name, norm in gradient_norms(self.unet).items() if not norm]
+        absent = [name for name, norm in gradient_norms(self.policy).items() if not norm]
         if absent:
             self._accelerator.print(
-                f"{len(absent)} of {len(trainable(self.unet))} trained tensors had no gradient in update {update + 1}: "
-                f"{', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}. Check whether the model's output "
-                "depends on them, and try another model.precision"
+                f"{len(absent)} of {len(trainable(self.policy))} trained tensors had no gradient in update "
+                f"{update + 1}: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}. Check whether the model's "
+                "output depends on them, and try another model.precision"
             )
 
     @property
@@ -171,7 +170,7 @@ class Learner:
         """What it holds beside the weights: live tensors by file and name, and what is no tensor."""
         tensors: dict[str, torch.Tensor] = {}
         plain: dict[str, Any] = {}
-        for name, parameter in trainable(self.unet).items():
+        for name, parameter in trainable(self.policy).items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 (tensors if isinstance(value, torch.Tensor) else plain)[f"{key}/{name}"] = value
         files = {"optimizer": tensors}
@@ -182,7 +181,7 @@ class Learner:
             "applied": self.applied,
         }
         if self.ema is not None:
-            files["average"] = dict(zip(trainable(self.unet), self.ema.shadow_params, strict=True))
+            files["average"] = dict(zip(trainable(self.policy), self.ema.shadow_params, strict=True))
             numbers["average_step"] = self.ema.optimization_step
         return files, numbers
 
@@ -192,7 +191,7 @@ class Learner:
         Raises:
             KeyError, ValueError: it is not of this optimizer and these weights.
         """
-        parameters = trainable(self.unet)
+        parameters = trainable(self.policy)
         for place, value in [*files["optimizer"].items(), *numbers["optimizer"].items()]:
             key, _, name = place.partition("/")
             own = parameters[name]
@@ -235,9 +234,9 @@ class Learner:
             group["lr"] = learning_rate(self._config, update)
 
 
-def gradient_norms(unet: nn.Module) -> dict[str, float]:
+def gradient_norms(model: nn.Module) -> dict[str, float]:
     """The norm of each trained tensor's gradient by its name, 0 where it has none; one host sync, of shards more."""
-    parameters = trainable(unet)
+    parameters = trainable(model)
     gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
     if not gradients:
         return dict.fromkeys(parameters, 0.0)

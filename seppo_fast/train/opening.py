@@ -13,7 +13,7 @@ from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.data.cache.opening import open_or_build
 from seppo_fast.data.examples import Source
 from seppo_fast.distributed.processes import node_of
-from seppo_fast.models.families.sd15 import StableDiffusion
+from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES
 from seppo_fast.references.pool import ReferencePool
 from seppo_fast.references.tiers import Budget
@@ -44,9 +44,9 @@ def open_pool(config: Config, accelerator: Accelerator) -> ReferencePool:
 def open_cache(
     config: Config,
     source: Source,
-    family: StableDiffusion,
+    family: Family,
     report: Callable[[str], object] = print,
-    accept: Callable[[str], object] = lambda fingerprint: None,
+    accept: Callable[[str, str], object] = lambda fingerprint, former: None,
 ) -> LatentCache:
     """The latent and prompt cache of a configuration, built where it is not there yet; see `open_or_build`.
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from seppo_fast.config.contradictions import makes_clips
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.models.attention import require_xformers
+from seppo_fast.models.registry import refuse_other_kind, validate_model
 from seppo_fast.runs.folder import refuse_occupied
 from seppo_fast.runs.trackers import require_trackers
 from seppo_fast.utils.errors import ConfigError, DataError
@@ -30,6 +30,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         CheckpointError: an output folder that cannot be written.
         DataError: no data; see `seppo_fast.data`.
     """
+    validate_model(config)
     _check_names(config)
     refuse_occupied(Path(config.output))
     samples = config.train.pairs_per_update // config.reference.uses
@@ -58,7 +59,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if not config.data.source:
         raise ConfigError("data.source is empty; give a folder, parquet files, a hub id, or shapes:N")
     source = open_source(config.data.source, config.data.split)
-    _check_clips(config, source)
+    refuse_other_kind(config, source.clips)
     if OBJECTIVES[config.objective].needs_pairs and not source.has_losers:
         raise ConfigError(
             f"objective {config.objective!r} needs two images per prompt (the Pick-a-Pic schema), "
@@ -84,25 +85,6 @@ def _check_names(config: Config) -> None:
                 else f"this locale's is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             )
             raise ConfigError(f"{key} = {place!r} is not UTF-8, in which its files are named; {instead}") from None
-
-
-def _check_clips(config: Config, source: Source) -> None:
-    if source.clips and not makes_clips(config.model):
-        raise ConfigError(
-            f"data.source = {config.data.source!r} holds clips: give model.motion_adapter, a folder or hub id of a "
-            "MotionAdapter that fits model.path (empty only where that is the folder of an AnimateDiffPipeline)"
-        )
-    if makes_clips(config.model) and not source.clips:
-        adapter = config.model.motion_adapter
-        what, instead = (
-            (f"model.motion_adapter = {adapter!r}", "leave the adapter out")
-            if adapter
-            else (f"model.path = {config.model.path!r}, an AnimateDiffPipeline,", "give a Stable Diffusion pipeline")
-        )
-        raise ConfigError(
-            f"{what} makes clips, and data.source = {config.data.source!r} holds pictures: {instead}, or give clips "
-            "(x.mp4 with x.txt, or a csv beside mp4 files; metadata.jsonl and tar files are read for pictures only)"
-        )
 
 
 def _check_triton(key: str, without: str, device: torch.device) -> None:

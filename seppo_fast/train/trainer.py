@@ -15,18 +15,14 @@ from seppo_fast.capacity.presets import fit_to_machine, turn_dial
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
-from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.distributed.fsdp import settled, shard, sharding_asked
 from seppo_fast.distributed.processes import Patience, node_of, processes
 from seppo_fast.evaluation.generate import FixedPrompts
-from seppo_fast.methods.forward import Forward
 from seppo_fast.methods.pairs import PairMaker
-from seppo_fast.methods.reference_errors import WAYS
+from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
 from seppo_fast.methods.rollout import Rollout
-from seppo_fast.models.attention import set_attention
+from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.registry import load_family
-from seppo_fast.models.temporal_attention import set_temporal_attention
 from seppo_fast.models.trainable import DTYPES, compile_blocks, make_trainable, trainable
 from seppo_fast.references.layout import trained_state
 from seppo_fast.references.swap import exchange
@@ -58,9 +54,10 @@ class Trainer:
     Attributes:
         config: of the run, with all that was left to be chosen filled in.
         finished: updates.
-        family: the model; `unet` is its UNet, the policy.
+        family: the model.
+        policy: the network that is trained: the family's, or its shards.
         cache: the data.
-        forward: the one forward of policy and reference.
+        denoiser: the one forward of policy and reference.
         sampler: how references generate.
         references: the past policies; None where the objective has no reference.
         rollout: makes the pairs, the reference's samples and errors.
@@ -81,14 +78,13 @@ class Trainer:
         config = turn_dial(config, device)
         source = preflight(config, device, world)
         self.family = load_family(config, device)
-        self.unet = self.family.unet
-        schedule = NoiseSchedule(self.family.scheduler_config)
+        self.policy = self.family.model
         self._fingerprints = {"model": self.family.identity()}
         if saved is not None:
-            refuse_other_content(saved, self._fingerprints)
+            refuse_other_content(saved, {"model": (self._fingerprints["model"],)})
         patience = Patience(self.accelerator)
 
-        def accept(data: str) -> None:
+        def accept(*data: str) -> None:
             if saved is not None:
                 refuse_other_content(saved, {"data": data})
 
@@ -98,33 +94,34 @@ class Trainer:
         self._fingerprints["data"] = self.cache.fingerprint
         if not node_of(self.accelerator).alike(self._fingerprints):
             raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
-        make_trainable(self.unet, config.model, config.seed)
+        make_trainable(self.policy, config.model, config.seed, self.family)
         # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise. Shards
         # are of contiguous weights only.
         plain = config.train.optimizer == "adamw8bit" or self.sharded
-        self.unet.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-        self.config = config = fit_to_machine(config, self.unet, self.cache, self.accelerator, self.family.denoise)
+        layout = torch.contiguous_format if plain else self.family.memory_format
+        self.policy.to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.config = config = fit_to_machine(config, self.family, self.accelerator)
         assert config.model.attention != "auto", "the attention is chosen"
-        set_attention(self.unet, config.model.attention)
+        self.family.set_attention(self.policy, config.model.attention)
         if config.model.temporal_attention == "triton":
-            set_temporal_attention(self.unet, "triton")
-        self.forward = Forward(self.family, schedule, DTYPES[config.model.precision])
-        self.sampler = Sampler(self.family.scheduler_config, config.sampler)
+            self.family.set_temporal_attention(self.policy, "triton")
+        self.denoiser = Denoiser(self.family, DTYPES[config.model.precision])
+        self.sampler = self.family.sampler(config.sampler, self.cache.latent_shape)
         self.references = open_pool(config, self.accelerator) if self.objective.draw else None
         if self.sharded:
-            self.family.pipe.unet = shard(self.unet, device)
-        errors = WAYS[config.reference.errors](self.forward, self.family.unet, config)
+            # From here on the family's network is a plain one for references; the policy is the shards.
+            self.family.model = shard(self.policy, self.family.sharded, device)
+        errors = REFERENCE_STRATEGIES[config.reference.errors](self.family, self.denoiser, self.family.model, config)
         if config.model.compile:
-            compile_blocks(self.unet, config.model.attention)
+            compile_blocks(self.policy, config.model.attention, self.family)
         self.interruption = Interruption(self._warn, alone=world == 1)
         self.learner = Learner(
-            self.unet, errors, config, self.accelerator, self.interruption.check, self._record_skipped
+            self.policy, errors, config, self.accelerator, self.interruption.check, self._record_skipped
         )
         self.rollout = Rollout(
             config,
-            PairMaker(config, self.cache, schedule.num_timesteps, rank=self.accelerator.process_index, world=world),
-            self.cache.uncond_embeds,
-            self.forward,
+            PairMaker(config, self.cache, self.family.schedule, rank=self.accelerator.process_index, world=world),
+            self.denoiser,
             self.sampler,
             self.references,
             errors,
@@ -155,7 +152,7 @@ class Trainer:
             return
         self._saver.wait()  # it reads the pool
         try:
-            pool.add(self.unet)
+            pool.add(self.policy)
         except PoolFullError as problem:
             if not len(pool):
                 raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}") from problem
@@ -228,7 +225,7 @@ class Trainer:
         if not begins:
             return
         tensors, numbers = self.learner.state()
-        tensors[POLICY] = trained_state(self.unet)
+        tensors[POLICY] = trained_state(self.policy)
         files = {name: on_cpu(those, keep=main) for name, those in tensors.items()}
         if not main:
             return
@@ -239,10 +236,10 @@ class Trainer:
         self._saver.save(self.finished, files, numbers, self.references)
 
     def _restore(self, saved: SavedState) -> None:
-        load_policy(self.unet, saved)
+        load_policy(self.policy, saved)
         files = {OPTIMIZER: saved.tensors(OPTIMIZER)}
         if self.learner.ema is not None:
-            files[AVERAGE] = fitting(saved, AVERAGE, trainable(self.unet))
+            files[AVERAGE] = fitting(saved, AVERAGE, trainable(self.policy))
         try:
             self.learner.restore(files, saved.numbers)
             self._added = int(saved.numbers["added"])
@@ -252,7 +249,7 @@ class Trainer:
             ) from problem
         if self.references is not None:
             try:
-                self.references.restore(saved.folder / REFERENCES, self.accelerator.device, self.unet)
+                self.references.restore(saved.folder / REFERENCES, self.accelerator.device, self.policy)
             except PoolFullError as problem:
                 raise ConfigError(
                     f"reference.gpu_gib, host_gib, disk_gib: no room for the past policies of the run: {problem}"
@@ -315,15 +312,17 @@ class Trainer:
         main = self.accelerator.is_main_process
         (missing,) = self._any(main and written_after(folder) != self.finished)
         if missing and self.learner.ema is not None:
-            self.learner.ema.copy_to(trainable(self.unet).values())
+            self.learner.ema.copy_to(trainable(self.policy).values())
         if missing and self.sharded:
-            wholes = on_cpu(trainable(self.unet), keep=main)
+            wholes = on_cpu(trainable(self.policy), keep=main)
             if main:
                 exchange(
-                    self.family.unet, trainable(self.family.unet), {name: nn.Parameter(t) for name, t in wholes.items()}
+                    self.family.model,
+                    trainable(self.family.model),
+                    {name: nn.Parameter(t) for name, t in wholes.items()},
                 )
         if missing and main:
-            write_weights(folder, self.family, self.unet, self.config, self.finished)
+            write_weights(folder, self.family, self.policy, self.config, self.finished)
         self.accelerator.print(f"weights: {folder}")
         self._saver.wait(last=True)
         self.accelerator.wait_for_everyone()
@@ -343,4 +342,4 @@ class Trainer:
         if not self.config.log.sample_every or not (self.accelerator.is_main_process or self.sharded):
             return None
         prompts = self.config.log.sample_prompts or tuple(dict.fromkeys(self.cache.prompts))[:4]
-        return FixedPrompts(self.family, self.forward, self.unet, self.sampler, prompts, self.config.data.resolution)
+        return FixedPrompts(self.family, self.denoiser, self.policy, self.sampler, prompts, self.config.data.resolution)

@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,11 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from seppo_fast.data.cache.latents import FORMAT_VERSION, INDEX
+from seppo_fast.data.cache.rows import pack
 from seppo_fast.data.examples import Example, Problem, Source, printable
 from seppo_fast.data.media.clips import load_clip
 from seppo_fast.data.media.images import Opened, decode_image, fit_square
 from seppo_fast.data.remarks import Remarks
 from seppo_fast.data.scan import Decode, decode_all
+from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError, NonFiniteError
 from seppo_fast.utils.fault_injection import fault
 
@@ -37,8 +39,11 @@ class Encoder(Protocol):
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3), of clips (B, F, H, W, 3), to scaled latents (B, *latent) in the dtype to be stored."""
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """B prompts to embeddings (B, L, D) in the dtype to be stored."""
+    def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
+        """One row for each prompt, its tensors in the dtypes to be stored."""
+
+    def collate(self, rows: Sequence[Conditioning]) -> Conditioning:
+        """Single rows to one batch."""
 
     def too_long(self, prompts: list[str]) -> list[str]:
         """Those of the prompts of which `encode_prompts` sees only the beginning."""
@@ -147,14 +152,15 @@ class _Progress:
 
 
 class _Writer:
-    """Encodes batches of examples and lays them out: latents by example, embeddings by unique prompt."""
+    """Encodes batches of examples and lays them out: latents by example, conditions by unique prompt."""
 
     def __init__(self, source: Source, encoder: Encoder, folder: Path, losers: bool, clips: bool) -> None:
         self._source, self._encoder, self._folder, self._losers = source, encoder, folder, losers
         self._clips = clips
         self._latents = _Shards(folder, "latents", self._write, CLIP_SHARD_BYTES if clips else None)
-        self._embeds = _Shards(folder, "prompts", self._write, None)
-        self._latent_shape: tuple[int, ...] = ()
+        self._conditions = _Shards(folder, "prompts", self._write, None)
+        self._latent_shapes: dict[tuple[int, ...], None] = {}
+        self._numbers: list[float | None] = []
         self._ids: list[str] = []
         self._prompt_rows: list[int] = []
         self._prompts: dict[str, int] = {}
@@ -172,7 +178,8 @@ class _Writer:
             assert len(tensors[role]) == len(batch), "encode_images must return one latent an image"
         prompts = dict.fromkeys(example.prompt for example, _ in batch)
         self._add_prompts([prompt for prompt in prompts if prompt not in self._prompts])
-        self._latent_shape = tuple(tensors["winners"].shape[1:])
+        self._latent_shapes |= {tuple(latents.shape[1:]): None for latents in tensors.values()}
+        self._numbers += [example.number for example, _ in batch]
         if not self._needed:
             self._check_space(sum(tensor[0].nbytes for tensor in tensors.values()))
         self._latents.append(tensors)
@@ -181,18 +188,20 @@ class _Writer:
 
     def _add_prompts(self, prompts: list[str]) -> None:
         if prompts:
-            embeds = _checked(self._encoder.encode_prompts(prompts), f"embeddings of {prompts}")
-            assert len(embeds) == len(prompts), "encode_prompts must return one embedding a prompt"
-            self._embeds.append({"embeds": embeds})
+            rows = self._encoder.encode_prompts(prompts)
+            assert len(rows) == len(prompts), "encode_prompts must return one row a prompt"
+            for row in rows:
+                tensors = {name: _checked(tensor, f"{name} of {prompts}") for name, tensor in row.items()}
+                self._conditions.append(tensors)
             self._truncated += self._encoder.too_long(prompts)
             first = len(self._prompts)
             self._prompts.update((prompt, first + place) for place, prompt in enumerate(prompts))
-            self._embed_bytes = embeds[0].nbytes
+            self._prompt_bytes = sum(tensor[0].nbytes for tensor in rows[0].values())
 
     def _check_space(self, example_bytes: int) -> None:
         """Refuses to begin what the disk cannot hold, hours before it would find out."""
         unique = len({example.prompt for example in self._source}) + 1
-        self._needed = example_bytes * len(self._source) + self._embed_bytes * unique
+        self._needed = example_bytes * len(self._source) + self._prompt_bytes * unique
         if shutil.disk_usage(self._folder).free < self._needed:
             raise self._no_space()
 
@@ -214,13 +223,13 @@ class _Writer:
     def finish(self, key: str, problems: list[Problem], remarks: Remarks) -> None:
         """Writes the last shards and the index, with an entry more for clips, and one where there are remarks."""
         self._latents.close()
-        self._embeds.close()
+        self._conditions.close()
         index = {
             "format_version": FORMAT_VERSION,
             "key": key,
             "num_examples": len(self._ids),
             "has_losers": self._losers,
-            "latent_shape": self._latent_shape,
+            "latent_shapes": list(self._latent_shapes),
             "shard_size": SHARD_SIZE,
             "files": {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())},
             "dropped": [(problem.id, problem.reason) for problem in problems],
@@ -229,6 +238,8 @@ class _Writer:
             "prompt_rows": self._prompt_rows,
             "ids": self._ids,
         }
+        if any(number is not None for number in self._numbers):
+            index["numbers"] = self._numbers
         if self._clips:
             index["latent_shard_size"] = self._latents.size
         if found := remarks.of(self._ids):
@@ -257,7 +268,7 @@ class _Shards:
         """Writes the rows held, if any, as the next shard."""
         if self._held:
             path = self._folder / f"{self._stem}-{self._written:05d}.safetensors"
-            self._write(path, save({name: torch.stack([row[name] for row in self._held]) for name in self._held[0]}))
+            self._write(path, save(pack(self._held)))
             self._written += 1
             self._held = []
 
@@ -270,7 +281,7 @@ def _split_rows(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def _checked(encoded: Tensor, what: str) -> Tensor:
     """On the CPU, and finite: a half-precision VAE that overflows must not turn into training data."""
     encoded = encoded.detach().cpu()
-    if not torch.isfinite(encoded).all():
+    if encoded.is_floating_point() and not torch.isfinite(encoded).all():
         raise NonFiniteError(f"the {what} are not finite. Set model.precision to fp32 or use another VAE.")
     return encoded
 

@@ -1,8 +1,8 @@
-"""A finished latent cache: the winners, losers and prompt embeddings that training reads, memory-mapped."""
+"""A finished latent cache: the winners, losers and conditions that training reads, memory-mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seppo_fast.data.cache.rows import PackedRows
 from seppo_fast.data.examples import Problem
+from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError
 from seppo_fast.utils.files import read_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "index.json"
 
 
@@ -26,32 +28,51 @@ class LatentCache:
         prompts: Each example's prompt, in order.
         num_examples: How many; also `len(cache)`.
         has_losers: Whether `losers` may be called.
-        latent_shape: Shape of one latent, such as (4, 64, 64), or (4, 16, 32, 32) of a clip.
-        fingerprint: The full key, sha256 in hex: equal exactly for equal content.
+        latent_shapes: The shapes that latents have, such as (4, 64, 64), or (4, 16, 32, 32) of clips.
+        fingerprint: The full key, sha256 in hex: equal exactly for equal content, whatever the format.
+        former: The key that caches of the same content had while it depended on the format; states of runs name it.
+        numbers: A number of each example, such as a label or a score, or None; None where no example has one.
         truncated: Prompts of which the text encoder sees only the beginning.
         dropped: The examples left out while building, each with its reason.
         remarks: By kind the names of images and clips that are used all the same; see `remarks.remark_lines`.
-        uncond_embeds: (1, L, D), the embedding of the empty prompt.
+
+    Args:
+        folder: The cache.
+        key: Its fingerprint.
+        former: See above.
+        collate: Puts rows of conditions together; see `Family.collate`.
+
+    Raises:
+        DataError: the cache is not complete, or has another key.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """Opens a cache folder; raises DataError unless it is complete and has this key."""
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        former: str = "",
+        collate: Callable[[Sequence[Conditioning]], Conditioning] = Conditioning.cat,
+    ) -> None:
+        self.folder, self.former = folder, former
+        self._collate = collate
         index = self._read_index(key)
         try:
             self._take(index)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._damaged(f"{INDEX} is not readable ({error!r})") from error
-        self.uncond_embeds = self._gather("prompts", "embeds", [0])
+        self.conditioning([None])  # so that damage shows now
 
     def _take(self, index: dict[str, Any]) -> None:
         self.fingerprint: str = index["key"]
         self.num_examples: int = index["num_examples"]
         self.has_losers: bool = index["has_losers"]
-        self.latent_shape: tuple[int, ...] = tuple(index["latent_shape"])
+        self.latent_shapes: list[tuple[int, ...]] = [tuple(shape) for shape in index["latent_shapes"]]
+        self.numbers: list[float | None] | None = index.get("numbers")
         self.ids: list[str] = index["ids"]
         self._prompt_rows: list[int] = index["prompt_rows"]
         self.prompts: list[str] = [index["prompts"][row] for row in self._prompt_rows]
+        if self.numbers is not None and len(self.numbers) != self.num_examples:
+            raise ValueError(f"{len(self.numbers)} numbers of {self.num_examples} examples")
         if not len(self.ids) == len(self.prompts) == self.num_examples:
             raise ValueError(f"{len(self.ids)} ids and {len(self.prompts)} prompts of {self.num_examples} examples")
         self.truncated: list[str] = index["truncated"]
@@ -59,18 +80,25 @@ class LatentCache:
         # Caches of clips had entries of their own for these two; those of images may have none.
         remarks = dict(index.get("remarks") or {kind: index.get(kind, []) for kind in ("repeating", "closer")})
         self.remarks = {str(kind): [str(name) for name in names] for kind, names in remarks.items() if names}
-        embeds = int(index["shard_size"])
-        self._shard_sizes: dict[str, int] = {"prompts": embeds, "latents": index.get("latent_shard_size", embeds)}
-        self._mapped: dict[tuple[str, str], Tensor] = {}
+        prompts = int(index["shard_size"])
+        self._shard_sizes: dict[str, int] = {"prompts": prompts, "latents": index.get("latent_shard_size", prompts)}
+        self._mapped: dict[str, dict[str, PackedRows]] = {}
         if min(self._shard_sizes.values()) < 1:
             raise ValueError(f"shards of {self._shard_sizes} rows")
 
     def __len__(self) -> int:
         return self.num_examples
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of every latent; raises DataError where they differ."""
+        if len(self.latent_shapes) != 1:
+            raise DataError(f"{self.folder} holds latents of {len(self.latent_shapes)} shapes, one is needed")
+        return self.latent_shapes[0]
+
     def winners(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Latents (B, *latent) of the winners; raises IndexError."""
-        return self._gather("latents", "winners", self._rows(indices))
+        """Latents (B, *latent) of the winners, all of one shape; raises IndexError."""
+        return self._stacked("winners", indices)
 
     def losers(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Latents (B, *latent) of the losers; raises IndexError, and DataError if this cache has none."""
@@ -79,11 +107,22 @@ class LatentCache:
                 f"{self.folder} holds no losers: this data set has winners only, and the method asks for labelled "
                 "pairs. Use a data set with jpg_0, jpg_1, label_0, label_1, or a method that needs winners only."
             )
-        return self._gather("latents", "losers", self._rows(indices))
+        return self._stacked("losers", indices)
 
-    def prompt_embeds(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Embeddings (B, L, D) of the examples' prompts; raises IndexError."""
-        return self._gather("prompts", "embeds", [self._prompt_rows[row] for row in self._rows(indices)])
+    def conditioning(self, indices: Sequence[int | None] | Tensor) -> Conditioning:
+        """B rows, of the examples' prompts or, where an index is None, of the empty one; raises IndexError."""
+        known = self._rows([index for index in indices if index is not None])
+        places = iter(known)
+        rows = [0 if index is None else self._prompt_rows[next(places)] for index in indices] or [0]
+        names = list(self._shard("prompts", 0))
+        tensors = [self._gather("prompts", name, rows) for name in names]
+        singles = (dict(zip(names, row, strict=True)) for row in zip(*tensors, strict=True))
+        made = [Conditioning({name: tensor[None] for name, tensor in single.items()}) for single in singles]
+        return self._collate(made).take(slice(0, len(indices)))
+
+    def _stacked(self, name: str, indices: Sequence[int] | Tensor) -> Tensor:
+        rows = self._rows(indices)
+        return torch.stack(self._gather("latents", name, rows or [0]))[: len(rows)]
 
     def _rows(self, indices: Sequence[int] | Tensor) -> list[int]:
         rows = [int(index) for index in indices]
@@ -92,33 +131,38 @@ class LatentCache:
                 raise IndexError(f"index {row} is out of range for a cache of {self.num_examples} examples")
         return rows
 
-    def _gather(self, stem: str, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of one tensor that is split over shards of `_shard_sizes[stem]` rows."""
+    def _gather(self, stem: str, name: str, rows: Sequence[int]) -> list[Tensor]:
+        """Rows of one tensor that is split over shards of `_shard_sizes[stem]` rows, as views of their files."""
         size = self._shard_sizes[stem]
-        first = self._map(stem, name, 0)
-        out = first.new_empty((len(rows), *first.shape[1:]))
-        places: dict[int, list[int]] = {}
-        for place, row in enumerate(rows):
-            places.setdefault(row // size, []).append(place)
-        for shard, here in places.items():
-            inside = torch.tensor([rows[place] % size for place in here])
-            out[torch.tensor(here)] = self._map(stem, name, shard)[inside]
-        return out
+        found = []
+        for row in rows:
+            shard = self._shard(stem, row // size)
+            if name not in shard or row % size >= len(shard[name]):
+                raise self._damaged(f"{stem}-{row // size:05d}.safetensors: {name} has no row {row % size}")
+            found.append(shard[name][row % size])
+        return found
 
-    def _map(self, stem: str, name: str, shard: int) -> Tensor:
-        """The shard's tensor as a view of the file: pages are read when rows are taken."""
-        key = (f"{stem}-{shard:05d}.safetensors", name)
-        if key not in self._mapped:
+    def _shard(self, stem: str, shard: int) -> dict[str, PackedRows]:
+        """A shard's rows by name, as views of the file: pages are read when rows are taken."""
+        file_name = f"{stem}-{shard:05d}.safetensors"
+        if file_name not in self._mapped:
             try:
-                with safe_open(self.folder / key[0], framework="pt") as file:
-                    tensor = file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(f"{key[0]}: {error}") from error
-            expected = self.latent_shape if stem == "latents" else tuple(tensor.shape[1:])
-            if not tensor.is_floating_point() or tuple(tensor.shape[1:]) != expected:
-                raise self._damaged(f"{key[0]}: {name} is {tuple(tensor.shape)} {tensor.dtype}")
-            self._mapped[key] = tensor
-        return self._mapped[key]
+                with safe_open(self.folder / file_name, framework="pt") as file:
+                    rows = {
+                        name: PackedRows(file.get_tensor(name), file.get_tensor(PackedRows.table(name)))
+                        for name in PackedRows.names(file.keys())
+                    }
+                    for name in rows if stem == "latents" else ():
+                        self._check_latents(name, rows[name], file.get_tensor(name))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise self._damaged(f"{file_name}: {error}") from error
+            self._mapped[file_name] = rows
+        return self._mapped[file_name]
+
+    def _check_latents(self, name: str, rows: PackedRows, values: Tensor) -> None:
+        other = set(rows.shapes) - set(self.latent_shapes)
+        if other or not values.is_floating_point():
+            raise ValueError(f"{name} is {sorted(other)} {values.dtype}")
 
     def _read_index(self, key: str) -> dict[str, Any]:
         """The index, once its version, its key and every file's size are as they should be."""

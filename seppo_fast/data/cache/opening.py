@@ -1,7 +1,8 @@
 """Opens the latent cache of a data set, or has it built first.
 
-A cache is a folder `latents-<key>` of safetensors shards and an `index.json`. Its key is a digest of everything that
-changes what is in it, so a cache is never updated: other data, another resolution or another encoder make another one.
+A cache is a folder `latents-<format>-<key>` of safetensors shards and an `index.json`. Its key is a digest of
+everything that changes what is in it, so a cache is never updated: other data, another resolution or another encoder
+make another one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from seppo_fast.utils.files import NO_LOCKS, disk_message, staged_folder
 __all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build", "truncation"]
 
 _ABANDONED_SECONDS = 3600
+_IN_KEYS = 2  # the format that was part of every key, while one was
 _SHOWN = 80  # characters of a prompt
 
 
@@ -44,7 +46,7 @@ def open_or_build(
     batch_size: int = 8,
     losers: bool = True,
     report: Callable[[str], object] = print,
-    accept: Callable[[str], object] = lambda fingerprint: None,
+    accept: Callable[[str, str], object] = lambda fingerprint, former: None,
 ) -> LatentCache:
     """Opens the cache of `source` below `folder`; encodes it first where it is not there yet.
 
@@ -62,7 +64,7 @@ def open_or_build(
         losers: Whether the losers of labelled pairs are encoded too; a method that needs winners only can save half.
         report: Called with each line for the user: progress, every example left out, a warning where prompts are
             truncated, and the remarks on images and clips.
-        accept: Called with the cache's fingerprint before anything is encoded; may raise.
+        accept: Called with the cache's `fingerprint` and `former` before anything is encoded; may raise.
 
     Returns:
         The cache, whole: it is built in a folder beside its place and renamed once complete, by one process, while
@@ -83,23 +85,23 @@ def open_or_build(
         raise ValueError("flip mirrors clips, and frames is None: these are images")
     require_kind(source, frames)
     losers = losers and source.has_losers
-    key = cache_key(
-        source.digest(),
-        encoder.fingerprint(),
-        resolution=resolution,
-        crop=crop,
-        losers=losers,
-        frames=frames,
-        flip=flip,
-    )
-    accept(key)
-    final = folder / f"latents-{key[:16]}"
+    settings: dict[str, Any] = {
+        "resolution": resolution,
+        "crop": crop,
+        "losers": losers,
+        "frames": frames,
+        "flip": flip,
+    }
+    content = source.digest(), encoder.fingerprint()
+    key, former = cache_key(*content, **settings), cache_key(*content, **settings, format_version=_IN_KEYS)
+    accept(key, former)
+    final = folder / f"latents-{FORMAT_VERSION}-{key[:16]}"
     _remove_abandoned(folder)
     if not final.exists():
         with _alone(final, report):
             if not final.exists():  # it may have been finished while we waited
                 _build(source, encoder, final, key, resolution, batch_size, losers, frames, flip, report)
-    cache = LatentCache(final, key)
+    cache = LatentCache(final, key, former, encoder.collate)
     for line in truncation(cache.truncated, len(set(cache.prompts))):
         report(line)
     for line in remark_lines(cache.remarks, len(cache) * (1 + losers), resolution, frames):
@@ -193,10 +195,14 @@ def cache_key(
     losers: bool,
     frames: int | None = None,
     flip: bool = False,
+    format_version: int | None = None,
 ) -> str:
-    """sha256 (hex) over everything that changes a cache's content; `frames` and `flip` where they are clips."""
-    parts: dict[str, object] = {
-        "format_version": FORMAT_VERSION,
+    """sha256 (hex) over everything that changes a cache's content; `frames` and `flip` where they are clips.
+
+    The format is no part of it; with `format_version` it is the key that the same content had while it was.
+    """
+    parts: dict[str, object] = {} if format_version is None else {"format_version": format_version}
+    parts |= {
         "source": source_digest,
         "encoder": fingerprint,
         "resolution": resolution,

@@ -24,9 +24,20 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 from seppo_fast import shapes
-from seppo_fast.models.families.sd15 import StableDiffusion
-from seppo_fast.models.folders import check_complete, check_place, check_weights, expanded, load_as, variant_of
-from seppo_fast.models.loading import check_pipeline, load_pipeline, rescheduled
+from seppo_fast.config.schema import Config
+from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.models.encoders import PROMPT_EMBEDS
+from seppo_fast.models.pipelines.folders import (
+    check_complete,
+    check_place,
+    check_weights,
+    expanded,
+    load_as,
+    variant_of,
+)
+from seppo_fast.models.pipelines.loading import check_pipeline, load_pipeline, rescheduled
+from seppo_fast.models.temporal_attention import MOST_FRAMES
+from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.errors import ConfigError
 
 # What the motion modules were trained on. Neither an SD-1.5 folder nor an adapter carries it.
@@ -40,8 +51,8 @@ _SCHEDULE = {
 }
 
 
-class AnimateDiff(StableDiffusion):
-    """A clip model, seen as `StableDiffusion` is; one prompt embedding a clip everywhere but inside `denoise`.
+class AnimateDiff(UNetFamily):
+    """Clips; one prompt embedding a clip everywhere but inside `denoise`.
 
     Args:
         pipe: its UNet holds the motion modules.
@@ -50,9 +61,35 @@ class AnimateDiff(StableDiffusion):
         frames: of a clip.
     """
 
+    pipelines = ("AnimateDiffPipeline",)
+    makes_clips = True
+    has_comfyui_names = False  # none for motion modules
+
     def __init__(self, pipe: DiffusionPipeline, device: torch.device, dtype: torch.dtype, frames: int) -> None:
         super().__init__(pipe, device, dtype)
         self.frames: int = frames
+
+    @classmethod
+    def validate(cls, config: Config) -> None:
+        """See `Family.validate`."""
+        super().validate(config)
+        if config.model.temporal_attention == "triton" and config.data.frames > MOST_FRAMES:
+            raise ConfigError(
+                f"model.temporal_attention = triton takes {MOST_FRAMES} frames, data.frames = {config.data.frames}"
+            )
+
+    @classmethod
+    def of_config(cls, config: Config, device: torch.device, dtype: torch.dtype) -> AnimateDiff:
+        """See `Family.of_config`."""
+        model = config.model
+        return cls.load(
+            model.path,
+            device,
+            dtype,
+            beta_schedule=model.beta_schedule,
+            motion_adapter=model.motion_adapter,
+            frames=config.data.frames,
+        )
 
     @classmethod
     def load(
@@ -68,9 +105,9 @@ class AnimateDiff(StableDiffusion):
         """Loads a Stable Diffusion 1.5 pipeline and a motion adapter, or an AnimateDiff pipeline that `save` wrote.
 
         Args:
-            path: as `StableDiffusion.load`; without an adapter, the folder of an AnimateDiff pipeline.
+            path: a folder, a hub id or `shapes-motion`; without an adapter, the folder of an AnimateDiff pipeline.
             device: where everything is to be computed.
-            dtype: as `StableDiffusion.load`.
+            dtype: in which the encoders compute, and of what they put in the cache.
             beta_schedule: in place of the one that AnimateDiff was trained on, linear.
             motion_adapter: a folder or hub id of a `MotionAdapter`, or `shapes`, the one that ships with the package.
             frames: of a clip.
@@ -104,30 +141,25 @@ class AnimateDiff(StableDiffusion):
         return cls(pipe, device, dtype, frames)
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """(C, F, h, w) of the latent of a clip of square frames; raises as `StableDiffusion.latent_shape`."""
-        channels, *sides = super().latent_shape(resolution)
+        """(C, F, h, w) of the latent of a clip of square frames; raises as `UNetFamily.picture_shape`."""
+        channels, *sides = self.picture_shape(resolution)
         return (channels, self.frames, *sides)
 
-    def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """The UNet's prediction `(B, C, F, h, w)` for latents of that shape, timesteps `(B,)`, embeds `(B, L, D)`."""
-        return super().denoise(unet, latents, timesteps, prompt_embeds.repeat_interleave(latents.shape[2], 0))
+    def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's prediction `(B, C, F, h, w)` for latents of that shape at timesteps `(B,)`."""
+        embeds = conditioning[PROMPT_EMBEDS].repeat_interleave(latents.shape[2], 0)
+        return model(latents, times, encoder_hidden_states=embeds, return_dict=False)[0]
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`, about a megapixel at a time."""
-        frames = images.flatten(0, 1)
-        rows = max(1, 2**20 // frames[0, ..., 0].numel())
-        encode = super().encode_images
-        latents = torch.cat([encode(chunk) for chunk in frames.split(rows)])
-        return latents.unflatten(0, images.shape[:2]).transpose(1, 2).contiguous()
+        """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`."""
+        return self.vae.encode_clips(images)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`, about a megapixel at a time."""
-        pixels = super().decode(latents.transpose(1, 2).flatten(0, 1))
-        return pixels.reshape(len(latents), latents.shape[2], *pixels.shape[1:])
+        """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`."""
+        return self.vae.decode_clips(latents)
 
-    def _pipeline_of(self, parts: dict[str, Any]) -> AnimateDiffPipeline:
+    def assembled(self, parts: dict[str, Any]) -> AnimateDiffPipeline:
+        """An AnimateDiff pipeline of these parts, whatever the one that is loaded calls itself."""
         return AnimateDiffPipeline(**parts)
 
 

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from seppo_fast import shapes
-from seppo_fast.models.folders import (
+from seppo_fast.diffusion.schedule import check_diffusion
+from seppo_fast.models.pipelines.folders import (
     UNNEEDED,
     check_complete,
     check_parts,
@@ -35,12 +36,12 @@ from seppo_fast.models.folders import (
 from seppo_fast.utils.errors import ConfigError
 
 # One set of parts, two ways to call it.
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+SD15_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _WEIGHTS = ("unet", "vae", "text_encoder")
 _AS_SAFETENSORS: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
 
 
-def check_pipeline(path: str, allowed: Sequence[str] = _PIPELINES) -> str:
+def check_pipeline(path: str, allowed: Sequence[str] = SD15_PIPELINES) -> str:
     """Says what is wrong with `model.path` before any weight is read.
 
     Args:
@@ -109,6 +110,7 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
             pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, variant="fp16", **parts)  # some hub ids have no other
         if scheduler is not None:
             pipe.register_modules(scheduler=scheduler)
+        check_diffusion(pipe.scheduler)
         # Some folders leave the first one out, and then it is 10^30.
         limits = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
         pipe.tokenizer.model_max_length = min(limits)

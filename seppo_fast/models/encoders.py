@@ -1,0 +1,174 @@
+"""The encoders that pipelines are made of: a CLIP text encoder, and the VAE of pictures.
+
+A family holds those that it needs; each is parked on the CPU until it is called.
+
+Shape legend: B pictures or prompts, H x W pixels, C x h x w a latent, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from seppo_fast.diffusion.conditioning import Conditioning
+
+PROMPT_EMBEDS = "prompt_embeds"
+"""The name of the text embeddings `(B, L, D)` in a `Conditioning`, as diffusers' pipelines call them."""
+
+
+class ClipText:
+    """A CLIP tokenizer and text encoder.
+
+    Args:
+        tokenizer: its `model_max_length` is the length of every prompt's embedding.
+        encoder: in float32.
+        device: where it computes.
+        dtype: in which it computes, and of what it gives.
+    """
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._tokenizer, self._encoder = tokenizer, encoder
+        self._device, self._dtype = device, dtype
+
+    @property
+    def length(self) -> int:
+        """Tokens of every prompt's embedding."""
+        return self._tokenizer.model_max_length
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """One row a prompt; prompts longer than the encoder takes are truncated, as diffusers' pipelines do."""
+        self._encoder.to(self._device)
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        with _autocast(self._device, self._dtype):
+            embeds = self._encoder(tokens.input_ids.to(self._device))[0]
+        return [Conditioning({PROMPT_EMBEDS: row}) for row in embeds.to(self._dtype).cpu().split(1)]
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that `encode` truncates."""
+        lengths = [len(ids) for ids in self._tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
+        return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.length]
+
+    def park(self) -> None:
+        """Moves it off the device."""
+        self._encoder.to("cpu")
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of encoder and tokenizer."""
+        tokenizer = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        # How the last call padded and truncated is kept there too, and is not part of what the tokenizer is.
+        tokenizer |= {"padding": None, "truncation": None, "max_length": self.length}
+        return {
+            "text_encoder": digest(self._encoder),
+            "tokenizer": hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes the encoder's weights under the names that every version of transformers reads.
+
+        Up to 5.5 it fills those that a CLIPTextModel has since 5.6 with random numbers.
+        """
+        state = self._encoder.state_dict()
+        weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
+        self._encoder.save_pretrained(folder, state_dict=weights, save_original_format=False)
+
+
+class PictureVae:
+    """An AutoencoderKL; of clips each frame is a picture.
+
+    Args:
+        vae: in float32.
+        device: where it computes.
+        dtype: in which it computes, and of the latents that it gives.
+    """
+
+    def __init__(self, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+        self._vae = vae
+        self._device, self._dtype = device, dtype
+        self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU too
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents `(B, C, h, w)` of uint8 pictures `(B, H, W, 3)`: the mode of the VAE's posterior.
+
+        The mode, not a sample: the cache holds one latent per picture, and the posterior's spread is tiny.
+        """
+        self._vae.to(self._device)
+        pixels = images.to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with _autocast(self._device, self._dtype):
+            latents = self._vae.encode(pixels).latent_dist.mode() * self._vae.config.scaling_factor
+        return latents.to(self._dtype).cpu()
+
+    @torch.no_grad()
+    def encode_clips(self, clips: Tensor) -> Tensor:
+        """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`, about a megapixel at a time."""
+        frames = clips.flatten(0, 1)
+        rows = max(1, 2**20 // frames[0, ..., 0].numel())
+        latents = torch.cat([self.encode(chunk) for chunk in frames.split(rows)])
+        return latents.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pictures `(B, H, W, 3)` uint8 of scaled latents `(B, C, h, w)`, about a megapixel at a time."""
+        self._vae.to(self._device)
+        scaled = (latents / self._vae.config.scaling_factor).to(self._device)
+        rows = max(1, 2**20 // (self.downscale**2 * latents[0, 0].numel()))
+        with _autocast(self._device, self._dtype):
+            pixels = torch.cat([self._vae.decode(chunk).sample.float().cpu() for chunk in scaled.split(rows)])
+        return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+
+    def decode_clips(self, latents: Tensor) -> np.ndarray:
+        """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`, about a megapixel at a time."""
+        pixels = self.decode(latents.transpose(1, 2).flatten(0, 1))
+        return pixels.reshape(len(latents), latents.shape[2], *pixels.shape[1:])
+
+    def park(self) -> None:
+        """Moves it off the device."""
+        self._vae.to("cpu")
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digest of the weights, and the factor of the latents."""
+        return {"vae": digest(self._vae), "scaling_factor": str(self._vae.config.scaling_factor)}
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 of all names, shapes, dtypes and values of a module."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
+        sha.update(data.flatten().view(torch.uint8).numpy() if data.numel() else b"")
+    return sha.hexdigest()
+
+
+def digest_of_parts(*parts: Any) -> str:
+    """sha256 of parts: modules by their weights, settings by their values.
+
+    Settings that begin with an underscore are left out: they say where they were loaded from, and by which version.
+    """
+    lines = []
+    for part in parts:
+        if isinstance(part, nn.Module):
+            lines.append(digest(part))
+        else:
+            plain = {key: value for key, value in dict(part).items() if not key.startswith("_")}
+            lines.append(json.dumps(plain, sort_keys=True, default=str))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Reads pipeline folders, or refuses them by name."""

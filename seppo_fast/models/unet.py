@@ -1,0 +1,210 @@
+"""What the families share whose network is a UNet of diffusers, for pictures or with motion modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    Transformer2DModel,
+)
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from diffusers.models.upsampling import Upsample2D
+from diffusers.utils import convert_state_dict_to_kohya
+from torch import Tensor, nn
+
+from seppo_fast.config.schema import SamplerConfig
+from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.diffusion.sampler import DiffusionSolver
+from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.models.attention import choose_attention, set_attention
+from seppo_fast.models.encoders import PROMPT_EMBEDS, ClipText, PictureVae, digest_of_parts
+from seppo_fast.models.fake import UNet
+from seppo_fast.models.family import AttentionBackend, AttentionChoice, Family, JointParts
+from seppo_fast.models.temporal_attention import set_temporal_attention
+from seppo_fast.utils.errors import ConfigError
+
+_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+_MOTION = "motion_modules"  # in the names of all that lies in motion modules
+_RESIDUAL = (ResnetBlock2D, Transformer2DModel, AnimateDiffTransformer3D)
+
+
+class UNetFamily(Family):
+    """A pipeline of diffusers: a UNet, the VAE of pictures and a CLIP text encoder.
+
+    Args:
+        pipe: the pipeline, its UNet in float32.
+        device: where everything is computed.
+        dtype: in which the encoders compute and the cache is kept.
+    """
+
+    recomputed = _RESIDUAL
+    # At most 49 M weights each of SD-1.5. The embeddings and outer layers, 3 M, are the root's.
+    sharded = (*_RESIDUAL, Downsample2D, Upsample2D)
+    compiled = (BasicTransformerBlock,)
+    has_comfyui_names = True
+    memory_format = torch.channels_last  # convolutions are faster so, on a CPU too
+
+    def __init__(self, pipe: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+        self.pipe = pipe
+        self.model: UNet = pipe.unet
+        self.model.to(memory_format=self.memory_format)
+        self.vae = PictureVae(pipe.vae, device, dtype)
+        self.text = ClipText(pipe.tokenizer, pipe.text_encoder, device, dtype)
+        self.schedule = NoiseSchedule(self.scheduler_config)
+        self.device = device
+        self.dtype = dtype
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The configuration of the pipeline's scheduler: betas, prediction type, spacing, offset."""
+        return dict(self.pipe.scheduler.config)
+
+    def picture_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of a square picture.
+
+        Raises:
+            ConfigError: the resolution does not divide through the VAE and the UNet.
+        """
+        config, downscale = self.model.config, self.vae.downscale
+        step = downscale * 2 ** (len(config.block_out_channels) - 1)
+        if resolution % step:
+            raise ConfigError(f"data.resolution = {resolution} must be a multiple of {step} for this model")
+        return config.in_channels, resolution // downscale, resolution // downscale
+
+    def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
+        """Text embeddings `(1, L, D)` each."""
+        return self.text.encode(prompts)
+
+    def example_row(self) -> Conditioning:
+        """One row of embeddings `(1, L, D)`."""
+        width = self.model.config.cross_attention_dim
+        return Conditioning({PROMPT_EMBEDS: torch.zeros(1, self.text.length, width)})
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """See `Family.too_long`."""
+        return self.text.too_long(prompts)
+
+    def park_encoders(self) -> None:
+        """See `Family.park_encoders`."""
+        self.vae.park()
+        self.text.park()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of VAE, text encoder, tokenizer and dtype."""
+        return self.vae.fingerprint() | self.text.fingerprint() | {"dtype": str(self.dtype)}
+
+    def solver(self, config: SamplerConfig, latent_shape: Sequence[int]) -> DiffusionSolver:
+        """See `Family.solver`."""
+        return DiffusionSolver(self.scheduler_config, config)
+
+    def identity(self) -> str:
+        """Of weights, settings and schedule."""
+        return digest_of_parts(self.model, self.model.config, self.scheduler_config)
+
+    def empty(self) -> UNet:
+        """See `Family.empty`."""
+        with torch.device("meta"):
+            empty = type(self.model).from_config(self.model.config)
+        return empty.to(memory_format=self.memory_format)
+
+    @classmethod
+    def lora_targets(cls, model: nn.Module, where: Literal["spatial", "motion", "both"]) -> list[str]:
+        """The projections of all attention, of the spatial (within a frame), or of the temporal."""
+        if where == "both":
+            return _LORA_TARGETS
+        ends = tuple(f".{target}" for target in _LORA_TARGETS)
+        names = [name for name, _ in model.named_modules() if name.endswith(ends)]
+        return [name for name in names if (_MOTION in name.split(".")) == (where == "motion")]
+
+    @classmethod
+    def recompute(cls, model: nn.Module) -> None:
+        """For pictures the places that diffusers marks; of a UNet with motion modules it leaves most of those out."""
+        if any(isinstance(module, AnimateDiffTransformer3D) for module in model.modules()):
+            super().recompute(model)
+        else:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    @classmethod
+    def joint_parts(cls, model: nn.Module) -> JointParts:
+        """Down, mid and up blocks; what takes the time's embedding has one row a sample."""
+        assert isinstance(model, UNet)
+        blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
+        tail = [model.conv_norm_out, model.conv_act, model.conv_out]
+        times = [part for part in model.modules() if isinstance(part, TimestepEmbedding)]
+        resnets = [part for part in model.modules() if isinstance(part, ResnetBlock2D)]
+        rows = [layer for part in times for layer in (part.linear_1, part.linear_2)]
+        rows += [part.time_emb_proj for part in resnets]
+        return JointParts(*([part for part in parts if part is not None] for parts in (blocks, tail, rows)))
+
+    def set_attention(self, model: nn.Module, backend: AttentionBackend) -> None:
+        """See `models.attention.set_attention`."""
+        set_attention(model, backend)
+
+    def choose_attention(self, wanted: AttentionChoice, model: nn.Module, **circumstances: Any) -> AttentionBackend:
+        """See `models.attention.choose_attention`."""
+        return choose_attention(wanted, model, **circumstances)
+
+    def set_temporal_attention(self, model: nn.Module, backend: Literal["sdpa", "triton"]) -> None:
+        """See `models.temporal_attention`."""
+        set_temporal_attention(model, backend)
+
+    def save(self, folder: Path) -> None:
+        """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads."""
+        parts = {**self.pipe.components, "unet": _contiguous(self.model), "vae": _contiguous(self.pipe.vae)}
+        self.assembled(parts).save_pretrained(folder, safe_serialization=True)
+        self.text.save(folder / "text_encoder")
+
+    def assembled(self, parts: dict[str, Any]) -> DiffusionPipeline:
+        """A pipeline of these parts."""
+        return type(self.pipe)(**parts)
+
+    def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Writes a LoRA of the UNet, as a folder that `pipe.load_lora_weights` loads."""
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, safe_serialization=True)
+
+    def load_lora(self, folder: Path) -> None:
+        """See `Family.load_lora`."""
+        self.pipe.load_lora_weights(folder, use_safetensors=True)
+
+    def merge_lora(self) -> None:
+        """See `Family.merge_lora`."""
+        self.model.fuse_lora()
+        self.model.unload_lora()
+
+    def comfyui_lora(self, weights: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The key names of kohya's scripts, as ComfyUI, A1111 and others read them, with the alphas.
+
+        The metadata is what those scripts write beside a LoRA, by which others sort: its size and its base.
+        """
+        second = self.model.config.cross_attention_dim == 1024  # OpenCLIP's width; SD-1.5's is 768
+        velocity = self.scheduler_config["prediction_type"] == "v_prediction"
+        base = ("sd_v2_v" if velocity else "sd_v2") if second else "sd_v1"
+        architectures = {"sd_v1": "v1", "sd_v2": "v2-512", "sd_v2_v": "v2-768-v"}
+        metadata = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(rank),
+            "ss_base_model_version": base,
+            "ss_v2": str(second),
+            "modelspec.architecture": f"stable-diffusion-{architectures[base]}/lora",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+        }
+        return convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()}), metadata
+
+
+def _contiguous(module: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
+    """A copy on the CPU whose tensors safetensors takes: it refuses those that are not contiguous."""
+    with torch.device("meta"):
+        copy = type(module).from_config(module.config)
+    copy.load_state_dict({name: t.cpu().contiguous() for name, t in module.state_dict().items()}, assign=True)
+    return copy
