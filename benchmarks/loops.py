@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -45,7 +46,9 @@ class Ours:
         family, denoiser = self.trainer.family, self.trainer.denoiser
         self.maker = PairMaker(config, self.trainer.cache, family.schedule)
         # One more of the kind that the rollout calls, so that the errors can be timed by themselves.
-        self._errors = REFERENCE_STRATEGIES["ahead"](family, denoiser, self.trainer.policy, config)
+        self._errors = REFERENCE_STRATEGIES["ahead"](
+            family, denoiser, self.trainer.sampler, self.trainer.policy, config
+        )
 
     @property
     def unet(self) -> nn.Module:
@@ -71,7 +74,7 @@ class Ours:
                 family.encode_prompts(list(dict.fromkeys(example.prompt for example in chosen)))
         family.park_encoders()
         with watch.phase(GENERATION):
-            pairs = self.trainer.rollout.pairs(number)
+            pairs = cast(Pairs, self.trainer.method.collect(number, self.trainer.draws.reference(number)))
         with watch.phase(POLICY), _optimizer_timed(watch):
             self.trainer.learner.step(pairs, number)
         watch.seconds[POLICY] -= watch.seconds[OPTIMIZER]

@@ -162,4 +162,5 @@ def _updates(config: Config) -> None:
         for update in range(config.train.updates):
             if update % config.train.updates_per_iteration == 0:
                 trainer.add_checkpoint()
-            trainer.report(trainer.learner.step(trainer.rollout.pairs(update), update))
+            batch = trainer.method.collect(update, trainer.draws.reference(update))
+            trainer.record(trainer.learner.step(batch, update))

@@ -14,11 +14,12 @@ from benchmarks.models import second
 from benchmarks.naive import NaiveLoop
 from seppo_fast.config.schema import Config
 from seppo_fast.methods.pairs import PairMaker, Pairs
+from seppo_fast.methods.preference import PreferenceMethod
 from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
 from seppo_fast.models.encoders import PROMPT_EMBEDS
 from seppo_fast.models.trainable import compile_blocks, trainable
 from seppo_fast.train.learner import Learner
-from seppo_fast.train.opening import open_pool
+from seppo_fast.train.setup import open_pool
 from seppo_fast.train.trainer import Trainer
 
 NAIVE, NAIVE_BATCH = "Diffusion-DPO script", "Diffusion-DPO script, same micro-batch"
@@ -70,16 +71,22 @@ class Ours:
         self.unet = second(trainer.policy)
         if not way.channels_last:  # `to` would turn the weights that `second` shares
             self.unet = copy.deepcopy(trainer.policy).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        errors = REFERENCE_STRATEGIES[way.errors](trainer.family, trainer.denoiser, self.unet, config)
-        self._ahead = REFERENCE_STRATEGIES["ahead"](trainer.family, trainer.denoiser, self.unet, config)
-        self._references = stack.enter_context(open_pool(config, trainer.accelerator))
+        settings = config.reference.model_copy(update={"errors": way.errors})
+        parts = replace(trainer.parts, config=config.model_copy(update={"reference": settings}), model=self.unet)
+        method = PreferenceMethod(parts)
+        self._ahead = REFERENCE_STRATEGIES["ahead"](
+            trainer.family, trainer.denoiser, trainer.sampler, self.unet, config
+        )
+        pool = open_pool(config, trainer.processes.machine)
+        assert pool is not None
+        self._references = stack.enter_context(pool)
         if way.errors == "ahead":
             self._references.add(self.unet)
         if way.compiled:
             compile_blocks(self.unet, config.model.attention, trainer.family)
         if moved:
             move(self.unet)
-        self._learner = Learner(self.unet, errors, config, trainer.accelerator)
+        self._learner = Learner(self.unet, method, config, trainer.processes, trainer.interruption)
         self._pairs = self._with_errors(pairs) if way.errors == "ahead" else pairs
         self._update = 0
 

@@ -40,3 +40,8 @@ def log_of(config: Config) -> list[dict[str, float]]:
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The trained weights as they are now."""
     return {name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()}
+
+
+def collected(trainer, update):
+    """What an update learns from, as the loop has it collected."""
+    return trainer.method.collect(update, trainer.draws.reference(update))

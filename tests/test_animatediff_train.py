@@ -32,7 +32,7 @@ from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.random import keyed_noise
 from tests.calls import embeds, inputs_of
-from tests.runs import log_of, tiny_config
+from tests.runs import collected, log_of, tiny_config
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def trainer(tiny, adapter, tmp_path):
 
 def test_training_noises_clips_on_the_linear_schedule(trainer):
     """Betas from 0.00085 to 0.012 in equal steps, in float64; on the folder's own schedule this is off by a tenth."""
-    pairs = trainer.rollout.pairs(0)
+    pairs = collected(trainer, 0)
     assert pairs.winners.shape == pairs.losers.shape == pairs.noise.shape == (4, 4, FRAMES, 8, 8)
     assert pairs.conditioning["prompt_embeds"].shape == (4, 16, 16)
     shown = noised(pairs, trainer.family.schedule, torch.device("cpu"))
@@ -136,8 +136,8 @@ def test_training_noises_clips_on_the_linear_schedule(trainer):
 
 def test_a_clips_noise_is_keyed_by_its_sample_id(trainer):
     update = 1
-    ids = trainer.rollout._maker.sample_ids(update)
-    pairs = trainer.rollout._maker.pairs(update, ids)
+    ids = trainer.method.rollout._maker.sample_ids(update)
+    pairs = trainer.method.rollout._maker.pairs(update, ids)
     expected = keyed_noise(trainer.config.seed, "noise", [(update, sample) for sample in ids], (4, FRAMES, 8, 8))
     assert torch.equal(pairs.noise, expected)
     assert expected[0, :, 0].ne(expected[0, :, 1]).all()  # of each frame its own
@@ -148,7 +148,7 @@ def test_gradients_add_up_over_micro_batches(tiny, adapter, tmp_path):
     for micro_batch in (4, 3, 1):
         trainer = Trainer(clip_config(tiny, adapter, tmp_path, train={"micro_batch": micro_batch, "beta": 50.0}))
         trainer.add_checkpoint()
-        pairs = trainer.rollout.pairs(0)
+        pairs = collected(trainer, 0)
         with torch.no_grad():
             for weight in trainable(trainer.policy).values():
                 weight.add_(0.05)  # else every pair ties
@@ -197,7 +197,7 @@ def test_memory_is_counted_for_clips(trainer, device):
 def test_batches_are_chosen_for_clips(tiny, adapter, tmp_path, trainer):
     config = clip_config(tiny, adapter, tmp_path, train={"micro_batch": None}, sampler={"batch": None})
     config = turn_dial(config, CPU)
-    chosen = fit_to_machine(config, trainer.family, trainer.accelerator)
+    chosen = fit_to_machine(config, trainer.family, trainer.processes.accelerator)
     assert (chosen.train.micro_batch, chosen.sampler.batch) == (4, 32)  # of an update no more; a CPU's ceiling
 
 

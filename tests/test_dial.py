@@ -66,7 +66,7 @@ def trainer(tiny, tmp_path):
 
 
 def chosen(trainer, config):
-    config = fit_to_machine(turn_dial(config, CPU), trainer.family, trainer.accelerator)
+    config = fit_to_machine(turn_dial(config, CPU), trainer.family, trainer.processes.accelerator)
     return config.train.micro_batch, config.sampler.batch
 
 
@@ -107,7 +107,7 @@ def test_batches_have_a_ceiling_and_one_is_always_tried(tiny, tmp_path, trainer,
 
 def test_all_processes_take_the_smallest_choice(tiny, tmp_path, trainer, monkeypatch):
     monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device: 2**50)
-    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, torch.tensor([3])]))
+    monkeypatch.setattr(trainer.processes.accelerator, "gather", lambda mine: torch.cat([mine, torch.tensor([3])]))
     assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (3, 3)
 
 
@@ -132,6 +132,6 @@ def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, 
     for spare, park in ((1.001, False), (0.999, True)):
         free = int(spare * (2 * trained + pool + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
         monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, free=free: free)
-        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.policy, sample, trainer.accelerator)
+        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.policy, sample, trainer.processes.accelerator)
         assert chosen.reference.park is park
         assert chosen.sampler.batch >= 16  # parked, they fit

@@ -36,7 +36,7 @@ def observe(trainer, updates):
             })
             return step(pairs, update)
         trainer.learner.step = recording
-    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    rank, world = trainer.processes.accelerator.process_index, trainer.processes.accelerator.num_processes
     open(f"{sys.argv[2]}/rank{rank}of{world}.json", "w").write(json.dumps(taken))
 
 train(configure(sys.argv[1], sys.argv[3:]), observe)

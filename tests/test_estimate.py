@@ -20,7 +20,7 @@ from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.distributed.processes import processes
 from seppo_fast.references.layout import Table
 from seppo_fast.train.trainer import Trainer
-from tests.runs import tiny_config
+from tests.runs import collected, tiny_config
 from tests.test_memory import traced_peak
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
@@ -44,14 +44,14 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     trainer = trainer_of(tiny, tmp_path, kind)
     need = need_of(trainer.config, trainer.family, CPU, 2**40)
     trainer.add_checkpoint()
-    (pairs, more) = trainer.rollout.pairs(0), trainer.rollout.pairs(1)
+    (pairs, more) = collected(trainer, 0), collected(trainer, 1)
     trainer.learner.step(pairs, 0)  # makes the moments of Adam, which stay
     learning = traced_peak(lambda: trainer.learner.step(more, 1), tmp_path)
     expected = need.pair.fixed + need.micro_batch * need.pair.per_row
     assert 0.95 * learning < expected < 1.15 * learning
     trainer.finished = 2
     trainer.add_checkpoint()
-    sampling = traced_peak(lambda: trainer.rollout.pairs(2), tmp_path)
+    sampling = traced_peak(lambda: collected(trainer, 2), tmp_path)
     # The reference's errors are made there too, in the learner's micro-batches: a forward's activations.
     assert need.sample.fixed + need.batch * need.sample.per_row < 1.15 * sampling
     assert sampling < 1.05 * max(expected, need.sample.fixed + need.batch * need.sample.per_row)
@@ -74,7 +74,7 @@ def learning_on_a_gpu(pipeline, folder, kind):
     trainer = Trainer(turn_dial(config, device))
     need = need_of(trainer.config, trainer.family, device, 2**40)
     trainer.add_checkpoint()
-    pairs, more = trainer.rollout.pairs(0), trainer.rollout.pairs(1)
+    pairs, more = collected(trainer, 0), collected(trainer, 1)
     trainer.learner.step(pairs, 0)
     torch.cuda.reset_peak_memory_stats()
     trainer.learner.step(more, 1)
@@ -221,5 +221,5 @@ def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sectio
     last.register_full_backward_hook(backward)
     trainer.add_checkpoint()
     for update in range(2):
-        trainer.learner.step(trainer.rollout.pairs(update), update)
+        trainer.learner.step(collected(trainer, update), update)
     assert rows["forward"] + 2 * rows["backward"] == forwards_per_pair(trainer.config) * 2 * 16

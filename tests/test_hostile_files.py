@@ -297,7 +297,7 @@ def test_hostile_json(tmp_path, tiny, run, case, capsys):
             with pytest.raises(CheckpointError):
                 checked_state(state)
             with pytest.raises(CheckpointError, match="none of its 1 saved states can be used|is newer than"):
-                newest_state(state.parents[1], print)
+                newest_state(state.parents[1])
     (tmp_path / "log.jsonl").write_bytes(b'{"update": 1}\n' + content.replace(b"\n", b" ") + b"\n")
     assert read_journal(tmp_path)[0] == {"update": 1}
     source = open_source(str(make_folder(tmp_path / "data", 3)))

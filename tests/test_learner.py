@@ -10,7 +10,7 @@ from seppo_fast.models.trainable import trainable
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import NonFiniteError
-from tests.runs import log_of, tiny_config, weights_of
+from tests.runs import collected, log_of, tiny_config, weights_of
 
 
 @pytest.mark.parametrize(("kind", "warmup", "update"), [("full", 0, 2), ("lora", 2, 3)])
@@ -34,7 +34,7 @@ def test_accumulation_gives_the_same_gradient(tiny, tmp_path):
     for micro_batch in (6, 4, 1):
         trainer = Trainer(tiny_config(tiny, tmp_path, train={"micro_batch": micro_batch, "beta": 50.0}))
         trainer.add_checkpoint()
-        pairs = trainer.rollout.pairs(0)
+        pairs = collected(trainer, 0)
         with torch.no_grad():
             for weight in trainer.policy.parameters():
                 weight.mul_(1.01)  # else every pair ties
@@ -84,7 +84,7 @@ def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path, valu
     trainer = Trainer(tiny_config(tiny, tmp_path, model={"precision": precision}, train={"beta": 20.0}))
     learner = trainer.learner
     trainer.references.add(trainer.policy)
-    pairs = trainer.rollout.pairs(0)
+    pairs = collected(trainer, 0)
     poisoned = replace(pairs, winners=pairs.winners.index_fill(0, torch.tensor(4), value))
     before, scale = weights_of(trainer), learner._scaler.get_scale()
     for update in range(2):

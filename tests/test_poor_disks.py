@@ -56,7 +56,7 @@ def test_without_locks_a_run_goes_on_and_says_so(tiny, tmp_path, monkeypatch, nu
 def test_other_failures_of_locks_end_a_run(tmp_path, monkeypatch, number, error, says):
     refuse(monkeypatch, fcntl, "flock", number)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(error, match=says), claimed(tmp_path / "run", Node(), print):
+    with pytest.raises(error, match=says), claimed(tmp_path / "run", Node()):
         pass
     assert os.listdir("/proc/self/fd") == before
 

@@ -4,16 +4,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from seppo_fast.distributed.processes import Patience, is_lost_process, node_of
+from seppo_fast.distributed.processes import Processes, is_lost_process
 
 
 def test_one_process_waits_for_nobody():
-    accelerator = Accelerator(cpu=True)
-    patience = Patience(accelerator)
-    patience.wait()
-    assert patience.least(5) == 5
-    with patience.first_alone():
-        assert node_of(accelerator).world == 1
+    processes = Processes(Accelerator(cpu=True))
+    processes.barrier()
+    processes.barrier(patient=True)
+    assert processes.min(5) == 5 and processes.first(6) == 6 and processes.same(7)
+    assert processes.any(True, False) == [True, False]
+    with processes.first_alone():
+        assert (processes.rank, processes.world, processes.main, processes.machine.world) == (0, 1, True, 1)
 
 
 @pytest.mark.parametrize(

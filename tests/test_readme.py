@@ -39,7 +39,7 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
 
 
 # Folders of one line.
-FOLDERS = {file.parent.relative_to(ROOT).as_posix() for file in ROOT.glob("seppo_fast/*/__init__.py")}
+FOLDERS = {file.parent.relative_to(ROOT).as_posix() for file in ROOT.glob("[sb]*/*/__init__.py")}
 
 
 def test_the_shares_of_a_pair_are_the_counted_ones():

@@ -14,7 +14,7 @@ from seppo_fast.models.trainable import trainable
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import ConfigError
-from tests.runs import log_of, tiny_config
+from tests.runs import collected, log_of, tiny_config
 
 LORA = {"train": "lora", "lora_rank": 3}
 
@@ -79,7 +79,7 @@ def test_equal_weights_give_a_difference_of_exactly_zero(tiny, tmp_path, errors)
 @pytest.mark.parametrize(("model", "copies"), [({}, True), (LORA, False)], ids=["full", "lora"])
 def test_apart_shares_what_is_frozen(tiny, tmp_path, model, copies):
     trainer = Trainer(tiny_config(tiny, tmp_path, model=model, reference={"errors": "apart"}))
-    reference = trainer.learner._errors._reference
+    reference = trainer.method.strategy._reference
     shared = {weight.data_ptr() for weight in trainer.policy.parameters()} & {
         weight.data_ptr() for weight in reference.parameters()
     }
@@ -93,7 +93,7 @@ def test_ahead_keeps_the_weights_where_they_are(tiny, tmp_path):
     trainer = Trainer(tiny_config(tiny, tmp_path))
     trainer.add_checkpoint()
     before = {name: weight.data_ptr() for name, weight in trainer.policy.named_parameters()}
-    pairs = trainer.rollout.pairs(0)
+    pairs = collected(trainer, 0)
     trainer.learner.step(pairs, 0)
     assert {name: weight.data_ptr() for name, weight in trainer.policy.named_parameters()} == before
 
@@ -140,10 +140,10 @@ def test_errors_of_many_micro_batches_take_no_more_memory_than_one(tiny, tmp_pat
     trainer.add_checkpoint()
     peaks = []
     for count in (4, 12):
-        pairs = next(trainer.rollout.pairs(0).micro_batches(count))
-        trainer.rollout._waiting.clear()
+        pairs = next(collected(trainer, 0).micro_batches(count))
+        trainer.method.rollout._waiting.clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            trainer.learner._errors.ahead(trainer.policy, lambda pairs=pairs: pairs)
+            trainer.method.strategy.ahead(trainer.policy, lambda pairs=pairs: pairs)
         sizes = [event.nbytes() for event in memory_events(profiler)]
         peaks.append(max(itertools.accumulate(sizes)))
     assert peaks[1] < 1.1 * peaks[0]

@@ -7,7 +7,7 @@ from seppo_fast.methods.pairs import noised
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import CheckpointError
 from tests.calls import embeds
-from tests.runs import tiny_config
+from tests.runs import collected, tiny_config
 
 
 def started(tiny, tmp_path, **sections):
@@ -28,7 +28,7 @@ def guided_inputs(rows):
 
 
 def test_reference_errors_are_those_of_a_plain_float64_mean(trainer):
-    pairs = trainer.rollout.pairs(0)
+    pairs = collected(trainer, 0)
     errors = []
     with torch.no_grad():
         for batch in pairs.micro_batches(4):
@@ -53,13 +53,13 @@ def test_samples_do_not_depend_on_the_batch(trainer):
 
 def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_prompt(trainer, tiny, tmp_path):
     """Not from the policy, and never from the dropped prompt."""
-    before = trainer.rollout.pairs(1).losers
+    before = collected(trainer, 1).losers
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.add_(0.05)
-    trainer.rollout._waiting.clear()
-    assert torch.equal(trainer.rollout.pairs(1).losers, before)
-    dropping = started(tiny, tmp_path, data={"prompt_dropout": 1.0}).rollout.pairs(1)
+    trainer.method.rollout._waiting.clear()
+    assert torch.equal(collected(trainer, 1).losers, before)
+    dropping = collected(started(tiny, tmp_path, data={"prompt_dropout": 1.0}), 1)
     assert torch.equal(dropping.losers, before)
     assert (dropping.conditioning["prompt_embeds"] == trainer.cache.conditioning([None])["prompt_embeds"]).all()
 
@@ -76,7 +76,7 @@ def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_pr
     ids=["asked for", "drawn each update", "filling batches", "small batches"],
 )
 def test_windows_follow_each_other_and_end_at_the_next_draw(tiny, tmp_path, sections, windows):
-    rollout = started(tiny, tmp_path, **sections).rollout
+    rollout = started(tiny, tmp_path, **sections).method.rollout
     lengths, update = [], 0
     while update < sections["train"]["updates"]:
         window = rollout.window(update)
@@ -97,11 +97,11 @@ def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
         return denoise(model, latents, timesteps, embeds)
 
     trainer.denoiser.denoise = recording
-    windows = [trainer.rollout.pairs(update) for update in range(3)]
+    windows = [collected(trainer, update) for update in range(3)]
     # 18 samples in batches of 4, doubled by guidance, two steps each; nothing is made for the updates that follow
     assert rows == [8] * 8 + [4] * 2
     for update, ahead in enumerate(windows):
-        alone = started(tiny, tmp_path, reference={"window": 1}).rollout.pairs(update)
+        alone = collected(started(tiny, tmp_path, reference={"window": 1}), update)
         assert alone.sample_ids == ahead.sample_ids
         assert torch.equal(alone.noise, ahead.noise) and torch.equal(alone.times, ahead.times)
         torch.testing.assert_close(alone.losers, ahead.losers, rtol=1e-4, atol=1e-5)
@@ -109,7 +109,7 @@ def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
 
 
 def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, capsys):
-    plain = started(tiny, tmp_path).rollout.pairs(0)
+    plain = collected(started(tiny, tmp_path), 0)
     trainer = started(tiny, tmp_path, sampler={"batch": 64})
     denoise, largest = trainer.denoiser.denoise, 6
 
@@ -120,25 +120,25 @@ def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, cap
 
     trainer.denoiser.denoise = small_device
     capsys.readouterr()
-    pairs = trainer.rollout.pairs(0)
+    pairs = collected(trainer, 0)
     torch.testing.assert_close(pairs.losers, plain.losers, rtol=1e-4, atol=1e-5)
     said = capsys.readouterr().out
     assert "out of memory" in said and "sampler.batch = 3" in said and "sampler.batch = 1" not in said
-    trainer.rollout.pairs(2)
+    collected(trainer, 2)
     assert "out of memory" not in capsys.readouterr().out  # once is enough
     largest = 0
-    trainer.rollout._waiting.clear()
+    trainer.method.rollout._waiting.clear()
     with pytest.raises(torch.OutOfMemoryError):
-        trainer.rollout.pairs(0)
+        collected(trainer, 0)
 
 
 def test_samples_beyond_the_budget_wait_on_disk_and_leave_nothing_there(tiny, tmp_path, monkeypatch):
-    in_memory = started(tiny, tmp_path).rollout.pairs(0)
+    in_memory = collected(started(tiny, tmp_path), 0)
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr("torch.from_file", lambda *a, **k: mapped.append(k["size"]) or from_file(*a, **k))
     trainer = started(tiny, tmp_path, reference={"pairs_gib": 1e-6, "window": 2})
-    on_disk = trainer.rollout.pairs(0)
+    on_disk = collected(trainer, 0)
     assert mapped == [2 * 6 * 4 * 8 * 8]
     assert torch.equal(on_disk.losers, in_memory.losers) and torch.equal(on_disk.ref_error, in_memory.ref_error)
     assert not list((tmp_path / "cache").glob("seppo-samples*"))
@@ -152,7 +152,7 @@ def test_no_room_for_waiting_samples_says_so(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(CheckpointError, match="no space left"):
-        started(tiny, tmp_path, reference={"pairs_gib": 0.0}).rollout.pairs(0)
+        collected(started(tiny, tmp_path, reference={"pairs_gib": 0.0}), 0)
 
 
 def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_path):
@@ -165,9 +165,9 @@ def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_pa
         move = trainer.learner._move_state
         trainer.learner._move_state = lambda device, moves=moves, move=move: moves.append(device.type) or move(device)
         for update in range(2):
-            trainer.learner.step(trainer.rollout.pairs(update), update)
-        trainer.rollout._waiting.clear()
-        trainer.learner.step(trainer.rollout.pairs(1), 1)
+            trainer.learner.step(collected(trainer, update), update)
+        trainer.method.rollout._waiting.clear()
+        trainer.learner.step(collected(trainer, 1), 1)
         assert len(moves) == (4 if memory == "low" else 0)
         finals.append(torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]))
     assert torch.equal(*finals)

@@ -308,17 +308,17 @@ def test_a_folder_that_is_no_run_is_not_exported(run):
         assert ended.code == 2 and "no run with a saved state is there" in ended.err
 
 
-def test_states_that_cannot_be_listed_while_an_older_one_is_removed_are_warned_of(tmp_path, monkeypatch):
+def test_states_that_cannot_be_listed_while_an_older_one_is_removed_are_warned_of(tmp_path, monkeypatch, capsys):
     def lost(*_):
         raise CheckpointError("state: the saved states cannot be listed")
 
-    lines = []
-    saver = Saver(tmp_path, 0, 2, lines.append)
+    saver = Saver(tmp_path, 0, 2)
     monkeypatch.setattr(seppo_fast.runs.saver, "prune", lost)
     assert saver.begins(1)
     saver.save(1, {}, {"update": 1}, None)
     saver.wait(last=True)
-    assert lines == ["an older state could not be removed: state: the saved states cannot be listed"]
+    said = capsys.readouterr().out
+    assert said == "an older state could not be removed: state: the saved states cannot be listed\n"
 
 
 def test_a_manifest_of_a_newer_format_or_one_that_leads_elsewhere_is_refused(damaged, tmp_path):
@@ -457,7 +457,7 @@ def test_a_folder_whose_disk_is_full_is_left_as_it_was(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CheckpointError, match="no space left"), claimed(tmp_path / "run", Node(), print):
+    with pytest.raises(CheckpointError, match="no space left"), claimed(tmp_path / "run", Node()):
         pass
     assert not (tmp_path / "run").exists()
 

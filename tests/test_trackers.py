@@ -128,7 +128,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tiny, tmp_path, wandb, capsys
 def test_a_missing_package_is_named_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capsys, name):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *rest: None if asked == name else find(asked, *rest))
-    monkeypatch.setattr("seppo_fast.train.trainer.load_family", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("seppo_fast.train.setup.load_family", lambda *_: pytest.fail("the model was loaded"))
     config = tiny_config(tiny, tmp_path, log={"trackers": [name]})
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     assert main(["train", str(tmp_path / "run.yaml")]) == 2
@@ -147,6 +147,6 @@ def test_a_new_run_in_the_same_folder_is_a_new_run_of_wandb(tiny, tmp_path, wand
     config = tiny_config(tiny, tmp_path, log={"trackers": ["wandb"]})
     Path(config.output).mkdir()
     for finished in (0, 0, 3):
-        Trackers(config, print).start(finished)
+        Trackers(config).start(finished)
     begun, anew, resumed = (settings["id"] for settings in wandb.started)
     assert begun != anew and anew == resumed

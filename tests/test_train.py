@@ -18,12 +18,13 @@ from PIL import Image
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import LogConfig
+from seppo_fast.methods.pairs import noised
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import ConfigError
-from tests.runs import log_of, tiny_config, weights_of
+from tests.runs import collected, log_of, tiny_config, weights_of
 from tests.test_resume import assert_same_run
 
 ROOT = Path(__file__).parents[1]
@@ -88,8 +89,10 @@ def test_redraw_each_update(tiny, tmp_path):
 
     def observe(trainer, updates):
         if updates == 0:
-            roll_out, number = trainer.rollout._roll_out, trainer.rollout._draw_number
-            trainer.rollout._roll_out = lambda window, first: numbers.append(number(first)) or roll_out(window, first)
+            draw = trainer.references.draw
+            trainer.references.draw = lambda number, *count: (
+                ((count or numbers.append(number)) and None) or draw(number, *count)
+            )
 
     train(config, observe)
     assert numbers == [0, 1, 2, 3]
@@ -112,10 +115,12 @@ def test_overfitting_one_pair_drives_the_winners_error_down(tiny, tmp_path):
     def observe(trainer, updates):
         if updates in (0, 100):
             if updates == 0:
-                seen.append(trainer.rollout._maker.pairs(10_000, range(64)))  # one example, 64 timesteps and noises
+                # one example, 64 times and noises
+                seen.append(trainer.method.rollout._maker.pairs(10_000, range(64)))
             with torch.no_grad():
-                prediction, target = trainer.denoiser(trainer.policy, seen[0])
-            seen.append((prediction - target).square().mean().item())
+                shown = noised(seen[0], trainer.family.schedule, trainer.denoiser.device)
+                prediction = trainer.denoiser.denoise(trainer.policy, *shown[:3])
+            seen.append((prediction - shown.target).square().mean().item())
 
     config = tiny_config(
         tiny, tmp_path, data={"source": "shapes:1:3", "prompt_dropout": 0.0},
@@ -140,7 +145,7 @@ def test_never_pushes_samples_away_where_adaptive_learns_from_them(tiny, tmp_pat
         )  # fmt: skip
         trainer = Trainer(config)
         trainer.references.add(trainer.policy)
-        pairs = trainer.rollout.pairs(0)
+        pairs = collected(trainer, 0)
         better = replace(pairs, ref_error=0.2 * pairs.ref_error)
         entries = [trainer.learner.step(better, update) for update in range(30)]
         assert entries[0]["aaf_rate"] == 0
@@ -238,13 +243,14 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
     started, sample = [], Denoiser.sample
 
     def recording(denoiser, model, sampler, noise, own, uncond):
-        started.append((noise, own["prompt_embeds"], uncond["prompt_embeds"]))
+        if len(noise) == 3:  # a rollout takes 4 and 2
+            started.append((noise, own["prompt_embeds"], uncond["prompt_embeds"]))
         return sample(denoiser, model, sampler, noise, own, uncond)
 
     def observe(trainer, updates):
         if updates == 0:
             assert trainer.policy.config.dropout == trainer.family.pipe.text_encoder.config.attention_dropout == 0.5
-            assert np.array_equal(trainer._samples._generate(), trainer._samples._base)
+            assert np.array_equal(trainer._recorder._samples._generate(), trainer._recorder._samples._base)
 
     monkeypatch.setattr(Denoiser, "sample", recording)
     keys = {"data": {"prompt_dropout": 0.8}, "objective": "seppo-newest"}

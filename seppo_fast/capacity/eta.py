@@ -7,7 +7,6 @@ import time
 import torch
 
 from seppo_fast.capacity.plan import Need
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
@@ -18,7 +17,7 @@ _BACKWARD = 2  # times the FLOP of a forward
 
 def forwards_per_pair(config: Config) -> float:
     """Rows of the network that a run takes per learned pair, a backward counted as two: rollout, reference, policy."""
-    objective = OBJECTIVES[config.objective]
+    objective = config.row
     guided = 2 if config.sampler.guidance > 1 else 1
     rolled_out = config.sampler.steps * guided / config.reference.uses if objective.negatives == "generated" else 0
     rows = 1 if objective.negatives is None else 2

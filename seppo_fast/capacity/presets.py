@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import sharding_asked
 from seppo_fast.models.family import Family
@@ -99,7 +98,7 @@ def fit_to_machine(config: Config, family: Family, accelerator: Accelerator) -> 
         sample = sampling_footprint(model, **circumstances, guided=guided)
         config = _with_batch(config, model, sample, accelerator)
     assert config.train.micro_batch is not None
-    objective = OBJECTIVES[config.objective]
+    objective = config.row
     evaluations = config.sampler.steps * (2 if guided else 1) if objective.negatives == "generated" else 0
 
     def call(model: nn.Module, rows: int) -> None:
@@ -163,7 +162,7 @@ def trained_bytes(model: nn.Module) -> int:
 
 def checkpoints(config: Config) -> int:
     """Past policies that a run keeps at its end."""
-    draw = OBJECTIVES[config.objective].draw
+    draw = config.row.draw
     if draw in (None, "initial"):
         return 1 if draw else 0
     made = -(-config.train.updates // config.train.updates_per_iteration)

@@ -10,7 +10,6 @@ from seppo_fast.capacity.eta import seconds_of_run
 from seppo_fast.capacity.plan import Need, need_of, room_on, size
 from seppo_fast.capacity.presets import checkpoints, turn_dial
 from seppo_fast.config.load import to_yaml
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.opening import truncation
 from seppo_fast.data.remarks import Remarks, remark_lines
@@ -38,7 +37,7 @@ def check(config: Config) -> int:
     device = processes().device
     config = turn_dial(config, device)
     print(to_yaml(config))
-    objective = OBJECTIVES[config.objective]
+    objective = config.row
     print(f"objective: {objective.source}")
     source = preflight(config, device, processes=1)
     family = load_family(config, device)

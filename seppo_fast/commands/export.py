@@ -60,7 +60,7 @@ def export(
         ConfigError: no run there; a LoRA is asked of a run that trained all weights; a model that changed.
         CheckpointError: no saved state that is whole; the disk refuses.
     """
-    saved = newest_state(run, report)
+    saved = newest_state(run)
     if saved is None:
         raise ConfigError(f"{run}: no run with a saved state is there")
     if not applied_updates(saved.numbers):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ def refuse_contradictions(config: Config) -> None:
         raise ConfigError(f"model.lora_on = {config.model.lora_on!r} needs model.train = lora")
     if config.reference.keep is None and config.reference.keep_rule != "reservoir":
         raise ConfigError(f"reference.keep_rule = {config.reference.keep_rule!r} needs reference.keep, how many stay")
-    if config.reference.keep is not None and OBJECTIVES[config.objective].draw != "uniform":
+    if config.reference.keep is not None and config.row.draw != "uniform":
         raise ConfigError(
             f"reference.keep: objective {config.objective!r} does not draw among its past policies; leave it out"
         )
-    if config.reference.errors != "ahead" and OBJECTIVES[config.objective].draw is None:
+    if config.reference.errors != "ahead" and config.row.draw is None:
         raise ConfigError(f"objective {config.objective!r} has no reference: leave out reference.errors")
     if config.model.deterministic and config.model.attention == "xformers":
         raise ConfigError(

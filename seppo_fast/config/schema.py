@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.objectives import OBJECTIVES, Objective
 
 # Names that the diffusers and Diffusion-DPO scripts use, accepted at the top level of a YAML file and as flags.
 ALIASES = {
@@ -217,6 +217,11 @@ class Config(_Section):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown{did_you_mean(self.objective, OBJECTIVES)}")
         return self
+
+    @property
+    def row(self) -> Objective:
+        """The row of the table of objectives; the only look-up of an objective by its name."""
+        return OBJECTIVES[self.objective]
 
     @property
     def learning_rate(self) -> float:

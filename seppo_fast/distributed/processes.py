@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from seppo_fast.distributed.fsdp import sharding_plugin
 from seppo_fast.distributed.machine import Node
+from seppo_fast.utils.logging import set_rank
 
 _TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(days=2)
@@ -36,48 +37,76 @@ def processes() -> Accelerator:
     return Accelerator(mixed_precision="no", kwargs_handlers=[timeout], fsdp_plugin=sharding_plugin())
 
 
-def node_of(accelerator: Accelerator) -> Node:
-    """The processes of a run as those of a machine see each other."""
+class Processes:
+    """What the processes of a run ask each other. All of them call a method together, or none.
 
-    def gather(value: Any) -> list[Any]:
-        return gather_object([value]) if accelerator.num_processes > 1 else [value]
-
-    return Node(gather, accelerator.process_index)
-
-
-class Patience:
-    """Waits for the other processes for as long as it takes, or until one is gone; all call its methods.
+    Attributes:
+        accelerator: the device of this process and its ways to the others.
+        device: where it computes.
+        rank: its number.
+        world: how many there are.
+        main: whether it is the first one.
+        machine: those of this machine.
 
     Args:
-        accelerator: of this process.
+        accelerator: see above; made here where it is None.
+
+    Raises:
+        ConfigError: see `sharding_plugin`.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._first = accelerator.is_main_process
-        self._group = None
-        if accelerator.num_processes > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator or processes()
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.machine = Node(self._gather, self.rank)
+        set_rank(self.rank, self.world)
+        # Beside the device's own group, for what may take hours.
+        self._patient = None
+        if self.world > 1:
+            self._patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self._group is not None:
-            torch.distributed.barrier(group=self._group)
+    def _gather(self, value: Any) -> list[Any]:
+        return gather_object([value]) if self.world > 1 else [value]
 
-    def least(self, value: int) -> int:
-        """The smallest of all processes' values, once all have one."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Returns for each flag whether it is up in any process."""
+        if self.world == 1:
+            return list(flags)
+        counts = torch.tensor([float(flag) for flag in flags], device=self.device)
+        return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
+
+    def min(self, value: int) -> int:
+        """Returns the smallest of all processes' values, once all have one, however long that takes."""
         smallest = torch.tensor(value)
-        if self._group is not None:
-            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._group)
+        if self._patient is not None:
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._patient)
         return int(smallest)
+
+    def same(self, value: Any) -> bool:
+        """Returns whether all processes have the same value."""
+        return self.machine.alike(value)
+
+    def first(self, value: Any) -> Any:
+        """Returns the value of the first process."""
+        return self.machine.from_first(value)
+
+    def barrier(self, patient: bool = False) -> None:
+        """Waits until all processes are here; `patient`: for as long as it takes, or until one is gone."""
+        if not patient:
+            self.accelerator.wait_for_everyone()
+        elif self._patient is not None:
+            torch.distributed.barrier(group=self._patient)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process goes through the block alone, then the others do."""
-        if not self._first:
-            self.wait()
+        """Lets the first process go through the block alone, then the others; patiently."""
+        if not self.main:
+            self.barrier(patient=True)
         yield
-        if self._first:
-            self.wait()
+        if self.main:
+            self.barrier(patient=True)
 
 
 def is_lost_process(error: BaseException) -> bool:

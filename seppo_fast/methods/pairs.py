@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.diffusion.conditioning import Conditioning
@@ -127,7 +126,7 @@ class PairMaker:
         self, config: Config, cache: LatentCache, schedule: Schedule, *, rank: int = 0, world: int = 1
     ) -> None:
         self._config = config
-        self._objective = OBJECTIVES[config.objective]
+        self._objective = config.row
         self._cache = cache
         self._schedule = schedule
         self._rank, self._world = rank, world

@@ -1,27 +1,74 @@
-"""The loss of the objectives on one micro-batch, and what the log shows of it."""
+"""The built-in objectives: SePPO and its variants, SPIN-Diffusion, Diffusion-DPO, supervised fine-tuning."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seppo_fast.config.objectives import Objective
+from seppo_fast.config.schema import Config
 from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, loss_and_grad
+from seppo_fast.methods.method import Method, StepLoss
+from seppo_fast.methods.pairs import Pairs
+from seppo_fast.methods.parts import MethodParts
+from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
+from seppo_fast.methods.rollout import Rollout
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """What one micro-batch of b pairs gives.
+class PreferenceMethod(Method):
+    """Learns from pairs by the errors of policy and reference, or from winners alone where there is no reference.
 
-    Attributes:
-        grad: of the mean loss over the b pairs to the prediction, scaled as asked; what `model_pred.backward` takes.
-        sums: name to scalar float32 tensor on the device, each a sum over the pairs; nothing here syncs with the host.
+    Args:
+        parts: what the run holds.
     """
 
-    grad: Tensor
-    sums: dict[str, Tensor]
+    def __init__(self, parts: MethodParts) -> None:
+        self._config: Config = parts.config
+        strategy = REFERENCE_STRATEGIES[parts.config.reference.errors]
+        self.strategy = strategy(parts.family, parts.denoiser, parts.sampler, parts.model, parts.config)
+        self.rollout = Rollout(
+            parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.processes, parts.interruption
+        )
+
+    @property
+    def seconds(self) -> float:  # type: ignore[override]
+        """See `Method`."""
+        return self.rollout.seconds
+
+    @property
+    def sampling_batch(self) -> int:  # type: ignore[override]
+        """See `Method`."""
+        return self.rollout.batch
+
+    def collect(self, update: int, reference: int | None) -> Pairs:
+        """Algorithm 1, lines 4 to 6."""
+        return self.rollout.pairs(update, reference)
+
+    def loss(self, policy: nn.Module, micro_batch: Pairs, grad_scale: Tensor) -> StepLoss:
+        """Algorithm 1, lines 7 and 8: the AAF sign and the loss, or another row's."""
+        made = self.strategy.predictions(policy, micro_batch)
+        train = self._config.train
+        return step_loss(
+            self._config.row,
+            made.policy,
+            made.target,
+            made.ref_error,
+            beta=train.beta,
+            tie_tol=train.tie_tol,
+            grad_scale=grad_scale,
+            backend=train.backend,
+        )
+
+    def make_room(self, parked: Callable[[], AbstractContextManager[None]]) -> None:
+        """See `Method`."""
+        self.rollout.making_room = parked
+
+    def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
+        """See `averages`."""
+        return averages(sums, rows)
 
 
 def step_loss(
@@ -35,10 +82,10 @@ def step_loss(
     grad_scale: float | Tensor,
     backend: Backend,
 ) -> StepLoss:
-    """The objective's loss on one micro-batch, and its gradient, without a graph of its own.
+    """The objective's loss on one micro-batch of b pairs, and its gradient, without a graph of its own.
 
     Args:
-        objective: a row of `OBJECTIVES`.
+        objective: a row of the table of objectives.
         model_pred: `(2b, *latent)`, winner half first; `(b, *latent)` for SFT.
         target: `(2b, *latent)`, or `(b, *latent)` shared by both halves.
         ref_error: `(2b,)` float32 errors of the reference on the same noised inputs; None for SFT.
@@ -53,7 +100,7 @@ def step_loss(
         scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=errors.device)
         (grad,) = torch.autograd.grad(errors.mean(), leaf, scale)
         loss = errors.detach().sum()
-        return StepLoss(grad, {"loss": loss, "winner_error": loss})
+        return StepLoss(model_pred, grad, {"loss": loss, "winner_error": loss})
     result, grad = loss_and_grad(
         model_pred,
         target,
@@ -64,7 +111,7 @@ def step_loss(
         grad_scale=grad_scale,
         backend=backend,
     )
-    return StepLoss(grad, _sums(result, beta))
+    return StepLoss(model_pred, grad, _sums(result, beta))
 
 
 def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
@@ -103,8 +150,3 @@ def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
     if learned:
         means["implicit_acc_learned"] = (correct - both) / learned
     return means
-
-
-def total(sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Adds the sums of several micro-batches, on the device."""
-    return {name: torch.stack([one[name] for one in sums]).sum() for name in sums[0]}

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import Config
+from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.loss import Backend, denoising_errors
 from seppo_fast.methods.joint_forward import Together
 from seppo_fast.methods.pairs import NoisedBatch, Pairs, noised
@@ -47,19 +49,30 @@ class ReferenceStrategy(ABC):
     Args:
         family: of the model.
         denoiser: the forward of policy and reference.
+        sampler: how references generate.
         model: the network whose weights are the policy's, or in whose place a reference's can be put.
         config: of the run, its batches chosen.
     """
 
-    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
+    def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
         self._schedule = family.schedule
         self._denoiser = denoiser
+        self._sampler = sampler
         self._model = model
         self._backend: Backend = config.train.backend
 
     @abstractmethod
     def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
         """A module with the weights of reference `index`, for the block and, online, until the next draw."""
+
+    def sample(self, reference: nn.Module, noise: Tensor, conditioning: Conditioning, uncond: Conditioning) -> Tensor:
+        """Samples of a reference `(B, *latent)` on the CPU; see `Denoiser.sample`."""
+        return self._denoiser.sample(reference, self._sampler, noise, conditioning, uncond)
+
+    @property
+    def device(self) -> torch.device:
+        """Where policy and reference compute."""
+        return self._denoiser.device
 
     @abstractmethod
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor | None:
@@ -85,8 +98,8 @@ def predict_like_policy(denoiser: Denoiser, reference: nn.Module, batch: NoisedB
 class Precomputed(ReferenceStrategy):
     """In the rollout, in the learner's micro-batches, through the learner's forward, autograd included."""
 
-    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
-        super().__init__(family, denoiser, model, config)
+    def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
+        super().__init__(family, denoiser, sampler, model, config)
         assert config.train.micro_batch is not None, "the micro-batch is chosen before"
         self._micro_batch = config.train.micro_batch
         self._aside = torch.device("cpu") if config.reference.park else None
@@ -116,8 +129,8 @@ class Precomputed(ReferenceStrategy):
 class SeparateForward(ReferenceStrategy):
     """A second module, a second forward; for a LoRA it shares the frozen weights, else it is a second network."""
 
-    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
-        super().__init__(family, denoiser, model, config)
+    def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
+        super().__init__(family, denoiser, sampler, model, config)
         frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
         self._reference = copy.deepcopy(model, frozen)
         self._bound = False
@@ -146,8 +159,8 @@ class SeparateForward(ReferenceStrategy):
 class JointForward(SeparateForward):
     """One forward of policy rows and reference rows, of which only the policy's are differentiated."""
 
-    def __init__(self, family: Family, denoiser: Denoiser, model: nn.Module, config: Config) -> None:
-        super().__init__(family, denoiser, model, config)
+    def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
+        super().__init__(family, denoiser, sampler, model, config)
         self._together = Together(model, self._reference, family.joint_parts(model))
 
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
-from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.distributed.processes import Processes
+from seppo_fast.methods.draws import Draws
 from seppo_fast.methods.pairs import PairMaker, Pairs
 from seppo_fast.methods.reference_errors import ReferenceStrategy
-from seppo_fast.models.denoiser import Denoiser
-from seppo_fast.references.pool import ReferencePool
+from seppo_fast.runs.signals import Interruption
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import allocate, disk_message
+from seppo_fast.utils.logging import say, warn
 from seppo_fast.utils.memory import free_bytes, is_out_of_memory
 
 _FULL_BATCHES = 8  # rolled out at once: the last, unfilled one then wastes an eighth at most
@@ -43,64 +43,48 @@ class Rollout:
         batch: samples generated at once; halved where memory is short.
         seconds: that the last update's pairs took, an equal share of its window's.
 
-    Args:
-        config: of the run, its batches chosen.
-        maker: of the pairs up to the reference's share.
-        denoiser: the forward of policy and reference.
-        sampler: how references generate.
-        references: the past policies; None where the objective has no reference.
-        errors: the way to the reference's errors.
-        world: number of processes.
         making_room: entered while a reference is resident, to free device memory that only the learner needs.
-        report: takes a line on progress now and then.
-        warn: takes a line on trouble.
-        check: called before each batch; what it raises leaves everything as it was.
-        least: of a value of each process the smallest, once all have one; called after a rollout.
+
+    Args:
+        config: the run's configuration, its batches chosen.
+        maker: makes the pairs up to the reference's share.
+        strategy: how the reference generates, and where and when its errors are made.
+        draws: the past policies, and which of them is drawn next.
+        processes: those of the run.
+        interruption: asked before each batch; what it raises leaves everything as it was.
     """
 
     def __init__(
         self,
         config: Config,
         maker: PairMaker,
-        denoiser: Denoiser,
-        sampler: Sampler,
-        references: ReferencePool | None,
-        errors: ReferenceStrategy,
-        *,
-        world: int = 1,
-        making_room: Callable[[], AbstractContextManager[None]] = nullcontext,
-        report: Callable[[str], object] = print,
-        warn: Callable[[str], object] = print,
-        check: Callable[[], None] = lambda: None,
-        least: Callable[[int], int] = lambda value: value,
+        strategy: ReferenceStrategy,
+        draws: Draws,
+        processes: Processes,
+        interruption: Interruption,
     ) -> None:
         assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
-        self._generates = OBJECTIVES[config.objective].negatives == "generated"
+        self._generates = config.row.negatives == "generated"
         self._maker = maker
-        self._denoiser = denoiser
-        self._sampler = sampler
-        self._references = references
-        self._errors = errors
-        self._world = world
-        self._making_room = making_room
-        self._report = report
-        self._warn = warn
-        self._check = check
-        self._least = least
+        self._strategy = strategy
+        self._draws = draws
+        self._processes = processes
+        self._interruption = interruption
+        self.making_room: Callable[[], AbstractContextManager[None]] = nullcontext
         self.batch = config.sampler.batch
         self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
         self.seconds = 0.0
 
-    def pairs(self, update: int) -> Pairs:
-        """This rank's pairs of an update; the first of a window rolls out all of it."""
-        if self._references is not None and update not in self._waiting:
+    def pairs(self, update: int, reference: int | None) -> Pairs:
+        """This rank's pairs of an update, for the drawn reference; the first of a window rolls out all of it."""
+        if reference is not None and update not in self._waiting:
             window, started = self.window(update), time.perf_counter()
-            self._waiting = self._roll_out(window, update)
-            self._prefetch(window)
+            self._waiting = self._roll_out(window, update, reference)
+            self._draws.prefetch(window[-1] + 1)
             # One process may have found less memory; windows follow the batch, and must be the same for all.
-            self.batch = self._least(self.batch)
+            self.batch = self._processes.min(self.batch)
             self._window_share = (time.perf_counter() - started) / len(self._waiting)
         started = time.perf_counter()
         samples, errors = self._waiting.pop(update, (None, None))
@@ -115,7 +99,7 @@ class Rollout:
             return range(update, update + 1)
         ahead = config.reference.window
         if ahead is None:
-            mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
+            mine = max(1, config.train.pairs_per_update // config.reference.uses // self._processes.world)
             ahead = math.ceil(_FULL_BATCHES * self.batch / mine) if self._generates else 1
         length = config.train.updates_per_iteration
         first = update - update % length
@@ -123,36 +107,21 @@ class Rollout:
         start = first + (update - first) // ahead * ahead
         return range(start, min(start + ahead, first + length, config.train.updates))
 
-    def _prefetch(self, window: range) -> None:
-        """The next draw's weights come up while the learner works, if it is of a policy that is there already."""
-        config, references = self._config, self._references
-        assert references is not None
-        after, length = window[-1] + 1, config.train.updates_per_iteration
-        drawn_next = config.reference.redraw == "update" or after % length == 0
-        if drawn_next and after < config.train.updates and not config.reference.park:
-            grows = after % length == 0 and OBJECTIVES[config.objective].draw != "initial"
-            references.prefetch(references.draw(self._draw_number(after), len(references) + grows))
-
-    def _draw_number(self, update: int) -> int:
-        by_iteration = self._config.reference.redraw == "iteration"
-        return update // self._config.train.updates_per_iteration if by_iteration else update
-
-    def _roll_out(self, window: range, first: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
+    def _roll_out(self, window: range, first: int, reference: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
         """Samples and errors of the window's updates from `first` on, which is not the window's where a run goes on."""
-        assert self._references is not None
-        number = self._draw_number(window[0])
+        assert self._draws.pool is not None
         ids = {update: self._maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
         done = sum(len(ids[update]) for update in range(window[0], first))
-        with self._making_room(), self._errors.drawn(self._references, self._references.draw(number)) as reference:
-            samples = self._generate(reference, keys, done) if self._generates else None
+        with self.making_room(), self._strategy.drawn(self._draws.pool, reference) as model:
+            samples = self._generate(model, keys, done) if self._generates else None
             made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
             for update in window[first - window[0] :]:
                 start = (update - window[0]) * len(ids[update])
                 own = None if samples is None else samples[start : start + len(ids[update])]
                 pairs = partial(self._maker.pairs, update, ids[update], own)
-                self._check()
-                made[update] = own, self._errors.ahead(reference, pairs)
+                self._interruption.check()
+                made[update] = own, self._strategy.ahead(model, pairs)
         return made
 
     def _generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int) -> Tensor:
@@ -164,16 +133,16 @@ class Rollout:
         start, began = done - done % self.batch, time.monotonic()
         told, skipped = began, start
         while start < len(keys):
-            self._check()
+            self._interruption.check()
             inputs = self._maker.generation(keys[start : start + self.batch])
             try:
                 fault("sampling")
-                made = self._denoiser.sample(model, self._sampler, *inputs)
+                made = self._strategy.sample(model, *inputs)
             except (RuntimeError, MemoryError) as error:
                 if len(inputs[0]) == 1 or not is_out_of_memory(error):
                     raise
                 self.batch = len(inputs[0]) // 2
-                self._warn(f"out of memory with {len(inputs[0])} samples; going on with sampler.batch = {self.batch}")
+                warn(f"out of memory with {len(inputs[0])} samples; going on with sampler.batch = {self.batch}")
                 continue
             if samples is None:
                 samples = self._waiting_room((len(keys), *made.shape[1:]))
@@ -181,9 +150,7 @@ class Rollout:
             start += len(made)
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
-                self._report(
-                    f"rolled out {start}/{len(keys)} samples  {(start - skipped) / (told - began):.3g} samples/s"
-                )
+                say(f"rolled out {start}/{len(keys)} samples  {(start - skipped) / (told - began):.3g} samples/s")
         assert samples is not None
         return samples
 
@@ -192,9 +159,9 @@ class Rollout:
         count = math.prod(shape)
         budget = self._config.reference.pairs_gib
         # The other processes of a machine have samples of their own.
-        allowed = free_bytes(torch.device("cpu")) // 4 // self._world if budget is None else budget * 2**30
+        allowed = free_bytes(torch.device("cpu")) // 4 // self._processes.world if budget is None else budget * 2**30
         if 4 * count <= allowed:
-            return torch.empty(shape, pin_memory=self._denoiser.device.type == "cuda")
+            return torch.empty(shape, pin_memory=self._strategy.device.type == "cuda")
         folder = Path(self._config.data.cache)  # a real disk; what is called temporary may be memory
         try:
             with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:

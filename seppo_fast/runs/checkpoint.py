@@ -24,6 +24,7 @@ from seppo_fast.references.storage import checked_members, digest
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import disk_message, free_name, read_json, staged_folder
+from seppo_fast.utils.logging import say
 
 FORMAT = 1
 MANIFEST, NUMBERS, REFERENCES = "manifest.json", "numbers.json", "references"
@@ -129,12 +130,11 @@ def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("update-"))
 
 
-def newest_state(run: Path, report: Callable[[str], object]) -> SavedState | None:
+def newest_state(run: Path) -> SavedState | None:
     """The newest state that is whole; None where none was ever saved.
 
     Args:
         run: the run's folder.
-        report: takes a line on each newer one that is damaged.
 
     Raises:
         CheckpointError: there are states, and all are damaged, or one is of a newer format. Nothing is deleted.
@@ -146,7 +146,7 @@ def newest_state(run: Path, report: Callable[[str], object]) -> SavedState | Non
         except NewerFormatError:
             raise  # an older state would lose what a newer version did
         except CheckpointError as problem:
-            report(f"{problem}; looking for an older state")
+            say(f"{problem}; looking for an older state")
     if folders:
         raise CheckpointError(
             f"{run / 'state'}: none of its {len(folders)} saved states can be used. Nothing was deleted; restore one "

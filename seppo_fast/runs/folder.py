@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from seppo_fast.runs.journal import LOG, SKIPPED
 from seppo_fast.runs.trackers import FOLDERS
 from seppo_fast.utils.errors import CheckpointError, ConfigError, SeppoError
 from seppo_fast.utils.files import NO_LOCKS, disk_message
+from seppo_fast.utils.logging import say
 
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
@@ -76,15 +77,14 @@ def _names(folder: Path) -> set[str]:
 
 
 @contextmanager
-def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterator[SavedState | None]:
+def claimed(folder: Path, machine: Node) -> Iterator[SavedState | None]:
     """Holds a run's folder, so that no other run writes it meanwhile; gives the state that it was left in.
 
     A lock of a process that is gone is no lock. A folder in which nothing was written in the end is removed again.
 
     Args:
         folder: of the run.
-        node: the processes of the run; the one of rank 0 holds the lock, all read the same state.
-        report: takes a line on states that are damaged.
+        machine: the processes of the run; the one of rank 0 holds the lock, all read the same state.
 
     Raises:
         ConfigError: another run holds it; as `refuse_occupied`.
@@ -93,19 +93,19 @@ def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterat
     handle, found = None, None
     failed: SeppoError | None = None
     try:
-        if node.rank == 0:
+        if machine.rank == 0:
             try:
                 refuse_occupied(folder)
-                handle = _locked(folder, report)
+                handle = _locked(folder)
                 _remove_unfinished(folder)
-                found = newest_state(folder, report)
+                found = newest_state(folder)
                 if found is None and (folder / "log.jsonl").exists():
-                    report(f"{folder}: no state was saved before the run ended; it begins anew")
+                    say(f"{folder}: no state was saved before the run ended; it begins anew")
             except (ConfigError, CheckpointError) as problem:
                 failed = problem
             except OSError as problem:
                 failed = CheckpointError(disk_message(folder, problem))
-        failed, found = node.from_first((failed, found))
+        failed, found = machine.from_first((failed, found))
         if failed is not None:
             raise failed
         yield found
@@ -114,7 +114,7 @@ def claimed(folder: Path, node: Node, report: Callable[[str], object]) -> Iterat
             _release(folder, handle)
 
 
-def _locked(folder: Path, report: Callable[[str], object]) -> int:
+def _locked(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -131,7 +131,7 @@ def _locked(folder: Path, report: Callable[[str], object]) -> int:
         if problem.errno not in NO_LOCKS:
             os.close(handle)
             raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
-        report(f"{folder}: files cannot be locked there ({problem.strerror}); start no second run on this folder")
+        say(f"{folder}: files cannot be locked there ({problem.strerror}); start no second run on this folder")
     try:
         os.pwrite(handle, _MARK.encode(), 0)
     except OSError as problem:

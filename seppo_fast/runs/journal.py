@@ -135,11 +135,11 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
 def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float) -> str:
     """`update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`"""
     parts = [f"update {number}/{updates}", f"loss {stats['loss']:.4f}"]
-    winner = f"winner {stats['winner_error']:.4f}"
+    if "winner_error" in stats:
+        reference = f" (ref {stats['ref_winner_error']:.4f})" if "ref_winner_error" in stats else ""
+        parts.append(f"winner {stats['winner_error']:.4f}{reference}")
     if "aaf_rate" in stats:
-        parts += [f"{winner} (ref {stats['ref_winner_error']:.4f})", f"reject {stats['aaf_rate']:.2f}"]
-    else:
-        parts.append(winner)
+        parts.append(f"reject {stats['aaf_rate']:.2f}")
     parts.append(
         f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: not finite, samples in {SKIPPED}" if stats["skipped"] else "")
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from seppo_fast.runs.checkpoint import REFERENCES, SavedState, prune, saved_stat
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import disk_message
+from seppo_fast.utils.logging import warn
 
 POLICY, OPTIMIZER, AVERAGE = "policy", "optimizer", "average"
 _MAX_FAILED = 3  # saves in a row that the disk refuses before the run stops
@@ -82,11 +83,10 @@ class Saver:
         run: the run's folder.
         minutes: between two states; 0: each is due.
         keep: states that stay.
-        warn: takes a line where a state could not be written.
     """
 
-    def __init__(self, run: Path, minutes: float, keep: int, warn: Callable[[str], object]) -> None:
-        self._run, self._seconds, self._keep, self._warn = run, 60 * minutes, keep, warn
+    def __init__(self, run: Path, minutes: float, keep: int) -> None:
+        self._run, self._seconds, self._keep = run, 60 * minutes, keep
         self._started = time.monotonic()
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -143,7 +143,7 @@ class Saver:
         self._failed += 1
         if last or self._failed == _MAX_FAILED or not isinstance(problem, CheckpointError):
             raise problem
-        self._warn(f"the run goes on, and its state could not be saved: {problem}")
+        warn(f"the run goes on, and its state could not be saved: {problem}")
 
     def _write(
         self,
@@ -169,4 +169,4 @@ class Saver:
         try:
             prune(self._run, self._keep)
         except (OSError, CheckpointError) as problem:
-            self._warn(f"an older state could not be removed: {problem}")
+            warn(f"an older state could not be removed: {problem}")

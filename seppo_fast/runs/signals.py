@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from seppo_fast.utils.logging import warn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -51,12 +53,10 @@ class Interruption:
     one that is ignored stays ignored: `nohup` has a run outlive its terminal.
 
     Args:
-        report: takes a line when the first signal comes.
         alone: whether the run has one process.
     """
 
-    def __init__(self, report: Callable[[str], object] = print, alone: bool = True) -> None:
-        self._report = report
+    def __init__(self, alone: bool = True) -> None:
         self._alone = alone
         self.asked = False
         self._before: dict[signal.Signals, Any] = {}
@@ -86,9 +86,9 @@ class Interruption:
         name = signal.Signals(number).name
         if self._alone:
             self._give_back()
-            self._report(f"{name}: ending at the next micro-batch; a second one ends at once")
+            warn(f"{name}: ending at the next micro-batch; a second one ends at once")
         else:
-            self._report(f"{name}: ending after this update")
+            warn(f"{name}: ending after this update")
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

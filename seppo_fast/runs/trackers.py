@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from seppo_fast.config.schema import Config
 from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.logging import warn
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -31,15 +32,14 @@ def require_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """Those that `log.trackers` names; for one process of the run.
+    """Those that `log.trackers` names; for one process of the run, which goes on without one that fails.
 
     Args:
         config: of the run.
-        warn: takes a line where one of them fails: the run goes on without it.
     """
 
-    def __init__(self, config: Config, warn: Callable[[str], object]) -> None:
-        self._config, self._warn = config, warn
+    def __init__(self, config: Config) -> None:
+        self._config = config
         self._running: dict[str, GeneralTracker] = {}
 
     def start(self, finished: int) -> None:
@@ -96,4 +96,4 @@ class Trackers:
             action()
         except Exception as problem:
             self._running.pop(name, None)
-            self._warn(f"the run goes on without {name}: {type(problem).__name__}: {problem}")
+            warn(f"the run goes on without {name}: {type(problem).__name__}: {problem}")

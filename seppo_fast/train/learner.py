@@ -9,82 +9,80 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import fill, is_sharded, whole
-from seppo_fast.methods.pairs import Pairs
-from seppo_fast.methods.preference import averages, step_loss, total
-from seppo_fast.methods.reference_errors import ReferenceStrategy
+from seppo_fast.distributed.processes import Processes
+from seppo_fast.methods.method import Batch, Method
 from seppo_fast.models.trainable import trainable
 from seppo_fast.runs.journal import SKIPPED
+from seppo_fast.runs.signals import Interruption
 from seppo_fast.train.optimizer import learning_rate, make_ema, make_optimizer
 from seppo_fast.utils.errors import NonFiniteError
 from seppo_fast.utils.fault_injection import fault
+from seppo_fast.utils.logging import say
 
 _MAX_SKIPPED = 3  # updates in a row with a non-finite gradient before the run stops
 
 
 class Learner:
-    """Trains the policy on pairs; it holds no reference unless `errors` does.
+    """Trains the policy on what a method collects, by the method's loss.
 
     Attributes:
         applied: updates of the whole run that changed the weights; the others were skipped.
 
     Args:
         policy: the network, its trained weights marked; sharded or not.
-        errors: the way to the reference's errors; it makes the policy's forward.
-        config: of the run, its micro-batch chosen.
-        accelerator: devices and processes.
-        check: called before each micro-batch; what it raises leaves the weights as the last update left them.
-        skipped: called where an update is skipped, with its index, the sample ids of all ranks, and whether the scaler
-            of half precision was still searching its scale.
+        method: runs the policy on micro-batches.
+        config: the run's configuration, its micro-batch chosen.
+        processes: those of the run.
+        interruption: asked before each micro-batch; what it raises leaves the weights as the last update left them.
+        skipped: called where an update is skipped, with its number (from 1), the sample ids of all ranks, and whether
+            the scaler of half precision was still searching its scale.
     """
 
     def __init__(
         self,
         policy: nn.Module,
-        errors: ReferenceStrategy,
+        method: Method,
         config: Config,
-        accelerator: Accelerator,
-        check: Callable[[], None] = lambda: None,
+        processes: Processes,
+        interruption: Interruption,
         skipped: Callable[[int, list[int], bool], None] = lambda update, sample_ids, searching: None,
     ) -> None:
         assert config.train.micro_batch is not None, "the micro-batch is chosen before"
         self.policy = policy
         self.ema = make_ema(policy, config.train.ema_decay)
-        self._errors = errors
-        self._check = check
+        self._method = method
+        self._interruption = interruption
         self._tell_skipped = skipped
         self._micro_batch = config.train.micro_batch
         self._config = config
-        self._objective = OBJECTIVES[config.objective]
-        self._accelerator = accelerator
+        self._processes = processes
         self._optimizer = make_optimizer(policy, config.learning_rate, config.train)
         half = config.model.precision == "fp16"
-        self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half)
+        self._scaler = torch.amp.GradScaler(processes.device.type, enabled=half)
         self._skipped = 0
         self.applied = 0
 
-    def step(self, pairs: Pairs, update: int) -> dict[str, float]:
-        """One update on this rank's share of the pairs.
+    def step(self, batch: Batch, update: int) -> dict[str, float]:
+        """One update on this rank's share of a batch, for an update from 0.
 
         Returns:
-            Means over the pairs of all ranks (see `objectives.averages`), `grad_norm` before clipping, `skipped`: 1
+            Means over the rows of all ranks (see `Method.averages`), `grad_norm` before clipping, `skipped`: 1
             where the gradient was not finite and the weights were left alone, and `learn_seconds`.
 
         Raises:
             NonFiniteError: the third update in a row whose gradient is not finite.
         """
         started = time.perf_counter()
-        sums = self._accumulate(pairs)
+        sums = self._accumulate(batch)
         self._scaler.unscale_(self._optimizer)
         parameters = list(trainable(self.policy).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
-        good = math.isfinite(sums["loss"])  # else the pairs are the cause, and not the scale
+        good = math.isfinite(sums["loss"])  # else the batch is the cause, and not the scale
         searching = self.searching and good
         finite = math.isfinite(norm)
         if finite:
@@ -101,43 +99,32 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
         if not finite:  # on all ranks: the gradient is theirs together
-            self._tell_skipped(update, gather_object(list(pairs.sample_ids)), searching)
+            self._tell_skipped(update + 1, gather_object(list(batch.sample_ids)), searching)
         if self._skipped == _MAX_SKIPPED:
             raise NonFiniteError(
                 f"update {update + 1}: the gradient was not finite {_MAX_SKIPPED} times in a row "
-                f"(loss {sums['loss']}); sample ids from {list(pairs.sample_ids[:8])} on, all in {SKIPPED} of the "
+                f"(loss {sums['loss']}); sample ids from {list(batch.sample_ids[:8])} on, all in {SKIPPED} of the "
                 "run's folder. A lower train.learning_rate or another model.precision are the first things to try"
             )
-        means = averages(sums, self._config.train.pairs_per_update)
+        means = self._method.averages(sums, self._config.train.pairs_per_update)
         took = time.perf_counter() - started
         return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
 
-    def _accumulate(self, pairs: Pairs) -> dict[str, float]:
-        """Gradients of the mean loss over the pairs of all ranks; sums of what is logged, in one host sync."""
+    def _accumulate(self, batch: Batch) -> dict[str, float]:
+        """Gradients of the mean loss over the rows of all ranks; sums of what is logged, in one host sync."""
         train = self._config.train
-        batches = list(pairs.micro_batches(self._micro_batch))
-        scale = self._scaler.scale(torch.ones((), device=self._accelerator.device))  # a tensor: it stays on the device
-        steps: list[dict[str, torch.Tensor]] = []
-        for batch in batches:
-            self._check()
+        scale = self._scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: it stays on the device
+        made: list[dict[str, torch.Tensor]] = []
+        for part in list(batch.micro_batches(self._micro_batch)):
+            self._interruption.check()
             fault("micro-batch")
-            prediction, target, ref_error = self._errors.predictions(self.policy, batch)
-            step = step_loss(
-                self._objective,
-                prediction,
-                target,
-                ref_error,
-                beta=train.beta,
-                tie_tol=train.tie_tol,
-                grad_scale=scale * (len(batch) / train.pairs_per_update),
-                backend=train.backend,
-            )
-            prediction.backward(step.grad)
-            steps.append(step.sums)
-        if self._accelerator.num_processes > 1 and not is_sharded(self.policy):
+            step = self._method.loss(self.policy, part, scale * (len(part) / train.pairs_per_update))
+            step.output.backward(step.grad)
+            made.append(step.sums)
+        if self._processes.world > 1 and not is_sharded(self.policy):
             self._add_gradients()
-        sums = total(steps)
-        reduced = self._accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        sums = {name: torch.stack([one[name] for one in made]).sum() for name in made[0]}
+        reduced = self._processes.accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))
 
     def _add_gradients(self) -> None:
@@ -155,7 +142,7 @@ class Learner:
         """Names the trained tensors that have no gradient. Nothing else shows them: the loss falls all the same."""
         absent = [name for name, norm in gradient_norms(self.policy).items() if not norm]
         if absent:
-            self._accelerator.print(
+            say(
                 f"{len(absent)} of {len(trainable(self.policy))} trained tensors had no gradient in update "
                 f"{update + 1}: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}. Check whether the model's "
                 "output depends on them, and try another model.precision"
@@ -218,7 +205,7 @@ class Learner:
     @contextmanager
     def parked(self) -> Iterator[None]:
         """Inside the block the optimizer's state waits in host memory: room for a rollout, for two copies."""
-        device = self._accelerator.device
+        device = self._processes.device
         self._move_state(torch.device("cpu"))
         try:
             yield

@@ -32,25 +32,26 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
     """
     # Here, so that the command line can quiet the libraries before they load.
     with held_back():
-        from seppo_fast.distributed.processes import node_of, processes
+        from seppo_fast.distributed.processes import Processes
         from seppo_fast.runs.folder import claimed
         from seppo_fast.train.trainer import Trainer
         from seppo_fast.utils.torch_modes import deterministic, outside_modes
 
-    accelerator = processes()
+    processes = Processes()
     with (
         tolerant_output(),
         outside_modes(),
         deterministic(config.model.deterministic),
-        claimed(Path(config.output), node_of(accelerator), accelerator.print) as saved,
+        claimed(Path(config.output), processes.machine) as saved,
     ):
-        trainer = Trainer(config, accelerator, saved)
+        trainer = Trainer(config, processes, saved)
         observe(trainer, trainer.finished)
         with trainer.running():
             for update in range(trainer.finished, config.train.updates):
                 if update % config.train.updates_per_iteration == 0:
                     trainer.add_checkpoint()  # the first is checkpoint 0, the initial policy
-                pairs = trainer.rollout.pairs(update)
-                trainer.report(trainer.learner.step(pairs, update))
+                reference = trainer.draws.reference(update)  # line 3; None for a method without one
+                batch = trainer.method.collect(update, reference)  # lines 4 to 6: sample, and what else it compares
+                trainer.record(trainer.learner.step(batch, update))  # lines 7 to 9: loss, backward, AdamW
                 observe(trainer, trainer.finished)
             return trainer.save()

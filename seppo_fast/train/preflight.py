@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.models.attention import require_xformers
@@ -42,7 +41,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         )
     reference = config.reference
     rooms = [reference.host_gib, reference.disk_gib, *([reference.gpu_gib] if device.type == "cuda" else [])]
-    if OBJECTIVES[config.objective].draw and not any(room is None or room > 0 for room in rooms):
+    if config.row.draw and not any(room is None or room > 0 for room in rooms):
         raise ConfigError(
             "reference.gpu_gib, host_gib, disk_gib: with 0 for all no past policy has room"
             + ("" if device.type == "cuda" else " (gpu_gib is for a GPU)")
@@ -60,7 +59,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         raise ConfigError("data.source is empty; give a folder, parquet files, a hub id, or shapes:N")
     source = open_source(config.data.source, config.data.split)
     refuse_other_kind(config, source.clips)
-    if OBJECTIVES[config.objective].needs_pairs and not source.has_losers:
+    if config.row.needs_pairs and not source.has_losers:
         raise ConfigError(
             f"objective {config.objective!r} needs two images per prompt (the Pick-a-Pic schema), "
             f"data.source = {config.data.source!r} has one; 'seppo' needs winners only"

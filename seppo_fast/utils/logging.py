@@ -1,4 +1,4 @@
-"""What is printed: nothing of the libraries' own, and never an end of the run by it."""
+"""What is printed: by which process, nothing of the libraries' own, and never an end of the run by it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+_rank, _world = 0, 1
+
+
+def set_rank(rank: int, world: int) -> None:
+    """Tells which of how many processes this is, once they know of each other."""
+    global _rank, _world
+    _rank, _world = rank, world
+
+
+def say(line: str) -> None:
+    """Prints a line of the run, which is the same in all processes: the first one prints it."""
+    if _rank == 0:
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Prints what befell this process, with its rank where there are several."""
+    print(f"process {_rank}: {line}" if _world > 1 else line, flush=True)
 
 
 class _Tolerant:

@@ -1,0 +1,170 @@
+"""Sets a run up, in the order in which a user's mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from seppo_fast.capacity.presets import fit_to_machine, turn_dial
+from seppo_fast.config.schema import Config
+from seppo_fast.data.cache.latents import LatentCache
+from seppo_fast.data.cache.opening import open_or_build
+from seppo_fast.data.examples import Source
+from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.distributed.fsdp import settled, shard, sharding_asked
+from seppo_fast.distributed.machine import Node
+from seppo_fast.distributed.processes import Processes
+from seppo_fast.models.denoiser import Denoiser
+from seppo_fast.models.family import Family
+from seppo_fast.models.registry import load_family
+from seppo_fast.models.trainable import DTYPES, compile_blocks, make_trainable
+from seppo_fast.references.pool import ReferencePool
+from seppo_fast.references.tiers import Budget
+from seppo_fast.runs.checkpoint import SavedState
+from seppo_fast.runs.resume import refuse_other_content, resumed_config
+from seppo_fast.train.preflight import preflight
+from seppo_fast.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of before its method and its learner.
+
+    Attributes:
+        asked: the configuration as it was asked for.
+        config: with all that was left to be chosen filled in.
+        family: the model. Where the policy is in shards its network is a plain one, for references.
+        policy: the network that is trained: the family's, or its shards.
+        cache: the data.
+        denoiser: the one forward of policy and references.
+        sampler: how samples are made.
+        fingerprints: digests of the model and of the data.
+    """
+
+    asked: Config
+    config: Config
+    family: Family
+    policy: nn.Module
+    cache: LatentCache
+    denoiser: Denoiser
+    sampler: Sampler
+    fingerprints: dict[str, str]
+
+
+def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Setup:
+    """Checks a configuration, loads its model and its data, and chooses what it leaves open.
+
+    Args:
+        config: as it is asked for.
+        processes: those of the run.
+        saved: the state to resume from, None for a run from its beginning.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong, and what to do.
+    """
+    device = processes.device
+    if sharding_asked():
+        config = settled(config, processes.world)
+    asked = config
+    if saved is not None:
+        config = resumed_config(config, saved)
+    config = turn_dial(config, device)
+    source = preflight(config, device, processes.world)
+    family = load_family(config, device)
+    fingerprints = {"model": family.identity()}
+    if saved is not None:
+        refuse_other_content(saved, {"model": (fingerprints["model"],)})
+    cache = _shared_cache(config, source, family, processes, saved)
+    fingerprints["data"] = cache.fingerprint
+    if not processes.same(fingerprints):
+        raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
+    config, policy = _policy(config, family, processes)
+    return Setup(
+        asked=asked,
+        config=config,
+        family=family,
+        policy=policy,
+        cache=cache,
+        denoiser=Denoiser(family, DTYPES[config.model.precision]),
+        sampler=family.sampler(config.sampler, cache.latent_shape),
+        fingerprints=fingerprints,
+    )
+
+
+def _shared_cache(
+    config: Config, source: Source, family: Family, processes: Processes, saved: SavedState | None
+) -> LatentCache:
+    """The cache, which the first process fills and all then read."""
+
+    def accept(*data: str) -> None:
+        if saved is not None:
+            refuse_other_content(saved, {"data": data})
+
+    with processes.first_alone():
+        family.latent_shape(config.data.resolution)
+        cache = open_or_build(
+            source,
+            family,
+            resolution=config.data.resolution,
+            frames=family.frames,
+            flip=config.data.flip,
+            folder=Path(config.data.cache),
+            losers=config.row.needs_pairs,
+            report=processes.accelerator.print,
+            accept=accept,
+        )
+        family.park_encoders()
+    processes.barrier(patient=True)  # each process reads all of the data for its digest
+    return cache
+
+
+def _policy(config: Config, family: Family, processes: Processes) -> tuple[Config, nn.Module]:
+    """The network that is trained, on its device, and the configuration that fits it and the machine."""
+    policy, device = family.model, processes.device
+    make_trainable(policy, config.model, config.seed, family)
+    # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise. Shards are of
+    # contiguous weights only.
+    plain = config.train.optimizer == "adamw8bit" or sharding_asked()
+    layout = torch.contiguous_format if plain else family.memory_format
+    policy.to(device, memory_format=layout)  # type: ignore[call-overload]
+    config = fit_to_machine(config, family, processes.accelerator)
+    assert config.model.attention != "auto", "the attention is chosen"
+    family.set_attention(policy, config.model.attention)
+    if config.model.temporal_attention == "triton":
+        family.set_temporal_attention(policy, "triton")
+    if sharding_asked():
+        family.model = shard(policy, family.sharded, device)
+    if config.model.compile:
+        compile_blocks(policy, config.model.attention, family)
+    return config, policy
+
+
+def open_pool(config: Config, machine: Node) -> ReferencePool | None:
+    """Returns the empty pool of past policies of a configuration, None where its method has no reference.
+
+    Args:
+        config: the run's configuration.
+        machine: the processes that share one copy of the weights.
+    """
+    draw = config.row.draw
+    if draw is None:
+        return None
+
+    def size(gib: float | None) -> int | None:
+        return None if gib is None else int(gib * 2**30)
+
+    reference = config.reference
+    newest = draw == "newest"  # no other one will ever be drawn
+    return ReferencePool(
+        config.seed,
+        draw,
+        keep=2 if newest else reference.keep,
+        rule="newest" if newest else reference.keep_rule,
+        compute=DTYPES[config.model.precision],
+        budget=Budget(size(reference.gpu_gib), size(reference.host_gib), size(reference.disk_gib)),
+        folder=Path(config.data.cache),
+        node=machine,
+    )
