@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from seppo_fast.capacity.footprint import training_footprint
-from seppo_fast.capacity.presets import fit_to_machine, turn_dial
+from seppo_fast.capacity.presets import apply_preset, fit_to_device
 from seppo_fast.cli import main
 from seppo_fast.config.load import to_yaml
 from seppo_fast.evaluation.judged import judged_model
@@ -196,8 +196,8 @@ def test_memory_is_counted_for_clips(trainer, device):
 
 def test_batches_are_chosen_for_clips(tiny, adapter, tmp_path, trainer):
     config = clip_config(tiny, adapter, tmp_path, train={"micro_batch": None}, sampler={"batch": None})
-    config = turn_dial(config, CPU)
-    chosen = fit_to_machine(config, trainer.family, trainer.processes.accelerator)
+    config = apply_preset(config, CPU)
+    chosen = fit_to_device(config, trainer.family, trainer.processes)
     assert (chosen.train.micro_batch, chosen.sampler.batch) == (4, 32)  # of an update no more; a CPU's ceiling
 
 

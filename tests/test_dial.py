@@ -7,7 +7,7 @@ import torch
 
 import seppo_fast.capacity.presets
 from seppo_fast.capacity.footprint import sampling_footprint, training_footprint
-from seppo_fast.capacity.presets import DIAL, fit_to_machine, turn_dial
+from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset, fit_to_device
 from seppo_fast.config.load import parse_config, read_config
 from seppo_fast.models.trainable import trainable
 from seppo_fast.references.layout import Table
@@ -30,15 +30,15 @@ OPEN = {"train": {"micro_batch": None, "pairs_per_update": 24}, "sampler": {"bat
     ],
 )
 def test_what_the_dial_decides_before_the_model_is_made(memory, device, checkpointing, compiled):
-    model = turn_dial(parse_config({"memory": memory}), device).model
+    model = apply_preset(parse_config({"memory": memory}), device).model
     assert (model.gradient_checkpointing, model.compile) == (checkpointing, compiled)
 
 
 def test_what_is_given_wins_over_the_dial():
     config = parse_config({"memory": "low", "model": {"gradient_checkpointing": False, "compile": True}})
-    assert turn_dial(config, CUDA).model == config.model
+    assert apply_preset(config, CUDA).model == config.model
     online = parse_config({"memory": "fast", "reference": {"errors": "apart"}})
-    assert turn_dial(online, CUDA).model.compile is False
+    assert apply_preset(online, CUDA).model.compile is False
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def trainer(tiny, tmp_path):
 
 
 def chosen(trainer, config):
-    config = fit_to_machine(turn_dial(config, CPU), trainer.family, trainer.processes.accelerator)
+    config = fit_to_device(apply_preset(config, CPU), trainer.family, trainer.processes)
     return config.train.micro_batch, config.sampler.batch
 
 
@@ -77,7 +77,7 @@ def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
     pool = 3 * slab  # two past policies, and the one that is resident
     asked = trainer.policy, denoise_unet, inputs_of((4, 8, 8), (16, 16)), torch.float32, CPU
     pair, sample = training_footprint(*asked), sampling_footprint(*asked, guided=True)
-    share = DIAL["balanced"].share
+    share = MEMORY_PRESETS["balanced"].share
     for pairs, samples in ((4, 8), (8, 16), (1, 4)):
         for spare, rows in ((1.001, pairs), (0.999, pairs // 2 or 1)):
             need = spare * (2 * trained + pool + pair.fixed + pairs * pair.per_row) / share
@@ -107,11 +107,11 @@ def test_batches_have_a_ceiling_and_one_is_always_tried(tiny, tmp_path, trainer,
 
 def test_all_processes_take_the_smallest_choice(tiny, tmp_path, trainer, monkeypatch):
     monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device: 2**50)
-    monkeypatch.setattr(trainer.processes.accelerator, "gather", lambda mine: torch.cat([mine, torch.tensor([3])]))
+    monkeypatch.setattr(trainer.processes, "min", lambda mine: min(mine, 3))
     assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (3, 3)
 
 
-@pytest.mark.parametrize("memory", list(DIAL))
+@pytest.mark.parametrize("memory", list(MEMORY_PRESETS))
 def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
     config = tiny_config(tiny, tmp_path, memory=memory, **OPEN)
     train(config)
@@ -130,8 +130,8 @@ def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, 
     sample = sampling_footprint(trainer.policy, denoise_unet, inputs, torch.float32, CPU, guided=True)
     config = tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN)
     for spare, park in ((1.001, False), (0.999, True)):
-        free = int(spare * (2 * trained + pool + sample.fixed + 16 * sample.per_row) / DIAL["balanced"].share)
+        free = int(spare * (2 * trained + pool + sample.fixed + 16 * sample.per_row) / MEMORY_PRESETS["balanced"].share)
         monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, free=free: free)
-        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.policy, sample, trainer.processes.accelerator)
+        chosen = seppo_fast.capacity.presets._with_batch(config, trainer.policy, sample, trainer.processes)
         assert chosen.reference.park is park
         assert chosen.sampler.batch >= 16  # parked, they fit

@@ -15,7 +15,7 @@ import seppo_fast.capacity.plan
 from seppo_fast.capacity.eta import forwards_per_pair
 from seppo_fast.capacity.footprint import Footprint
 from seppo_fast.capacity.plan import Need, _ladder, need_of, out_of_memory, suggestions
-from seppo_fast.capacity.presets import DIAL, turn_dial
+from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset
 from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.distributed.processes import processes
 from seppo_fast.references.layout import Table
@@ -35,7 +35,7 @@ SIZES = {"train": {"pairs_per_update": 16, "micro_batch": 16, "updates": 4, "ema
 
 def trainer_of(tiny, folder, kind, **sections):
     config = tiny_config(tiny, folder, model=KINDS[kind], **{**SIZES, **sections})
-    return Trainer(turn_dial(config, CPU))
+    return Trainer(apply_preset(config, CPU))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +71,7 @@ def learning_on_a_gpu(pipeline, folder, kind):
         Path(pipeline), Path(folder), model=KINDS[kind], train=sizes, data={"source": "shapes:300:3", "resolution": 32}
     )
     device = processes().device
-    trainer = Trainer(turn_dial(config, device))
+    trainer = Trainer(apply_preset(config, device))
     need = need_of(trainer.config, trainer.family, device, 2**40)
     trainer.add_checkpoint()
     pairs, more = collected(trainer, 0), collected(trainer, 1)
@@ -142,7 +142,7 @@ def test_what_stays_open_on_a_gpu_is_chosen_as_the_dial_does(tiny, tmp_path):
     config, cuda = parse_config(tree), torch.device("cuda")
     slab = Table.of(trainer.policy).size
     full = need_of(config, trainer.family, cuda, 2**40)
-    assert not full.parked and full.references == (2 + 1) * slab and full.batch == DIAL["balanced"].batch
+    assert not full.parked and full.references == (2 + 1) * slab and full.batch == MEMORY_PRESETS["balanced"].batch
     few = replace(full, batch=15).sampling
     tight = need_of(config, trainer.family, cuda, 2**40, few)
     assert tight.parked and tight.batch > 8 and tight.sampling <= few
@@ -207,7 +207,7 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
 def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
     """An iteration's rows through the UNet, counted at its first layer."""
     config = tiny_config(tiny, tmp_path, **SIZES | sections)
-    trainer = Trainer(turn_dial(config, CPU))
+    trainer = Trainer(apply_preset(config, CPU))
     rows = {"forward": 0, "backward": 0}
 
     def forward(module, args, output):

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from seppo_fast.capacity.presets import _shards, learner_bytes
+from seppo_fast.capacity.presets import _room
 from seppo_fast.config.load import to_yaml
 from seppo_fast.distributed.fsdp import settled, sharding_plugin
 from seppo_fast.runs.checkpoint import saved_states
@@ -166,11 +166,14 @@ def test_what_shards_do_not_go_with_is_refused(tiny, tmp_path, monkeypatch, sect
 
 
 def test_a_batch_is_fitted_beside_a_share_of_the_optimizer(tiny, tmp_path, monkeypatch):
-    config, unet, four = tiny_config(tiny, tmp_path), tiny_unet(), SimpleNamespace(num_processes=4)
-    whole = sum(weight.numel() * 4 * 2 for weight in unet.parameters())  # Adam's two moments
-    assert learner_bytes(config, unet, _shards(four)) == whole
+    config = tiny_config(tiny, tmp_path, train={"ema_decay": 0.9})
+    unet, four = tiny_unet(), SimpleNamespace(world=4, device=torch.device("cpu"))
+    weights = sum(weight.numel() * 4 for weight in unet.parameters())
+    room = _room(config, unet, four)
+    assert (room.moments, room.average) == (2 * weights, weights)  # Adam has two
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert learner_bytes(config, unet, _shards(four)) == whole // 4
+    room = _room(config, unet, four)
+    assert (room.moments, room.average) == (2 * weights // 4, weights // 4)
 
 
 def test_what_is_left_open_is_off(tiny, tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
-from seppo_fast.capacity.presets import CPU_ROWS, DIAL, FEW_SAMPLES, filled, learner_bytes, pool_bytes, trained_bytes
+from seppo_fast.capacity.presets import filled, learner_bytes, pool_bytes, trained_bytes
 from seppo_fast.config.schema import Config
 from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, make_trainable
@@ -94,14 +95,14 @@ class Need:
 
 
 def need_of(config: Config, family: Family, device: torch.device, room: int, most: int | None = None) -> Need:
-    """What a configuration needs in one process; what it leaves open is filled in by the rules of the dial.
+    """What a configuration needs in one process; what it leaves open is filled in by the rule of a run.
 
     Args:
-        config: of the run, through `turn_dial`.
+        config: of the run, through `apply_preset`.
         family: of the model; its network is not touched, and may be trained already.
         device: on which it would run.
         room: bytes of it that are there for the run.
-        most: bytes that a batch may fill them up to; None: the dial's share of what the weights leave.
+        most: bytes that a batch may fill them up to; None: the preset's share of what the weights leave.
 
     Raises:
         ConfigError: a resolution that the model does not take.
@@ -123,7 +124,7 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
         parked=device.type == "cuda" and bool(config.reference.park),
     )
     if most is None:
-        most = weights + int(DIAL[config.memory].share * max(0, room - weights))
+        most = weights + int(MEMORY_PRESETS[config.memory].share * max(0, room - weights))
     return _filled_in(need, config, device, most)
 
 
@@ -158,22 +159,15 @@ def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
     return known[key]
 
 
-def _filled_in(need: Need, config: Config, device: torch.device, room: int) -> Need:
-    """Batches and parking as the dial chooses them, where the configuration leaves them open."""
-    setting = DIAL[config.memory]
-    most = CPU_ROWS if device.type == "cpu" else 2**30
-    if not need.micro_batch:
-        cap = min(setting.micro_batch, config.train.pairs_per_update, most)
-        rows = need.pair.largest(room - need.learning + need.pair.fixed, cap)
-        need = replace(need, micro_batch=max(1, rows))
-    cap = min(config.sampler.batch or setting.batch, most)
-
-    def fitting(need: Need) -> int:
-        return max(1, need.sample.largest(room - replace(need, batch=0).sampling + need.sample.fixed, cap))
-
+def _filled_in(need: Need, config: Config, device: torch.device, most: int) -> Need:
+    """Batches and parking by the rule of a run of one process, where the configuration leaves them open."""
+    room = BatchRoom(most - need.weights, need.moments, need.average, need.references, device.type == "cpu")
+    micro_batch = need.micro_batch or room.micro_batch(config, need.pair)
+    parked = need.parked
     if config.reference.park is None and device.type == "cuda":
-        need = replace(need, parked=setting.park or fitting(need) < min(cap, FEW_SAMPLES))
-    return need if need.batch else replace(need, batch=fitting(need))
+        parked = room.parks(config, need.sample)
+    batch = need.batch or room.batch(config, need.sample, parked)
+    return replace(need, micro_batch=micro_batch, parked=parked, batch=batch)
 
 
 def room_on(device: torch.device) -> int:

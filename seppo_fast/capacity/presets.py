@@ -1,4 +1,4 @@
-"""The dial: `memory = low | balanced | fast` fills in what a configuration leaves null.
+"""`memory = low | balanced | fast` fills in what a configuration leaves null.
 
 Nothing here changes what is computed, but for rounding: batches, recomputation, compilation, attention kernels. What
 was chosen stands in the run's `config.yaml`.
@@ -6,60 +6,26 @@ was chosen stands in the run's `config.yaml`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
 from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import sharding_asked
+from seppo_fast.distributed.processes import Processes
 from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, trainable
 from seppo_fast.references.layout import Table
+from seppo_fast.references.tiers import SHARES
 from seppo_fast.utils.memory import free_bytes
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What one position of the dial stands for.
-
-    Attributes:
-        share: of the free memory that a batch may fill.
-        micro_batch: pairs, at most.
-        batch: samples, at most.
-        park: optimizer and policy wait in host memory during a rollout, whether or not memory asks for it.
-        checkpointing: recompute activations.
-        compile: the repeated blocks, on a GPU.
-    """
-
-    share: float
-    micro_batch: int
-    batch: int
-    park: bool
-    checkpointing: bool
-    compile: bool
-
-
-DIAL = {
-    "low": Setting(share=0.5, micro_batch=1, batch=8, park=True, checkpointing=True, compile=False),
-    "balanced": Setting(share=0.7, micro_batch=16, batch=64, park=False, checkpointing=False, compile=False),
-    "fast": Setting(share=0.9, micro_batch=32, batch=128, park=False, checkpointing=False, compile=True),
-}
-# Beside the optimizer's state at least so many samples should fit, or the state is parked.
-FEW_SAMPLES = 16
-# Of a GPU's free memory, for past policies.
-_POOL_SHARE = 0.15
-# A CPU is busy with a few rows; more only leave its caches.
-CPU_ROWS = 32
-
-
-def turn_dial(config: Config, device: torch.device) -> Config:
+def apply_preset(config: Config, device: torch.device) -> Config:
     """Fills in what must be known before the model is made: recomputation and compilation."""
-    setting = DIAL[config.memory]
+    setting = MEMORY_PRESETS[config.memory]
     model: dict[str, Any] = {}
     if config.model.gradient_checkpointing is None:
         model["gradient_checkpointing"] = setting.checkpointing
@@ -69,13 +35,13 @@ def turn_dial(config: Config, device: torch.device) -> Config:
     return filled(config, model=model)
 
 
-def fit_to_machine(config: Config, family: Family, accelerator: Accelerator) -> Config:
+def fit_to_device(config: Config, family: Family, processes: Processes) -> Config:
     """Fills in the pool's place on a GPU, batches, parking and attention, which take model and machine to know.
 
     Args:
-        config: of the run, through `turn_dial`.
+        config: of the run, through `apply_preset`.
         family: its network on its device, its trained weights marked.
-        accelerator: all processes take the smallest batches of any, and the attention that the first one measured.
+        processes: all take the smallest batches of any, and the attention that the first one measured.
 
     Raises:
         ConfigError: attention that is asked for and does not work.
@@ -85,18 +51,19 @@ def fit_to_machine(config: Config, family: Family, accelerator: Accelerator) -> 
         "denoise": family.denoise,
         "inputs": family.example_inputs(config.data.resolution),
         "dtype": DTYPES[config.model.precision],
-        "device": accelerator.device,
+        "device": processes.device,
     }
-    if config.reference.gpu_gib is None and accelerator.device.type == "cuda":
-        config = _with_pool(config, model, accelerator)
+    if config.reference.gpu_gib is None and processes.device.type == "cuda":
+        config = _with_pool(config, model, processes)
     if config.train.micro_batch is None:
-        config = _with_micro_batch(config, model, training_footprint(model, **circumstances), accelerator)
-    if config.reference.park is None and (DIAL[config.memory].park or accelerator.device.type != "cuda"):
-        config = filled(config, reference={"park": DIAL[config.memory].park})  # on a CPU it moves nothing
+        rows = _room(config, model, processes).micro_batch(config, training_footprint(model, **circumstances))
+        config = filled(config, train={"micro_batch": processes.min(rows)})
+    if config.reference.park is None and (MEMORY_PRESETS[config.memory].park or processes.device.type != "cuda"):
+        config = filled(config, reference={"park": MEMORY_PRESETS[config.memory].park})  # on a CPU it moves nothing
     guided = config.sampler.guidance > 1
     if config.sampler.batch is None or config.reference.park is None:
         sample = sampling_footprint(model, **circumstances, guided=guided)
-        config = _with_batch(config, model, sample, accelerator)
+        config = _with_batch(config, model, sample, processes)
     assert config.train.micro_batch is not None
     objective = config.row
     evaluations = config.sampler.steps * (2 if guided else 1) if objective.negatives == "generated" else 0
@@ -109,51 +76,42 @@ def fit_to_machine(config: Config, family: Family, accelerator: Accelerator) -> 
         model,
         call=call,
         rows=2 * config.train.micro_batch,
-        device=accelerator.device,
+        device=processes.device,
         dtype=circumstances["dtype"],
         forwards=evaluations / (2 * config.reference.uses) + (1 if objective.draw else 0),
     )
-    (attention,) = broadcast_object_list([attention])
-    return filled(config, model={"attention": attention})
+    return filled(config, model={"attention": processes.first(attention)})
 
 
-def _with_pool(config: Config, model: nn.Module, accelerator: Accelerator) -> Config:
+def _with_pool(config: Config, model: nn.Module, processes: Processes) -> Config:
     slab = Table.of(model, DTYPES[config.model.precision]).size
-    most = int(_POOL_SHARE * free_bytes(accelerator.device)) // slab
-    mine = torch.tensor([min(most, checkpoints(config))], device=accelerator.device)
-    return filled(config, reference={"gpu_gib": int(accelerator.gather(mine).min()) * slab / 2**30})
+    most = int(SHARES["device"] * free_bytes(processes.device)) // slab
+    return filled(config, reference={"gpu_gib": processes.min(min(most, checkpoints(config))) * slab / 2**30})
 
 
-def _with_micro_batch(config: Config, model: nn.Module, footprint: Footprint, accelerator: Accelerator) -> Config:
-    setting = DIAL[config.memory]
-    pool = pool_bytes(config, model, accelerator.device, free_bytes(accelerator.device))
-    beside = learner_bytes(config, model, _shards(accelerator)) + pool
-    most = min(setting.micro_batch, -(-config.train.pairs_per_update // accelerator.num_processes))
-    return filled(config, train={"micro_batch": _fitting(setting, footprint, beside, most, accelerator)})
-
-
-def _with_batch(config: Config, model: nn.Module, footprint: Footprint, accelerator: Accelerator) -> Config:
-    setting = DIAL[config.memory]
+def _room(config: Config, model: nn.Module, processes: Processes) -> BatchRoom:
+    """What this process has for batches, its weights on the device already."""
+    free = free_bytes(processes.device)
+    shards = processes.world if sharding_asked() else 1
     average = trained_bytes(model) if config.train.ema_decay else 0
-    pool = pool_bytes(config, model, accelerator.device, free_bytes(accelerator.device))
-    beside = learner_bytes(config, model, _shards(accelerator)) + pool
-    most = config.sampler.batch or setting.batch
-    park = config.reference.park
+    return BatchRoom(
+        budget=int(MEMORY_PRESETS[config.memory].share * free),
+        moments=learner_bytes(config, model, shards) - average // shards,
+        average=average // shards,
+        references=pool_bytes(config, model, processes.device, free),
+        cpu=processes.device.type == "cpu",
+        world=processes.world,
+    )
+
+
+def _with_batch(config: Config, model: nn.Module, sample: Footprint, processes: Processes) -> Config:
+    room = _room(config, model, processes)
+    park, batch = config.reference.park, config.sampler.batch
     if park is None:
-        park = _fitting(setting, footprint, beside, most, accelerator) < min(most, FEW_SAMPLES)
-    batch = config.sampler.batch
+        park = any(processes.any(room.parks(config, sample)))
     if batch is None:
-        batch = _fitting(setting, footprint, average + pool if park else beside, most, accelerator)
+        batch = processes.min(room.batch(config, sample, park))
     return filled(config, sampler={"batch": batch}, reference={"park": park})
-
-
-def _fitting(setting: Setting, footprint: Footprint, beside: int, most: int, accelerator: Accelerator) -> int:
-    """At least 1: whether one row fits is better found out by trying than refused on an estimate."""
-    device = accelerator.device
-    if device.type == "cpu":
-        most = min(most, CPU_ROWS)
-    rows = max(1, footprint.largest(int(setting.share * free_bytes(device)) - beside, most))
-    return int(accelerator.gather(torch.tensor([rows], device=device)).min())
 
 
 def trained_bytes(model: nn.Module) -> int:
@@ -178,14 +136,10 @@ def pool_bytes(config: Config, model: nn.Module, device: torch.device, free: int
     # On a CPU host memory is the device's; unless a budget is given, the pool takes half of it at most.
     cuda = device.type == "cuda"
     given = config.reference.gpu_gib if cuda else config.reference.host_gib
-    share = _POOL_SHARE if cuda else 0.5
+    share = SHARES["device" if cuda else "host"]
     kept = min(count * slab, int(share * free) // slab * slab if given is None else int(given * 2**30))
     comes_up = device.type == "cuda" and kept < count * slab and not config.reference.park
     return kept + slab + (slab if comes_up else 0)
-
-
-def _shards(accelerator: Accelerator) -> int:
-    return accelerator.num_processes if sharding_asked() else 1
 
 
 def learner_bytes(config: Config, model: nn.Module, shards: int = 1) -> int:

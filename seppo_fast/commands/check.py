@@ -8,7 +8,7 @@ import torch
 
 from seppo_fast.capacity.eta import seconds_of_run
 from seppo_fast.capacity.plan import Need, need_of, room_on, size
-from seppo_fast.capacity.presets import checkpoints, turn_dial
+from seppo_fast.capacity.presets import apply_preset, checkpoints
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.opening import truncation
@@ -35,7 +35,7 @@ def check(config: Config) -> int:
         ConfigError, DataError: as training would.
     """
     device = processes().device
-    config = turn_dial(config, device)
+    config = apply_preset(config, device)
     print(to_yaml(config))
     objective = config.row
     print(f"objective: {objective.source}")

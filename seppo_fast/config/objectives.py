@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from seppo_fast.config.vocabulary import Draw, Flipper
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -23,8 +25,8 @@ class Objective:
         source: where the row comes from.
     """
 
-    flipper: Literal["adaptive", "indicator", "never"]
-    draw: Literal["uniform", "newest", "initial"] | None
+    flipper: Flipper
+    draw: Draw | None
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from seppo_fast.config.objectives import OBJECTIVES, Objective
+from seppo_fast.config.vocabulary import AttentionChoice, Backend, KeepRule, LoraPlace, TemporalAttention
 
 # Names that the diffusers and Diffusion-DPO scripts use, accepted at the top level of a YAML file and as flags.
 ALIASES = {
@@ -63,8 +64,8 @@ class ModelConfig(_Section):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = Field(
         None, description="of the noise; null: the pipeline's own, or linear with a motion adapter"
     )
-    train: Literal["full", "lora"] = Field("lora", description="all UNet weights, or a LoRA on its attention")
-    lora_on: Literal["spatial", "motion", "both"] = Field(
+    train: Literal["full", "lora"] = Field("lora", description="all weights of the network, or a LoRA on its attention")
+    lora_on: LoraPlace = Field(
         "both", description="which attention gets the LoRA: within frames, in motion modules, all (clips only)"
     )
     lora_rank: int = Field(8, ge=1, description="rank of the LoRA; its alpha equals it")
@@ -74,10 +75,10 @@ class ModelConfig(_Section):
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations: less memory, slower; null: with memory = low"
     )
-    attention: Literal["auto", "sdpa", "xformers"] = Field(
+    attention: AttentionChoice = Field(
         "auto", description="of policy and reference alike; auto: the faster on a GPU, by measurement; sdpa on a CPU"
     )
-    temporal_attention: Literal["sdpa", "triton"] = Field(
+    temporal_attention: TemporalAttention = Field(
         "sdpa", description="of the motion modules: as the rest, or the fused kernel (clips only)"
     )
     compile: bool | None = Field(
@@ -122,7 +123,7 @@ class TrainConfig(_Section):
     beta: float = Field(2000.0, gt=0, description="multiplies a MEAN over latent elements; see README on conventions")
     share_noise: bool = Field(True, description="one noise for both halves of a pair; false: independent (as written)")
     tie_tol: float = Field(0.0, ge=0, description="|D_w| up to this counts as a tie, and ties reject")
-    backend: Literal["auto", "triton", "torch"] = Field("auto", description="of the loss; auto: triton on CUDA")
+    backend: Backend = Field("auto", description="of the loss; auto: triton on CUDA")
 
 
 class ReferenceConfig(_Section):
@@ -148,7 +149,7 @@ class ReferenceConfig(_Section):
         ge=2,
         description="past policies kept, the initial one among them; null: all (all weights in bf16: 1.6 GiB each)",
     )
-    keep_rule: Literal["newest", "spread", "reservoir"] = Field(
+    keep_rule: KeepRule = Field(
         "reservoir", description="with keep: by reservoir each past policy is as likely to be drawn as without a bound"
     )
     gpu_gib: float | None = Field(

@@ -15,15 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from seppo_fast.models.family import JointParts
 from seppo_fast.models.recompute import whole
-from seppo_fast.models.trainable import trainable
+from seppo_fast.models.trainable import LORA_LAYER, LORA_LINEAR, trainable
 
 
 class Together:
@@ -47,7 +45,7 @@ class Together:
 
     def __init__(self, policy: nn.Module, reference: nn.Module, parts: JointParts) -> None:
         theirs = dict(reference.named_modules())
-        layers = {ours: theirs.get(name) for name, ours in policy.named_modules() if isinstance(ours, LoraLayer)}
+        layers = {ours: theirs.get(name) for name, ours in policy.named_modules() if isinstance(ours, LORA_LAYER)}
         _check(policy, reference, parts.blocks, layers)
         self._policy = policy
         units = [_Unit(block.forward, [block], layers, parts.row_layers) for block in parts.blocks]
@@ -87,7 +85,7 @@ class Together:
 
 
 def _check(
-    policy: nn.Module, reference: nn.Module, blocks: Iterable[nn.Module], layers: Mapping[LoraLayer, nn.Module | None]
+    policy: nn.Module, reference: nn.Module, blocks: Iterable[nn.Module], layers: Mapping[Any, nn.Module | None]
 ) -> None:
     """Raises a ValueError where policy and reference cannot share a forward; see `Together`."""
     adapters = {weight for layer in layers for weight in layer.parameters()}
@@ -97,7 +95,7 @@ def _check(
         raise ValueError(
             f"policy: {len(full)} trained weights are no LoRA weights, {full[0]!r} the first of them. A forward can be "
             "shared where policy and reference share their base weights; with full weights every product is another. "
-            "errors='ahead' needs no second UNet either: it makes the reference's errors before the updates"
+            "errors='ahead' needs no second network either: it makes the reference's errors before the updates"
         )
     inside = {part for block in blocks for part in block.modules()}
     if not all(_is_plain(ours) and _is_plain(theirs) and ours in inside for ours, theirs in layers.items()):
@@ -116,7 +114,7 @@ def _check(
 
 def _is_plain(layer: nn.Module | None) -> bool:
     return (
-        isinstance(layer, LoraLinear)
+        isinstance(layer, LORA_LINEAR)
         and len(layer.active_adapters) == 1
         and not (layer.merged or layer.disable_adapters or layer.lora_variant)
     )
@@ -130,7 +128,7 @@ class _Rows:
         self._all = 0
 
     def count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learns the size of the batch, as a forward pre-hook of the UNet."""
+        """Learns the size of the batch, as a forward pre-hook of the network."""
         self._all = len(args[0] if args else kwargs["sample"])
         if self._policy >= self._all:
             raise ValueError(f"policy_rows = {self._policy} leaves the reference none of the batch's {self._all} rows")
@@ -155,7 +153,7 @@ class _Unit:
         self,
         run: Callable[..., Any],
         modules: Sequence[nn.Module],
-        layers: Mapping[LoraLayer, LoraLayer],
+        layers: Mapping[Any, Any],
         row_layers: Sequence[nn.Module],
     ) -> None:
         self.run = run
@@ -238,7 +236,7 @@ def _run(unit: _Unit, rows: _Rows, *args: Any, **kwargs: Any) -> Any:
     return refill_result(outputs)
 
 
-def _adapted(ours: LoraLinear, theirs: LoraLinear, rows: _Rows) -> Callable[[Tensor], Tensor]:
+def _adapted(ours: Any, theirs: Any, rows: _Rows) -> Callable[[Tensor], Tensor]:
     """A LoRA layer on rows of both: W x for all, and for each half + s B A x of its own, computed as peft does."""
 
     def forward(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models import attention_processor
@@ -20,10 +20,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from seppo_fast.config.vocabulary import Attention as Backend
+from seppo_fast.config.vocabulary import AttentionChoice
 from seppo_fast.models.fake import UNet, fake_copy
 from seppo_fast.utils.errors import ConfigError
 
-Backend = Literal["sdpa", "xformers"]
 Call = Callable[[nn.Module, int], Any]
 """(network, rows) -> what it gives for inputs of so many rows, made there."""
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -132,7 +133,7 @@ def interleaved_milliseconds(functions: Sequence[Callable[[], Any]]) -> list[flo
 
 
 def choose_attention(
-    wanted: Literal["auto", "sdpa", "xformers"],
+    wanted: AttentionChoice,
     unet: UNet,
     *,
     call: Call,

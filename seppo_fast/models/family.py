@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import Config, SamplerConfig
+from seppo_fast.config.vocabulary import Attention, AttentionChoice, LoraPlace, TemporalAttention
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.diffusion.sampler import Sampler, Solver, classifier_free
 from seppo_fast.diffusion.schedule import Schedule
@@ -20,8 +21,6 @@ from seppo_fast.models.fake import empty_copy
 from seppo_fast.models.recompute import recompute_units
 from seppo_fast.utils.errors import ConfigError
 
-AttentionBackend = Literal["sdpa", "xformers"]
-AttentionChoice = Literal["auto", "sdpa", "xformers"]
 Inputs = Callable[[int], tuple[Tensor, Tensor, Conditioning]]
 """rows -> latents, times and conditioning of so many rows, on the CPU"""
 
@@ -192,7 +191,7 @@ class Family(ABC):
         return empty_copy(self.model)
 
     @classmethod
-    def lora_targets(cls, model: nn.Module, where: Literal["spatial", "motion", "both"]) -> list[str]:
+    def lora_targets(cls, model: nn.Module, where: LoraPlace) -> list[str]:
         """Returns names, or their ends, of the layers that get a LoRA.
 
         Raises:
@@ -214,7 +213,7 @@ class Family(ABC):
         """
         raise ConfigError(f"reference.errors = together is not possible with {cls.__name__}; use ahead")
 
-    def set_attention(self, model: nn.Module, backend: AttentionBackend) -> None:
+    def set_attention(self, model: nn.Module, backend: Attention) -> None:
         """Sets the attention of the network.
 
         Raises:
@@ -223,11 +222,11 @@ class Family(ABC):
         if backend != "sdpa":
             raise ConfigError(f"model.attention = {backend}: {type(self).__name__} has its own; use sdpa")
 
-    def choose_attention(self, wanted: AttentionChoice, model: nn.Module, **circumstances: Any) -> AttentionBackend:
+    def choose_attention(self, wanted: AttentionChoice, model: nn.Module, **circumstances: Any) -> Attention:
         """Returns the backend that is wanted, or for `auto` the faster one; see `models.attention`."""
         return "xformers" if wanted == "xformers" else "sdpa"
 
-    def set_temporal_attention(self, model: nn.Module, backend: Literal["sdpa", "triton"]) -> None:  # noqa: B027
+    def set_temporal_attention(self, model: nn.Module, backend: TemporalAttention) -> None:  # noqa: B027
         """Sets the attention over the frames of a clip, where there is one."""
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:

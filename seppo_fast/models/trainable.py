@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from diffusers.training_utils import EMAModel
 from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.family import Family
 from seppo_fast.utils.random import keyed_rng
 
+LORA_LAYER, LORA_LINEAR = LoraLayer, Linear
+"""What `make_trainable` puts in the place of a layer; the one for linear layers."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,3 +71,8 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def lora_weights(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under the names that diffusers' `save_lora_weights` expects."""
     return get_peft_model_state_dict(model)
+
+
+def make_ema(module: nn.Module, decay: float) -> EMAModel | None:
+    """A moving average of the trained weights, for export; None where it is off (decay 0)."""
+    return EMAModel(trainable(module).values(), decay=decay) if decay else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import (
@@ -23,13 +23,14 @@ from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import SamplerConfig
+from seppo_fast.config.vocabulary import Attention, AttentionChoice, LoraPlace, TemporalAttention
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.diffusion.sampler import DiffusionSolver
 from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.models.attention import choose_attention, set_attention
 from seppo_fast.models.encoders import PROMPT_EMBEDS, ClipText, PictureVae, digest_of_parts
 from seppo_fast.models.fake import UNet
-from seppo_fast.models.family import AttentionBackend, AttentionChoice, Family, JointParts
+from seppo_fast.models.family import Family, JointParts
 from seppo_fast.models.temporal_attention import set_temporal_attention
 from seppo_fast.utils.errors import ConfigError
 
@@ -118,7 +119,7 @@ class UNetFamily(Family):
         return empty.to(memory_format=self.memory_format)
 
     @classmethod
-    def lora_targets(cls, model: nn.Module, where: Literal["spatial", "motion", "both"]) -> list[str]:
+    def lora_targets(cls, model: nn.Module, where: LoraPlace) -> list[str]:
         """The projections of all attention, of the spatial (within a frame), or of the temporal."""
         if where == "both":
             return _LORA_TARGETS
@@ -146,15 +147,15 @@ class UNetFamily(Family):
         rows += [part.time_emb_proj for part in resnets]
         return JointParts(*([part for part in parts if part is not None] for parts in (blocks, tail, rows)))
 
-    def set_attention(self, model: nn.Module, backend: AttentionBackend) -> None:
+    def set_attention(self, model: nn.Module, backend: Attention) -> None:
         """See `models.attention.set_attention`."""
         set_attention(model, backend)
 
-    def choose_attention(self, wanted: AttentionChoice, model: nn.Module, **circumstances: Any) -> AttentionBackend:
+    def choose_attention(self, wanted: AttentionChoice, model: nn.Module, **circumstances: Any) -> Attention:
         """See `models.attention.choose_attention`."""
         return choose_attention(wanted, model, **circumstances)
 
-    def set_temporal_attention(self, model: nn.Module, backend: Literal["sdpa", "triton"]) -> None:
+    def set_temporal_attention(self, model: nn.Module, backend: TemporalAttention) -> None:
         """See `models.temporal_attention`."""
         set_temporal_attention(model, backend)
 

@@ -15,23 +15,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.config.vocabulary import Draw, KeepRule
 from seppo_fast.distributed.machine import Node
 from seppo_fast.references.layout import Table, trained_state
 from seppo_fast.references.resident import Resident
-from seppo_fast.references.retention import Rule, makes_way
+from seppo_fast.references.retention import makes_way
 from seppo_fast.references.storage import Member, Tier, checked_members, map_member, save_members
 from seppo_fast.references.swap import Place, exchange, put_aside, put_back, take_back
 from seppo_fast.references.tiers import Budget, PoolFullError, Tiers
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.random import keyed_rng
-
-Draw = Literal["uniform", "newest", "initial"]
 
 
 class ReferencePool:
@@ -54,7 +53,7 @@ class ReferencePool:
         draw: Draw = "uniform",
         *,
         keep: int | None = None,
-        rule: Rule = "reservoir",
+        rule: KeepRule = "reservoir",
         compute: torch.dtype = torch.float32,
         budget: Budget | None = None,
         folder: str | Path | None = None,
@@ -62,8 +61,8 @@ class ReferencePool:
     ) -> None:
         if draw not in get_args(Draw):
             raise ValueError(f"draw: {draw!r} is unknown, use one of {', '.join(get_args(Draw))}")
-        if rule not in get_args(Rule):
-            raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(Rule))}")
+        if rule not in get_args(KeepRule):
+            raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(KeepRule))}")
         if draw == "newest" and keep is not None and rule != "newest":
             raise ValueError(f"rule: a bounded pool whose newest is drawn must keep it, got {rule!r}")
         if keep is not None and (not isinstance(keep, int | np.integer) or keep < 2):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
+from seppo_fast.config.vocabulary import KeepRule
 from seppo_fast.utils.random import keyed_rng
 
-Rule = Literal["newest", "spread", "reservoir"]
 
-
-def makes_way(rule: Rule, kept: Sequence[int], number: int, keep: int, seed: int) -> int | None:
+def makes_way(rule: KeepRule, kept: Sequence[int], number: int, keep: int, seed: int) -> int | None:
     """The checkpoint that goes when `number` comes: one of those kept, `number` itself, or None while there is room.
 
     Args:

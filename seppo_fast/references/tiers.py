@@ -21,8 +21,8 @@ from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import disk_message
 from seppo_fast.utils.memory import free_bytes, host_bytes, page_locked
 
-# Of what is free when the first checkpoint comes, where no budget is given.
-_SHARES: dict[Tier, float] = {"device": 0.25, "host": 0.5, "disk": 0.9}
+SHARES: dict[Tier, float] = {"device": 0.15, "host": 0.5, "disk": 0.9}
+"""Of what is free when the first checkpoint comes, where no budget is given."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Budget:
     """Bytes that checkpoints may take, by tier; None: a share of what is free when the first one comes.
 
     Attributes:
-        device: of a GPU's memory, a quarter; the slab of the resident one comes on top.
+        device: of a GPU's memory, 0.15; the slab of the resident one comes on top.
         host: of host memory, a half.
         disk: of the folder's file system, nine tenths.
     """
@@ -218,4 +218,4 @@ class Tiers:
 
 
 def _room(tier: Tier, given: int | None, free: Callable[[], int]) -> int:
-    return int(_SHARES[tier] * free()) if given is None else given
+    return int(SHARES[tier] * free()) if given is None else given

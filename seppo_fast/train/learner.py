@@ -16,10 +16,10 @@ from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import fill, is_sharded, whole
 from seppo_fast.distributed.processes import Processes
 from seppo_fast.methods.method import Batch, Method
-from seppo_fast.models.trainable import trainable
+from seppo_fast.models.trainable import make_ema, trainable
 from seppo_fast.runs.journal import SKIPPED
 from seppo_fast.runs.signals import Interruption
-from seppo_fast.train.optimizer import learning_rate, make_ema, make_optimizer
+from seppo_fast.train.optimizer import learning_rate, make_optimizer
 from seppo_fast.utils.errors import NonFiniteError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.logging import say

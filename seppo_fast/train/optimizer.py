@@ -1,11 +1,10 @@
-"""The optimizer of the trained weights, its learning rate and their moving average."""
+"""The optimizer of the trained weights, and its learning rate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from seppo_fast.config.schema import Config, TrainConfig
@@ -30,8 +29,3 @@ def learning_rate(config: Config, update: int) -> float:
     """
     warmup = config.train.warmup_updates
     return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
-
-
-def make_ema(module: nn.Module, decay: float) -> EMAModel | None:
-    """A moving average of the trained weights, for export; None where it is off (decay 0)."""
-    return EMAModel(trainable(module).values(), decay=decay) if decay else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from seppo_fast.capacity.presets import fit_to_machine, turn_dial
+from seppo_fast.capacity.presets import apply_preset, fit_to_device
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.data.cache.opening import open_or_build
@@ -27,6 +27,7 @@ from seppo_fast.runs.checkpoint import SavedState
 from seppo_fast.runs.resume import refuse_other_content, resumed_config
 from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.logging import say
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     asked = config
     if saved is not None:
         config = resumed_config(config, saved)
-    config = turn_dial(config, device)
+    config = apply_preset(config, device)
     source = preflight(config, device, processes.world)
     family = load_family(config, device)
     fingerprints = {"model": family.identity()}
@@ -113,7 +114,7 @@ def _shared_cache(
             flip=config.data.flip,
             folder=Path(config.data.cache),
             losers=config.row.needs_pairs,
-            report=processes.accelerator.print,
+            report=say,
             accept=accept,
         )
         family.park_encoders()
@@ -130,7 +131,7 @@ def _policy(config: Config, family: Family, processes: Processes) -> tuple[Confi
     plain = config.train.optimizer == "adamw8bit" or sharding_asked()
     layout = torch.contiguous_format if plain else family.memory_format
     policy.to(device, memory_format=layout)  # type: ignore[call-overload]
-    config = fit_to_machine(config, family, processes.accelerator)
+    config = fit_to_device(config, family, processes)
     assert config.model.attention != "auto", "the attention is chosen"
     family.set_attention(policy, config.model.attention)
     if config.model.temporal_attention == "triton":
