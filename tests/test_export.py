@@ -15,6 +15,7 @@ from seppo_fast.commands.export import COMFYUI_FILE, export
 from seppo_fast.config.load import parse_config
 from seppo_fast.evaluation.generate import generate
 from seppo_fast.evaluation.scores import Scores
+from seppo_fast.evaluation.statistics import PairedDifference
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.unet import UNetFamily
 from seppo_fast.runs.checkpoint import saved_states
@@ -126,7 +127,7 @@ def test_the_card_says_what_it_is_and_the_settings_go_with_it(tiny, tmp_path):
 def test_the_card_quotes_the_runs_scores_and_says_of_which_weights(tiny, tmp_path):
     config, _ = trained(tiny, tmp_path, model={"train": "lora"}, train={"ema_decay": 0.5})
     run = Path(config.output)
-    Scores("the judge's score", 3, True, 0.814, 0.829, 0.002, 0.028, 1200).write(run)
+    Scores("the judge's score", 3, True, PairedDifference(0.814, 0.829, 0.015, 0.002, 0.028, 1200)).write(run)
     card = (export(run) / "README.md").read_text()
     assert "the judge's score: base 0.814, after update 3 (moving average) 0.829; paired difference +0.015" in card
     assert "[+0.002, +0.028] (95 %, 1200 pairs)." in card and "other weights" not in card

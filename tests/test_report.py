@@ -21,6 +21,7 @@ from seppo_fast.commands.curves import curve
 from seppo_fast.commands.report import report
 from seppo_fast.evaluation.grids import side_by_side
 from seppo_fast.evaluation.scores import Scores
+from seppo_fast.evaluation.statistics import PairedDifference
 from seppo_fast.runs.signals import Interrupted
 from seppo_fast.train import train
 from seppo_fast.utils.errors import ConfigError
@@ -40,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "line", "rect", "circle", "polyline"):
+        if tag not in ("meta", "img", "line", "path"):
             self._open.append(tag)
 
     def handle_endtag(self, tag):
@@ -56,6 +57,12 @@ class Page(HTMLParser):
         codes = [attrs["src"].removeprefix("data:image/webp;base64,") for attrs in found]
         opened = [Image.open(io.BytesIO(base64.b64decode(code, validate=True))) for code in codes]
         return dict(zip([attrs["alt"] for attrs in found], opened, strict=True))
+
+
+def points_of(drawn):
+    """The points of the first line of a curve."""
+    path = re.search(r'<g class="line">\s*<path d="([^"]+)"', drawn)[1]
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
 
 
 def entry(number, **more):
@@ -86,11 +93,11 @@ def test_nothing_that_a_user_wrote_is_live(tmp_path):
     run = run_folder(folder, [entry(1), entry(2, loss=HOSTILE)], json.dumps({"log": {"sample_prompts": [HOSTILE]}}))
     (run / "samples").mkdir()
     (run / "samples" / 'update-"><script>.png').write_bytes(b"<script>alert(6)</script>")
-    Scores(HOSTILE, 2, False, 0.5, 0.6, 0.0, 0.2, 10).write(run)
+    Scores(HOSTILE, 2, False, PairedDifference(0.5, 0.6, 0.100, 0.0, 0.2, 10)).write(run)
     page = Page(report(run))
     allowed = {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "table", "tr", "td", "div", "figure",
-        "figcaption", "strong", "span", "svg", "line", "polyline", "circle", "text", "pre",
+        "figcaption", "strong", "span", "svg", "g", "line", "path", "text", "pre",
     }  # fmt: skip
     assert {tag for tag, _ in page.tags} <= allowed
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on") or name in ("href", "src")]
@@ -127,7 +134,10 @@ def test_a_run_that_is_not_finished_by_the_command_line(tiny, tmp_path, capsys):
 
 def test_odd_logs(tmp_path):
     lonely = Page(report(run_folder(tmp_path / "one", [entry(1)])))
-    assert len([tag for tag, _ in lonely.tags if tag == "circle"]) == 11 and "1 of 40" in lonely.text["td"]
+    assert (
+        len([tag for tag, attrs in lonely.tags if attrs.get("class") == "line"]) == 11
+        and "1 of 40" in lonely.text["td"]
+    )
     assert "no pictures" in lonely.text["p"]
     empty = Page(report(run_folder(tmp_path / "empty", [])))
     assert "0 of 40" in empty.text["td"] and "no update has finished yet" in empty.text["p"]
@@ -148,7 +158,7 @@ def test_values_that_are_not_finite_are_gaps_and_their_updates_marked(tmp_path):
     assert sum(attrs.get("class") == "skipped" for _, attrs in page.tags) == 2
     figures = file.read_text().split("<figure")
     (loss,) = [figure for figure in figures if "<strong>loss</strong>" in figure]
-    assert loss.count("<polyline") == 2
+    assert loss.count('<g class="line">') == 2
     assert "nan" not in file.read_text().lower()
 
 
@@ -164,19 +174,31 @@ def test_the_warning_stands_where_the_policy_stayed_worse(tmp_path):
 def test_points_lie_where_the_axis_says():
     values = [0.0, 1.0, 4.0, 2.0, 2.0]
     drawn = curve("loss", [1, 2, 3, 4, 5], {"loss": values})
-    points = [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]+)"', drawn)[1].split()]
-    grid = re.findall(r'y1="([\d.]+)" y2="[\d.]+"/><text [^>]*text-anchor="end">([^<]+)<', drawn)
-    heights = {float(label): float(height) for height, label in grid}
-    assert {0, 1, 2, 4} <= set(heights)
-    assert [heights[value] for value in values] == [y for _, y in points]
-    ticks = {float(label): float(x) for x, label in re.findall(r'<text x="([\d.]+)"[^>]*"middle">([^<]+)<', drawn)}
-    assert [ticks[number] for number in range(1, 6)] == [x for x, _ in points]
+    points = points_of(drawn)
+    labels = re.findall(r'text-anchor: (\w+)[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.]+)<', drawn)
+    heights = {float(text): float(y) for anchor, _, y, text in labels if anchor == "end"}
+    places = {float(text): float(x) for anchor, x, _, text in labels if anchor == "middle"}
+    assert [places[number] for number in range(1, 6)] == [x for x, _ in points]
+    assert len(heights) >= 3 and {0, 3} <= set(heights)
+    # The labels' middles stand a constant below their line.
+    unit = (heights[0] - heights[3]) / 3
+    zero = points[0][1]
+    assert [zero - y for _, y in points] == pytest.approx([value * unit for value in values], abs=0.01)
+    assert abs(zero - heights[0]) < 5
 
 
 def test_long_runs_are_thinned_by_means():
     drawn = curve("loss", list(range(1, 6001)), {"loss": [float(number % 4) for number in range(6000)]})
-    points = re.search(r'points="([^"]+)"', drawn)[1].split()
-    assert len(points) == 1500 and len({point.split(",")[1] for point in points}) == 1
+    points = points_of(drawn)
+    assert len(points) == 1500 and len({y for _, y in points}) == 1
+
+
+def test_a_value_between_gaps_is_seen_and_two_lines_have_keys():
+    drawn = curve("error", [1, 2, 3], {"<a>": [1.0, None, 2.0], "b": [1.0, 2.0, 3.0]})
+    lines = re.findall(r'<g class="line">\s*<path d="([^"]+)"\s*style="([^"]+)"', drawn)
+    assert len(lines) == 3 and all("stroke-linecap: round" in style for _, style in lines[:2])
+    assert "&lt;a&gt;" in drawn and "<a>" not in drawn
+    assert not re.search(r"(href|id|clip-path)=", drawn) and "var(--first)" in drawn and "var(--second)" in drawn
 
 
 def test_a_few_pictures_the_first_and_the_last_among_them_make_a_small_page(tmp_path):
@@ -227,7 +249,7 @@ def test_mistakes_are_said(tmp_path, capsys, output, said):
 
 def test_scores_stand_in_the_summary_and_broken_ones_are_named(tmp_path, capsys):
     run = run_folder(tmp_path / "run", [entry(1)])
-    Scores("judge", 1, True, 0.814, 0.829, 0.002, 0.028, 1200).write(run)
+    Scores("judge", 1, True, PairedDifference(0.814, 0.829, 0.015, 0.002, 0.028, 1200)).write(run)
     assert "+0.015 [+0.002, +0.028] (95 %, 1200 pairs)" in Page(report(run)).text["td"]
     good = (run / "scores.json").read_text()
     changes = {"0.814": "NaN", "0.829": "9" * 400, "1200": "Infinity", '"judge"': json.dumps("x" * 100_000)}
@@ -249,7 +271,7 @@ def test_numbers_that_are_too_large_are_gaps_and_end_the_log(tmp_path):
     log = [entry(number, **(broken if number == 25 else {"margin": -1.7e308})) for number in range(1, 41)]
     text = report(run_folder(tmp_path / "values", log)).read_text()
     (loss,) = [figure for figure in text.split("<figure") if "<strong>loss</strong>" in figure]
-    assert loss.count("<polyline") == 2 and "<strong>margin</strong>" not in text
+    assert loss.count('<g class="line">') == 2 and "<strong>margin</strong>" not in text
     assert "40 of 40" in text and "19 m 30 s" in text
     for number in (huge, -1):
         ended = report(run_folder(tmp_path / "updates", [entry(1), entry(2), entry(number), entry(4)]))

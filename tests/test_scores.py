@@ -35,13 +35,12 @@ def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch,
     run = Path(changes["output"])
     result, scores = json.loads((run / "result.json").read_text()), read_scores(run)
     names = ("base", "other", "low", "high", "items", "left_out")
-    assert tuple(result[name] for name in names) == (
-        scores.base, scores.aligned, scores.low, scores.high, scores.items, scores.left_out
-    )  # fmt: skip
+    paired = scores.paired
+    assert tuple(result[name] for name in names) == tuple(getattr(paired, name) for name in names)
     assert scores.update == 1 and not scores.average and "4 pictures" in scores.what
     base, aligned = (np.delete(one, 1) for one in given[-2:])
-    assert (scores.items, scores.left_out) == (3, 1)
-    assert scores.base == pytest.approx(base.mean()) and scores.aligned == pytest.approx(aligned.mean())
+    assert (paired.items, paired.left_out) == (3, 1)
+    assert paired.base == pytest.approx(base.mean()) and paired.other == pytest.approx(aligned.mean())
     assert result["aligned_all_right"] == pytest.approx((aligned == 1).mean())
     assert f"judge after 1 updates: {np.delete(given[1], 1).mean():.3f} (3 development" in capsys.readouterr().out
     card = (export(run) / "README.md").read_text()

@@ -1,25 +1,24 @@
-"""Curves of a run as inline SVG: no scripts, colours by the page's style sheet, gaps where a value was not finite."""
+"""Curves of a run as inline SVG by matplotlib: no scripts, the page's colours, gaps where a value was not finite."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-_WIDTH, _HEIGHT = 420, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 26
+_SIZE = (5.6, 2.7)  # inches of 72 units
 _MOST_POINTS = 1500  # a line of the page; longer runs are shown by means
+# Colours that stand for the page's, which differ by day and by night.
+_THEME = {"#010101": "--first", "#020202": "--second", "#030303": "--warn", "#040404": "--line", "#050505": "--dim"}
+_FIRST, _SECOND, _WARN, _LINE, _DIM = _THEME
+_STYLES = ((_FIRST, "-"), (_SECOND, (0, (4, 2))))
 
 STYLE = """
 figure.curve > svg { width: 100%; height: auto; display: block; }
-figure.curve text { font-size: 11px; fill: var(--dim); }
-figure.curve .grid { stroke: var(--line); stroke-width: 1; }
-figure.curve polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-figure.curve .spell { fill: var(--warn); opacity: 0.16; }
-figure.curve .skipped { stroke: var(--warn); stroke-width: 1.5; stroke-dasharray: 3 3; }
-.line-0 { stroke: var(--first); } .dot-0 { fill: var(--first); }
-.line-1 { stroke: var(--second); stroke-dasharray: 5 3; } .dot-1 { fill: var(--second); }
 .key { white-space: nowrap; } .key svg { width: 1.4em; height: 0.7em; vertical-align: middle; }
+.line-0 { stroke: var(--first); } .line-1 { stroke: var(--second); stroke-dasharray: 5 3; }
 """
 
 
@@ -41,7 +40,6 @@ def curve(
         skipped: updates that are marked.
     """
     drawn = {name: _thinned(updates, values) for name, values in lines.items()}
-    known = [y for points in drawn.values() for _, y in points if y is not None]
     keys = "".join(
         f' <span class="key"><svg viewBox="0 0 20 10"><line class="line-{index}" x1="0" y1="5" x2="20" y2="5" '
         f'stroke-width="3"/></svg> {escape(name)}</span>'
@@ -49,39 +47,70 @@ def curve(
         if len(lines) > 1
     )
     caption = f"<figcaption><strong>{escape(title)}</strong>{keys}</figcaption>"
-    if not known:
+    if not any(y is not None for points in drawn.values() for _, y in points):
         return f'<figure class="curve">{caption}<p class="dim">no finite value</p></figure>'
-    x_of = _Axis(_widened(updates[0], updates[-1], 1.0), _LEFT, _WIDTH - _RIGHT)
-    low, high = _widened(min(known), max(known), abs(known[0]) * 0.01 or 1.0)
-    y_of = _Axis((low, high), _HEIGHT - _BOTTOM, _TOP)
-    body = [
-        *_axes(x_of, y_of, (updates[0], updates[-1]), (low, high)),
-        *(_spell(x_of(first), x_of(last)) for first, last in spells),
-        *(
-            f'<line class="skipped" x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}">'
-            f"<title>update {x} was skipped: not finite</title></line>"
-            for x in skipped
-        ),
-        *(part for index, points in enumerate(drawn.values()) for part in _line(index, points, x_of, y_of)),
-    ]
     label = escape(f"{title}, updates {updates[0]} to {updates[-1]}")
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+    svg = _svg(title, list(drawn.values()), spells, skipped).replace(
+        "<svg ", f'<svg role="img" aria-label="{label}" ', 1
+    )
     return f'<figure class="curve">{caption}{svg}</figure>'
 
 
-class _Axis:
-    """A linear map from values to the picture's units."""
+def _svg(
+    title: str,
+    lines: Sequence[list[tuple[float, float | None]]],
+    spells: Sequence[tuple[int, int]],
+    skipped: Sequence[int],
+) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    def __init__(self, values: tuple[float, float], start: float, end: float) -> None:
-        self._low, self._start = values[0], start
-        self._factor = (end - start) / (values[1] - values[0])
+    # Text stays text; the salt makes ids that repeat from run to run of this command.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify": False}):
+        figure = Figure(figsize=_SIZE, dpi=72)
+        axes = figure.add_axes((0.14, 0.14, 0.84, 0.83))
+        axes.set_frame_on(False)
+        axes.grid(color=_LINE, linewidth=0.8)
+        axes.tick_params(length=0, labelsize=8, labelcolor=_DIM)
+        axes.set_xlabel("update", fontsize=8, color=_DIM, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+        for first, last in spells:
+            axes.axvspan(first, max(last, first + 0.5), facecolor=_WARN, alpha=0.16, linewidth=0, gid="spell")
+        for update in skipped:
+            axes.axvline(update, color=_WARN, linewidth=1.2, linestyle=(0, (2, 2)), gid="skipped")
+        for points, (colour, dashes) in zip(lines, _STYLES, strict=False):
+            for piece in _pieces(points):
+                xs, ys = zip(*piece, strict=True)
+                axes.plot(
+                    xs,
+                    ys,
+                    color=colour,
+                    linestyle=dashes,
+                    linewidth=1.4,
+                    solid_capstyle="round",
+                    dash_capstyle="round",
+                    gid="line",
+                )
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return _themed(file.getvalue())
 
-    def __call__(self, value: float) -> float:
-        return self._start + (value - self._low) * self._factor
 
-
-def _widened(low: float, high: float, by: float) -> tuple[float, float]:
-    return (low, high) if high > low else (low - by, high + by)
+def _themed(svg: str) -> str:
+    """The picture alone, in the page's colours; what was an id becomes a class, since a page has each id once."""
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>.*?</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' clip-path="[^"]*"| font-family: [^;]*;|<g id="[^"]*"/>', "", svg)
+    svg = re.sub(r'<g id="(line|spell|skipped)">', r'<g class="\1">', svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r' xmlns:xlink="[^"]*"| version="[^"]*"| width="[^"]*pt"| height="[^"]*pt"', "", svg)
+    for colour, name in _THEME.items():
+        svg = svg.replace(colour, f"var({name})")
+    return re.sub(r"\s*\n\s*", "\n", svg)
 
 
 def _thinned(updates: Sequence[int], values: Sequence[float | None]) -> list[tuple[float, float | None]]:
@@ -96,36 +125,12 @@ def _thinned(updates: Sequence[int], values: Sequence[float | None]) -> list[tup
     return points
 
 
-def _line(index: int, points: list[tuple[float, float | None]], x_of: _Axis, y_of: _Axis) -> Iterator[str]:
-    """Pieces between gaps; a dot for a point that stands alone."""
-    pieces: list[list[str]] = [[]]
-    for x, y in points:
-        if y is None:
-            pieces.append([])
-        else:
-            pieces[-1].append(f"{x_of(x):.1f},{y_of(y):.1f}")
-    for piece in pieces:
-        if len(piece) > 1:
-            yield f'<polyline class="line-{index}" points="{" ".join(piece)}"/>'
+def _pieces(points: Sequence[tuple[float, float | None]]) -> Iterator[list[tuple[float, float]]]:
+    """Runs of points between gaps; one that stands alone comes twice, a line without length that a round end shows."""
+    piece: list[tuple[float, float]] = []
+    for x, y in [*points, (0.0, None)]:
+        if y is not None:
+            piece.append((x, y))
         elif piece:
-            left, top = piece[0].split(",")
-            yield f'<circle class="dot-{index}" cx="{left}" cy="{top}" r="2.5"/>'
-
-
-def _spell(first: float, last: float) -> str:
-    width = max(last - first, 2.0)
-    return f'<rect class="spell" x="{first:.1f}" y="{_TOP}" width="{width:.1f}" height="{_HEIGHT - _TOP - _BOTTOM}"/>'
-
-
-def _axes(x_of: _Axis, y_of: _Axis, xs: tuple[int, int], ys: tuple[float, float]) -> Iterator[str]:
-    from matplotlib.ticker import MaxNLocator
-
-    for value in MaxNLocator(nbins=4).tick_values(*ys):
-        if ys[0] <= value <= ys[1]:
-            y = y_of(value)
-            yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>'
-    yield f'<text x="6" y="{_HEIGHT - 8}">update</text>'
-    for value in MaxNLocator(nbins=6, integer=True).tick_values(*xs):
-        if xs[0] <= value <= xs[1]:
-            yield f'<text x="{x_of(value):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{value:.0f}</text>'
+            yield piece if len(piece) > 1 else piece * 2
+            piece = []

@@ -75,12 +75,7 @@ def demo(config: Config) -> None:
         what=f"the embedded judge's score, share of attributes, on {len(prompts)} {shape} of held-out prompts",
         update=config.train.updates,
         average=bool(config.train.ema_decay),
-        base=difference.base,
-        aligned=difference.other,
-        low=difference.low,
-        high=difference.high,
-        items=difference.items,
-        left_out=difference.left_out,
+        paired=difference,
     )
     measured.write(folder)
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -30,12 +30,14 @@ class PairedDifference:
     items: int
     left_out: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def interval(self) -> str:
+        """The difference with its interval, in words."""
         left_out = f", {self.left_out} without a score left out" if self.left_out else ""
-        return (
-            f"{self.base:.3f} -> {self.other:.3f}, difference {self.difference:+.3f} "
-            f"[{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs{left_out})"
-        )
+        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs{left_out})"
+
+    def __str__(self) -> str:
+        return f"{self.base:.3f} -> {self.other:.3f}, difference {self.interval}"
 
 
 def given(scores: ArrayLike) -> np.ndarray:

@@ -6,7 +6,6 @@ pool on disk takes no memory but what the system caches. Nothing here unpickles.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,9 +22,9 @@ from torch import Tensor
 from seppo_fast.references.layout import Table
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import read_json, staged_folder
+from seppo_fast.utils.manifest import MANIFEST, FileRow
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 _SLAB, _TABLE = "slab", "table"
 
 Tier = Literal["device", "host", "disk"]
@@ -106,13 +105,13 @@ def save_members(
         rows = []
         for number, member in members.items():
             file = staging / member_name(number)
-            if previous is not None and number in before and not _damage(previous / file.name, *before[number]):
+            if previous is not None and number in before and not before[number].damage(previous, file.name):
                 _link(previous / file.name, file)
-                size, checksum = before[number]
+                row = before[number]
             else:
                 write_member(file, member.slab.cpu(), table)
-                size, checksum = file.stat().st_size, digest(file)
-            rows.append({"number": number, "file": file.name, "size": size, "sha256": checksum})
+                row = FileRow.of(file)
+            rows.append({"number": number, "file": file.name, **row.to_json()})
         tree = {"format": FORMAT, "count": count, "settings": dict(settings), "members": rows}
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
@@ -130,7 +129,7 @@ def checked_members(folder: Path, settings: Settings | None = None) -> tuple[dic
     """
     rows, count = _manifest(folder, settings)
     files = {number: folder / member_name(number) for number in sorted(rows)}
-    found = {file.name: _damage(file, *rows[number]) for number, file in files.items()}
+    found = {file.name: rows[number].damage(folder, file.name) for number, file in files.items()}
     damaged = [f"{name} {what}" for name, what in found.items() if what]
     if damaged:
         raise CheckpointError(
@@ -148,14 +147,14 @@ def is_saved_pool(folder: Path) -> bool:
     return True
 
 
-def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[int, str]], int]:
-    """Size and checksum of each checkpoint by number, and the count of checkpoints so far."""
+def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, FileRow], int]:
+    """The row of each checkpoint by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST
     try:
         tree: dict[str, Any] = read_json(manifest)
         if int(tree["format"]) > FORMAT:
             raise CheckpointError(f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads")
-        rows = {int(row["number"]): (int(row["size"]), str(row["sha256"])) for row in tree["members"]}
+        rows = {int(row["number"]): FileRow.read(row) for row in tree["members"]}
         count, saved = int(tree["count"]), dict(tree["settings"])
         # Checkpoint 0 always stays.
         if min(rows, default=None) != 0 or max(rows) >= count:
@@ -172,17 +171,6 @@ def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, tuple[
     return rows, count
 
 
-def _damage(file: Path, size: int, checksum: str) -> str | None:
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != size:
-        return f"has {file.stat().st_size} bytes, {size} were written"
-    try:
-        return None if digest(file) == checksum else "is damaged: its checksum differs"
-    except OSError as problem:
-        return f"cannot be read: {problem}"
-
-
 def member_name(index: int) -> str:
     """The file of a checkpoint."""
     return f"checkpoint-{index:06d}.safetensors"
@@ -194,12 +182,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**24):
-            sha.update(block)
-    return sha.hexdigest()

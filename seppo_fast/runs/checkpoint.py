@@ -20,14 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seppo_fast.references.storage import checked_members, digest
+from seppo_fast.references.storage import checked_members
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import disk_message, free_name, read_json, staged_folder
 from seppo_fast.utils.logging import say
+from seppo_fast.utils.manifest import MANIFEST, FileRow
 
 FORMAT = 1
-MANIFEST, NUMBERS, REFERENCES = "manifest.json", "numbers.json", "references"
+NUMBERS, REFERENCES = "numbers.json", "references"
 _NAME = re.compile(r"update-(\d{6,})")
 
 
@@ -96,9 +97,8 @@ def write_state(
         # Of the past policies their own manifest, which has the checksums of the rest.
         for file in sorted([*staging.glob("*"), *staging.glob(f"{REFERENCES}/{MANIFEST}")]):
             if file.is_file():
-                row: dict[str, Any] = {"size": file.stat().st_size, "sha256": digest(file)}
                 table = {"tensors": _table(file)} if file.suffix == ".safetensors" else {}
-                rows[str(file.relative_to(staging))] = row | table
+                rows[str(file.relative_to(staging))] = FileRow.of(file).to_json() | table
         fault("save-manifest")
         tree = {"format": FORMAT, "sha256": _checksum(rows), "files": rows}
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
@@ -171,7 +171,7 @@ def checked_state(folder: Path) -> SavedState:
             )
         if _checksum(tree["files"]) != tree["sha256"]:
             raise ValueError("its own checksum differs")
-        rows = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in tree["files"].items()}
+        rows = {str(name): FileRow.read(row) for name, row in tree["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         raise CheckpointError(f"{manifest}: no manifest of a saved state ({problem})") from problem
     damaged = list(_damages(folder, rows))
@@ -217,27 +217,12 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _damages(folder: Path, rows: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+def _damages(folder: Path, rows: Mapping[str, FileRow]) -> Iterator[str]:
     if NUMBERS not in rows:
         yield f"{NUMBERS} is not in the manifest"
     for name, row in rows.items():
-        try:
-            problem = _damage(folder, name, *row)
-        except OSError as error:
-            problem = f"cannot be read: {error}"
-        if problem is not None:
+        if problem := row.damage(folder, name):
             yield f"{name} {problem}"
-
-
-def _damage(folder: Path, name: str, size: int, checksum: str) -> str | None:
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        return "leads out of the folder"
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != size:
-        return f"has {file.stat().st_size} bytes, {size} were written"
-    return None if digest(file) == checksum else "is damaged: its checksum differs"
 
 
 def _checksum(rows: Mapping[str, Any]) -> str:
