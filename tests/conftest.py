@@ -19,13 +19,13 @@ import pytest
 
 if TYPE_CHECKING:
     from benchmarks.forks import Forks
-    from tests.ranks import Ranks
+    from tests.helpers.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny epsilon-prediction pipeline; read only."""
-    from tests.tiny import tiny_pipeline
+    from tests.helpers.tiny import tiny_pipeline
 
     return tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
 
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny motion adapter that fits `tiny`; read only."""
-    from tests.tiny import tiny_adapter
+    from tests.helpers.tiny import tiny_adapter
 
     return tiny_adapter(tmp_path_factory.mktemp("tiny") / "adapter")
 
@@ -50,7 +50,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Forks"]:
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Ranks"]:
     """The same in several processes at once."""
-    from tests.ranks import Ranks
+    from tests.helpers.ranks import Ranks
 
     with Ranks(tmp_path_factory.mktemp("ranks")) as server:
         yield server
@@ -58,7 +58,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Ranks"]:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """The file that a pickle of `tests.hostile` would write; after the test it must not be there."""
+    """The file that a pickle of `tests.helpers.hostile` would write; after the test it must not be there."""
     path = tmp_path / "marker"
     yield path
     assert not path.exists(), "a pickle was loaded"

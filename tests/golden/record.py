@@ -2,8 +2,8 @@
 
     python -m tests.golden.record        # writes record.json and states/ beside this file
 
-Written by the commit whose values later ones must keep; `tests/test_golden.py` compares. Values are the same bits where
-torch, the CPU and what its kernels are made for are those of the record (`environment`); elsewhere only close.
+Written by the commit whose values later ones must keep; `tests/runs/test_golden.py` compares. Values are the same bits
+where torch, the CPU and what its kernels are made for are those of the record (`environment`); elsewhere only close.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.config.schema import Config
 from seppo_fast.runs.checkpoint import saved_states, state_folder
 from seppo_fast.train import train
-from tests.ranks import Ranks
-from tests.tiny import tiny_adapter, tiny_pipeline
+from tests.helpers.ranks import Ranks
+from tests.helpers.tiny import tiny_adapter, tiny_pipeline
 
 HERE = Path(__file__).parent
 UPDATES, KEPT = 4, 2  # of a run; after which a state of it is kept

@@ -7,7 +7,7 @@ import torch
 
 import seppo_fast.kernels.preference as preference
 import seppo_fast.kernels.torch_ops as operators
-from tests.preference_reference import predictions
+from tests.helpers.preference_reference import predictions
 
 NUMBERS = (20.0, -1.0, 1e-3)  # beta, learn_sign, tie_tol
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import seppo_fast.kernels.preference as preference
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
-from tests.preference_reference import ROUNDING, predictions, reference, relative_rms
+from tests.helpers.preference_reference import ROUNDING, predictions, reference, relative_rms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,4 +1,7 @@
-"""The Triton kernels under the interpreter, divided smaller than on a GPU; tests/test_kernels.py starts the process."""
+"""The Triton kernels under the interpreter, divided smaller than on a GPU.
+
+tests/loss/test_interpreter.py starts the process.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.eager as eager
 import seppo_fast.kernels.preference as preference
 from seppo_fast.loss import PreferenceLoss, denoising_errors, loss_and_grad, preference_loss
+from tests.helpers.preference_reference import assert_matches, predictions, reference, relative_rms
 from tests.kernels.launches import launches
-from tests.preference_reference import assert_matches, predictions, reference, relative_rms
 
 
 @pytest.fixture

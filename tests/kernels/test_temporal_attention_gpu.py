@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from seppo_fast.models.temporal_attention import set_temporal_attention, temporal_attention
-from tests.preference_reference import relative_rms
+from tests.helpers.preference_reference import relative_rms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,4 +1,7 @@
-"""Temporal attention under the interpreter: values, gradients, layouts, bytes; tests/test_kernels.py starts it."""
+"""Temporal attention under the interpreter: values, gradients, layouts, bytes.
+
+tests/loss/test_interpreter.py starts it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 import seppo_fast.kernels.eager as eager
 import seppo_fast.kernels.temporal_attention as kernels
 from seppo_fast.models.temporal_attention import set_temporal_attention, temporal_attention
+from tests.helpers.preference_reference import relative_rms
 from tests.kernels.launches import launches
-from tests.kernels.test_traffic_interpreter import _Traffic
-from tests.preference_reference import relative_rms
+from tests.kernels.traffic import Traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of an output: float32 arithmetic, then a rounding to the dtype.
@@ -164,7 +167,7 @@ def test_each_byte_moves_once_in_one_launch_each(layout, frames, many_items):
     q, k, v, grad_out = _inputs((2, frames, 3, 3, 40), torch.bfloat16, layout)
     for call, reads in ((lambda: [kernels.forward(q, k, v)], (q, k, v)),
                         (lambda: kernels.backward(q, k, v, grad_out), (q, k, v, grad_out))):  # fmt: skip
-        with _Traffic().watched() as traffic, launches() as made:
+        with Traffic().watched() as traffic, launches() as made:
             written = call()
         assert len(made) == 1
         assert [traffic.times(traffic.loaded, x) for x in reads] == [1] * len(reads)

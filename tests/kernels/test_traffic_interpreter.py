@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from unittest import mock
-
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpreterBuilder
 
 import seppo_fast.kernels.denoising_error as errors
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
+from tests.helpers.preference_reference import predictions
 from tests.kernels.launches import launches
-from tests.preference_reference import predictions
+from tests.kernels.traffic import Traffic
 
 FORWARD, BACKWARD, ERRORS = "_preference_fwd_kernel", "_errors_bwd_kernel", "_errors_fwd_kernel"
 CHUNK = 64  # elements, here
@@ -23,40 +19,6 @@ CHUNK = 64  # elements, here
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setitem(errors.DIVISIONS, errors.DEFAULT, (16, CHUNK // 16))
-
-
-class _Traffic:
-    """Addresses that kernels loaded and stored."""
-
-    def __init__(self):
-        self.loaded, self.stored = [], []
-
-    @contextmanager
-    def watched(self):
-        """Records what is moved meanwhile; lanes that are masked away move nothing."""
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-        def watched_load(builder, pointers, mask, *rest):
-            self.loaded.append(pointers.data[mask.data])
-            return load(builder, pointers, mask, *rest)
-
-        def watched_store(builder, pointers, value, mask, *rest):
-            self.stored.append(pointers.data[mask.data])
-            return store(builder, pointers, value, mask, *rest)
-
-        with (
-            mock.patch.object(InterpreterBuilder, "create_masked_load", watched_load),
-            mock.patch.object(InterpreterBuilder, "create_masked_store", watched_store),
-        ):
-            yield self
-
-    def times(self, moved, tensor):
-        """How often each element of a dense tensor was moved: a number, the same for all of them."""
-        addresses = np.concatenate([x.ravel() for x in moved])
-        places = (addresses - np.uint64(tensor.data_ptr())) // np.uint64(tensor.element_size())
-        counts = np.bincount(places[places < tensor.numel()].astype(np.int64), minlength=tensor.numel())
-        assert counts.min() == counts.max()
-        return int(counts[0])
 
 
 # Latents moved a pair, where the target is shared; each time that it is not, one more.
@@ -75,7 +37,7 @@ def test_each_byte_moves_as_often_as_the_byte_model_says(way, division, kind, sh
     pairs, size = 3, (CHUNK - 3 if division == "one chunk" else 2 * CHUNK + 5)
     model_pred, target, ref_pred = predictions((2 * pairs, size), torch.bfloat16, shared=shared)
     ref = {kind: ref_pred if kind == "ref_pred" else torch.full((2 * pairs,), 0.2)}
-    with _Traffic().watched() as traffic, launches() as made:
+    with Traffic().watched() as traffic, launches() as made:
         if way == "at once":
             _, grad = loss_and_grad(model_pred, target, **ref, backend="triton")
         else:
@@ -96,7 +58,7 @@ def test_each_byte_moves_as_often_as_the_byte_model_says(way, division, kind, sh
 
 def test_overwriting_moves_no_more():
     model_pred, target, ref_pred = (x.detach() for x in predictions((6, CHUNK), torch.float16, shared=True))
-    with _Traffic().watched() as traffic:
+    with Traffic().watched() as traffic:
         loss_and_grad(model_pred, target, ref_pred, overwrite=True, backend="triton")
     assert traffic.times(traffic.loaded, model_pred) == 1
     assert traffic.times(traffic.stored, model_pred) == 1

@@ -1,0 +1,43 @@
+"""What kernels move under the interpreter, seen from inside."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder
+
+
+class Traffic:
+    """Addresses that kernels loaded and stored."""
+
+    def __init__(self):
+        self.loaded, self.stored = [], []
+
+    @contextmanager
+    def watched(self):
+        """Records what is moved meanwhile; lanes that are masked away move nothing."""
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def watched_load(builder, pointers, mask, *rest):
+            self.loaded.append(pointers.data[mask.data])
+            return load(builder, pointers, mask, *rest)
+
+        def watched_store(builder, pointers, value, mask, *rest):
+            self.stored.append(pointers.data[mask.data])
+            return store(builder, pointers, value, mask, *rest)
+
+        with (
+            mock.patch.object(InterpreterBuilder, "create_masked_load", watched_load),
+            mock.patch.object(InterpreterBuilder, "create_masked_store", watched_store),
+        ):
+            yield self
+
+    def times(self, moved, tensor):
+        """How often each element of a dense tensor was moved: a number, the same for all of them."""
+        addresses = np.concatenate([x.ravel() for x in moved])
+        places = (addresses - np.uint64(tensor.data_ptr())) // np.uint64(tensor.element_size())
+        counts = np.bincount(places[places < tensor.numel()].astype(np.int64), minlength=tensor.numel())
+        assert counts.min() == counts.max()
+        return int(counts[0])

@@ -1,0 +1,184 @@
+"""What a run says of itself: log, progress, the warning on the winner's error, samples of skipped updates."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from seppo_fast.config.load import to_yaml
+from seppo_fast.runs.journal import Journal, read_journal
+from seppo_fast.runs.watch import WINDOW, WinnerWatch, spells
+from seppo_fast.train import train
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import NonFiniteError
+from tests.helpers.runs import log_of, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def entries(differences, reference=0.13):
+    return [
+        {"update": number, "winner_error": reference + difference, "ref_winner_error": reference}
+        for number, difference in enumerate(differences, 1)
+    ]
+
+
+def noise(count, mean, deviation, seed=0):
+    draw = random.Random(seed)
+    return [draw.gauss(mean, deviation) for _ in range(count)]
+
+
+def test_a_policy_that_stays_worse_is_one_spell():
+    worse, better = noise(40, 1e-3, 1e-3), noise(40, -1e-3, 1e-3)
+    ((first, last),) = spells(entries(worse + better))
+    assert first == WINDOW  # not before the window is full
+    means = [sum((worse + better)[end - WINDOW : end]) for end in range(WINDOW, 81)]
+    assert last == WINDOW + next(place for place, mean in enumerate(means) if mean <= 0) - 1
+
+
+def test_a_second_spell_is_told_again():
+    watch, told = WinnerWatch(), []
+    for entry in entries([1e-3] * 30 + [-1e-3] * 40 + [1e-3] * 60):
+        if watch.see(entry):
+            told.append(entry["update"])
+    assert len(told) == 2 and told[0] == WINDOW and 70 < told[1] <= 70 + WINDOW
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_around_zero_is_no_spell(seed):
+    """Of 100 updates the mean of a window is above 0 half of the time."""
+    assert spells(entries(noise(100, 0, 1e-3, seed))) == []
+
+
+def test_equal_weights_and_no_reference_are_no_spell():
+    assert spells(entries([0.0] * 60)) == []
+    assert spells([{"update": number, "winner_error": 9.0} for number in range(1, 60)]) == []
+
+
+def test_updates_that_are_not_finite_do_not_count():
+    broken = [{"update": 0, "winner_error": value, "ref_winner_error": 0.1} for value in (None, math.nan, math.inf)]
+    counted = entries([1e-3] * WINDOW)
+    assert spells(counted[:-1] + broken) == []
+    assert len(spells(counted[:10] + broken + counted[10:])) == 1
+
+
+def stats_of(entry, **more):
+    rest = {
+        "loss": 0.69,
+        "aaf_rate": 0.5,
+        "grad_norm": 1.0,
+        "skipped": 0.0,
+        "rollout_seconds": 1.0,
+        "learn_seconds": 1.0,
+    }
+    return {name: value for name, value in entry.items() if name != "update"} | rest | more
+
+
+def told(journal, folder, some):
+    for entry in some:
+        journal.write(entry["update"], journal.tell(entry["update"], stats_of(entry)))
+    return read_journal(folder)
+
+
+def test_the_warning_is_printed_once_and_stands_in_the_log_also_over_a_resume(tmp_path, capsys):
+    some = entries([1e-3] * 40)
+    log = told(Journal(tmp_path, 40, 8, CPU), tmp_path, some[:30])
+    assert capsys.readouterr().out.count("stays above the reference's") == 1
+    assert [entry["update"] for entry in log if entry["winner_above_reference"]] == list(range(WINDOW, 31))
+    again = Journal(tmp_path, 40, 8, CPU)
+    again.resume(25)
+    log = told(again, tmp_path, some[25:])
+    assert "stays above" not in capsys.readouterr().out
+    assert [entry["update"] for entry in log] == list(range(1, 41))
+    assert [entry["update"] for entry in log if entry["winner_above_reference"]] == list(range(WINDOW, 41))
+
+
+def test_one_slow_update_does_not_move_the_time_left(tmp_path, capsys):
+    journal = Journal(tmp_path, 110, 8, CPU)
+    for number, seconds in enumerate([600.0, 60, 61, 59, 60, 60, 600, 60, 60, 60], 1):
+        journal.tell(number, stats_of(entries([0])[0], rollout_seconds=seconds - 10, learn_seconds=10.0))
+    assert "eta 1.7 h" in capsys.readouterr().out.splitlines()[-1]  # 100 updates of a minute
+
+
+def test_a_broken_last_line_and_what_is_no_entry_end_the_log(tmp_path):
+    good = json.dumps({"update": 1, "loss": None})
+    for broken in ("[1]", '{"loss": 1}', '{"update": "x"}', '{"update": 2, "lo', "null"):
+        (tmp_path / "log.jsonl").write_text(f"{good}\n{broken}\n")
+        assert read_journal(tmp_path) == [{"update": 1, "loss": None}]
+
+
+def poison(trainer, updates):
+    """Non-finite winners from the second update on."""
+    maker, real = trainer.method.rollout._maker, trainer.method.rollout._maker.pairs
+
+    def pairs(update, *arguments):
+        made = real(update, *arguments)
+        if update >= 1:
+            made.winners.fill_(math.nan)
+        return made
+
+    if updates == 0:
+        maker.pairs = pairs
+
+
+def test_samples_of_skipped_updates_are_written_down(tiny, tmp_path, capsys):
+    config = tiny_config(tiny, tmp_path, train={"updates": 6}, save={"minutes": 60})
+    expected = [Trainer(config).method.rollout._maker.sample_ids(update) for update in (1, 2, 3)]
+    with pytest.raises(NonFiniteError, match="skipped.jsonl"):
+        train(config, poison)
+    lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
+    # The third in a row ends the run, and is there too.
+    assert [line["update"] for line in lines] == [2, 3, 4]
+    assert [line["sample_ids"] for line in lines] == expected
+    assert not any(line["scaler_searching"] for line in lines)
+    assert capsys.readouterr().out.count("SKIPPED: not finite, samples in skipped.jsonl") == 2
+
+
+def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
+    config = tiny_config(tiny, tmp_path, model={"precision": "fp16"})
+
+    def large(trainer, updates):
+        if updates == 0:
+            trainer.learner._scaler.load_state_dict(trainer.learner._scaler.state_dict() | {"scale": 2.0**60})
+
+    # No update of it is applied; that is said with the scaler's part in it.
+    with pytest.raises(NonFiniteError, match=r"run's 3 updates .* More train\.updates \(fp16 still searched"):
+        train(config, large)
+    lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [entry["update"] for entry in log_of(config) if entry["skipped"]]
+    assert len(lines) == 3 and all(line["scaler_searching"] for line in lines)
+
+
+def test_a_skipped_first_update_is_kept_and_a_resume_forgets_what_comes_again(tiny, tmp_path):
+    trainer = Trainer(tiny_config(tiny, tmp_path))
+    for update in (0, 1, 2):
+        trainer._recorder.skipped(update + 1, [update], searching=False)
+    file = tmp_path / "run" / "skipped.jsonl"
+    assert len(file.read_text().splitlines()) == 3
+    Journal(tmp_path / "run", 3, 6, CPU).resume(2)
+    assert [json.loads(line)["sample_ids"] for line in file.read_text().splitlines()] == [[0], [1]]
+
+
+def test_what_saving_costs_is_in_the_log(tiny, tmp_path):
+    config = tiny_config(tiny, tmp_path, save={"minutes": 0})
+    stalled = {}
+    train(config, lambda trainer, updates: stalled.update({updates: trainer._saver.stalled}))
+    log = log_of(config)
+    assert log[0]["save_stall_seconds"] == 0  # the first state is begun after its line
+    assert all(entry["save_stall_seconds"] > 0 for entry in log[1:])
+    assert sum(entry["save_stall_seconds"] for entry in log) <= stalled[3]
+
+
+def test_two_processes_write_down_the_samples_of_both(ranks, tiny, tmp_path):
+    """Of an update for which one of them has winners that are not finite."""
+    config = tiny_config(tiny, tmp_path, save={"minutes": 60})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    ends = ranks.run(2, "train", tmp_path / "run.yaml", broken=True)
+    assert [end.code for end in ends] == [0, 0], ends[0].out
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    alone = Trainer(config.model_copy(update={"output": str(tmp_path / "other")})).method.rollout._maker.sample_ids(1)
+    assert json.loads(line)["update"] == 2
+    assert sorted(json.loads(line)["sample_ids"]) == sorted(alone)
