@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.provenance import provenance
+from benchmarks.harness.provenance import provenance
 from seppo_fast.config.load import parse_config, read_config
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source

@@ -38,10 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count  # noqa: E402
 
-from benchmarks.counters import SD15  # noqa: E402
-from benchmarks.losses import LATENTS, SD, Case, transfers  # noqa: E402
-from benchmarks.provenance import provenance  # noqa: E402
-from benchmarks.speed import three_digits  # noqa: E402
+from benchmarks.harness.counters import SD15  # noqa: E402
+from benchmarks.harness.losses import LATENTS, SD, Case, transfers  # noqa: E402
+from benchmarks.harness.provenance import provenance  # noqa: E402
+from benchmarks.harness.speed import three_digits  # noqa: E402
 from seppo_fast import shapes  # noqa: E402
 from seppo_fast.config.schema import ModelConfig, SamplerConfig, TrainConfig  # noqa: E402
 from seppo_fast.diffusion.conditioning import Conditioning  # noqa: E402

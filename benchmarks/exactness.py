@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import device, provenance
+from benchmarks.harness.provenance import device, provenance
 from seppo_fast.loss import denoising_errors, preference_loss
 
 BETA = 2000.0

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forks import Ended, Forks
+from benchmarks.harness.forks import Ended, Forks
 from seppo_fast.utils.errors import EXIT_INTERRUPTED, CheckpointError
 
 UPDATES = 24
@@ -216,7 +216,7 @@ def differences(straight: dict[str, Any], run: Path) -> list[str]:
 
 def result(seen: Soak, commands: list[Command], began: float) -> dict[str, Any]:
     """The numbers that the README quotes."""
-    from benchmarks.provenance import provenance
+    from benchmarks.harness.provenance import provenance
 
     return {
         **provenance("benchmarks.faults"),

@@ -107,7 +107,7 @@ def long_run(folder: Path, updates: int, **sections: Any) -> list[Look]:
 
 def main(words: list[str] | None = None) -> int:
     """Runs it, prints the growth and writes it where asked."""
-    from benchmarks.provenance import provenance
+    from benchmarks.harness.provenance import provenance
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=2000)

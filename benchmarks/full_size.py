@@ -27,8 +27,8 @@ from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
 
-from benchmarks.models import write_adapter, write_pipeline  # noqa: E402
-from benchmarks.provenance import provenance  # noqa: E402
+from benchmarks.harness.models import write_adapter, write_pipeline  # noqa: E402
+from benchmarks.harness.provenance import provenance  # noqa: E402
 from seppo_fast.config.load import parse_config  # noqa: E402
 from seppo_fast.config.schema import Config  # noqa: E402
 from seppo_fast.runs.journal import read_journal  # noqa: E402

@@ -34,12 +34,12 @@ quiet_libraries()
 
 import torch  # noqa: E402
 
-from benchmarks import headlines, run_checks, value_checks  # noqa: E402
-from benchmarks.isolated import Broken, isolated  # noqa: E402
-from benchmarks.measure import Machine  # noqa: E402
-from benchmarks.models import Workplace, write_pipeline  # noqa: E402
-from benchmarks.provenance import commit, device  # noqa: E402
-from benchmarks.rows import records  # noqa: E402
+from benchmarks.checks import headlines, run_checks, value_checks  # noqa: E402
+from benchmarks.harness.isolated import Broken, isolated  # noqa: E402
+from benchmarks.harness.measure import Machine  # noqa: E402
+from benchmarks.harness.models import Workplace, write_pipeline  # noqa: E402
+from benchmarks.harness.provenance import commit, device  # noqa: E402
+from benchmarks.harness.rows import records  # noqa: E402
 from seppo_fast.utils.errors import CheckpointError  # noqa: E402
 from seppo_fast.utils.files import staged_folder  # noqa: E402
 

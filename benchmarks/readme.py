@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.census import census_table
 from benchmarks.exactness import exactness_table
-from benchmarks.rows import SEPARATOR
-from benchmarks.speed import phase_chart, projection, speed_table
+from benchmarks.harness.rows import SEPARATOR
+from benchmarks.harness.speed import phase_chart, projection, speed_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -28,8 +28,8 @@ from seppo_fast.utils.logging import quiet_libraries
 quiet_libraries()
 
 if TYPE_CHECKING:
-    from benchmarks.measure import Machine
-    from benchmarks.rows import Row
+    from benchmarks.harness.measure import Machine
+    from benchmarks.harness.rows import Row
 
 SUITES = ("sampling", "step", "endtoend", "kernels", "cache", "video")
 
@@ -65,9 +65,9 @@ def main(words: list[str] | None = None) -> int:
     if arguments.quick:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # read where the trainer chooses its device
 
-    from benchmarks.measure import Machine
-    from benchmarks.provenance import commit, device
-    from benchmarks.suites import chosen, listed, run_cases
+    from benchmarks.harness.cases import chosen, listed, run_cases
+    from benchmarks.harness.measure import Machine
+    from benchmarks.harness.provenance import commit, device
 
     machine = Machine(device(), arguments.quick)
     try:
@@ -93,7 +93,7 @@ def main(words: list[str] | None = None) -> int:
 
 def write_rows(file: Path, rows: list[Row], machine: Machine) -> None:
     """Writes rows as JSON; the file is the old one or the new one, whenever the process is killed."""
-    from benchmarks.rows import records
+    from benchmarks.harness.rows import records
 
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     beside.write_text(json.dumps(records(rows, machine.name), indent=1) + "\n", encoding="utf-8")

@@ -15,8 +15,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark", reason="pip install '.[test]'")
 
-from benchmarks.kernels import SIZES, missing
-from benchmarks.losses import (
+from benchmarks.harness.losses import (
     AUTOGRAD,
     B2,
     B2_COMPILED,
@@ -30,8 +29,9 @@ from benchmarks.losses import (
     is_right,
     ways,
 )
-from benchmarks.measure import Machine
-from benchmarks.provenance import device
+from benchmarks.harness.measure import Machine
+from benchmarks.harness.provenance import device
+from benchmarks.suites.kernels import SIZES, missing
 
 MACHINE = Machine(device(), quick=device().type == "cpu")
 

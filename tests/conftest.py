@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from benchmarks.forks import Forks
+    from benchmarks.harness.forks import Forks
     from tests.helpers.ranks import Ranks
 
 
@@ -41,7 +41,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Forks"]:
     """The command line in processes of its own, forked from one that has imported everything already."""
-    from benchmarks.forks import Forks
+    from benchmarks.harness.forks import Forks
 
     with Forks(tmp_path_factory.mktemp("forks")) as server:
         yield server

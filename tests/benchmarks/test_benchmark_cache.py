@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cache, speed, suites, switches
-from benchmarks.measure import Machine
-from benchmarks.rows import KEYS, Row
-from benchmarks.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
+from benchmarks.harness import cases as suites
+from benchmarks.harness import speed, switches
+from benchmarks.harness.measure import Machine
+from benchmarks.harness.rows import KEYS, Row
+from benchmarks.harness.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
+from benchmarks.suites import cache
 from seppo_fast.references import ReferencePool
 from seppo_fast.references.layout import trained_state
 from seppo_fast.references.resident import Resident

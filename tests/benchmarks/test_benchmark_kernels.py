@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import kernels, losses
-from benchmarks.losses import EMBEDDED, LATENTS, LAYOUTS, SD, Case, Truth, make_inputs
-from benchmarks.measure import Machine
+from benchmarks.harness import losses
+from benchmarks.harness.losses import EMBEDDED, LATENTS, LAYOUTS, SD, Case, Truth, make_inputs
+from benchmarks.harness.measure import Machine
+from benchmarks.suites import kernels
 from seppo_fast.capacity.footprint import _LiveBytes
 from seppo_fast.kernels import denoising_error as errors
 from tests.helpers.benchmark import MACHINE, driven, smallest_kernels

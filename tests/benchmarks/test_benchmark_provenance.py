@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import provenance
-from benchmarks.measure import Machine
+from benchmarks.harness import provenance
+from benchmarks.harness.measure import Machine
 
 
 @pytest.fixture

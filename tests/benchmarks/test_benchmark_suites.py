@@ -10,10 +10,13 @@ import torch
 from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from benchmarks import counters, estimates, run, suites, temporal
-from benchmarks.measure import Machine
-from benchmarks.rows import Row
-from benchmarks.suites import Case, LeftOut, Shared, chosen, run_cases
+from benchmarks import run
+from benchmarks.harness import cases as suites
+from benchmarks.harness import counters, estimates
+from benchmarks.harness.cases import Case, LeftOut, Shared, chosen, run_cases
+from benchmarks.harness.measure import Machine
+from benchmarks.harness.rows import Row
+from benchmarks.suites import temporal
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
 
@@ -177,7 +180,7 @@ def played(monkeypatch):
     """Lets suite `sampling` have these cases."""
 
     def play(*cases):
-        monkeypatch.setattr(importlib.import_module("benchmarks.sampling"), "cases", lambda machine: list(cases))
+        monkeypatch.setattr(importlib.import_module("benchmarks.suites.sampling"), "cases", lambda machine: list(cases))
 
     return play
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import MotionAdapter
 
-from benchmarks import counters, endtoend, full_size, models, sampling, speed, step, steps, video
-from benchmarks.measure import Bench, distance
-from benchmarks.naive import NaiveLoop
+from benchmarks import full_size
+from benchmarks.harness import counters, models, speed, steps
+from benchmarks.harness.measure import Bench, distance
+from benchmarks.harness.naive import NaiveLoop
+from benchmarks.harness.rows import KEYS, NAIVE
 from benchmarks.readme import full_size_table
-from benchmarks.rows import KEYS, NAIVE
+from benchmarks.suites import endtoend, sampling, step, video
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.data.sources import open_source
 from seppo_fast.models.families import animatediff

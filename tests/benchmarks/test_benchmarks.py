@@ -10,25 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import (
-    counters,
-    endtoend,
-    loops,
-    losses,
-    readme,
-    run,
-    sampling,
-    speed,
-    step,
-    steps,
-    switches,
-    temporal,
-    video,
-)
-from benchmarks.measure import Bench, Provider, Stopwatch, captured, copy_limit, distance, interleaved
-from benchmarks.models import Workplace, workplace
-from benchmarks.naive import NaiveLoop
-from benchmarks.rows import (
+from benchmarks import readme, run
+from benchmarks.harness import counters, loops, losses, speed, steps, switches
+from benchmarks.harness.measure import Bench, Provider, Stopwatch, captured, copy_limit, distance, interleaved
+from benchmarks.harness.models import Workplace, workplace
+from benchmarks.harness.naive import NaiveLoop
+from benchmarks.harness.rows import (
     KEYS,
     NAIVE,
     NAIVE_BATCH,
@@ -41,6 +28,7 @@ from benchmarks.rows import (
     table,
     with_ratios,
 )
+from benchmarks.suites import endtoend, sampling, step, temporal, video
 from tests.helpers.benchmark import MACHINE, driven, smallest_cache, smallest_kernels
 from tests.helpers.drop_in import seppo_before
 from tests.helpers.runs import tiny_config

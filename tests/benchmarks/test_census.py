@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import census
 from benchmarks.census import Count, count
-from benchmarks.counters import SD15, count_flops
+from benchmarks.harness.counters import SD15, count_flops
 
 META = torch.device("meta")
 TOY = {

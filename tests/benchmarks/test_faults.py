@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import faults
 from benchmarks.faults import FULL, POINT, TERM, TIMED, Command, Soak, contents, count, differences, soak
-from benchmarks.forks import Ended
+from benchmarks.harness.forks import Ended
 
 BEGINS = "update 1/12  loss 0.7\nupdate 2/12  loss 0.7\n"
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, headlines, isolated, value_checks
+from benchmarks import gpu_check
+from benchmarks.checks import headlines, value_checks
 from benchmarks.gpu_check import STEPS, Result, Step
-from benchmarks.isolated import Broken
-from benchmarks.models import Workplace
-from benchmarks.rows import KEYS, Row
+from benchmarks.harness import isolated
+from benchmarks.harness.isolated import Broken
+from benchmarks.harness.models import Workplace
+from benchmarks.harness.rows import KEYS, Row
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from benchmarks.forks import ROOT
+from benchmarks.harness.forks import ROOT
 from seppo_fast.cli import main
 from seppo_fast.data.media.images import load_image
 from seppo_fast.data.scan import scan

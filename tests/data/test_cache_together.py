@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.forks import Forks
+from benchmarks.harness.forks import Forks
 from seppo_fast.data.cache import build
 from seppo_fast.data.cache.opening import open_or_build
 from seppo_fast.data.sources import open_source

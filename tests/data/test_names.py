@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.forks import ROOT
+from benchmarks.harness.forks import ROOT
 from seppo_fast.data.media.images import load_image
 from seppo_fast.data.names import walk_files
 from seppo_fast.data.scan import scan

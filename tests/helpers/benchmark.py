@@ -6,13 +6,10 @@ import json
 
 import torch
 
-from benchmarks import (
-    cache,
-    kernels,
-    losses,
-    run,
-)
-from benchmarks.measure import Machine
+from benchmarks import run
+from benchmarks.harness import losses
+from benchmarks.harness.measure import Machine
+from benchmarks.suites import cache, kernels
 
 MACHINE = Machine(torch.device("cpu"), quick=True)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.forks import Server
+from benchmarks.harness.forks import Server
 
 
 @dataclass(frozen=True)

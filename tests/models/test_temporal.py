@@ -13,10 +13,10 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import benchmarks.temporal as benchmark
+import benchmarks.suites.temporal as benchmark
 import seppo_fast.models.temporal_attention as temporal
-from benchmarks.measure import Machine
-from benchmarks.suites import run_cases
+from benchmarks.harness.cases import run_cases
+from benchmarks.harness.measure import Machine
 from seppo_fast.kernels.eager import temporal_attention as twin
 from seppo_fast.models.attention import ChunkedAttention
 from seppo_fast.models.temporal_attention import FrameAttention, set_temporal_attention, temporal_attention

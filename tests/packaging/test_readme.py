@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.counters import count_flops
+from benchmarks.harness.counters import count_flops
 from benchmarks.readme import fill
 from tests.helpers import drop_in
 

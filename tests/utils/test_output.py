@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.forks import Forks
+from benchmarks.harness.forks import Forks
 from seppo_fast.config.load import to_yaml
 from seppo_fast.train import train
 from seppo_fast.utils.logging import tolerant_output

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from benchmarks.measure import Machine, Stopwatch
-from benchmarks.models import load_pipeline, load_pixels
-from benchmarks.rows import ENCODING, GENERATION, OPTIMIZER, POLICY, REFERENCE
+from benchmarks.harness.measure import Machine, Stopwatch
+from benchmarks.harness.models import load_pipeline, load_pixels
+from benchmarks.harness.rows import ENCODING, GENERATION, OPTIMIZER, POLICY, REFERENCE
 from seppo_fast.config.schema import Config
 from seppo_fast.data.examples import Example
 from seppo_fast.methods.pairs import Pairs

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import device_name
-from benchmarks.rows import Row, with_ratios
+from benchmarks.harness.provenance import device_name
+from benchmarks.harness.rows import Row, with_ratios
 
 T = TypeVar("T")
 

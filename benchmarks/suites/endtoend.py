@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import suites
-from benchmarks.counters import allocated, peak_bytes
-from benchmarks.estimates import COMPILED_GRAPH, FORWARD_LAUNCHES, PICTURE, STEP_LAUNCHES, Unet, h200
-from benchmarks.loops import Naive, Ours, weight_changes
-from benchmarks.measure import Bench, Machine, Provider, Stopwatch, agrees
-from benchmarks.models import Workplace, shared_workplace
-from benchmarks.naive import NaiveLoop
-from benchmarks.rows import (
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import allocated, peak_bytes
+from benchmarks.harness.estimates import COMPILED_GRAPH, FORWARD_LAUNCHES, PICTURE, STEP_LAUNCHES, Unet, h200
+from benchmarks.harness.loops import Naive, Ours, weight_changes
+from benchmarks.harness.measure import Bench, Machine, Provider, Stopwatch, agrees
+from benchmarks.harness.models import Workplace, shared_workplace
+from benchmarks.harness.naive import NaiveLoop
+from benchmarks.harness.rows import (
     GENERATION,
     NAIVE,
     NAIVE_BATCH,
@@ -46,7 +47,6 @@ from benchmarks.rows import (
     Row,
     with_ratios,
 )
-from benchmarks.suites import Shared
 from seppo_fast.config.schema import Config
 
 _TOLERANCE = 0.1  # another flipper moves the change of the weights by 0.4 to 0.9
@@ -97,7 +97,7 @@ _GRAPHS = 3 * 4  # that are compiled of a mode: the policy, the reference and th
 
 
 def estimate(size: Size, fast: bool, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 for the rounds of a mode, see `benchmarks.estimates`."""
+    """Returns seconds on an H200 for the rounds of a mode, see `benchmarks.harness.estimates`."""
     ours, naive, batch = _update_seconds(size, fast, unet)
     alone = _update_seconds(size, False, unet)[1]
     return size.rounds * (ours + naive + batch + (alone if fast else 0.0))

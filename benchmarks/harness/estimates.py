@@ -1,7 +1,7 @@
 """What cases take on an H200, estimated by count: what `--minutes` plans with. Nothing here is measured.
 
-Work is counted (`benchmarks.census`, `benchmarks.counters`) and divided by rates that are assumed, below the device's
-limits; a call takes at least as long as the host needs to launch its operations. Set-up is assumed in seconds.
+Work is counted (`benchmarks.census`, `benchmarks.harness.counters`) and divided by rates that are assumed, below the
+device's limits; a call takes at least as long as the host needs to launch its operations. Set-up is assumed in seconds.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Machine, Stopwatch
-from benchmarks.models import second
-from benchmarks.naive import NaiveLoop
+from benchmarks.harness.measure import Machine, Stopwatch
+from benchmarks.harness.models import second
+from benchmarks.harness.naive import NaiveLoop
 from seppo_fast.config.schema import Config
 from seppo_fast.methods.pairs import PairMaker, Pairs
 from seppo_fast.methods.preference import PreferenceMethod

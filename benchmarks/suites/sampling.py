@@ -20,13 +20,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from benchmarks import suites
-from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
-from benchmarks.estimates import COMPILED_GRAPH, COMPILED_UNET, FORWARD_LAUNCHES, PICTURE, Unet, h200
-from benchmarks.measure import Bench, Machine, Provider, agrees, distance
-from benchmarks.models import Workplace, load_pipeline, shared_workplace
-from benchmarks.rows import Row
-from benchmarks.suites import Shared
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.harness.estimates import COMPILED_GRAPH, COMPILED_UNET, FORWARD_LAUNCHES, PICTURE, Unet, h200
+from benchmarks.harness.measure import Bench, Machine, Provider, agrees, distance
+from benchmarks.harness.models import Workplace, load_pipeline, shared_workplace
+from benchmarks.harness.rows import Row
 from seppo_fast.config.schema import SamplerConfig
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.models.denoiser import Denoiser
@@ -80,7 +80,7 @@ _COUNTED_STEPS = 14  # of a provider beside those that are timed: launches and w
 
 
 def estimate(case: Case, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200, see `benchmarks.estimates`: each provider's samples once, counted, and in rounds."""
+    """Returns seconds on an H200, see `harness.estimates`: each provider's samples once, counted, and in rounds."""
     steps = (1 + case.rounds) * case.steps + _COUNTED_STEPS
     alone, batch = (h200(bf16=2 * rows * unet.forward, launches=FORWARD_LAUNCHES) for rows in (1, case.batch))
     exact = h200(fp32=4 * case.steps * unet.forward)  # two samples, which say what rounding does

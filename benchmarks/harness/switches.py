@@ -14,9 +14,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.counters import SD15
-from benchmarks.measure import Machine
-from benchmarks.models import second
+from benchmarks.harness.counters import SD15
+from benchmarks.harness.measure import Machine
+from benchmarks.harness.models import second
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import DTYPES, make_trainable

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import NAIVE, NAIVE_BATCH, NAIVE_FAST, NAIVE_FAST_BATCH, OURS, PHASES, SEPARATOR
+from benchmarks.harness.rows import NAIVE, NAIVE_BATCH, NAIVE_FAST, NAIVE_FAST_BATCH, OURS, PHASES, SEPARATOR
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
 CHECK = "gpu_check"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.provenance import commit
+from benchmarks.harness.provenance import commit
 
 # Providers and phases of `endtoend`; the row of a phase has the case `CASE / PHASE`.
 NAIVE, NAIVE_FAST, OURS = "naive loop", "naive loop, same settings", "ours"

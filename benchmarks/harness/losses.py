@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Machine
+from benchmarks.harness.measure import Machine
 from seppo_fast.loss import PreferenceLoss, loss_and_grad, preference_loss
 
 B2, B2_COMPILED, TWIN_COMPILED = "appendix B.2", "appendix B.2, compiled", "twin, compiled"

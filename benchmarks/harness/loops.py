@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from benchmarks.measure import Machine, Stopwatch
-from benchmarks.models import load_pixels
-from benchmarks.naive import NaiveLoop
-from benchmarks.rows import ENCODING, GENERATION, NAIVE, NAIVE_BATCH, OPTIMIZER, OURS, POLICY, REFERENCE
+from benchmarks.harness.measure import Machine, Stopwatch
+from benchmarks.harness.models import load_pixels
+from benchmarks.harness.naive import NaiveLoop
+from benchmarks.harness.rows import ENCODING, GENERATION, NAIVE, NAIVE_BATCH, OPTIMIZER, OURS, POLICY, REFERENCE
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
 from seppo_fast.methods.pairs import PairMaker, Pairs

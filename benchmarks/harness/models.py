@@ -28,10 +28,10 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.counters import unet_flops
-from benchmarks.estimates import WRITE_ADAPTER, WRITE_PIPELINE
-from benchmarks.measure import Machine
-from benchmarks.suites import Shared
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import unet_flops
+from benchmarks.harness.estimates import WRITE_ADAPTER, WRITE_PIPELINE
+from benchmarks.harness.measure import Machine
 from seppo_fast import shapes
 from seppo_fast.config.load import parse_config
 from seppo_fast.config.schema import Config, ModelConfig

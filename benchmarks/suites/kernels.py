@@ -34,10 +34,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks import suites
-from benchmarks.counters import SD15, allocated, host_syncs, launches, peak_bytes
-from benchmarks.estimates import PICTURE, h200
-from benchmarks.losses import (
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import SD15, allocated, host_syncs, launches, peak_bytes
+from benchmarks.harness.estimates import PICTURE, h200
+from benchmarks.harness.losses import (
     EMBEDDED,
     LATENTS,
     LAYOUTS,
@@ -52,9 +53,8 @@ from benchmarks.losses import (
     set_bytes,
     ways,
 )
-from benchmarks.measure import Bench, Machine, Provider, captured, copy_limit, interleaved
-from benchmarks.rows import Row
-from benchmarks.suites import Shared
+from benchmarks.harness.measure import Bench, Machine, Provider, captured, copy_limit, interleaved
+from benchmarks.harness.rows import Row
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import DTYPES, make_trainable
@@ -123,7 +123,7 @@ _MADE_BYTES = 1500  # of an element, by making inputs and comparing them with fl
 
 
 def estimate(case: Case) -> float:
-    """Returns seconds on an H200, see `benchmarks.estimates`: in a round a provider is called, and replayed."""
+    """Returns seconds on an H200, see `benchmarks.harness.estimates`: in a round a provider is called, and replayed."""
     size = SIZES["gpu"]
     call = max(size.seconds, h200(gb=_MOVED_BYTES * case.elements / 1e9))
     timed = (6 + OTHER_DIVISIONS) * (4 + size.rounds) * (call + _GRAPH_SECONDS)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Forks(Server):
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        super().__init__("benchmarks.forks", environment)
+        super().__init__("benchmarks.harness.forks", environment)
         self._folder = folder
 
     def run(

@@ -10,7 +10,7 @@ in float32 are compared at the smaller size, and as they are timed at each. At 5
 all providers: else a pair takes 65 GB.
 
 What it costs, counted: a forward is 4.11 TFLOP at 256 px and 17.7 at 512, forward and backward of a LoRA 8.30 and 37.4.
-By that and by what loading is assumed to take (`benchmarks.estimates`), the clips of 256 px and the first cases of
+By that and by what loading is assumed to take (`harness.estimates`), the clips of 256 px and the first cases of
 attention fit into six minutes of an H200; all together takes ten.
 """
 
@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks import endtoend, sampling, step, suites, temporal
-from benchmarks.estimates import CLIPS, PICTURE, Unet
-from benchmarks.measure import Bench, Machine
-from benchmarks.models import Workplace, shared_workplace
-from benchmarks.suites import Shared
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.estimates import CLIPS, PICTURE, Unet
+from benchmarks.harness.measure import Bench, Machine
+from benchmarks.harness.models import Workplace, shared_workplace
+from benchmarks.suites import endtoend, sampling, step, temporal
 from seppo_fast.shapes import motion
 
 

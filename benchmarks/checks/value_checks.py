@@ -17,11 +17,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.losses import dividing, other_divisions
-from benchmarks.measure import distance
-from benchmarks.models import Workplace
-from benchmarks.rows import Row
-from benchmarks.speed import CHECK
+from benchmarks.harness.losses import dividing, other_divisions
+from benchmarks.harness.measure import distance
+from benchmarks.harness.models import Workplace
+from benchmarks.harness.rows import Row
+from benchmarks.harness.speed import CHECK
 from seppo_fast import shapes
 from seppo_fast.loss import LEARN_SIGN, denoising_errors, loss_and_grad, preference_loss
 from seppo_fast.models.temporal_attention import temporal_attention

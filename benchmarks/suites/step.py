@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import suites
-from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
-from benchmarks.estimates import COMPILED_GRAPH, FORWARD_LAUNCHES, PICTURE, STEP_LAUNCHES, Unet, h200
-from benchmarks.measure import Bench, Machine, Provider, agrees
-from benchmarks.models import Workplace, shared_workplace
-from benchmarks.rows import Row
-from benchmarks.steps import NAIVE, NAIVE_BATCH, WAYS_TO_STEP, WITH_ERRORS, Naive, Ours, Way, given_pairs
-from benchmarks.suites import Shared
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.harness.estimates import COMPILED_GRAPH, FORWARD_LAUNCHES, PICTURE, STEP_LAUNCHES, Unet, h200
+from benchmarks.harness.measure import Bench, Machine, Provider, agrees
+from benchmarks.harness.models import Workplace, shared_workplace
+from benchmarks.harness.rows import Row
+from benchmarks.harness.steps import NAIVE, NAIVE_BATCH, WAYS_TO_STEP, WITH_ERRORS, Naive, Ours, Way, given_pairs
 from seppo_fast.config.schema import Config
 from seppo_fast.models.trainable import trainable
 from seppo_fast.train.trainer import Trainer
@@ -71,7 +71,7 @@ _CALLS = 4  # of a provider in a case beside those that are timed: once, memory,
 
 
 def estimate(size: Size, train: str, count: int, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 for a number of pairs, see `benchmarks.estimates`."""
+    """Returns seconds on an H200 for a number of pairs, see `benchmarks.harness.estimates`."""
     policy, reference, launches = 2 * unet.trained[train], 2 * unet.forward, STEP_LAUNCHES[train]
     pair, host = policy + reference, launches + FORWARD_LAUNCHES  # the script's, and most of ours
     ways = [way for name, way in WAYS_TO_STEP.items() if name in size.ways and train in way.trains]

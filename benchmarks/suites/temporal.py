@@ -30,13 +30,13 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor
 
-from benchmarks import suites
-from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
-from benchmarks.estimates import h200
-from benchmarks.kernels import in_turn
-from benchmarks.measure import Bench, Machine, Provider, agrees, captured, copy_limit
-from benchmarks.rows import Row
-from benchmarks.suites import Shared
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.harness.estimates import h200
+from benchmarks.harness.measure import Bench, Machine, Provider, agrees, captured, copy_limit
+from benchmarks.harness.rows import Row
+from benchmarks.suites.kernels import in_turn
 from seppo_fast._loss_arguments import Backend
 from seppo_fast.models.attention import GRID_LIMIT, ChunkedAttention
 from seppo_fast.models.temporal_attention import FrameAttention, set_temporal_attention, temporal_attention
@@ -165,7 +165,7 @@ def cases(machine: Machine) -> list[suites.Case]:
 
 
 def estimate(case: Case) -> float:
-    """Returns seconds on an H200, see `benchmarks.estimates`: in a round a provider is called, and replayed."""
+    """Returns seconds on an H200, see `benchmarks.harness.estimates`: in a round a provider is called, and replayed."""
     size = SIZES["gpu"]
     gb = _MOST_TRANSFERS * math.prod(case.shape) * 2 / 1e9
     return 0.5 + _PROVIDERS * (4 + size.rounds) * (max(size.seconds, h200(gb=gb)) + _GRAPH_SECONDS)

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.counters import peak_bytes
-from benchmarks.models import Workplace
-from benchmarks.rows import Row
-from benchmarks.value_checks import SUITE, Found
+from benchmarks.checks.value_checks import SUITE, Found
+from benchmarks.harness.counters import peak_bytes
+from benchmarks.harness.models import Workplace
+from benchmarks.harness.rows import Row
 from seppo_fast.config.schema import Config
 from seppo_fast.runs.journal import read_journal
 from seppo_fast.train import train

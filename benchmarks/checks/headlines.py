@@ -16,14 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from benchmarks import endtoend, kernels, sampling, step, suites
-from benchmarks.estimates import PICTURE
-from benchmarks.losses import SD, Case
-from benchmarks.measure import Bench, Machine, copy_limit
-from benchmarks.models import Workplace
-from benchmarks.rows import GENERATION, NAIVE, OURS, POLICY, SEPARATOR, Row
-from benchmarks.suites import Shared
-from benchmarks.value_checks import SUITE, Found
+from benchmarks.checks.value_checks import SUITE, Found
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.estimates import PICTURE
+from benchmarks.harness.losses import SD, Case
+from benchmarks.harness.measure import Bench, Machine, copy_limit
+from benchmarks.harness.models import Workplace
+from benchmarks.harness.rows import GENERATION, NAIVE, OURS, POLICY, SEPARATOR, Row
+from benchmarks.suites import endtoend, kernels, sampling, step
 from seppo_fast.utils.memory import host_bytes, page_locked
 
 _PACKAGES = ("torch", "triton", "diffusers", "peft", "accelerate", "transformers", "xformers", "bitsandbytes")

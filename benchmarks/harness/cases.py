@@ -21,8 +21,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from benchmarks.measure import Bench, Machine
-from benchmarks.rows import Row, table
+from benchmarks.harness.measure import Bench, Machine
+from benchmarks.harness.rows import Row, table
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Shared(Generic[T]):
 
     Args:
         make: makes it; what it enters on the stack is left when the set-up ends.
-        seconds: estimate on an H200, see `benchmarks.estimates`.
+        seconds: estimate on an H200, see `benchmarks.harness.estimates`.
         needs: the set-ups that `make` calls.
     """
 
@@ -89,7 +89,7 @@ class Case:
     Attributes:
         title: unique within the suite.
         run: measures and returns the case's rows.
-        seconds: estimate on an H200 without set-up, see `benchmarks.estimates`.
+        seconds: estimate on an H200 without set-up, see `benchmarks.harness.estimates`.
         needs: the set-ups that `run` calls.
     """
 
@@ -129,7 +129,7 @@ def limit_case(name: str, bench: Shared[Bench]) -> Case:
 
 def listed(suite: str, machine: Machine) -> list[Case]:
     """Returns all cases of a suite, the most important first; nothing is made."""
-    return importlib.import_module(f"benchmarks.{suite}").cases(machine)
+    return importlib.import_module(f"benchmarks.suites.{suite}").cases(machine)
 
 
 def chosen(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:

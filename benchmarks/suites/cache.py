@@ -35,13 +35,13 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import suites
-from benchmarks.counters import allocated, host_syncs, launches, peak_bytes
-from benchmarks.estimates import PICTURE, STEP_LAUNCHES, h200
-from benchmarks.measure import Bench, Limit, Machine, Provider, interleaved
-from benchmarks.rows import Row
-from benchmarks.suites import Shared
-from benchmarks.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
+from benchmarks.harness import cases as suites
+from benchmarks.harness.cases import Shared
+from benchmarks.harness.counters import allocated, host_syncs, launches, peak_bytes
+from benchmarks.harness.estimates import PICTURE, STEP_LAUNCHES, h200
+from benchmarks.harness.measure import Bench, Limit, Machine, Provider, interleaved
+from benchmarks.harness.rows import Row
+from benchmarks.harness.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
 from seppo_fast.config.schema import TrainConfig
 from seppo_fast.references.storage import Tier
 from seppo_fast.utils.memory import free_bytes
@@ -87,7 +87,7 @@ _SUBJECT, _STATES = 5.0, 40.0
 
 
 def estimate(train: str, tier: Tier, added: int) -> float:
-    """Returns seconds on an H200 for a case that adds so many checkpoints, see `benchmarks.estimates`."""
+    """Returns seconds on an H200 for a case that adds so many checkpoints, see `benchmarks.harness.estimates`."""
     full, rounds = train == "full", SIZES["gpu"].rounds
     return 3.0 + rounds * (_BASELINES if full else _LORA_BASELINES) + added * (_ADDED[tier] if full else 0.1)
 

@@ -1,0 +1,1 @@
+"""What the suites measure with, and what they compare."""
