@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # Twice quiet: errors only.
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
-.PHONY: setup demo demo-video test lint bench gpu-check ablation clean
+.PHONY: setup demo demo-video test test-all lint bench gpu-check ablation clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -33,7 +33,11 @@ demo-video: setup
 	$(VENV)/bin/seppo-fast demo --clips
 
 test: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not sanitizer"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not sanitizer and not slow"
+
+# Those that take a minute or more and seldom find what no other does as well; what CI runs.
+test-all: test
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not sanitizer"
 
 lint: setup
 	$(PY) -m ruff check .

@@ -46,6 +46,7 @@ setup(
         "seppo_fast.models.pipelines",
         "seppo_fast.references",
         "seppo_fast.runs",
+        "seppo_fast.scorers",
         "seppo_fast.shapes",
         "seppo_fast.train",
         "seppo_fast.utils",

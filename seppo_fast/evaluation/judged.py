@@ -18,7 +18,8 @@ from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.pipelines.folders import load_as
 from seppo_fast.models.registry import load_family
-from seppo_fast.shapes import judge, motion, motion_judge
+from seppo_fast.scorers.shapes import ShapesScorer
+from seppo_fast.shapes import motion
 from seppo_fast.shapes.world import SIZE, caption, scene
 
 # Streams of the shapes world, and seeds of the noise that pictures start from. Settings are chosen on the first.
@@ -77,8 +78,7 @@ def judged_pictures(
         attributes that the judge finds.
     """
     pictures = generate(family, denoiser, model, sampler, prompts, resolution=SIZE, seed=seed)
-    score_all = motion_judge.score_all if pictures.ndim == 5 else judge.score_all
-    return pictures, np.asarray(score_all(list(prompts), pictures))
+    return pictures, ShapesScorer()(prompts, pictures)
 
 
 def judged_model(

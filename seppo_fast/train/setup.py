@@ -27,7 +27,6 @@ from seppo_fast.runs.checkpoint import SavedState
 from seppo_fast.runs.resume import refuse_other_content, resumed_config
 from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import ConfigError
-from seppo_fast.utils.logging import say
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,6 @@ def _shared_cache(
             flip=config.data.flip,
             folder=Path(config.data.cache),
             losers=config.row.needs_pairs,
-            report=say,
             accept=accept,
         )
         family.park_encoders()

@@ -75,6 +75,7 @@ def test_lost_updates_and_the_seconds_of_a_resume():
     assert seen.lost == [1, 2] and seen.resumed == [0.75] and seen.first == []
 
 
+@pytest.mark.slow
 def test_the_soak_through_its_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(faults, "UPDATES", 4)
     monkeypatch.setattr(faults, "KINDS", {"full": 1e-4})

@@ -5,6 +5,7 @@ import pytest
 from benchmarks.flat import LOOKS, Look, growth, long_run, main
 
 
+@pytest.mark.slow
 def test_memory_threads_and_files_stay(tiny, tmp_path, capsys):
     sections = {"model": {"path": str(tiny)}, "data": {"resolution": 16}, "save": {"minutes": 0.01}}
     looks = long_run(tmp_path, 240, **sections)

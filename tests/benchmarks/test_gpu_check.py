@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_all_steps_run_small_on_a_cpu(tmp_path):
     """Through the command line, as on a GPU. It takes most of a minute: that is all of it, a run of each kind."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--output", tmp_path / "out"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.forks import Forks
-from seppo_fast.data.cache import build
+from seppo_fast.data.cache import build, opening
 from seppo_fast.data.cache.opening import open_or_build
 from seppo_fast.data.sources import open_source
 from seppo_fast.utils.errors import DataError
@@ -44,9 +44,8 @@ class Stopping(FakeEncoder):
 
 def fill(data: Path, folder: Path, encoder: FakeEncoder, told: Any) -> None:
     """In a process of its own; tells what it reports, and in the end how many images it encoded."""
-    cache = open_or_build(
-        open_source(str(data)), encoder, resolution=RESOLUTION, folder=folder, batch_size=3, report=told.put
-    )
+    opening.say = build.say = told.put
+    cache = open_or_build(open_source(str(data)), encoder, resolution=RESOLUTION, folder=folder, batch_size=3)
     told.put((encoder.images, len(cache), cache.fingerprint))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from seppo_fast.data.scan import scan
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError
+from tests.helpers.cache import heard, quiet
 from tests.helpers.calls import embeds
 from tests.helpers.clips import frame_numbers, numbered_frames, write_clip
 
@@ -51,9 +53,9 @@ class ClipEncoder:
         return {"vae": "fake"}
 
 
-def opened(source: Source, folder: Path, **options: object) -> LatentCache:
-    options = {"resolution": RESOLUTION, "frames": FRAMES, "report": lambda _: None, "encoder": ClipEncoder()} | options
-    return open_or_build(source, folder=folder, **options)
+def opened(source: Source, folder: Path, report: Callable[[str], object] = quiet, **options: object) -> LatentCache:
+    options = {"resolution": RESOLUTION, "frames": FRAMES, "encoder": ClipEncoder()} | options
+    return heard(report, lambda: open_or_build(source, folder=folder, **options))
 
 
 def pixels(latent: Tensor) -> np.ndarray:

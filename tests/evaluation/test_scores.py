@@ -9,20 +9,20 @@ import pytest
 from seppo_fast.commands import demo
 from seppo_fast.commands.export import export
 from seppo_fast.config.load import read_config
-from seppo_fast.evaluation import judged
 from seppo_fast.evaluation.scores import read_scores
+from seppo_fast.scorers import shapes as scored
 
 
 def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch, capsys):
     prompts = ["a small red circle", "a large blue square", "a small green triangle", "a large red square"]
     monkeypatch.setattr(demo, "prompt_sets", lambda source: (prompts, prompts))
-    given, score_all = [], judged.judge.score_all
+    given, score_all = [], scored.judge.score_all
 
     def judge_without_one(*arguments):
         given.append(score_all(*arguments))
         return np.where(np.arange(4) == 1, np.nan, given[-1])
 
-    monkeypatch.setattr(judged.judge, "score_all", judge_without_one)
+    monkeypatch.setattr(scored.judge, "score_all", judge_without_one)
     config = read_config("demo.yaml")
     changes = {
         "output": str(tmp_path / "run"),
@@ -52,7 +52,7 @@ def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch,
     for name in ("scores.json", "result.json"):
         (run / name).unlink()
     monkeypatch.setattr(demo, "train", lambda *_: run / "weights")
-    monkeypatch.setattr(judged.judge, "score_all", judge_that_fails)
+    monkeypatch.setattr(scored.judge, "score_all", judge_that_fails)
     with pytest.raises(ValueError, match="no picture"):
         demo.demo(config)
     assert not (run / "scores.json").exists() and not (run / "result.json").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +71,26 @@ def quiet(_: str) -> None:
     pass
 
 
-def opened(source: Source, folder: Path, encoder: FakeEncoder | None = None, **options: object) -> LatentCache:
-    options = {"resolution": RESOLUTION, "folder": folder, "report": quiet, "batch_size": 3} | options
-    return open_or_build(source, encoder or FakeEncoder(), **options)
+def heard(report: Callable[[str], object], call: Callable[[], LatentCache]) -> LatentCache:
+    """What a call gives; each line that it prints goes to `report`, also where it raises."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return call()
+    finally:
+        for line in printed.getvalue().splitlines():
+            report(line)
+
+
+def opened(
+    source: Source,
+    folder: Path,
+    encoder: FakeEncoder | None = None,
+    report: Callable[[str], object] = quiet,
+    **options: object,
+) -> LatentCache:
+    options = {"resolution": RESOLUTION, "folder": folder, "batch_size": 3} | options
+    return heard(report, lambda: open_or_build(source, encoder or FakeEncoder(), **options))
 
 
 def direct(ref, encoder: FakeEncoder) -> Tensor:

@@ -98,6 +98,7 @@ def test_ahead_keeps_the_weights_where_they_are(tiny, tmp_path):
     assert {name: weight.data_ptr() for name, weight in trainer.policy.named_parameters()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_code_is_exact_too(tiny, tmp_path):
     """Sampling, the reference's errors and the policy are compiled for themselves; equal weights stay exactly equal."""

@@ -285,3 +285,39 @@ def test_epsilon_without_signal_at_its_last_timestep_is_refused(tiny, tmp_path):
         NoiseSchedule(StableDiffusion.load(str(folder), CPU).scheduler_config)
     changed(folder / "scheduler", "scheduler_config.json", prediction_type="v_prediction")
     NoiseSchedule(StableDiffusion.load(str(folder), CPU).scheduler_config)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "said"),
+    [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            None,
+            "its scheduler is a FlowMatchEulerDiscreteScheduler and describes no",
+        ),
+        ("CMStochasticIterativeScheduler", None, "its scheduler is a CMStochasticIterativeScheduler and describes no"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "a UniPCMultistepScheduler with use_flow_sigmas and"),
+    ],
+    ids=["flow matching", "consistency", "flow sigmas"],
+)
+def test_a_scheduler_that_is_none_of_diffusion_is_refused_by_its_class(tiny, tmp_path, scheduler, settings, said):
+    """Its settings have no betas and no prediction type, and would be read as epsilon's defaults."""
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))
+    held = {"_class_name": scheduler, **(settings or {"num_train_timesteps": 1000})}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(held))
+    with pytest.raises(ConfigError, match=said):
+        StableDiffusion.load(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
+def test_schedulers_of_diffusion_are_taken(tiny, tmp_path, family, name):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    changed(folder / "scheduler", "scheduler_config.json", _class_name=name)
+    loaded = StableDiffusion.load(str(folder), CPU)
+    assert loaded.schedule.prediction_type == family.schedule.prediction_type == "epsilon"

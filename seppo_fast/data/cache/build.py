@@ -25,6 +25,7 @@ from seppo_fast.data.scan import Decode, decode_all
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError, NonFiniteError
 from seppo_fast.utils.fault_injection import fault
+from seppo_fast.utils.logging import say
 
 SHARD_SIZE = 1024
 CLIP_SHARD_BYTES = 1 << 27
@@ -62,31 +63,30 @@ def build(
     losers: bool,
     frames: int | None,
     flip: bool,
-    report: Callable[[str], object],
 ) -> None:
     """Writes a whole cache into the existing, empty `folder`; see `cache.open_or_build` for the rest and the errors."""
     total = len(source) + len(source.problems)
     if total == 0:
         raise DataError(f"{source.spec}: no examples in it{''.join(f'; {note}' for note in source.notes)}.")
     size = f"{resolution} x {resolution}" if frames is None else f"{frames} x {resolution} x {resolution}"
-    report(f"{printable(source.spec)}: encoding {len(source)} examples at {size}")
+    say(f"{printable(source.spec)}: encoding {len(source)} examples at {size}")
     for note in source.notes:
-        report(note)
+        say(note)
     problems = list(source.problems)
     for problem in problems if not _too_many(problems, total) else ():
-        report(f"left out: {problem}")
+        say(f"left out: {problem}")
     remarks = Remarks(resolution)
     decode = _to_square(resolution, remarks) if frames is None else _to_clip(resolution, frames, flip, remarks)
     batch_size = batch_size if frames is None else max(1, batch_size // frames)
     writer = _Writer(source, encoder, folder, losers, clips=frames is not None)
     batch: list[tuple[Example, list[np.ndarray]]] = []
-    progress = _Progress(len(source), report)
+    progress = _Progress(len(source))
     for example, outcome in decode_all(source, decode, losers):
         progress.step()
         if isinstance(outcome, Problem):
             problems.append(outcome)
             if not _too_many(problems, total):
-                report(f"left out: {outcome}")
+                say(f"left out: {outcome}")
             continue
         batch.append((example, outcome))
         if len(batch) == batch_size:
@@ -136,8 +136,8 @@ def _bad_list(source: Source, problems: list[Problem], total: int) -> str:
 class _Progress:
     """A line every ten seconds."""
 
-    def __init__(self, total: int, report: Callable[[str], object]) -> None:
-        self._total, self._report = total, report
+    def __init__(self, total: int) -> None:
+        self._total = total
         self._done = 0
         self._start = self._last = time.monotonic()
 
@@ -147,7 +147,7 @@ class _Progress:
         if now - self._last >= _REPORT_SECONDS:
             rate = self._done / (now - self._start)
             minutes = (self._total - self._done) / rate / 60
-            self._report(f"encoded {self._done}/{self._total}  {rate:.1f} examples/s  eta {minutes:.0f} m")
+            say(f"encoded {self._done}/{self._total}  {rate:.1f} examples/s  eta {minutes:.0f} m")
             self._last = now
 
 

@@ -118,7 +118,10 @@ class LatentCache:
         tensors = [self._gather("prompts", name, rows) for name in names]
         singles = (dict(zip(names, row, strict=True)) for row in zip(*tensors, strict=True))
         made = [Conditioning({name: tensor[None] for name, tensor in single.items()}) for single in singles]
-        return self._collate(made).take(slice(0, len(indices)))
+        try:
+            return self._collate(made).take(slice(0, len(indices)))
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise self._damaged(f"its conditions do not go together ({error})") from error
 
     def _stacked(self, name: str, indices: Sequence[int] | Tensor) -> Tensor:
         rows = self._rows(indices)
@@ -152,6 +155,8 @@ class LatentCache:
                         name: PackedRows(file.get_tensor(name), file.get_tensor(PackedRows.table(name)))
                         for name in PackedRows.names(file.keys())
                     }
+                    if not rows:
+                        raise ValueError("it holds no tensors")
                     for name in rows if stem == "latents" else ():
                         self._check_latents(name, rows[name], file.get_tensor(name))
             except (OSError, SafetensorError, ValueError) as error:

@@ -26,6 +26,7 @@ from seppo_fast.data.media.images import check_framing
 from seppo_fast.data.remarks import remark_lines
 from seppo_fast.utils.errors import DataError
 from seppo_fast.utils.files import NO_LOCKS, disk_message, staged_folder
+from seppo_fast.utils.logging import say
 
 __all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build", "truncation"]
 
@@ -45,7 +46,6 @@ def open_or_build(
     folder: Path,
     batch_size: int = 8,
     losers: bool = True,
-    report: Callable[[str], object] = print,
     accept: Callable[[str, str], object] = lambda fingerprint, former: None,
 ) -> LatentCache:
     """Opens the cache of `source` below `folder`; encodes it first where it is not there yet.
@@ -62,8 +62,6 @@ def open_or_build(
         batch_size: Images encoded at once; of clips as many as have so many frames, but at least one. Not part of the
             key.
         losers: Whether the losers of labelled pairs are encoded too; a method that needs winners only can save half.
-        report: Called with each line for the user: progress, every example left out, a warning where prompts are
-            truncated, and the remarks on images and clips.
         accept: Called with the cache's `fingerprint` and `former` before anything is encoded; may raise.
 
     Returns:
@@ -98,14 +96,14 @@ def open_or_build(
     final = folder / f"latents-{FORMAT_VERSION}-{key[:16]}"
     _remove_abandoned(folder)
     if not final.exists():
-        with _alone(final, report):
+        with _alone(final):
             if not final.exists():  # it may have been finished while we waited
-                _build(source, encoder, final, key, resolution, batch_size, losers, frames, flip, report)
+                _build(source, encoder, final, key, resolution, batch_size, losers, frames, flip)
     cache = LatentCache(final, key, former, encoder.collate)
     for line in truncation(cache.truncated, len(set(cache.prompts))):
-        report(line)
+        say(line)
     for line in remark_lines(cache.remarks, len(cache) * (1 + losers), resolution, frames):
-        report(line)
+        say(line)
     return cache
 
 
@@ -121,7 +119,7 @@ def _build(source: Source, encoder: Encoder, final: Path, *settings: Any) -> Non
 
 
 @contextmanager
-def _alone(final: Path, report: Callable[[str], object]) -> Iterator[None]:
+def _alone(final: Path) -> Iterator[None]:
     """Holds the building of a cache, after waiting for another process that has it; one that is killed lets go.
 
     Raises:
@@ -129,7 +127,7 @@ def _alone(final: Path, report: Callable[[str], object]) -> Iterator[None]:
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(final, report)
+        handle = _locked(final)
     except OSError as problem:
         raise DataError(disk_message(final, problem)) from problem
     try:
@@ -147,7 +145,7 @@ def _lock_file(final: Path) -> Path:
     return final.with_name(f".lock-{final.name}")
 
 
-def _locked(final: Path, report: Callable[[str], object]) -> int | None:
+def _locked(final: Path) -> int | None:
     """The open and locked lock file; None where the file system has no locks, so that two may build the same."""
     waiting = False
     while True:
@@ -161,12 +159,10 @@ def _locked(final: Path, report: Callable[[str], object]) -> int | None:
         except OSError as problem:
             os.close(handle)
             if problem.errno in (errno.EAGAIN, errno.EACCES):
-                report(f"another process is filling this cache, {final}; waiting for it")
+                say(f"another process is filling this cache, {final}; waiting for it")
                 waiting = True
             elif problem.errno in NO_LOCKS:
-                report(
-                    f"{final.parent}: files cannot be locked there ({problem.strerror}); two runs may encode the same"
-                )
+                say(f"{final.parent}: files cannot be locked there ({problem.strerror}); two runs may encode the same")
                 return None
             elif problem.errno != errno.ENOENT:
                 raise

@@ -1,0 +1,1 @@
+"""What gives pictures a score for their prompts: for evaluation, and as rewards."""
