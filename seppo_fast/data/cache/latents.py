@@ -165,7 +165,7 @@ class LatentCache:
         return self._mapped[file_name]
 
     def _check_latents(self, name: str, rows: PackedRows, values: Tensor) -> None:
-        other = set(rows.shapes) - set(self.latent_shapes)
+        other = rows.distinct() - set(self.latent_shapes)
         if other or not values.is_floating_point():
             raise ValueError(f"{name} is {sorted(other)} {values.dtype}")
 

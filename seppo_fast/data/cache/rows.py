@@ -6,7 +6,6 @@ Of each name a shard holds all values, row after row, and a table of the rows' s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from math import prod
 
 import torch
@@ -40,18 +39,23 @@ class PackedRows:
     def __init__(self, values: Tensor, shapes: Tensor) -> None:
         if shapes.dim() != 2 or shapes.dtype != torch.int32 or not len(shapes):
             raise ValueError(f"a table of shapes {tuple(shapes.shape)} {shapes.dtype}")
-        self.shapes = [tuple(shape) for shape in shapes.tolist()]
-        self._ends = list(accumulate(prod(shape) for shape in self.shapes))
-        if any(side < 0 for shape in self.shapes for side in shape) or values.shape != (self._ends[-1],):
-            raise ValueError(f"{tuple(values.shape)} values for rows of {sum(map(prod, self.shapes))}")
+        # Tensors, since a large cache has millions of rows.
+        self._shapes = shapes
+        self._ends = shapes.long().prod(1).cumsum(0)
+        if (shapes < 0).any() or values.shape != (int(self._ends[-1]),):
+            raise ValueError(f"{tuple(values.shape)} values for rows of {int(self._ends[-1])}")
         self._values = values
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self._shapes)
 
     def __getitem__(self, row: int) -> Tensor:
-        shape, end = self.shapes[row], self._ends[row]
+        shape, end = self._shapes[row].tolist(), int(self._ends[row])
         return self._values[end - prod(shape) : end].view(shape)
+
+    def distinct(self) -> set[tuple[int, ...]]:
+        """Returns the shapes that rows have."""
+        return {tuple(shape) for shape in self._shapes.unique(dim=0).tolist()}
 
     @staticmethod
     def names(keys: Sequence[str]) -> list[str]:
