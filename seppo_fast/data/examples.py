@@ -21,7 +21,7 @@ class Example:
         loser: The rejected image of a labelled pair, or None.
         time_lapse: A clip whose frames are to be taken from all of it, first to last, not from a window.
         by_number: A clip whose frames are to be chosen by their numbers, as MagicTime does, not by their times.
-        number: A label or a score of the example, where the data set has one.
+        number: A label or a score of the example, where the data set has one; then part of the source's digest.
     """
 
     id: str

@@ -18,6 +18,7 @@ from seppo_fast.data.readers.shards import expand_braces, open_shards
 from seppo_fast.data.readers.sidecars import open_sidecars, other_kinds
 from seppo_fast.data.readers.videos import open_clip_csv, open_clip_folder
 from seppo_fast.utils.errors import DataError
+from seppo_fast.utils.files import home_expanded
 
 __all__ = ["Example", "Problem", "ShapesSource", "Source", "open_source"]
 
@@ -59,7 +60,7 @@ def open_source(spec: str, split: str = "train") -> Source:
         return _open_shapes(spec)
     if not spec:  # Path("") is the working folder
         raise DataError(f"the name of the data set is empty.\n{CHOICES}")
-    path = Path(spec).expanduser()
+    path = home_expanded(spec, DataError)
     if path.is_dir():
         return _open_folder(spec, path, split)
     if path.is_file():

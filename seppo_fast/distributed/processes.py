@@ -61,7 +61,7 @@ class Processes:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.machine = Node(self._gather, self.rank)
-        set_rank(self.rank, self.world)
+        set_rank(self.rank, self.world, self.accelerator.is_local_main_process)
         # Beside the device's own group, for what may take hours.
         self._patient = None
         if self.world > 1:

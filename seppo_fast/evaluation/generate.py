@@ -34,8 +34,8 @@ def generate(
     """
     shape = family.latent_shape(resolution)
     noise = keyed_noise(seed, "evaluation", [(0, index) for index in range(len(prompts))], shape)
-    rows = [row for chunk in _chunks(["", *prompts], 256) for row in family.encode_prompts(list(chunk))]
-    conditioning = family.collate(rows)
+    rows = [row for chunk in _chunks(prompts, 256) for row in family.encode_prompts(list(chunk))]
+    conditioning = family.collate([*family.encode_prompts([""]), *rows])
     own, uncond = conditioning.take(slice(1, None)), conditioning.take(slice(0, 1))
     latents = denoiser.sample(model, sampler, noise, own, uncond)
     pictures = family.decode(latents)

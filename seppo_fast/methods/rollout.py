@@ -42,7 +42,6 @@ class Rollout:
     Attributes:
         batch: samples generated at once; halved where memory is short.
         seconds: that the last update's pairs took, an equal share of its window's.
-
         making_room: entered while a reference is resident, to free device memory that only the learner needs.
 
     Args:

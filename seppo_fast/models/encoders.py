@@ -46,6 +46,11 @@ class ClipText:
         """Tokens of every prompt's embedding."""
         return self._tokenizer.model_max_length
 
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        return self._encoder.config.hidden_size
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """One row a prompt; prompts longer than the encoder takes are truncated, as diffusers' pipelines do."""

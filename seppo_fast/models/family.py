@@ -74,6 +74,7 @@ class Family(ABC):
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype
+    _example: Conditioning | None = None
 
     @classmethod
     @abstractmethod
@@ -96,16 +97,20 @@ class Family(ABC):
         Raises:
             ConfigError: what does not fit, and what to do.
         """
-        if cls.makes_clips:
-            return
-        for section, names in {"model": ("lora_on", "temporal_attention"), "data": ("frames", "flip")}.items():
-            for name in names:
-                settings = getattr(config, section)
-                value = getattr(settings, name)
-                if value != type(settings).model_fields[name].default:
-                    raise ConfigError(
-                        f"{section}.{name} = {value!r} is for clips: give model.motion_adapter, or leave it out"
-                    )
+        lacks = {
+            "model.train = lora": config.model.train == "lora" and _is_default(cls, "lora_targets"),
+            "reference.errors = together": config.reference.errors == "together" and _is_default(cls, "joint_parts"),
+            "model.attention = xformers": config.model.attention == "xformers" and _is_default(cls, "set_attention"),
+            "model.gradient_checkpointing = true": config.model.gradient_checkpointing
+            and not cls.recomputed
+            and _is_default(cls, "recompute"),
+            "model.compile = true": config.model.compile and not cls.compiled,
+        }
+        for setting, is_lacking in lacks.items():
+            if is_lacking:
+                raise ConfigError(f"{setting}: {cls.__name__} has no parts for that; leave it out")
+        if not cls.makes_clips:
+            _refuse_settings_of_clips(config)
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
@@ -152,7 +157,10 @@ class Family(ABC):
         """Writes the model as it is now, as a folder that `of_config` and the library it comes from can read."""
 
     def collate(self, rows: Sequence[Conditioning]) -> Conditioning:
-        """Returns single rows as one batch; a family whose rows differ in length pads them, by their lengths alone."""
+        """Returns single rows as one batch; a family whose rows differ in length pads them, by their lengths alone.
+
+        Rows of equal shapes may be put together without it.
+        """
         return Conditioning.cat(rows)
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -172,8 +180,11 @@ class Family(ABC):
         """Moves the encoders off the device; training reads their work from the cache."""
 
     def example_row(self) -> Conditioning:
-        """Returns one row of conditioning, whose shapes are all that counts."""
-        return self.encode_prompts([""])[0]
+        """Returns one row of conditioning, whose shapes are all that counts; encoded once."""
+        if self._example is None:
+            self._example = self.encode_prompts([""])[0]
+            self.park_encoders()
+        return self._example
 
     def example_inputs(self, resolution: int) -> Inputs:
         """Returns what makes the inputs of `denoise` for any number of rows: zeros of the right shapes, on the CPU."""
@@ -244,6 +255,22 @@ class Family(ABC):
     def comfyui_lora(self, weights: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns a LoRA under the names that ComfyUI reads, and the metadata of its file."""
         raise NotImplementedError
+
+
+def _is_default(family: type[Family], name: str) -> bool:
+    own, default = getattr(family, name), getattr(Family, name)
+    return getattr(own, "__func__", own) is getattr(default, "__func__", default)
+
+
+def _refuse_settings_of_clips(config: Config) -> None:
+    for section, names in {"model": ("lora_on", "temporal_attention"), "data": ("frames", "flip")}.items():
+        for name in names:
+            settings = getattr(config, section)
+            value = getattr(settings, name)
+            if value != type(settings).model_fields[name].default:
+                raise ConfigError(
+                    f"{section}.{name} = {value!r} is for clips: give model.motion_adapter, or leave it out"
+                )
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:

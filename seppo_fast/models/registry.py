@@ -20,6 +20,8 @@ _FAMILIES: dict[str, type[Family]] = {}
 def register(family: type[Family]) -> type[Family]:
     """Makes a family known by its `pipelines`; a decorator, also for families outside this package.
 
+    It is found for folders whose `model_index.json` names one of them, not for hub ids.
+
     Raises:
         ValueError: it names no pipeline, or one of another family.
     """
@@ -43,8 +45,8 @@ def family_of(model: ModelConfig) -> type[Family]:
     """
     if model.motion_adapter:
         return AnimateDiff
-    folder = shapes.SHIPPED.get(model.path, Path(model.path).expanduser())
     try:
+        folder = shapes.SHIPPED.get(model.path) or Path(model.path).expanduser()
         return _FAMILIES.get(read_json(folder / "model_index.json")["_class_name"], StableDiffusion)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return StableDiffusion

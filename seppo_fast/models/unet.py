@@ -88,8 +88,7 @@ class UNetFamily(Family):
 
     def example_row(self) -> Conditioning:
         """One row of embeddings `(1, L, D)`."""
-        width = self.model.config.cross_attention_dim
-        return Conditioning({PROMPT_EMBEDS: torch.zeros(1, self.text.length, width)})
+        return Conditioning({PROMPT_EMBEDS: torch.zeros(1, self.text.length, self.text.width)})
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """See `Family.too_long`."""

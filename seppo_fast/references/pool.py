@@ -6,7 +6,7 @@
         ...
     pool.close()
 
-A checkpoint is one slab of bytes (see `slab`), wherever there is room (see `tiers`). The tensors of the one that is
+A checkpoint is one slab of bytes (see `layout`), wherever there is room (see `tiers`). The tensors of the one that is
 resident are views of one more slab on the device: a switch is one copy, and their addresses stay.
 """
 
@@ -41,7 +41,7 @@ class ReferencePool:
         draw: `uniform` over all checkpoints so far (Algorithm 1), the `newest`, or the `initial` one.
         keep: how many checkpoints stay, the initial one always among them, at least 2; None: all.
         rule: which; see `retention.makes_way`.
-        compute: the dtype of autocast under which references predict; see `slab.Table.of`.
+        compute: the dtype of autocast under which references predict; see `layout.Table.of`.
         budget: how much memory the checkpoints may take.
         folder: where those go that no memory holds, as files without names; None: where temporary files go.
         node: the processes of this machine, which keep one copy; `add`, `restore` and `close` are then for all of them.

@@ -119,6 +119,8 @@ class Learner:
             self._interruption.check()
             fault("micro-batch")
             step = self._method.loss(self.policy, part, scale * (len(part) / train.pairs_per_update))
+            if "loss" not in step.sums:
+                raise ValueError(f"{type(self._method).__name__}.loss: its sums need one named 'loss'")
             step.output.backward(step.grad)
             made.append(step.sums)
         if self._processes.world > 1 and not is_sharded(self.policy):

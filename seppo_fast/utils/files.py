@@ -54,6 +54,14 @@ def staged_folder(final: Path, error: type[SeppoError]) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def home_expanded(path: str, error: type[SeppoError]) -> Path:
+    """Returns a path with a leading `~` or `~user` replaced; raises `error` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as problem:
+        raise error(f"{path!r}: {problem}") from problem
+
+
 def read_json(file: Path, most: int = 1 << 26) -> Any:
     """What a JSON file of at most so many bytes holds.
 

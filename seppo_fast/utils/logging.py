@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-_rank, _world = 0, 1
+_rank, _world, _says = 0, 1, True
 
 
-def set_rank(rank: int, world: int) -> None:
-    """Tells which of how many processes this is, once they know of each other."""
-    global _rank, _world
-    _rank, _world = rank, world
+def set_rank(rank: int, world: int, first: bool) -> None:
+    """Tells which of how many processes this is, and whether it is the first of its machine, once they are known."""
+    global _rank, _world, _says
+    _rank, _world, _says = rank, world, first
 
 
 def say(line: str) -> None:
-    """Prints a line of the run, which is the same in all processes: the first one prints it."""
-    if _rank == 0:
+    """Prints a line of the run, which is the same in all processes: the first one of each machine prints it."""
+    if _says:
         print(line, flush=True)
 
 

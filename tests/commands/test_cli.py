@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from seppo_fast.cli import main
 from seppo_fast.config.load import read_config, to_yaml
 from tests.helpers.runs import tiny_config
 
@@ -382,3 +383,17 @@ def test_parquet_in_the_pick_a_pic_schema_trains(forked, config, tmp_path):
         assert len(entries) == 2 and all(entry["loss"] > 0 for entry in entries)
     checked = forked("check", config, "--data.source", tmp_path / "pairs.parquet")
     assert "data: 3 examples, 0 bad, 2 ties dropped" in checked.out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "code"),
+    [
+        ("--model.path", "~nobody-here/x", 2),
+        ("--data.source", "~nobody-here/x", 3),
+        ("--data.source", "~nobody-here/{0..1}.tar", 3),
+    ],
+)
+def test_the_home_of_a_user_who_is_not_there(tiny, tmp_path, capsys, flag, value, code):
+    (tmp_path / "run.yaml").write_text(to_yaml(tiny_config(tiny, tmp_path)))
+    assert main(["check", str(tmp_path / "run.yaml"), flag, value]) == code
+    assert "Could not determine home directory" in capsys.readouterr().err

@@ -121,8 +121,11 @@ def test_names_that_are_taken_are_refused(toy, tmp_path):
 
 def test_what_the_toy_lacks_is_refused_by_name(toy, tmp_path):
     for sections, said in (
-        ({"model": {"train": "lora"}}, "model.train = lora: ToyFamily has no layers"),
-        ({"model": {"lora_on": "motion", "train": "lora"}}, "model.lora_on = 'motion' is for clips"),
+        ({"model": {"train": "lora"}}, "model.train = lora: ToyFamily has no parts for that"),
+        ({"model": {"gradient_checkpointing": True}}, "model.gradient_checkpointing = true: ToyFamily"),
+        ({"model": {"compile": True}}, "model.compile = true: ToyFamily"),
+        ({"model": {"attention": "xformers"}}, "model.attention = xformers: ToyFamily"),
+        ({"data": {"frames": 4}}, "data.frames = 4 is for clips"),
     ):
         with pytest.raises(ConfigError, match=said):
             train(toy_config(toy, tmp_path, **sections))

@@ -64,7 +64,7 @@ def build(
     frames: int | None,
     flip: bool,
 ) -> None:
-    """Writes a whole cache into the existing, empty `folder`; see `cache.open_or_build` for the rest and the errors."""
+    """Writes a whole cache into the existing, empty `folder`; see `open_or_build` for the rest and the errors."""
     total = len(source) + len(source.problems)
     if total == 0:
         raise DataError(f"{source.spec}: no examples in it{''.join(f'; {note}' for note in source.notes)}.")

@@ -40,7 +40,7 @@ class LatentCache:
         folder: The cache.
         key: Its fingerprint.
         former: See above.
-        collate: Puts rows of conditions together; see `Family.collate`.
+        collate: Puts rows of conditions together where they differ in shape; see `Family.collate`.
 
     Raises:
         DataError: the cache is not complete, or has another key.
@@ -114,18 +114,21 @@ class LatentCache:
         known = self._rows([index for index in indices if index is not None])
         places = iter(known)
         rows = [0 if index is None else self._prompt_rows[next(places)] for index in indices] or [0]
-        names = list(self._shard("prompts", 0))
-        tensors = [self._gather("prompts", name, rows) for name in names]
-        singles = (dict(zip(names, row, strict=True)) for row in zip(*tensors, strict=True))
+        found = {name: self._gather("prompts", name, rows) for name in self._shard("prompts", 0)}
+        stacked = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        if len(stacked) == len(found):
+            return Conditioning(stacked).take(slice(0, len(indices)))
+        singles = (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
         made = [Conditioning({name: tensor[None] for name, tensor in single.items()}) for single in singles]
         try:
             return self._collate(made).take(slice(0, len(indices)))
-        except (ValueError, RuntimeError, KeyError) as error:
+        except ValueError as error:
             raise self._damaged(f"its conditions do not go together ({error})") from error
 
     def _stacked(self, name: str, indices: Sequence[int] | Tensor) -> Tensor:
         rows = self._rows(indices)
-        return torch.stack(self._gather("latents", name, rows or [0]))[: len(rows)]
+        found = self._gather("latents", name, rows or [0])
+        return (found if isinstance(found, Tensor) else torch.stack(found))[: len(rows)]
 
     def _rows(self, indices: Sequence[int] | Tensor) -> list[int]:
         rows = [int(index) for index in indices]
@@ -134,16 +137,32 @@ class LatentCache:
                 raise IndexError(f"index {row} is out of range for a cache of {self.num_examples} examples")
         return rows
 
-    def _gather(self, stem: str, name: str, rows: Sequence[int]) -> list[Tensor]:
-        """Rows of one tensor that is split over shards of `_shard_sizes[stem]` rows, as views of their files."""
+    def _gather(self, stem: str, name: str, rows: Sequence[int]) -> Tensor | list[Tensor]:
+        """Rows of one name, which is split over shards of `_shard_sizes[stem]`: a copy of them all, or views.
+
+        Views where they differ in shape. One copy a shard else: a copy a row would be a parallel region a row.
+        """
         size = self._shard_sizes[stem]
-        found = []
-        for row in rows:
-            shard = self._shard(stem, row // size)
-            if name not in shard or row % size >= len(shard[name]):
-                raise self._damaged(f"{stem}-{row // size:05d}.safetensors: {name} has no row {row % size}")
-            found.append(shard[name][row % size])
-        return found
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row // size, []).append(place)
+        held: dict[int, PackedRows] = {}
+        for shard, here in places.items():
+            packed, last = self._shard(stem, shard).get(name), max(rows[place] % size for place in here)
+            if packed is None or last >= len(packed):
+                raise self._damaged(f"{stem}-{shard:05d}.safetensors: {name} has no row {last}")
+            held[shard] = packed
+        blocks = {shard: packed.block for shard, packed in held.items()}
+        shapes = {None if block is None else block.shape[1:] for block in blocks.values()}
+        if None in shapes or len(shapes) > 1:
+            return [held[row // size][row % size] for row in rows]
+        first = next(block for block in blocks.values() if block is not None)
+        out = first.new_empty((len(rows), *first.shape[1:]))
+        for shard, here in places.items():
+            block = blocks[shard]
+            assert block is not None
+            out[torch.tensor(here)] = block[torch.tensor([rows[place] % size for place in here])]
+        return out
 
     def _shard(self, stem: str, shard: int) -> dict[str, PackedRows]:
         """A shard's rows by name, as views of the file: pages are read when rows are taken."""

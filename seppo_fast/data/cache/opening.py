@@ -55,7 +55,7 @@ def open_or_build(
         encoder: Turns images and prompts into what is stored. Not called when the cache exists, but for its
             fingerprint.
         resolution: Side of the square images in pixels.
-        frames: How many frames to take of each clip, as `clips.choose_frames` does; None where the source has images.
+        frames: How many frames to take of each clip, as `frames.choose_frames` does; None where the source has images.
         flip: Mirror half of the clips, by their ids. Clips only.
         crop: See `images.load_image`.
         folder: Where caches are kept; made if missing.

@@ -28,6 +28,9 @@ def pack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class PackedRows:
     """One name's rows in a shard, as views of its values.
 
+    Attributes:
+        block: all of them `(rows, *shape)` where they have one shape, else None.
+
     Args:
         values: `(sum of sizes,)`.
         shapes: `(rows, dimensions)` int32.
@@ -45,6 +48,8 @@ class PackedRows:
         if (shapes < 0).any() or values.shape != (int(self._ends[-1]),):
             raise ValueError(f"{tuple(values.shape)} values for rows of {int(self._ends[-1])}")
         self._values = values
+        distinct = self.distinct()
+        self.block = values.view(len(shapes), *distinct.pop()) if len(distinct) == 1 else None
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -55,6 +60,8 @@ class PackedRows:
 
     def distinct(self) -> set[tuple[int, ...]]:
         """Returns the shapes that rows have."""
+        if not self._shapes.shape[1]:  # numbers
+            return {()}
         return {tuple(shape) for shape in self._shapes.unique(dim=0).tolist()}
 
     @staticmethod

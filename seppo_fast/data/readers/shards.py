@@ -35,6 +35,7 @@ from seppo_fast.data.media.parts import parts_of
 from seppo_fast.data.names import Names, holds_no_data, relative_name
 from seppo_fast.data.readers.tars import headers
 from seppo_fast.utils.errors import DataError
+from seppo_fast.utils.files import home_expanded
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _READ = (*IMAGES, "txt", "json")
@@ -120,7 +121,7 @@ def expand_braces(spec: str) -> list[Path]:
     if prod(map(len, parts)) > _MAX_SHARDS:
         raise DataError(f"{spec}: more than {_MAX_SHARDS} shards.")
     names = map("".join, product(*parts))
-    paths = [Path(name).expanduser() for name in dict.fromkeys(names)]
+    paths = [home_expanded(name, DataError) for name in dict.fromkeys(names)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"{spec}: {len(missing)} of {len(paths)} shards are not there, the first is {missing[0]}.")

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from seppo_fast.utils.errors import ConfigError
-from seppo_fast.utils.files import read_json
+from seppo_fast.utils.files import home_expanded, read_json
 
 # diffusers' and transformers' names of weights: plain, or of a variant such as fp16; whole, or one of several files.
 _WEIGHTS = re.compile(
@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 
 def expanded(path: str) -> str:
-    """`path` with a leading `~` replaced; a hub id stays what it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """`path` with a leading `~` replaced; a hub id stays what it is. Raises ConfigError: there is no such user."""
+    return str(home_expanded(path, ConfigError)) if path.startswith("~") else path
 
 
 def check_place(key: str, path: str, converter: str) -> Path | None:
