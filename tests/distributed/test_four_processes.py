@@ -12,7 +12,7 @@ import yaml
 
 from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.runs.checkpoint import saved_states, state_folder
-from tests.helpers.processes import assert_same_training, in_folder, recorded
+from tests.helpers.processes import assert_same_training, in_folder, recorded, start  # noqa: F401 - a fixture
 from tests.helpers.runs import log_of, tiny_config
 from tests.helpers.same_run import assert_same_run
 
@@ -38,14 +38,14 @@ def straight(ranks, tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_more_processes_are_given_the_same_and_train_alike(straight, start, world):
+def test_more_processes_are_given_the_same_and_train_alike(straight, start, world):  # noqa: F811
     alone = recorded(straight.folder / "record1", 1)
     assert recorded(straight.folder / f"record{world}", world) == alone and len(alone[0]) == 8
     one, many = (in_folder(straight.config, straight.runs[number]) for number in (1, world))
     assert_same_training(many, one, start)
 
 
-def test_a_run_goes_on_with_half_the_processes_and_again(ranks, straight, start, tmp_path):
+def test_a_run_goes_on_with_half_the_processes_and_again(ranks, straight, start, tmp_path):  # noqa: F811
     for world, updates in ((4, 1), (2, 2), (1, 3)):
         ends = ranks.run(world, "train", straight.file, "--output", tmp_path / "run", "--train.updates", updates)
         assert [end.code for end in ends] == [0] * world, ends[0].out
