@@ -62,7 +62,7 @@ class Watch:
     def __call__(self, trainer: Trainer, updates: int) -> None:
         if updates % self._every or not updates:
             return
-        trainer._saver.wait()  # a state that is just being written is a thread, and files
+        trainer.saver.wait()  # a state that is just being written is a thread, and files
         gc.collect()
         files = sum(path.is_file() for folder in self._folders for path in folder.rglob("*"))
         own = self._process.memory_full_info().uss

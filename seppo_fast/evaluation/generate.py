@@ -67,16 +67,16 @@ class FixedPrompts:
         seed: int = 0,
     ) -> None:
         self._prompts = list(prompts)
-        self._generate = partial(
+        self.generate = partial(
             generate, family, denoiser, model, sampler, self._prompts, resolution=resolution, seed=seed
         )
-        self._base = self._generate()
+        self.base = self.generate()
 
     def write(self, file: Path | None, name: str) -> None:
         """Writes a PNG of base beside the model as it is now, under the title `name`; None: only generates."""
-        pictures = self._generate()
+        pictures = self.generate()
         if file is not None:
-            side_by_side(self._prompts, {"base": self._base, name: pictures}).save(file)
+            side_by_side(self._prompts, {"base": self.base, name: pictures}).save(file)
 
 
 def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:

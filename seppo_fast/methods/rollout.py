@@ -42,11 +42,13 @@ class Rollout:
     Attributes:
         batch: samples generated at once; halved where memory is short.
         seconds: that the last update's pairs took, an equal share of its window's.
+        maker: makes the pairs up to the reference's share.
+        waiting: samples and errors of the updates that were rolled out ahead, by update.
         making_room: entered while a reference is resident, to free device memory that only the learner needs.
 
     Args:
         config: the run's configuration, its batches chosen.
-        maker: makes the pairs up to the reference's share.
+        maker: see above.
         strategy: how the reference generates, and where and when its errors are made.
         draws: the past policies, and which of them is drawn next.
         processes: those of the run.
@@ -65,29 +67,29 @@ class Rollout:
         assert config.sampler.batch is not None, "the sampling batch is chosen before"
         self._config = config
         self._generates = config.row.negatives == "generated"
-        self._maker = maker
+        self.maker = maker
         self._strategy = strategy
         self._draws = draws
         self._processes = processes
         self._interruption = interruption
         self.making_room: Callable[[], AbstractContextManager[None]] = nullcontext
         self.batch = config.sampler.batch
-        self._waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self.waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
         self.seconds = 0.0
 
     def pairs(self, update: int, reference: int | None) -> Pairs:
         """This rank's pairs of an update, for the drawn reference; the first of a window rolls out all of it."""
-        if reference is not None and update not in self._waiting:
+        if reference is not None and update not in self.waiting:
             window, started = self.window(update), time.perf_counter()
-            self._waiting = self._roll_out(window, update, reference)
+            self.waiting = self._roll_out(window, update, reference)
             self._draws.prefetch(window[-1] + 1)
             # One process may have found less memory; windows follow the batch, and must be the same for all.
             self.batch = self._processes.min(self.batch)
-            self._window_share = (time.perf_counter() - started) / len(self._waiting)
+            self._window_share = (time.perf_counter() - started) / len(self.waiting)
         started = time.perf_counter()
-        samples, errors = self._waiting.pop(update, (None, None))
-        pairs = replace(self._maker.pairs(update, self._maker.sample_ids(update), samples), ref_error=errors)
+        samples, errors = self.waiting.pop(update, (None, None))
+        pairs = replace(self.maker.pairs(update, self.maker.sample_ids(update), samples), ref_error=errors)
         self.seconds = self._window_share + time.perf_counter() - started
         return pairs
 
@@ -109,7 +111,7 @@ class Rollout:
     def _roll_out(self, window: range, first: int, reference: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
         """Samples and errors of the window's updates from `first` on, which is not the window's where a run goes on."""
         assert self._draws.pool is not None
-        ids = {update: self._maker.sample_ids(update) for update in window}
+        ids = {update: self.maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
         done = sum(len(ids[update]) for update in range(window[0], first))
         with self.making_room(), self._strategy.drawn(self._draws.pool, reference) as model:
@@ -118,7 +120,7 @@ class Rollout:
             for update in window[first - window[0] :]:
                 start = (update - window[0]) * len(ids[update])
                 own = None if samples is None else samples[start : start + len(ids[update])]
-                pairs = partial(self._maker.pairs, update, ids[update], own)
+                pairs = partial(self.maker.pairs, update, ids[update], own)
                 self._interruption.check()
                 made[update] = own, self._strategy.ahead(model, pairs)
         return made
@@ -133,7 +135,7 @@ class Rollout:
         told, skipped = began, start
         while start < len(keys):
             self._interruption.check()
-            inputs = self._maker.generation(keys[start : start + self.batch])
+            inputs = self.maker.generation(keys[start : start + self.batch])
             try:
                 fault("sampling")
                 made = self._strategy.sample(model, *inputs)

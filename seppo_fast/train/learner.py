@@ -31,6 +31,9 @@ class Learner:
     """Trains the policy on what a method collects, by the method's loss.
 
     Attributes:
+        optimizer: AdamW over the trained weights.
+        scaler: of the loss in half precision.
+        ema: the moving average of the trained weights; None where it is off.
         applied: updates of the whole run that changed the weights; the others were skipped.
 
     Args:
@@ -61,9 +64,9 @@ class Learner:
         self._micro_batch = config.train.micro_batch
         self._config = config
         self._processes = processes
-        self._optimizer = make_optimizer(policy, config.learning_rate, config.train)
+        self.optimizer = make_optimizer(policy, config.learning_rate, config.train)
         half = config.model.precision == "fp16"
-        self._scaler = torch.amp.GradScaler(processes.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=half)
         self._skipped = 0
         self.applied = 0
 
@@ -79,7 +82,7 @@ class Learner:
         """
         started = time.perf_counter()
         sums = self._accumulate(batch)
-        self._scaler.unscale_(self._optimizer)
+        self.scaler.unscale_(self.optimizer)
         parameters = list(trainable(self.policy).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
         good = math.isfinite(sums["loss"])  # else the batch is the cause, and not the scale
@@ -87,7 +90,7 @@ class Learner:
         finite = math.isfinite(norm)
         if finite:
             self._set_learning_rate(update)
-            self._scaler.step(self._optimizer)
+            self.scaler.step(self.optimizer)
             self.applied += 1
             # In the first, half of a LoRA has none, since the other half is zero; during the warm-up that half may
             # still be too small for half precision.
@@ -95,8 +98,8 @@ class Learner:
                 self._report_untrained(update)
             if self.ema is not None:
                 self.ema.step(parameters)
-        self._scaler.update(None if good else self._scaler.get_scale())
-        self._optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(None if good else self.scaler.get_scale())
+        self.optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
         if not finite:  # on all ranks: the gradient is theirs together
             self._tell_skipped(update + 1, gather_object(list(batch.sample_ids)), searching)
@@ -113,7 +116,7 @@ class Learner:
     def _accumulate(self, batch: Batch) -> dict[str, float]:
         """Gradients of the mean loss over the rows of all ranks; sums of what is logged, in one host sync."""
         train = self._config.train
-        scale = self._scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: it stays on the device
+        scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: it stays on the device
         made: list[dict[str, torch.Tensor]] = []
         for part in list(batch.micro_batches(self._micro_batch)):
             self._interruption.check()
@@ -153,19 +156,19 @@ class Learner:
     @property
     def searching(self) -> bool:
         """Whether the scaler of half precision may still lower its scale."""
-        return self._scaler.is_enabled() and self._scaler.get_scale() > 1
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """What it holds beside the weights: live tensors by file and name, and what is no tensor."""
         tensors: dict[str, torch.Tensor] = {}
         plain: dict[str, Any] = {}
         for name, parameter in trainable(self.policy).items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 (tensors if isinstance(value, torch.Tensor) else plain)[f"{key}/{name}"] = value
         files = {"optimizer": tensors}
         numbers = {
             "optimizer": plain,
-            "scaler": self._scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "skipped": self._skipped,
             "applied": self.applied,
         }
@@ -190,13 +193,13 @@ class Learner:
                 if like is not None:
                     fill(like, value)
                 value = value.to(own.device) if like is None else like
-            self._optimizer.state[own][key] = value
+            self.optimizer.state[own][key] = value
         if self._config.train.optimizer == "adamw":
             for name, own in parameters.items():
-                shapes = {key: value.shape for key, value in self._optimizer.state.get(own, {}).items()}
+                shapes = {key: value.shape for key, value in self.optimizer.state.get(own, {}).items()}
                 if shapes not in ({}, {"step": torch.Size(), "exp_avg": own.shape, "exp_avg_sq": own.shape}):
                     raise ValueError(f"the optimizer's {name} has {shapes}")
-        self._scaler.load_state_dict(numbers["scaler"])
+        self.scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         self.applied = applied_updates(numbers)
         if self.ema is not None:
@@ -215,11 +218,11 @@ class Learner:
             self._move_state(device)
 
     def _move_state(self, device: torch.device) -> None:
-        for state in self._optimizer.state.values():
+        for state in self.optimizer.state.values():
             state.update({name: value.to(device) for name, value in state.items() if isinstance(value, torch.Tensor)})
 
     def _set_learning_rate(self, update: int) -> None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._config, update)
 
 

@@ -33,10 +33,10 @@ class Recorder:
         self._journal = Journal(self._folder, config.train.updates, config.train.pairs_per_update, processes.device)
         self._trackers = Trackers(config)
         self._opened = False
-        self._samples = None
+        self.samples = None
         if config.log.sample_every and (self._main or sharded):
             prompts = config.log.sample_prompts or tuple(dict.fromkeys(setup.cache.prompts))[:4]
-            self._samples = FixedPrompts(
+            self.samples = FixedPrompts(
                 setup.family, setup.denoiser, setup.policy, setup.sampler, prompts, config.data.resolution
             )
 
@@ -72,11 +72,11 @@ class Recorder:
             warn(f"the run goes on: {disk_message(self._folder, problem)}")
 
     def _draw(self, update: int) -> None:
-        if self._samples is None or update % self._config.log.sample_every:
+        if self.samples is None or update % self._config.log.sample_every:
             return
         file = self._folder / "samples" / f"update-{update:06d}.png"
         try:
-            self._samples.write(file if self._main else None, f"update {update}")
+            self.samples.write(file if self._main else None, f"update {update}")
         except OSError as problem:
             warn(f"the run goes on: {disk_message(self._folder, problem)}")
 

@@ -53,6 +53,8 @@ class Trainer:
         parts: what the method was made from.
         method: collects what an update learns from, and has the loss.
         learner: makes the updates.
+        recorder: shows them.
+        saver: writes states.
     """
 
     def __init__(self, config: Config, processes: Processes | None = None, saved: SavedState | None = None) -> None:
@@ -79,11 +81,11 @@ class Trainer:
             interruption=self.interruption,
         )
         self.method = method_of(self.parts)
-        self._recorder = Recorder(setup, processes, self.sharded)
-        self.learner = Learner(self.policy, self.method, config, processes, self.interruption, self._recorder.skipped)
+        self.recorder = Recorder(setup, processes, self.sharded)
+        self.learner = Learner(self.policy, self.method, config, processes, self.interruption, self.recorder.skipped)
         if config.reference.park:
             self.method.make_room(self.learner.parked)
-        self._saver = Saver(self.folder, config.save.minutes, config.save.keep)
+        self.saver = Saver(self.folder, config.save.minutes, config.save.keep)
         self.finished, self._added, self._stalled = 0, -1, 0.0
         if saved is not None:
             self._restore(saved)  # last: the recorder has drawn the pictures of the base
@@ -93,7 +95,7 @@ class Trainer:
         pool = self.references
         if pool is None or (len(pool) and self.config.row.draw == "initial") or self._added == self.finished:
             return
-        self._saver.wait()  # it reads the pool
+        self.saver.wait()  # it reads the pool
         try:
             pool.add(self.policy)
         except PoolFullError as problem:
@@ -105,10 +107,10 @@ class Trainer:
     def record(self, stats: dict[str, float]) -> None:
         """Counts an update as finished; writes the log, and where they are due a picture and the run's state."""
         self.finished += 1
-        stall, self._stalled = self._saver.stalled - self._stalled, self._saver.stalled
+        stall, self._stalled = self.saver.stalled - self._stalled, self.saver.stalled
         stats = stats | {"rollout_seconds": self.method.seconds, "save_stall_seconds": stall}
-        self._recorder.record(self.finished, stats)
-        due, asked = self.processes.any(self.processes.main and self._saver.due(), self.interruption.asked)
+        self.recorder.record(self.finished, stats)
+        due, asked = self.processes.any(self.processes.main and self.saver.due(), self.interruption.asked)
         if due:
             self.save_state()
         if asked and self.processes.world > 1:
@@ -123,7 +125,7 @@ class Trainer:
         main = self.processes.main
         if not self.finished or not (main or self.sharded):
             return
-        begins = main and self._saver.begins(self.finished)
+        begins = main and self.saver.begins(self.finished)
         if self.sharded:
             (begins,) = self.processes.any(begins)
         if not begins:
@@ -138,7 +140,7 @@ class Trainer:
         configs = {"asked": self._asked, "config": self.config.model_copy(update={"sampler": sampler})}
         numbers |= {"update": self.finished, "added": self._added, "fingerprints": self._fingerprints}
         numbers |= {name: config.model_dump(mode="json") for name, config in configs.items()}
-        self._saver.save(self.finished, files, numbers, self.references)
+        self.saver.save(self.finished, files, numbers, self.references)
 
     def _restore(self, saved: SavedState) -> None:
         load_policy(self.policy, saved)
@@ -162,7 +164,7 @@ class Trainer:
         self.finished = saved.update
         if self.processes.main:
             put_aside_newer(self.folder, self.finished)
-            self._recorder.open(self.finished)
+            self.recorder.open(self.finished)
         say(f"going on after update {self.finished} of {self.config.train.updates}")
 
     @contextmanager
@@ -180,7 +182,7 @@ class Trainer:
                     yield
                 except Interrupted:
                     self.save_state()
-                    self._saver.wait(last=True)
+                    self.saver.wait(last=True)
                     self.processes.barrier()  # a launcher kills the others when one leaves
                     done = f"after update {self.finished}; the same command goes on"
                     raise Interrupted(f"interrupted {done if self.finished else 'before an update'}") from None
@@ -190,9 +192,9 @@ class Trainer:
                     raise out_of_memory(self.config, self.family, self.processes.device, error) from error
         finally:
             try:
-                self._saver.wait()
+                self.saver.wait()
             finally:
-                self._recorder.finish()
+                self.recorder.finish()
                 if self.references is not None:
                     self.references.close()
 
@@ -229,6 +231,6 @@ class Trainer:
         if missing and main:
             write_weights(folder, self.family, self.policy, self.config, self.finished)
         say(f"weights: {folder}")
-        self._saver.wait(last=True)
+        self.saver.wait(last=True)
         self.processes.barrier()
         return folder

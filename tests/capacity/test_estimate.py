@@ -56,7 +56,7 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
     assert need.sample.fixed + need.batch * need.sample.per_row < 1.15 * sampling
     assert sampling < 1.05 * max(expected, need.sample.fixed + need.batch * need.sample.per_row)
     parameters = list(trainer.policy.parameters())
-    states = trainer.learner._optimizer.state.values()
+    states = trainer.learner.optimizer.state.values()
     moments = sum(value.nbytes for state in states for value in state.values() if value.dim())
     average = sum(value.nbytes for value in trainer.learner.ema.shadow_params)
     assert need.weights == sum(value.nbytes for value in parameters)

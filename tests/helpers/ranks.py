@@ -153,7 +153,7 @@ def _record(folder: Path, rank: int) -> None:
         rows = zip(pairs.sample_ids, pairs.times.tolist(), pairs.noise.flatten(1).tolist(), strict=True)
         stats = step(self, pairs, update)
         own = trainable(self.policy).values()
-        moments = [state[name] for state in self._optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         held.update(weights=count(own), moments=count(moments), average=count(self.ema.shadow_params))
         taken.append({"update": update, "rows": list(rows), "held": dict(held)})
         (folder / f"{rank}.json").write_text(json.dumps(taken))

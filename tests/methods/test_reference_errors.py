@@ -142,7 +142,7 @@ def test_errors_of_many_micro_batches_take_no_more_memory_than_one(tiny, tmp_pat
     peaks = []
     for count in (4, 12):
         pairs = next(collected(trainer, 0).micro_batches(count))
-        trainer.method.rollout._waiting.clear()
+        trainer.method.rollout.waiting.clear()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             trainer.method.strategy.ahead(trainer.policy, lambda pairs=pairs: pairs)
         sizes = [event.nbytes() for event in memory_events(profiler)]

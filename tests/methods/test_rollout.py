@@ -57,7 +57,7 @@ def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_pr
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
             parameter.add_(0.05)
-    trainer.method.rollout._waiting.clear()
+    trainer.method.rollout.waiting.clear()
     assert torch.equal(collected(trainer, 1).losers, before)
     dropping = collected(started(tiny, tmp_path, data={"prompt_dropout": 1.0}), 1)
     assert torch.equal(dropping.losers, before)
@@ -127,7 +127,7 @@ def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, cap
     collected(trainer, 2)
     assert "out of memory" not in capsys.readouterr().out  # once is enough
     largest = 0
-    trainer.method.rollout._waiting.clear()
+    trainer.method.rollout.waiting.clear()
     with pytest.raises(torch.OutOfMemoryError):
         collected(trainer, 0)
 
@@ -166,7 +166,7 @@ def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_pa
         trainer.learner._move_state = lambda device, moves=moves, move=move: moves.append(device.type) or move(device)
         for update in range(2):
             trainer.learner.step(collected(trainer, update), update)
-        trainer.method.rollout._waiting.clear()
+        trainer.method.rollout.waiting.clear()
         trainer.learner.step(collected(trainer, 1), 1)
         assert len(moves) == (4 if memory == "low" else 0)
         finals.append(torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]))

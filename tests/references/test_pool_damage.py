@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import seppo_fast.references.storage as pool_files
+import seppo_fast.utils.manifest as manifest
 from seppo_fast.references import ReferencePool
 from seppo_fast.references.layout import Table, trained_state
 from seppo_fast.references.storage import map_member, write_member
@@ -81,14 +81,14 @@ def test_every_damaged_checkpoint_is_named_and_no_other(saved, damage):
 
 
 def test_a_disk_that_fails_to_read_names_the_checkpoint(saved, monkeypatch):
-    digest = pool_files.digest
+    digest = manifest.digest
 
     def read(file):
         if file.name == NAMES[1]:
             raise OSError(5, "Input/output error")
         return digest(file)
 
-    monkeypatch.setattr(pool_files, "digest", read)
+    monkeypatch.setattr(manifest, "digest", read)
     with pytest.raises(CheckpointError, match=f"1 cannot be used: {NAMES[1]} cannot be read.*Input/output"):
         ReferencePool(0).restore(saved[0], CPU)
 

@@ -112,7 +112,7 @@ def test_a_broken_last_line_and_what_is_no_entry_end_the_log(tmp_path):
 
 def poison(trainer, updates):
     """Non-finite winners from the second update on."""
-    maker, real = trainer.method.rollout._maker, trainer.method.rollout._maker.pairs
+    maker, real = trainer.method.rollout.maker, trainer.method.rollout.maker.pairs
 
     def pairs(update, *arguments):
         made = real(update, *arguments)
@@ -126,7 +126,7 @@ def poison(trainer, updates):
 
 def test_samples_of_skipped_updates_are_written_down(tiny, tmp_path, capsys):
     config = tiny_config(tiny, tmp_path, train={"updates": 6}, save={"minutes": 60})
-    expected = [Trainer(config).method.rollout._maker.sample_ids(update) for update in (1, 2, 3)]
+    expected = [Trainer(config).method.rollout.maker.sample_ids(update) for update in (1, 2, 3)]
     with pytest.raises(NonFiniteError, match="skipped.jsonl"):
         train(config, poison)
     lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
@@ -142,7 +142,7 @@ def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
 
     def large(trainer, updates):
         if updates == 0:
-            trainer.learner._scaler.load_state_dict(trainer.learner._scaler.state_dict() | {"scale": 2.0**60})
+            trainer.learner.scaler.load_state_dict(trainer.learner.scaler.state_dict() | {"scale": 2.0**60})
 
     # No update of it is applied; that is said with the scaler's part in it.
     with pytest.raises(NonFiniteError, match=r"run's 3 updates .* More train\.updates \(fp16 still searched"):
@@ -155,7 +155,7 @@ def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
 def test_a_skipped_first_update_is_kept_and_a_resume_forgets_what_comes_again(tiny, tmp_path):
     trainer = Trainer(tiny_config(tiny, tmp_path))
     for update in (0, 1, 2):
-        trainer._recorder.skipped(update + 1, [update], searching=False)
+        trainer.recorder.skipped(update + 1, [update], searching=False)
     file = tmp_path / "run" / "skipped.jsonl"
     assert len(file.read_text().splitlines()) == 3
     Journal(tmp_path / "run", 3, 6, CPU).resume(2)
@@ -165,7 +165,7 @@ def test_a_skipped_first_update_is_kept_and_a_resume_forgets_what_comes_again(ti
 def test_what_saving_costs_is_in_the_log(tiny, tmp_path):
     config = tiny_config(tiny, tmp_path, save={"minutes": 0})
     stalled = {}
-    train(config, lambda trainer, updates: stalled.update({updates: trainer._saver.stalled}))
+    train(config, lambda trainer, updates: stalled.update({updates: trainer.saver.stalled}))
     log = log_of(config)
     assert log[0]["save_stall_seconds"] == 0  # the first state is begun after its line
     assert all(entry["save_stall_seconds"] > 0 for entry in log[1:])
@@ -179,6 +179,6 @@ def test_two_processes_write_down_the_samples_of_both(ranks, tiny, tmp_path):
     ends = ranks.run(2, "train", tmp_path / "run.yaml", broken=True)
     assert [end.code for end in ends] == [0, 0], ends[0].out
     (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
-    alone = Trainer(config.model_copy(update={"output": str(tmp_path / "other")})).method.rollout._maker.sample_ids(1)
+    alone = Trainer(config.model_copy(update={"output": str(tmp_path / "other")})).method.rollout.maker.sample_ids(1)
     assert json.loads(line)["update"] == 2
     assert sorted(json.loads(line)["sample_ids"]) == sorted(alone)

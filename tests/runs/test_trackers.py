@@ -60,7 +60,7 @@ def interrupted_and_resumed(config, after):
         if updates == after:
             trainer.save_state()
         if updates == after + 1:
-            trainer._saver.save = lambda *arguments: None  # the state that is saved at the end is lost
+            trainer.saver.save = lambda *arguments: None  # the state that is saved at the end is lost
             raise Interrupted("killed")
 
     with pytest.raises(Interrupted):

@@ -136,8 +136,8 @@ def test_training_noises_clips_on_the_linear_schedule(trainer):
 
 def test_a_clips_noise_is_keyed_by_its_sample_id(trainer):
     update = 1
-    ids = trainer.method.rollout._maker.sample_ids(update)
-    pairs = trainer.method.rollout._maker.pairs(update, ids)
+    ids = trainer.method.rollout.maker.sample_ids(update)
+    pairs = trainer.method.rollout.maker.pairs(update, ids)
     expected = keyed_noise(trainer.config.seed, "noise", [(update, sample) for sample in ids], (4, FRAMES, 8, 8))
     assert torch.equal(pairs.noise, expected)
     assert expected[0, :, 0].ne(expected[0, :, 1]).all()  # of each frame its own

@@ -71,7 +71,7 @@ def test_warm_up_scales_the_first_updates(tiny, tmp_path):
     rates = []
 
     def observe(trainer, updates):
-        rates.append(trainer.learner._optimizer.param_groups[0]["lr"])
+        rates.append(trainer.learner.optimizer.param_groups[0]["lr"])
 
     config = tiny_config(tiny, tmp_path, train={"warmup_updates": 2, "learning_rate": 1e-3})
     train(config, observe)
@@ -86,14 +86,14 @@ def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path, valu
     trainer.references.add(trainer.policy)
     pairs = collected(trainer, 0)
     poisoned = replace(pairs, winners=pairs.winners.index_fill(0, torch.tensor(4), value))
-    before, scale = weights_of(trainer), learner._scaler.get_scale()
+    before, scale = weights_of(trainer), learner.scaler.get_scale()
     for update in range(2):
         stats = learner.step(poisoned, update)
         assert stats["skipped"] == 1 and not math.isfinite(stats["loss"])
     assert all(torch.equal(before[name], weight) for name, weight in trainable(trainer.policy).items())
-    assert learner._scaler.get_scale() == scale  # which is no cause of it
+    assert learner.scaler.get_scale() == scale  # which is no cause of it
     assert learner.step(pairs, 2)["skipped"] == 0  # the count starts again
-    assert all(moment.isfinite().all() for state in learner._optimizer.state.values() for moment in state.values())
+    assert all(moment.isfinite().all() for state in learner.optimizer.state.values() for moment in state.values())
     for update in range(2):
         learner.step(poisoned, update)
     with pytest.raises(NonFiniteError, match="3 times in a row"):

@@ -1,6 +1,7 @@
 """A family and a method from outside the package go through the ordinary loop."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,27 +10,39 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import seppo_fast.methods.registry as method_registry
+import seppo_fast.models.registry as model_registry
 from seppo_fast.commands.export import export
-from seppo_fast.config.objectives import Objective
+from seppo_fast.config.objectives import OBJECTIVES, Objective
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.methods.registry import register as register_method
 from seppo_fast.models.registry import family_of, load_family, register
 from seppo_fast.runs.checkpoint import newest_state
 from seppo_fast.train import train
 from seppo_fast.utils.errors import ConfigError
-from tests.helpers import toy_family
 from tests.helpers.runs import log_of, tiny_config, weights_of
-from tests.helpers.toy_family import ToyFamily, ToyMethod, ToyNetwork
 
 CPU = torch.device("cpu")
-FILE = Path(toy_family.__file__)
+FILE = Path(__file__).parents[1] / "helpers" / "toy_family.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toys():
+    """The module that registers the toys, for as long as these tests run: others go through all that is registered."""
+    known = [(table, dict(table)) for table in (OBJECTIVES, method_registry._METHODS, model_registry._FAMILIES)]
+    module = importlib.import_module("tests.helpers.toy_family")
+    yield module
+    del sys.modules[module.__name__]
+    for table, before in known:
+        table.clear()
+        table.update(before)
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+def toy(toys, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("toy")
-    ToyFamily(ToyNetwork(), CPU).save(folder)
+    toys.ToyFamily(toys.ToyNetwork(), CPU).save(folder)
     return folder
 
 
@@ -44,7 +57,7 @@ class Ended(Exception):
 
 
 @pytest.mark.parametrize("objective", ["toy", "sft", "seppo"])
-def test_a_toy_trains_is_saved_resumes_and_is_exported(toy, tmp_path, objective):
+def test_a_toy_trains_is_saved_resumes_and_is_exported(toys, toy, tmp_path, objective):
     """Bit for bit, by a method of its own, and by the package's with a rollout of the toy's solver."""
     save = {"minutes": 0}
     settings = {"objective": objective, "save": save, "log": {"sample_every": 1}}
@@ -58,7 +71,7 @@ def test_a_toy_trains_is_saved_resumes_and_is_exported(toy, tmp_path, objective)
 
     def end(trainer, updates):
         if updates == 1:
-            trainer._saver.wait()
+            trainer.saver.wait()
             raise Ended
 
     with pytest.raises(Ended):
@@ -69,7 +82,7 @@ def test_a_toy_trains_is_saved_resumes_and_is_exported(toy, tmp_path, objective)
 
     for folder in (export(Path(broken.output)), Path(broken.output) / "weights"):
         again = load_family(toy_config(folder, tmp_path), CPU)
-        assert type(again) is ToyFamily
+        assert type(again) is toys.ToyFamily
         state = again.model.state_dict()
         assert all(torch.equal(state[name], value) for name, value in seen[2].items())
         assert load_file(folder / "toy.safetensors").keys() == state.keys()
@@ -104,8 +117,8 @@ def test_the_toys_file_is_small_and_takes_public_names():
     assert {name for name in asked if name.startswith("_")} == {"__init__"}
 
 
-def test_names_that_are_taken_are_refused(toy, tmp_path):
-    class Other(ToyFamily):
+def test_names_that_are_taken_are_refused(toys, toy, tmp_path):
+    class Other(toys.ToyFamily):
         pass
 
     with pytest.raises(ValueError, match="'ToyPipeline' is that of ToyFamily"):
@@ -114,9 +127,9 @@ def test_names_that_are_taken_are_refused(toy, tmp_path):
     with pytest.raises(ValueError, match="must name at least one"):
         register(Other)
     with pytest.raises(ValueError, match="'sft' is taken"):
-        register_method("sft", Objective("never", None, None, "preferred", ""), ToyMethod)
-    assert register(ToyFamily) is ToyFamily  # again
-    assert family_of(toy_config(toy, tmp_path).model) is ToyFamily
+        register_method("sft", Objective("never", None, None, "preferred", ""), toys.ToyMethod)
+    assert register(toys.ToyFamily) is toys.ToyFamily  # again
+    assert family_of(toy_config(toy, tmp_path).model) is toys.ToyFamily
 
 
 def test_what_the_toy_lacks_is_refused_by_name(toy, tmp_path):

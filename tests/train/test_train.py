@@ -116,7 +116,7 @@ def test_overfitting_one_pair_drives_the_winners_error_down(tiny, tmp_path):
         if updates in (0, 100):
             if updates == 0:
                 # one example, 64 times and noises
-                seen.append(trainer.method.rollout._maker.pairs(10_000, range(64)))
+                seen.append(trainer.method.rollout.maker.pairs(10_000, range(64)))
             with torch.no_grad():
                 shown = noised(seen[0], trainer.family.schedule, trainer.denoiser.device)
                 prediction = trainer.denoiser.denoise(trainer.policy, *shown[:3])
@@ -250,7 +250,7 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
     def observe(trainer, updates):
         if updates == 0:
             assert trainer.policy.config.dropout == trainer.family.pipe.text_encoder.config.attention_dropout == 0.5
-            assert np.array_equal(trainer._recorder._samples._generate(), trainer._recorder._samples._base)
+            assert np.array_equal(trainer.recorder.samples.generate(), trainer.recorder.samples.base)
 
     monkeypatch.setattr(Denoiser, "sample", recording)
     keys = {"data": {"prompt_dropout": 0.8}, "objective": "seppo-newest"}
