@@ -9,6 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from seppo_fast.config.load import to_yaml
+from seppo_fast.train.preflight import preflight
+from seppo_fast.utils.errors import ConfigError
 from tests.helpers.launch import launch
 from tests.helpers.runs import log_of, tiny_config
 
@@ -97,14 +99,9 @@ def saved_weights(folder):
     return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
-def test_too_few_pairs_for_the_processes_are_refused(tiny, tmp_path, monkeypatch):
-    from accelerate import Accelerator
-
-    from seppo_fast.train import train
-    from seppo_fast.utils.errors import ConfigError
-
-    monkeypatch.setattr(Accelerator, "num_processes", 8)
+def test_too_few_pairs_for_the_processes_are_refused(tiny, tmp_path):
+    cpu = torch.device("cpu")
     with pytest.raises(ConfigError, match=r"samples an update \(6\).*processes \(8\)"):
-        train(tiny_config(tiny, tmp_path))
+        preflight(tiny_config(tiny, tmp_path), cpu, 8)
     with pytest.raises(ConfigError, match=r"samples an update \(5\).*processes \(8\)"):
-        train(tiny_config(tiny, tmp_path, train={"pairs_per_update": 10}, reference={"uses": 2}))
+        preflight(tiny_config(tiny, tmp_path, train={"pairs_per_update": 10}, reference={"uses": 2}), cpu, 8)
