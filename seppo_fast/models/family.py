@@ -254,7 +254,7 @@ class Family(ABC):
 
     def comfyui_lora(self, weights: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns a LoRA under the names that ComfyUI reads, and the metadata of its file."""
-        raise NotImplementedError
+        raise ConfigError(f"ComfyUI has no key names of its own for {type(self).__name__}; use --format lora")
 
 
 def _is_default(family: type[Family], name: str) -> bool:
