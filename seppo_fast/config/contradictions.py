@@ -42,3 +42,20 @@ def refuse_contradictions(config: Config) -> None:
         )
     if config.reference.errors != "ahead" and config.model.compile:
         raise ConfigError(f"model.compile goes with reference.errors = ahead, not with {config.reference.errors!r}")
+    if config.sampler.round_trip and config.row.negatives != "generated":
+        raise ConfigError(f"objective {config.objective!r} generates no samples: leave out sampler.round_trip")
+    _refuse_learning_settings(config)
+
+
+def _refuse_learning_settings(config: Config) -> None:
+    """Those of the loss and of the learning rate."""
+    train = config.train
+    if train.lr_schedule == "cosine" and train.updates <= train.warmup_updates:
+        raise ConfigError(
+            f"train.updates = {train.updates} must be more than train.warmup_updates = {train.warmup_updates} with "
+            "lr_schedule = cosine, which begins after the warm-up"
+        )
+    if config.row.negatives is None:
+        for name in ("safeguard", "sft_weight"):
+            if getattr(train, name):
+                raise ConfigError(f"objective {config.objective!r} has no losers: leave out train.{name}")

@@ -26,6 +26,7 @@ ALIASES = {
     "output_dir": "output",
     "train_batch_size": "train.micro_batch",
     "max_train_steps": "train.updates",
+    "lr_scheduler": "train.lr_schedule",
     "lr_warmup_steps": "train.warmup_updates",
     "adam_weight_decay": "train.weight_decay",
     "beta_dpo": "train.beta",
@@ -115,12 +116,24 @@ class TrainConfig(_Section):
         None, ge=1, description="pairs in one forward on one device, the rest is accumulated; null: what fits in memory"
     )
     learning_rate: float | None = Field(None, gt=0, description="AdamW; null: 5e-6 for full weights, 1e-4 for LoRA")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up; cosine: falls to 0 with the last update"
+    )
     warmup_updates: int = Field(0, ge=0, description="linear warm-up of the learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, global norm")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average of the weights for export; 0: off")
     beta: float = Field(2000.0, gt=0, description="multiplies a MEAN over latent elements; see README on conventions")
+    sft_weight: float = Field(
+        0.0, ge=0, description="adds this times beta/4 times the winner's error to each pair's loss; 0: as published"
+    )
+    safeguard: bool = Field(
+        False, description="scale each loser's gradient so that to first order the winner's error falls all the same"
+    )
+    safeguard_mu: float = Field(
+        0.9, ge=0, lt=1, description="share of the winner's own progress that the loser leaves it, with safeguard"
+    )
     share_noise: bool = Field(True, description="one noise for both halves of a pair; false: independent (as written)")
     tie_tol: float = Field(0.0, ge=0, description="|D_w| up to this counts as a tie, and ties reject")
     backend: Backend = Field("auto", description="of the loss; auto: triton on CUDA")
@@ -173,6 +186,9 @@ class SamplerConfig(_Section):
     steps: int = Field(50, ge=1, description="solver steps; spacing and offset are the pipeline's own")
     guidance: float = Field(7.5, ge=1, description="classifier-free guidance; 1: none, half the work")
     batch: int | None = Field(None, ge=1, description="samples generated at once; null: what fits in memory")
+    round_trip: bool = Field(
+        False, description="decode samples to 8-bit pixels and encode them again: for winners that a model made"
+    )
 
 
 class SaveConfig(_Section):
@@ -187,12 +203,25 @@ class SaveConfig(_Section):
 class LogConfig(_Section):
     """What a run shows."""
 
+    health_every: int = Field(
+        10,
+        ge=0,
+        description="updates between two measurements of both halves' gradients, one more backward each; 0: none",
+    )
     sample_every: int = Field(30, ge=0, description="updates between two pictures of samples; 0: none")
     sample_prompts: tuple[str, ...] = Field(
         (), description="prompts of those pictures; empty: the first four of the data"
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="where numbers go beside log.jsonl: tensorboard (in the run's folder), wandb (to its servers)"
+    )
+
+
+class EvaluationConfig(_Section):
+    """How base and aligned are compared after a run."""
+
+    guidance: tuple[Annotated[float, Field(ge=1)], ...] = Field(
+        (), description="guidance scales to judge at, the first of them in pictures; empty: the sampler's"
     )
 
 
@@ -212,6 +241,7 @@ class Config(_Section):
     sampler: SamplerConfig = SamplerConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _known_objective(self) -> Config:

@@ -21,8 +21,9 @@ _MAY_CHANGE = {
     "reference.window", "reference.park", "reference.gpu_gib", "reference.host_gib", "reference.disk_gib",
     "reference.pairs_gib",
     "sampler.batch",
-    "log.sample_every", "log.sample_prompts", "log.trackers",
+    "log.sample_every", "log.sample_prompts", "log.trackers", "log.health_every",
     "save.minutes", "save.keep",
+    "evaluation.guidance",
 }  # fmt: skip
 # What `memory` decides where it is left open.
 _OF_THE_DIAL = {
@@ -49,6 +50,12 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
     if asked.train.updates < saved.update:
         raise ConfigError(
             f"train.updates = {asked.train.updates}, and the run in {asked.output!r} has finished {saved.update}"
+        )
+    if asked.train.lr_schedule == "cosine" and "train.updates" in changed:
+        raise ConfigError(
+            f"train.updates = {asked.train.updates}: the run in {asked.output!r} has a cosine schedule over "
+            f"{before.get('train.updates')} updates, which ended or will end at a rate of 0. Resume it with these, or "
+            "begin another run from its weights"
         )
     if "memory" in changed:
         changed |= _OF_THE_DIAL

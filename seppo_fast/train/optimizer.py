@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,9 +24,15 @@ def make_optimizer(module: nn.Module, learning_rate: float, config: TrainConfig)
 
 
 def learning_rate(config: Config, update: int) -> float:
-    """The learning rate of an update (from 0): a linear warm-up, then constant.
+    """Returns the learning rate of an update (from 0): a linear warm-up, then constant or half a cosine.
 
-    It depends on nothing else: neither on `train.updates`, nor on the number of processes, nor on a resume.
+    It depends on nothing else: neither on the number of processes nor on a resume, and where it is constant not on
+    `train.updates` either. The cosine would reach 0 one update after the last.
     """
-    warmup = config.train.warmup_updates
-    return config.learning_rate * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
+    train = config.train
+    warmup = train.warmup_updates
+    if update < warmup:
+        return config.learning_rate * min(1.0, (update + 1) / warmup)
+    if train.lr_schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (train.updates - warmup)))
