@@ -1,134 +1,134 @@
-"""`make ablation`: the rows of the paper's table 4 on the embedded world, at equal updates and data.
+"""`python -m benchmarks.ablation`: is it SePPO that helps, and at what cost? Rows and regimes on the embedded world.
 
-Every method trains from `demo.yaml` with nothing changed but the objective and the learning rate. The learning rate of
-each is the better of two on development prompts and a training seed of its own; the table comes from other
-prompts and other training seeds. About half an hour on two cores.
+Each run is trained once, judged where its row says, and read for all tables. The work is cut into runs of some minutes;
+each writes a file when it is done, so the same command continues with what is missing, and `--minutes` ends it early.
+First `--study rates` (which learning rate each row trains at, on a development seed), then `table`, then `regimes`;
+without `--study` all three. The tables are made anew from whatever is finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
+import statistics
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
-from dataclasses import asdict
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-
-from benchmarks.harness.provenance import provenance
-from seppo_fast.config.load import parse_config, read_config
-from seppo_fast.config.schema import Config
-from seppo_fast.data.sources import open_source
-from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_model, prompt_sets
-from seppo_fast.evaluation.statistics import given, paired_difference
-from seppo_fast.train import train
+from benchmarks.ablations.base import run_base
+from benchmarks.ablations.piece import FULL, QUICK, Size, run_piece
+from benchmarks.ablations.rows import STUDIES, Piece, pieces
+from benchmarks.ablations.tables import best_rates, tables
 from seppo_fast.utils.files import free_name
-from seppo_fast.utils.logging import quiet_libraries
 
-METHODS = ("sft", "seppo", "seppo-indicator", "seppo-never", "seppo-initial", "seppo-newest")
-LEARNING_RATES = (1e-4, 3e-4)
-SELECTION_SEED, REPORT_SEEDS = 100, (1, 2)
-RESULT = Path(__file__).parent / "results" / "ablation.json"
+RESULTS = Path(__file__).parent / "results"
+PIECES = RESULTS / "ablation"
+BASE = "base"
 
 
-def one_run(method: str, learning_rate: float, seed: int, folder: str, updates: int, selecting: bool) -> list[float]:
-    """Trains one method in a process of its own and returns its score on each prompt."""
-    quiet_libraries()
-    torch.set_num_threads(1)
-    config = demo_config(folder, updates, method, learning_rate, seed)
-    with redirect_stdout(io.StringIO()):  # two dozen runs at once would be unreadable; each has its log.jsonl
-        weights = train(config)
-    return scores_of(weights, config, selecting)
+class Work:
+    """What is finished, and what is left.
+
+    Args:
+        results: folder of one file per finished piece.
+        scratch: folder of runs, caches and written data.
+        size: how much each piece does.
+    """
+
+    def __init__(self, results: Path, scratch: Path, size: Size) -> None:
+        self._results, self._scratch, self._size = results, scratch, size
+        results.mkdir(parents=True, exist_ok=True)
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Returns the finished pieces by name, the base among them."""
+        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in self._results.glob("*.json")}
+
+    def missing(self, study: str) -> list[Piece]:
+        """Returns the pieces of a study that are not finished; of the others none before all rates are known."""
+        done = self.finished()
+        rates = {} if study == "rates" else best_rates(done)
+        if rates is None:
+            raise SystemExit(f"--study {study} needs the learning rates: run --study rates to its end first")
+        return [piece for piece in pieces(study, rates) if piece.name not in done]
+
+    def run(self, work: Sequence[Piece], workers: int, until: float) -> None:
+        """Runs pieces, `workers` at a time with one thread each; begins none that would not end by `until`."""
+        left, began, took = list(work), dict[Future[Any], tuple[str, float]](), list[float]()
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            if BASE not in self.finished():
+                began[pool.submit(run_base, self._size)] = BASE, time.monotonic()
+            while left or began:
+                expected = statistics.median(took) if took else 0.0
+                while left and len(began) < workers and time.monotonic() + expected < until:
+                    piece = left.pop(0)
+                    future = pool.submit(run_piece, piece, str(self._scratch), self._size)
+                    began[future] = piece.name, time.monotonic()
+                if not began:
+                    break
+                for future in wait(began, return_when=FIRST_COMPLETED).done:
+                    name, start = began.pop(future)
+                    seconds = time.monotonic() - start
+                    if name != BASE:
+                        took.append(seconds)
+                    self._write(name, future.result() | {"seconds": round(seconds)})
+                    print(f"{name}: {seconds:.0f} s; {len(left)} left", flush=True)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        staging = self._results / f".tmp-{name}"
+        staging.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        os.replace(staging, self._results / f"{name}.json")
 
 
-def scores_of(weights: Path | None, config: Config, selecting: bool) -> list[float]:
-    """The judge's score of a run's weights, or of its base, on each development or report prompt."""
-    development, report = prompt_sets(open_source(config.data.source))
-    chosen = (development, DEVELOPMENT) if selecting else (report, REPORT)
-    return judged_model(config, *chosen, weights)[1].tolist()
-
-
-def demo_config(folder: str, updates: int, method: str, learning_rate: float, seed: int) -> Config:
-    """`demo.yaml` with another objective, learning rate, seed and folder, and no pictures."""
-    tree = read_config("demo.yaml").model_dump()
-    tree |= {"objective": method, "seed": seed, "output": f"{folder}/{method}-{learning_rate:g}-seed{seed}"}
-    tree["train"] |= {"learning_rate": learning_rate, "updates": updates or tree["train"]["updates"]}
-    tree["log"]["sample_every"] = 0
-    return parse_config(tree)
-
-
-def ablation(folder: str, updates: int, workers: int) -> dict[str, object]:
-    """Selects learning rates, runs every method on the report seeds, and compares each with the base."""
-    started, origin = time.perf_counter(), provenance("benchmarks.ablation")
-    demo = read_config("demo.yaml")
-    base = scores_of(None, demo, selecting=False)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        trials = {
-            (method, rate): pool.submit(one_run, method, rate, SELECTION_SEED, folder, updates, True)
-            for method in METHODS
-            for rate in LEARNING_RATES
-        }
-        selection = {key: _announce("selection", *key, trial.result()) for key, trial in trials.items()}
-        best = {method: max(LEARNING_RATES, key=lambda rate: selection[method, rate]) for method in METHODS}
-        runs = {
-            (method, seed): pool.submit(one_run, method, best[method], seed, folder, updates, False)
-            for method in METHODS
-            for seed in REPORT_SEEDS
-        }
-        scores = {key: run.result() for key, run in runs.items()}
-    rows: list[dict[str, object]] = []
-    for method in METHODS:
-        seeds = [scores[method, seed] for seed in REPORT_SEEDS]
-        # One item a prompt: its scores under the training seeds start from one noise and are no two observations.
-        difference = paired_difference(base, np.mean(seeds, axis=0))
-        rows.append(
-            {"method": method, "learning_rate": best[method], "seed_means": [float(given(s).mean()) for s in seeds]}
-            | {"selection": {f"{rate:g}": selection[method, rate] for rate in LEARNING_RATES}}
-            | asdict(difference)
-        )
-    return origin | {
-        "cores": os.cpu_count(),
-        "seconds": time.perf_counter() - started,
-        "updates": updates or demo.train.updates,
-        "pairs_per_update": demo.train.pairs_per_update,
-        "base": float(given(base).mean()),
-        "prompts": len(base),
-        "training_seeds": REPORT_SEEDS,
-        "rows": rows,
-    }
-
-
-def _announce(stage: str, method: str, learning_rate: float, scores: list[float]) -> float:
-    mean = float(given(scores).mean())
-    print(f"{stage}: {method} at {learning_rate:g}: {mean:.3f}", flush=True)
-    return mean
-
-
-def main() -> None:
-    """Runs everything and writes the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", help="folder of the runs; runs/ablation, or the next free runs/ablation-N")
-    parser.add_argument("--updates", type=int, default=0, help="optimizer updates of each run; 0: as demo.yaml says")
+def main(words: list[str] | None = None) -> int:
+    """Continues the ablation, and writes its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, action="append", help="which part; may be repeated; all by default")
+    parser.add_argument("--minutes", type=float, default=30.0, help="begin no run that would end later; 0: no limit")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--json", type=Path, default=RESULT, help="where to write the result")
-    arguments = parser.parse_args()
-    quiet_libraries()
-    output = arguments.output or str(free_name(Path("runs/ablation")))
-    result = ablation(output, arguments.updates, arguments.workers)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"base {result['base']:.3f}; wrote {arguments.json} after {result['seconds']:.0f} s")
-    for row in result["rows"]:  # type: ignore[attr-defined]
-        print(
-            f"{row['method']:16s} lr {row['learning_rate']:g}  {row['other']:.3f}  difference {row['difference']:+.3f}"
-        )
+    parser.add_argument("--results", type=Path, default=PIECES, help="folder of the finished runs' files")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path("runs/ablation"), help="folder of caches and unfinished runs"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "ablation.json", help="where to write the tables")
+    parser.add_argument("--quick", action="store_true", help="a few tiny runs in a new folder, to see that it works")
+    arguments = parser.parse_args(words)
+    if arguments.minutes < 0 or arguments.workers < 1:
+        parser.error("--minutes must be at least 0, and --workers at least 1")
+    until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    if arguments.quick:
+        return quick(free_name(arguments.scratch), arguments.workers)
+    work = Work(arguments.results, arguments.scratch, FULL)
+    for study in arguments.study or STUDIES:
+        work.run(work.missing(study), arguments.workers, until)
+        if left := work.missing(study):
+            print(f"{study}: {len(left)} runs left; the same command continues")
+            break
+    made = tables(work.finished())
+    arguments.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {arguments.json}")
+    return 0
+
+
+def quick(folder: Path, workers: int) -> int:
+    """Runs one tiny piece of each study, and makes the tables of them."""
+    work = Work(folder / "results", folder, QUICK)
+    rates = [piece for piece in pieces("rates", {}) if piece.row in ("sft", "seppo")]
+    work.run(rates, workers, float("inf"))
+    some = best_rates(work.finished(), rows=("sft", "seppo"))
+    assert some is not None
+    rates_of_all = dict.fromkeys(("random-sign", "loser-sign", "spin-safeguard"), some["seppo"]) | some
+    chosen = [Piece("table", row, rate, 1) for row, rate in rates_of_all.items()]
+    work.run([*chosen, Piece("regimes", "seppo", some["seppo"], 1, "64-winners")], workers, float("inf"))
+    made = tables(work.finished())
+    (folder / "ablation.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {folder / 'ablation.json'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,11 +7,41 @@ torch code; inputs of any float dtype are taken to float32 first.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class LossForm(NamedTuple):
+    """Which of the preference losses is computed.
+
+    Attributes:
+        beta: multiplies a mean over latent elements.
+        learn_sign: `a` of the pairs that fail the anchor test: -1 adaptive, 0 indicator, +1 never flipped.
+        tie_tol: D_w up to this passes the anchor test.
+        sft_weight: of the term `(beta/4) m_w` that each pair adds.
+        safeguard: mu of the winner-preserving scale of the losers' gradients; None: not scaled.
+    """
+
+    beta: float
+    learn_sign: float
+    tie_tol: float
+    sft_weight: float = 0.0
+    safeguard: float | None = None
+
+    @property
+    def sft_slope(self) -> float | None:
+        """Returns what multiplies m_w in a pair's loss beside the preference; None without that term."""
+        return 0.25 * self.beta * self.sft_weight if self.sft_weight else None
+
+    @property
+    def loser_room(self) -> float | None:
+        """Returns 1 - mu, the share of the winner's progress that its loser may undo; None without a safeguard."""
+        return None if self.safeguard is None else 1 - self.safeguard
 
 
 def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
@@ -34,11 +64,9 @@ def preference(
     ref_pred_RN: Tensor | None,
     ref_error_R: Tensor | None,
     weights_B: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
+    form: LossForm,
 ) -> PreferenceTensors:
-    """`mean_B softplus((beta/2) omega (D_w - a D_l))` (SePPO, eq. 8-10 and appendix B.2).
+    """`mean_B [softplus((beta/2) omega (D_w - a D_l)) + sft_weight (beta/4) m_w]` (SePPO, eq. 8-10, appendix B.2).
 
     Args:
         pred_RN: policy predictions; the only input that a gradient is meant for.
@@ -46,13 +74,11 @@ def preference(
         ref_pred_RN: reference predictions, or None when `ref_error_R` is given.
         ref_error_R: float32 reference errors, or None when `ref_pred_RN` is given.
         weights_B: omega, or None for 1.
-        beta: multiplies a mean over latent elements.
-        learn_sign: `a` of the pairs that fail the anchor test: -1 adaptive, 0 indicator, +1 never flipped.
-        tie_tol: D_w up to this passes the anchor test.
+        form: which loss.
 
     Returns:
-        loss (), reject (B,), logit (B,), model_error (R,), ref_error (R,), aaf_rate (), implicit_acc (); only the
-        loss carries a gradient.
+        loss (), reject (B,), logit (B,), model_error (R,), ref_error (R,), aaf_rate (), implicit_acc (), and the two
+        parts of the loss (), the preference's and the winners'; only the loss carries a gradient.
     """
     model_error = denoising_errors(pred_RN, target)
     if ref_pred_RN is not None:
@@ -64,19 +90,26 @@ def preference(
         difference = model_error - ref_error
     difference_w, difference_l = difference.chunk(2)
 
-    reject = difference_w.detach() <= tie_tol
-    flip = torch.where(reject, 1.0, learn_sign)
+    reject = difference_w.detach() <= form.tie_tol
+    flip = torch.where(reject, 1.0, form.learn_sign)
+    if form.safeguard is not None and difference_l.requires_grad:
+        difference_l = _ScaledGradient.apply(difference_l, loser_scale(pred_RN.detach(), target, flip, form))
     # A product, not a choice: with a = 0 a NaN in D_l must still reach the loss.
-    logit = -0.5 * beta * (difference_w - flip * difference_l)
+    logit = -0.5 * form.beta * (difference_w - flip * difference_l)
     if weights_B is not None:
         logit = weights_B * logit
-    loss = _mean(F.softplus(-logit))
+    loss = preference_loss = _mean(F.softplus(-logit))
+    sft_loss = torch.zeros_like(loss)
+    if form.sft_slope is not None:
+        sft_loss = form.sft_slope * _mean(model_error.chunk(2)[0])
+        loss = preference_loss + sft_loss
 
     logit = logit.detach()
     invalid = logit.isnan()
     aaf_rate = _mean(reject.float().masked_fill(invalid, torch.nan))
     implicit_acc = _mean((logit > 0).float().masked_fill(invalid, torch.nan))
-    return loss, reject, logit, model_error.detach(), ref_error, aaf_rate, implicit_acc
+    parts = preference_loss.detach(), sft_loss.detach()
+    return loss, reject, logit, model_error.detach(), ref_error, aaf_rate, implicit_acc, *parts
 
 
 @torch.no_grad()
@@ -86,9 +119,7 @@ def loss_and_grad(
     ref_pred_RN: Tensor | None,
     ref_error_R: Tensor | None,
     weights_B: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
+    form: LossForm,
     grad_scale: float | Tensor,
     grad_RN: Tensor | None,
 ) -> tuple[PreferenceTensors, Tensor]:
@@ -98,8 +129,7 @@ def loss_and_grad(
         grad_scale: a number, or a tensor of one float32.
         grad_RN: where the gradient goes, possibly `pred_RN` itself; None: into new memory of its dtype.
     """
-    options = (weights_B, beta, learn_sign, tie_tol)
-    outputs = preference(pred_RN, target, ref_pred_RN, ref_error_R, *options)
+    outputs = preference(pred_RN, target, ref_pred_RN, ref_error_R, weights_B, form)
     reject, logit = outputs[1], outputs[2]
     rows, size = pred_RN.shape
     # Each line is a link of autograd's chain, with its dtype; a division by a count is one of float64, as in `_mean`.
@@ -108,13 +138,49 @@ def loss_and_grad(
     margin = -torch.ops.aten.softplus_backward(each, -logit, 1.0, 20.0)
     if weights_B is not None:
         margin = margin * weights_B
-    margin = margin * (-0.5 * beta)
-    error = torch.cat([margin, -margin * torch.where(reject, 1.0, learn_sign)])
+    margin = margin * (-0.5 * form.beta)
+    flip = torch.where(reject, 1.0, form.learn_sign)
+    winner, loser = margin, -margin * flip
+    if form.safeguard is not None:
+        loser = loser * loser_scale(pred_RN, target, flip, form)
+    if form.sft_slope is not None:
+        winner = winner + each * form.sft_slope
+    error = torch.cat([winner, loser])
     coefficient = 2 * (error.double() / size).float()
     target_SN = target.flatten(1)
     residual = _by_target(pred_RN, target_SN) - target_SN.float()
     grad = (coefficient.unflatten(0, (-1, len(target_SN)))[..., None] * residual).reshape(rows, size)
     return outputs, grad.to(pred_RN.dtype) if grad_RN is None else grad_RN.copy_(grad)
+
+
+def loser_scale(pred_RN: Tensor, target: Tensor, flip_B: Tensor, form: LossForm) -> Tensor:
+    """`lambda = min((1 - mu) |g_w|^2 / s, 1)` where `s = a <g_l, g_w> > 0`, else 1 (Diffusion-SDPO): (B,) float32.
+
+    With g the gradient of each half's error in its prediction, `2 (p - y) / N`: a step against both halves' gradients
+    in output space, the loser's scaled by lambda, then leaves the winner at least mu of what its own would gain it.
+    """
+    assert form.loser_room is not None
+    target_SN = target.flatten(1)
+    residual = (_by_target(pred_RN, target_SN) - target_SN.float()).reshape(2, len(pred_RN) // 2, -1)
+    own = residual[0].square().mean(-1, dtype=torch.float64)
+    opposed = flip_B * (residual[0] * residual[1]).mean(-1, dtype=torch.float64)
+    harms = opposed > 0
+    scale = (form.loser_room * own / opposed.where(harms, 1.0)).clamp(max=1.0)
+    return scale.where(harms, 1.0).float()
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad * scale, None
 
 
 def _by_target(x_RN: Tensor, target_SN: Tensor) -> Tensor:

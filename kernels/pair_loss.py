@@ -10,12 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SUMS = tl.constexpr(6)  # of m, r and D, on winner and loser each
+SUMS = tl.constexpr(7)  # of m, r and D, on winner and loser each, and of the product of both residuals
+RATES = tl.constexpr(4)  # means over the pairs that come first in the statistics
 
 
 @triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
@@ -30,8 +31,8 @@ def _softplus_and_sigmoid(x):
 @triton.jit
 def judge(pair, mask, sums, pairs, size, options, results, HAS_REF: tl.constexpr):
     """Flipper, logit and coefficients of some pairs from their float64 sums; stored with the mean errors."""
-    m_w, m_l, r_w, r_l, d_w, d_l = sums
-    weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale = options
+    m_w, m_l, r_w, r_l, d_w, d_l, product = sums
+    weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale, sft_slope, loser_room = options
     reject_ptr, logit_ptr, model_error_ptr, ref_error_ptr, coefficient_ptr = results
     loser = pair + pairs
     error_w, error_l = (m_w / size).to(tl.float32), (m_l / size).to(tl.float32)
@@ -56,18 +57,25 @@ def judge(pair, mask, sums, pairs, size, options, results, HAS_REF: tl.constexpr
         scale *= tl.load(scale_ptr)
     coefficient_w = scale * slope * sigmoid
     coefficient_l = -flip * coefficient_w
+    if loser_room is not None:
+        opposed = flip * product
+        harms = opposed > 0.0
+        room = loser_room * m_w / tl.where(harms, opposed, 1.0)
+        coefficient_l *= tl.where(harms & (room < 1.0), room, 1.0).to(tl.float32)
+    if sft_slope is not None:
+        coefficient_w += scale * sft_slope
     tl.store(reject_ptr + pair, reject, mask=mask)
     tl.store(logit_ptr + pair, -negative_logit, mask=mask)
     tl.store(coefficient_ptr + pair, coefficient_w, mask=mask)
     tl.store(coefficient_ptr + loser, coefficient_l, mask=mask)
-    return negative_logit, reject, coefficient_w, coefficient_l
+    return negative_logit, reject, error_w, coefficient_w, coefficient_l
 
 
 @triton.jit
-def _chunk_sums(partials_ptr, pair, mask, HAS_REF: tl.constexpr, CHUNKS: tl.constexpr):
+def _chunk_sums(partials_ptr, pair, mask, HAS_REF: tl.constexpr, HAS_PRODUCT: tl.constexpr, CHUNKS: tl.constexpr):
     """The sums of some pairs over their chunks, first to last."""
     zeros = tl.zeros_like(pair).to(tl.float64)
-    m_w, m_l, r_w, r_l, d_w, d_l = zeros, zeros, zeros, zeros, zeros, zeros
+    m_w, m_l, r_w, r_l, d_w, d_l, product = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for chunk in tl.range(CHUNKS, loop_unroll_factor=2):
         # Past the L1 cache, since other programs wrote them.
         place = partials_ptr + (pair * CHUNKS + chunk) * SUMS
@@ -78,7 +86,9 @@ def _chunk_sums(partials_ptr, pair, mask, HAS_REF: tl.constexpr, CHUNKS: tl.cons
             r_l += tl.load(place + 3, mask=mask, other=0.0, cache_modifier=".cg")
             d_w += tl.load(place + 4, mask=mask, other=0.0, cache_modifier=".cg")
             d_l += tl.load(place + 5, mask=mask, other=0.0, cache_modifier=".cg")
-    return m_w, m_l, r_w, r_l, d_w, d_l
+        if HAS_PRODUCT:
+            product += tl.load(place + 6, mask=mask, other=0.0, cache_modifier=".cg")
+    return m_w, m_l, r_w, r_l, d_w, d_l, product
 
 
 @triton.jit
@@ -86,11 +96,13 @@ def means(
     loss_ptr, rates_ptr, partials_ptr, pairs, size, options, results,
     HAS_REF: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Loss, aaf_rate and implicit_acc over all pairs, which are judged here where they came in chunks.
+    """Loss, its two parts, aaf_rate and implicit_acc over all pairs, judged here where they came in chunks.
 
     In float64: the mean of B equal numbers is then that number for every B.
     """
+    sft_slope = options[6]
     loss_sum = tl.zeros([LANES], tl.float64)
+    winner_sum = tl.zeros([LANES], tl.float64)
     reject_sum = tl.zeros([LANES], tl.float64)
     correct_sum = tl.zeros([LANES], tl.float64)
     for block in range(BLOCKS):
@@ -99,15 +111,26 @@ def means(
         if CHUNKS == 1:
             reject = tl.load(results[0] + pair, mask=mask, other=0, cache_modifier=".cg") != 0
             negative_logit = -tl.load(results[1] + pair, mask=mask, other=0.0, cache_modifier=".cg")
+            if sft_slope is not None:
+                error_w = tl.load(results[2] + pair, mask=mask, other=0.0, cache_modifier=".cg")
         else:
-            sums = _chunk_sums(partials_ptr, pair, mask, HAS_REF, CHUNKS)
-            negative_logit, reject, _, _ = judge(pair, mask, sums, pairs, size, options, results, HAS_REF)
+            sums = _chunk_sums(partials_ptr, pair, mask, HAS_REF, options[7] is not None, CHUNKS)
+            negative_logit, reject, error_w, _, _ = judge(pair, mask, sums, pairs, size, options, results, HAS_REF)
         loss, _ = _softplus_and_sigmoid(negative_logit)
+        if sft_slope is not None:
+            winner_sum += tl.where(mask, error_w, 0.0).to(tl.float64)
         invalid = mask & (negative_logit != negative_logit)
         loss_sum += tl.where(mask, loss, 0.0).to(tl.float64)
         reject_sum += tl.where(invalid, float("nan"), (mask & reject).to(tl.float64))
         correct_sum += tl.where(invalid, float("nan"), (mask & (negative_logit < 0.0)).to(tl.float64))
-    loss_sum, reject_sum, correct_sum = tl.reduce((loss_sum, reject_sum, correct_sum), 0, _add3)
-    tl.store(loss_ptr, (loss_sum / pairs).to(tl.float32))
+    totals = tl.reduce((loss_sum, reject_sum, correct_sum, winner_sum), 0, _add4)
+    loss_sum, reject_sum, correct_sum, winner_sum = totals
+    preference_loss = (loss_sum / pairs).to(tl.float32)
+    sft_loss = 0.0
+    if sft_slope is not None:
+        sft_loss = sft_slope * (winner_sum / pairs).to(tl.float32)
+    tl.store(loss_ptr, preference_loss + sft_loss)
     tl.store(rates_ptr, (reject_sum / pairs).to(tl.float32))
     tl.store(rates_ptr + 1, (correct_sum / pairs).to(tl.float32))
+    tl.store(rates_ptr + 2, preference_loss)
+    tl.store(rates_ptr + 3, sft_loss)

@@ -4,8 +4,12 @@ With predictions p (policy) and q (reference), target y, N elements a latent, wi
 
     m = mean_N (p - y)^2    r = mean_N (q - y)^2    D = mean_N (p - q)((p - y) + (q - y)), or m - r if only r is given
     a = +1 where D_w <= tie_tol, else learn_sign
-    logit = -(beta/2) omega (D_w - a D_l)           loss = mean_B softplus(-logit)
-    dloss/dp = c (p - y),   c_w = (beta/2) omega sigmoid(-logit) 2 / (N B),   c_l = -a c_w
+    logit = -(beta/2) omega (D_w - a D_l)           loss = mean_B [softplus(-logit) + v m_w],  v = sft_weight beta/4
+    dloss/dp = c (p - y),   c_w = ((beta/2) omega sigmoid(-logit) + v) 2 / (N B)
+                            c_l = -a lambda (beta/2) omega sigmoid(-logit) 2 / (N B)
+
+lambda is 1, or with a safeguard min((1 - mu) S_w / s, 1) where s = a sum_N (p_w - y_w)(p_l - y_l) > 0 and
+S_w = sum_N (p_w - y_w)^2 (Diffusion-SDPO's winner-preserving scale): one sum more, of what is in registers anyway.
 
 A program reads both halves of a pair, so a target that they share is read once. A latent of one chunk (see `errors.py`;
 16,384 elements) stays in registers until its gradient is written: one launch. A larger one is divided into chunks, one
@@ -45,11 +49,10 @@ from seppo_fast.kernels.denoising_error import (
     load_target,
     write_gradient,
 )
-from seppo_fast.kernels.pair_loss import SUMS, judge, means
+from seppo_fast.kernels.eager import LossForm, PreferenceTensors
+from seppo_fast.kernels.pair_loss import RATES, SUMS, judge, means
 
 __all__ = ["denoising_errors", "loss_and_grad", "preference"]
-
-PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 PAIR_LANES = 1024  # at most, in the means over the pairs; where pairs come in chunks, one a thread
 
@@ -85,7 +88,7 @@ def _preference_fwd_kernel(
     pred_ptr, target_ptr, ref_pred_ptr, ref_error_ptr, weights_ptr, scale_ptr,
     loss_ptr, reject_ptr, statistics_ptr, grad_ptr, partials_ptr, ticket_ptr,
     size, pairs, pred_stride, target_stride, ref_pred_stride, grad_stride,
-    half_beta, learn_sign, tie_tol, scale,
+    half_beta, learn_sign, tie_tol, scale, sft_slope, loser_room,
     LAYOUT: tl.constexpr, SHARED: tl.constexpr, CHUNKS: tl.constexpr, FOLDS: tl.constexpr, LANES: tl.constexpr,
     PAIR_BLOCKS: tl.constexpr, PAIR_LANES: tl.constexpr,
 ):  # fmt: skip
@@ -101,22 +104,27 @@ def _preference_fwd_kernel(
         ref_pred_ptr + winner * ref_pred_stride if HAS_REF else None,
         ref_pred_ptr + loser * ref_pred_stride if HAS_REF else None,
     )  # fmt: skip
-    options = (weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale)
-    logit_ptr = statistics_ptr + 2
+    options = (weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale, sft_slope, loser_room)
+    logit_ptr = statistics_ptr + RATES
     model_error_ptr = logit_ptr + pairs
     results = (reject_ptr, logit_ptr, model_error_ptr, ref_error_ptr, model_error_ptr + 2 * pairs)
 
     zeros = tl.zeros([LANES // 4], tl.float32)
     sums = (zeros, zeros, zeros, zeros, zeros, zeros)
+    product = zeros
     residuals_w, residuals_l = (), ()
     if grad_ptr is None:
         for fold in range(FOLDS):
             offsets = start + fold * LANES + tl.arange(0, LANES)
-            sums, _, _ = _add_fold(sums, offsets, size, rows, HAS_REF, SHARED, LAYOUT)
+            sums, residual_w, residual_l = _add_fold(sums, offsets, size, rows, HAS_REF, SHARED, LAYOUT)
+            if loser_room is not None:
+                product += by_four(residual_w * residual_l)
     else:
         for fold in tl.static_range(FOLDS):
             offsets = start + fold * LANES + tl.arange(0, LANES)
             sums, residual_w, residual_l = _add_fold(sums, offsets, size, rows, HAS_REF, SHARED, LAYOUT)
+            if loser_room is not None:
+                product += by_four(residual_w * residual_l)
             residuals_w = residuals_w + (residual_w,)  # type: ignore[assignment]
             residuals_l = residuals_l + (residual_l,)  # type: ignore[assignment]
     m_w, m_l, r_w, r_l, d_w, d_l = sums
@@ -125,10 +133,12 @@ def _preference_fwd_kernel(
         r_l.to(tl.float64), d_w.to(tl.float64), d_l.to(tl.float64),
     )  # fmt: skip
     sums = tl.reduce(sums, 0, _add6)
+    product = tl.sum(product.to(tl.float64), 0) if loser_room is not None else 0.0
 
     if CHUNKS == 1:
         pair = winner + tl.arange(0, 1)
-        _, _, coefficient_w, coefficient_l = judge(pair, pair >= 0, sums, pairs, size, options, results, HAS_REF)
+        sums = sums + (product,)
+        _, _, _, coefficient_w, coefficient_l = judge(pair, pair >= 0, sums, pairs, size, options, results, HAS_REF)
         if grad_ptr is not None:
             for fold in tl.static_range(FOLDS):
                 offsets = fold * LANES + tl.arange(0, LANES)
@@ -146,6 +156,8 @@ def _preference_fwd_kernel(
             tl.store(mine + 3, sums[3])
             tl.store(mine + 4, sums[4])
             tl.store(mine + 5, sums[5])
+        if loser_room is not None:
+            tl.store(mine + 6, product)
 
     tl.debug_barrier()  # all that this program's threads stored comes before its ticket, which releases and acquires
     if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1:
@@ -183,9 +195,7 @@ def forward(
     ref_pred: Tensor | None,
     ref_error: Tensor | None,
     weights: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
+    form: LossForm,
     grad_scale: float | Tensor = 1.0,
     grad: Tensor | None = None,
     *,
@@ -193,8 +203,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), reject (B,) and statistics; writes `grad_scale dloss/dp` to `grad`, where it is given.
 
-    Statistics are aaf_rate, implicit_acc, B logits, 2B errors of the policy, 2B coefficients of the gradient and, where
-    `ref_pred` is given, 2B errors of the reference: one piece of memory, one argument of the launch.
+    Statistics are aaf_rate, implicit_acc, the two parts of the loss, B logits, 2B errors of the policy, 2B coefficients
+    of the gradient and, where `ref_pred` is given, 2B errors of the reference: one piece of memory, one argument.
     """
     rows, size = pred.shape
     pairs = rows // 2
@@ -218,12 +228,13 @@ def forward(
     pair_lanes = min(most, max(16, 1 << (pairs - 1).bit_length()))
     with torch.cuda.device_of(pred):
         _preference_fwd_kernel[(programs,)](
-            pred, target, ref_pred, statistics[2 + 5 * pairs :] if ref_error is None else ref_error,
+            pred, target, ref_pred, statistics[RATES.value + 5 * pairs :] if ref_error is None else ref_error,
             weights, grad_scale if on_device else None,
             loss, reject, statistics, written, partials, _ticket(device, own_ticket),
             size, pairs, pred.stride(0), target.stride(0),
             0 if ref_pred is None else ref_pred.stride(0), 0 if written is None else written.stride(0),
-            0.5 * beta, learn_sign, tie_tol, scale if on_device else scale * grad_scale,
+            0.5 * form.beta, form.learn_sign, form.tie_tol, scale if on_device else scale * grad_scale,
+            form.sft_slope, form.loser_room,
             LAYOUT=places, SHARED=len(target) == pairs, **parts,
             PAIR_BLOCKS=-(-pairs // pair_lanes), PAIR_LANES=pair_lanes, **EXACT,
         )  # fmt: skip
@@ -234,12 +245,12 @@ def forward(
 
 def statistics_size(pairs: int, has_ref: bool) -> int:
     """Elements of `statistics`, see `forward`."""
-    return 2 + (7 if has_ref else 5) * pairs
+    return RATES.value + (7 if has_ref else 5) * pairs
 
 
 def coefficients(statistics: Tensor, pairs: int) -> Tensor:
     """The part of `statistics` that holds c, (2B,)."""
-    return statistics[2 + 3 * pairs : 2 + 5 * pairs]
+    return statistics[RATES.value + 3 * pairs : RATES.value + 5 * pairs]
 
 
 class _Preference(torch.autograd.Function):
@@ -257,16 +268,16 @@ class _Preference(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         pred, target, coefficient = ctx.saved_tensors
         grad = None if grad_loss is None else write_gradient(pred, target, coefficient, grad_loss, dense_like(pred))
-        return grad, *[None] * 7
+        return grad, *[None] * 5
 
 
 def named(loss: Tensor, reject: Tensor, statistics: Tensor, ref_error: Tensor | None) -> PreferenceTensors:
     """As `eager.preference` returns them."""
     pairs = reject.shape[0]
-    sizes = [2, pairs, 2 * pairs, 2 * pairs] + ([2 * pairs] if ref_error is None else [])
+    sizes = [RATES.value, pairs, 2 * pairs, 2 * pairs] + ([2 * pairs] if ref_error is None else [])
     rates, logit, model_error, _, *made = statistics.detach().split(sizes)
-    aaf_rate, implicit_acc = rates.unbind()
-    return loss, reject, logit, model_error, ref_error if ref_error is not None else made[0], aaf_rate, implicit_acc
+    ref_error = made[0] if ref_error is None else ref_error
+    return loss, reject, logit, model_error, ref_error, *rates.unbind()
 
 
 def preference(
@@ -275,15 +286,13 @@ def preference(
     ref_pred_RN: Tensor | None,
     ref_error_R: Tensor | None,
     weights_B: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
+    form: LossForm,
 ) -> PreferenceTensors:
     """The loss with arguments and results as `eager.preference`; `weights_B` and `ref_error_R` are dense float32.
 
     Rows of predictions may lie at any stride; the elements of a row lie side by side.
     """
-    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, beta, learn_sign, tie_tol)
+    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, form)
     tracked = torch.is_grad_enabled() and pred_RN.requires_grad
     loss, reject, statistics = _Preference.apply(*inputs) if tracked else forward(*inputs)
     return named(loss, reject, statistics, ref_error_R)
@@ -295,13 +304,11 @@ def loss_and_grad(
     ref_pred_RN: Tensor | None,
     ref_error_R: Tensor | None,
     weights_B: Tensor | None,
-    beta: float,
-    learn_sign: float,
-    tie_tol: float,
+    form: LossForm,
     grad_scale: float | Tensor,
     grad_RN: Tensor | None,
 ) -> tuple[PreferenceTensors, Tensor]:
     """Loss and gradient, as `eager.loss_and_grad`."""
-    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, beta, learn_sign, tie_tol)
+    inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, form)
     grad = dense_like(pred_RN) if grad_RN is None else grad_RN
     return named(*forward(*inputs, grad_scale, grad), ref_error_R), grad

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.preference as kernels
-from seppo_fast.kernels.preference import PreferenceTensors
+from seppo_fast.kernels.eager import LossForm, PreferenceTensors
 
 
 @torch.library.custom_op("seppo_fast::denoising_errors", mutates_args=())
@@ -61,8 +61,11 @@ def _preference(
     beta: float,
     learn_sign: float,
     tie_tol: float,
+    sft_weight: float,
+    safeguard: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels.forward(pred, target, ref_pred, ref_error, weights, beta, learn_sign, tie_tol, own_ticket=True)
+    form = LossForm(beta, learn_sign, tie_tol, sft_weight, safeguard)
+    return kernels.forward(pred, target, ref_pred, ref_error, weights, form, own_ticket=True)
 
 
 @_preference.register_fake
@@ -79,7 +82,7 @@ def _save_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _preference_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     pred, target, statistics = ctx.saved_tensors
     coefficient = kernels.coefficients(statistics, pred.shape[0] // 2)
-    return _scaled_residual(pred, target, coefficient, 1.0, grad_loss), *[None] * 7
+    return _scaled_residual(pred, target, coefficient, 1.0, grad_loss), *[None] * 9
 
 
 _preference.register_autograd(_preference_backward, setup_context=_save_coefficients)
@@ -95,12 +98,15 @@ def _loss_and_grad(
     beta: float,
     learn_sign: float,
     tie_tol: float,
+    sft_weight: float,
+    safeguard: float | None,
     grad_scale: float,
     scale_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = errors.dense_like(pred)
-    options = (beta, learn_sign, tie_tol, grad_scale if scale_tensor is None else scale_tensor)
-    return *kernels.forward(pred, target, ref_pred, ref_error, weights, *options, grad, own_ticket=True), grad
+    form = LossForm(beta, learn_sign, tie_tol, sft_weight, safeguard)
+    scale = grad_scale if scale_tensor is None else scale_tensor
+    return *kernels.forward(pred, target, ref_pred, ref_error, weights, form, scale, grad, own_ticket=True), grad
 
 
 @_loss_and_grad.register_fake
@@ -115,13 +121,14 @@ def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
 
 def preference(*inputs: Any) -> PreferenceTensors:
     """See `preference.preference`, whose arguments these are."""
-    return kernels.named(*_preference(*inputs), ref_error=inputs[3])
+    *tensors, form = inputs
+    return kernels.named(*_preference(*tensors, *form), ref_error=inputs[3])
 
 
 def loss_and_grad(*inputs: Any) -> tuple[PreferenceTensors, Tensor]:
     """See `preference.loss_and_grad`, whose arguments these are."""
-    *rest, grad_scale, grad_RN = inputs
+    *tensors, form, grad_scale, grad_RN = inputs
     scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
-    loss, reject, statistics, grad = _loss_and_grad(*rest, *scale)
+    loss, reject, statistics, grad = _loss_and_grad(*tensors, *form, *scale)
     named = kernels.named(loss, reject, statistics, ref_error=inputs[3])
     return named, grad if grad_RN is None else grad_RN.copy_(grad)

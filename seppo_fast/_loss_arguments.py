@@ -189,6 +189,12 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: a finite number >= 0 is needed, got {value!r}")
 
 
+def check_share(name: str, value: object) -> None:
+    """A number in [0, 1)."""
+    if not (_within(value, 0.0) and float(value) < 1):  # type: ignore[arg-type]
+        raise ValueError(f"{name}: a number in [0, 1) is needed, got {value!r}")
+
+
 def _within(value: object, least: float) -> bool:
     """Whether it is a number, Python's or numpy's, from `least` to the largest float32."""
     try:

@@ -128,11 +128,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _demo(clips: bool, output: Path | None) -> int:
-    from seppo_fast.commands.demo import demo
+    from seppo_fast.commands.demo import RECIPES, demo
     from seppo_fast.config.load import read_config
     from seppo_fast.utils.files import free_name
 
-    config = read_config("demo-video.yaml" if clips else "demo.yaml")
+    config = read_config(RECIPES[clips])
     demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
     return 0
 

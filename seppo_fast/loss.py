@@ -5,7 +5,9 @@ With per-sample errors m (policy) and r (reference), each the mean squared error
     a = +1 where D_w <= 0 ("reject"), else -1        logit = -(beta/2) omega (D_w - a D_l)
     loss = mean softplus(-logit)
 
-(SePPO, arXiv 2410.05255, eq. 8-10 and appendix B.2; with a = +1 throughout it is Diffusion-DPO.) A batch of B pairs is
+(SePPO, arXiv 2410.05255, eq. 8-10 and appendix B.2; with a = +1 throughout it is Diffusion-DPO.) Two options that are
+not in the paper, off by default: `sft_weight` adds plain fine-tuning on the winners, and `safeguard` scales losers'
+gradients so that they cannot undo the winners' progress (Diffusion-SDPO). A batch of B pairs is
 stacked winners first: `(2B, *latent)`. It needs torch alone; triton is imported when it is used.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 import seppo_fast._loss_arguments as arguments
 from seppo_fast._loss_arguments import Backend
+from seppo_fast.kernels.eager import LossForm
 
 Flipper = Literal["adaptive", "indicator", "never"]
 
@@ -36,7 +39,7 @@ class PreferenceLoss:
     `logit.isnan()` before counting it.
 
     Attributes:
-        loss: (), mean over the pairs of softplus(-logit).
+        loss: (), what is minimised: `preference_loss + sft_loss`.
         reject: (B,) bool, the anchor test D_w <= tie_tol, whatever the flipper.
         logit: (B,), -(beta/2) omega (D_w - a D_l).
         model_error: (2B,), the policy's mean squared errors, winners first.
@@ -44,6 +47,8 @@ class PreferenceLoss:
         aaf_rate: (), mean of `reject`: the share of pairs on which the policy beats the reference on its anchor.
         implicit_acc: (), share of logits > 0 over all pairs. On learned pairs (not rejected) that is no preference
             accuracy.
+        preference_loss: (), mean over the pairs of softplus(-logit).
+        sft_loss: (), `sft_weight (beta/4)` times the mean of m_w over the pairs; 0 without.
     """
 
     loss: Tensor
@@ -53,6 +58,8 @@ class PreferenceLoss:
     ref_error: Tensor
     aaf_rate: Tensor
     implicit_acc: Tensor
+    preference_loss: Tensor
+    sft_loss: Tensor
 
 
 def preference_loss(
@@ -65,6 +72,8 @@ def preference_loss(
     flipper: Flipper = "adaptive",
     tie_tol: float = 0.0,
     weights: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
     backend: Backend = "auto",
 ) -> PreferenceLoss:
     """`mean softplus((beta/2) omega (D_w - a D_l))` (SePPO, eq. 8-10 and appendix B.2).
@@ -90,6 +99,13 @@ def preference_loss(
             0, `never` +1 (plain Diffusion-DPO).
         tie_tol: |D_w| up to this counts as a tie.
         weights: (B,) float, omega of each pair: it multiplies the logit, not the loss.
+        sft_weight: adds `sft_weight (beta/4) m_w` to each pair's loss, which omega does not multiply. At equal policy
+            and reference the preference's own pull on m_w is beta/4, so 1 doubles it.
+        safeguard: mu in [0, 1): multiplies the loser's gradient by `lambda = min((1 - mu) |g_w|^2 / s, 1)` where
+            `s = a <g_l, g_w> > 0`, with `g = 2 (pred - target) / N` of each half (arXiv 2511.03317, Diffusion-SDPO's
+            winner-preserving scale, in output space): the loser then takes back at most 1 - mu of what the winner's
+            own gradient gains it, to first order. The loss keeps its value, and so is no longer the gradient's
+            antiderivative. None: off.
         backend: `torch`; `triton`; or `auto`: triton for CUDA tensors where it is installed, else torch. CPU tensors go
             through triton only under its interpreter (TRITON_INTERPRET=1).
 
@@ -97,10 +113,12 @@ def preference_loss(
         The loss and its statistics.
 
     Raises:
-        ValueError: an odd or empty batch, shapes or devices that differ, a dtype that is not one of the above, a `beta`
-            or `tie_tol` that is negative or not finite, an unknown flipper or backend, neither or both references.
+        ValueError: an odd or empty batch, shapes or devices that differ, a dtype that is not one of the above, a
+            `beta`, `tie_tol` or `sft_weight` that is negative or not finite, a `safeguard` outside [0, 1), an unknown
+            flipper or backend, neither or both references.
     """
-    kernels, inputs = _inputs(model_pred, target, ref_pred, ref_error, weights, beta, flipper, tie_tol, backend)
+    form = _form(beta, flipper, tie_tol, sft_weight, safeguard)
+    kernels, inputs = _inputs(model_pred, target, ref_pred, ref_error, weights, form, backend)
     return PreferenceLoss(*kernels.preference(*inputs))
 
 
@@ -114,6 +132,8 @@ def loss_and_grad(
     flipper: Flipper = "adaptive",
     tie_tol: float = 0.0,
     weights: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
     grad_scale: float | Tensor = 1.0,
     overwrite: bool = False,
     backend: Backend = "auto",
@@ -142,7 +162,8 @@ def loss_and_grad(
         ValueError: as `preference_loss`; a `grad_scale` that is neither; `overwrite` where elements of `model_pred`
             share their memory.
     """
-    kernels, inputs = _inputs(model_pred, target, ref_pred, ref_error, weights, beta, flipper, tie_tol, backend)
+    form = _form(beta, flipper, tie_tol, sft_weight, safeguard)
+    kernels, inputs = _inputs(model_pred, target, ref_pred, ref_error, weights, form, backend)
     arguments.check_scale("grad_scale", grad_scale, model_pred.device)
     if overwrite:
         arguments.check_writable("overwrite", model_pred)
@@ -162,7 +183,14 @@ def loss_and_grad(
     return result, written
 
 
-def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = 2000.0) -> PreferenceLoss:
+def seppo_loss(
+    model_pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    beta: float = 2000.0,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+) -> PreferenceLoss:
     """SePPO's loss in place of the block of a Diffusion-DPO-style trainer (SePPO, appendix B.2).
 
     Args:
@@ -170,13 +198,24 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
         ref_pred: (2B, *latent), the reference's predictions on the same noised inputs.
         target: (2B, *latent), or (B, *latent) when both halves share it.
         beta: as in `preference_loss`, which says the rest.
+        sft_weight: alike.
+        safeguard: alike.
     """
-    return preference_loss(model_pred, target, ref_pred, beta=beta)
+    options: dict[str, Any] = {"beta": beta, "sft_weight": sft_weight, "safeguard": safeguard}
+    return preference_loss(model_pred, target, ref_pred, **options)
 
 
-def dpo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = 2000.0) -> PreferenceLoss:
+def dpo_loss(
+    model_pred: Tensor,
+    ref_pred: Tensor,
+    target: Tensor,
+    beta: float = 2000.0,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
+) -> PreferenceLoss:
     """Diffusion-DPO's loss (arXiv 2311.12908, eq. 14), with the arguments of `seppo_loss`; losers are labelled."""
-    return preference_loss(model_pred, target, ref_pred, beta=beta, flipper="never")
+    options: dict[str, Any] = {"beta": beta, "sft_weight": sft_weight, "safeguard": safeguard}
+    return preference_loss(model_pred, target, ref_pred, flipper="never", **options)
 
 
 def denoising_errors(pred: Tensor, target: Tensor, backend: Backend = "auto") -> Tensor:
@@ -210,20 +249,14 @@ def _inputs(
     ref_pred: Tensor | None,
     ref_error: Tensor | None,
     weights: Tensor | None,
-    beta: float,
-    flipper: str,
-    tie_tol: float,
+    form: LossForm,
     backend: str,
 ) -> tuple[ModuleType, tuple[Any, ...]]:
-    """Checks everything once; the kernels to use and their arguments."""
+    """Checks the tensors once; the kernels to use and their arguments."""
     arguments.check_prediction("model_pred", model_pred)
     arguments.check_pairs("model_pred", model_pred)
     arguments.check_target(target, "model_pred", model_pred)
     arguments.check_reference(ref_pred, ref_error, model_pred)
-    arguments.check_number("beta", beta)
-    arguments.check_number("tie_tol", tie_tol)
-    if flipper not in tuple(LEARN_SIGN):
-        raise ValueError(f"flipper: {flipper!r} is unknown, use one of {', '.join(LEARN_SIGN)}")
     if weights is not None:
         arguments.check_vector("weights", weights, len(model_pred) // 2, arguments.DTYPES, model_pred.device)
         weights = weights.detach().float().contiguous()
@@ -235,7 +268,17 @@ def _inputs(
         None if ref_pred is None else arguments.rows(ref_pred.detach(), order),
         None if ref_error is None else ref_error.detach().contiguous(),
         weights,
-        float(beta),
-        LEARN_SIGN[flipper],
-        float(tie_tol),
+        form,
     )
+
+
+def _form(beta: float, flipper: str, tie_tol: float, sft_weight: float, safeguard: float | None) -> LossForm:
+    """Checks the numbers once."""
+    for name, value in {"beta": beta, "tie_tol": tie_tol, "sft_weight": sft_weight}.items():
+        arguments.check_number(name, value)
+    if flipper not in tuple(LEARN_SIGN):
+        raise ValueError(f"flipper: {flipper!r} is unknown, use one of {', '.join(LEARN_SIGN)}")
+    if safeguard is not None:
+        arguments.check_share("safeguard", safeguard)
+        safeguard = float(safeguard)
+    return LossForm(float(beta), LEARN_SIGN[flipper], float(tie_tol), float(sft_weight), safeguard)

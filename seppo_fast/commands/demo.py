@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seppo_fast.config.load import read_config
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
 from seppo_fast.evaluation.grids import animate, side_by_side
 from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_model, judged_pictures, prompt_sets
 from seppo_fast.evaluation.scores import Scores
-from seppo_fast.evaluation.statistics import given, paired_difference
+from seppo_fast.evaluation.statistics import PairedDifference, given, paired_difference
 from seppo_fast.runs.journal import read_journal
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.random import keyed_rng
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+RECIPES = {False: "demo.yaml", True: "demo-video.yaml"}  # by whether it moves
 CURVE_PROMPTS, CURVE_EVERY = 120, 10
 CURVE_CLIPS = 40  # a clip takes as long as several pictures
-GRID_PROMPTS = 6
+GRID_CHANGED, GRID_RANDOM = 4, 3  # rows of the picture
 
 
 class ScoreCurve:
@@ -48,43 +51,107 @@ class ScoreCurve:
             print(f"judge after {updates} updates: {scored.mean():.3f} ({len(scored)} development prompts)", flush=True)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Base and aligned at one guidance scale, on the same prompts and seeds.
+
+    Attributes:
+        guidance: the scale.
+        pictures: of both, `(N, H, W, 3)` or clips `(N, F, H, W, 3)` uint8, by name.
+        scores: of both, `(N,)`, by name.
+        paired: the difference, one item per prompt.
+    """
+
+    guidance: float
+    pictures: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
+    paired: PairedDifference
+
+    def whole_prompts(self) -> dict[str, float]:
+        """Returns the share of pictures in which every attribute is right, by name."""
+        return {name: float(np.mean(given(scores) == 1)) for name, scores in self.scores.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what `result.json` holds of it."""
+        right = {f"{name}_all_right": share for name, share in self.whole_prompts().items()}
+        return {"guidance": self.guidance} | asdict(self.paired) | right
+
+
+def compare(config: Config, prompts: list[str], weights: Path, guidance: float) -> Comparison:
+    """Judges the base and the weights of a run on report prompts at a guidance scale."""
+    pictures, scores = {}, {}
+    for name, trained in {"base": None, "aligned": weights}.items():
+        pictures[name], scores[name] = judged_model(config, prompts, REPORT, trained, guidance=guidance)
+    paired = paired_difference(*(by_prompt(prompts, scores[name]) for name in ("base", "aligned")))
+    return Comparison(guidance, pictures, scores, paired)
+
+
 def demo(config: Config) -> None:
     """Trains, judges base and aligned on held-out prompts at the same seeds, writes picture, scores, `result.json`."""
     started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
-    curve = ScoreCurve(development[: CURVE_CLIPS if config.model.motion_adapter else CURVE_PROMPTS])
+    clips = bool(config.model.motion_adapter)
+    curve = ScoreCurve(development[: CURVE_CLIPS if clips else CURVE_PROMPTS])
     weights = train(config, curve)
     folder = Path(config.output)
     print(f"judging base and aligned on {len(prompts)} held-out prompts ...", flush=True)
-    pictures, scores = {}, {}
-    for name, trained in {"base": None, "aligned": weights}.items():
-        pictures[name], scores[name] = judged_model(config, prompts, REPORT, trained)
-    difference = paired_difference(*(by_prompt(prompts, scores[name]) for name in ("base", "aligned")))
-    rows = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:GRID_PROMPTS]
-    shown = {name: images[rows] for name, images in pictures.items()}
-    draw(folder, curve.points, [prompts[row] for row in rows], shown)
-    result = dataclasses.asdict(difference) | {
-        "base_all_right": float(np.mean(given(scores["base"]) == 1)),
-        "aligned_all_right": float(np.mean(given(scores["aligned"]) == 1)),
-        "seconds": time.perf_counter() - started,
+    scales = config.evaluation.guidance or (config.sampler.guidance,)
+    comparisons = [compare(config, prompts, weights, scale) for scale in scales]
+    first = comparisons[0]
+    draw(folder, curve.points, prompts, first)
+    shape = "clips" if clips else "pictures"
+    measured = Scores(
+        what=f"the embedded judge's score, share of attributes, on {len(prompts)} {shape} of held-out prompts "
+        f"(guidance {first.guidance:g})",
+        update=config.train.updates,
+        average=bool(config.train.ema_decay),
+        paired=first.paired,
+    )
+    measured.write(folder)
+    seconds = time.perf_counter() - started
+    result = {
+        "comparisons": [comparison.numbers() for comparison in comparisons],
+        "seconds": seconds,
         "torch": version("torch"),
         "cores": os.cpu_count(),
     }
-    shape = "clips" if config.model.motion_adapter else "pictures"
-    measured = Scores(
-        what=f"the embedded judge's score, share of attributes, on {len(prompts)} {shape} of held-out prompts",
-        update=config.train.updates,
-        average=bool(config.train.ema_decay),
-        paired=difference,
-    )
-    measured.write(folder)
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"picture: {folder / 'demo.png'}")
-    print(f"whole prompts right: {result['base_all_right']:.3f} -> {result['aligned_all_right']:.3f}")
-    print(f"seconds: {result['seconds']:.0f}")
-    print(f"judge's score, base -> aligned: {difference}")
-    if difference.low <= 0:
-        print("the interval includes zero: no gain shown")
+    for line in lines(comparisons, seconds):
+        print(line)
+    for line in sft_lines(config):
+        print(line)
+
+
+def lines(comparisons: Sequence[Comparison], seconds: float) -> list[str]:
+    """Returns what the demo prints of its result."""
+    said = [f"seconds: {seconds:.0f}"]
+    for comparison in comparisons:
+        right = comparison.whole_prompts()
+        said.append(f"guidance {comparison.guidance:g}: judge's score, base -> aligned: {comparison.paired}")
+        said.append(f"  whole prompts right: {right['base']:.3f} -> {right['aligned']:.3f}")
+        if comparison.paired.low <= 0:
+            said.append("  the interval includes zero: no gain shown")
+    return said
+
+
+def sft_lines(config: Config) -> list[str]:
+    """Returns what plain fine-tuning on the winners gains by the same recipe, where that was measured."""
+    name = RECIPES[bool(config.model.motion_adapter)]
+    if _without_places(config) != _without_places(read_config(name)):
+        return []
+    return [f"for comparison, {line}" for line in SFT_ALONE.get(name, ())]
+
+
+# Means over three training seeds on the same held-out prompts, from benchmarks/results; a test compares them.
+SFT_ALONE: dict[str, tuple[str, ...]] = {}
+
+
+def _without_places(config: Config) -> dict[str, Any]:
+    """A configuration's settings, but for its seed, its folders, and how it is judged and shown."""
+    tree = config.model_dump(exclude={"output", "seed", "save", "log"})
+    tree["data"].pop("cache")
+    return tree
 
 
 def by_prompt(prompts: Sequence[str], scores: np.ndarray) -> np.ndarray:
@@ -93,13 +160,28 @@ def by_prompt(prompts: Sequence[str], scores: np.ndarray) -> np.ndarray:
     return np.bincount(rows, scores) / np.bincount(rows)
 
 
-def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pictures: dict[str, np.ndarray]) -> None:
+def shown_rows(prompts: Sequence[str], scores: dict[str, np.ndarray]) -> tuple[list[int], list[int]]:
+    """Returns the rows of the picture: the first whose scores differ, better or worse, and some drawn at random.
+
+    No prompt is shown twice. The draw depends on nothing but the number of prompts.
+    """
+    firsts = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)]
+    changed = [row for row in firsts if scores["base"][row] != scores["aligned"][row]][:GRID_CHANGED]
+    order = keyed_rng(0, "demo picture", len(firsts)).permutation(len(firsts))
+    drawn = [firsts[place] for place in order if firsts[place] not in changed][:GRID_RANDOM]
+    return changed, drawn
+
+
+def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], comparison: Comparison) -> None:
     """Writes `demo.png`: four curves of the run, base beside aligned at the same seeds; of clips `demo.webp` too."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    changed, drawn = shown_rows(prompts, comparison.scores)
+    shown = [prompts[row] for row in changed + drawn]
+    pictures = {name: images[changed + drawn] for name, images in comparison.pictures.items()}
     log = read_journal(folder)
     updates = [entry["update"] for entry in log]
     clips = pictures["base"].ndim == 5
@@ -107,20 +189,24 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], pict
     figure, axes = plt.subplot_mosaic("ABCD;GGGG" if clips else "ABG;CDG", layout="constrained", **layout)
     panels = {
         "winner error (mean squared error)": {"policy": "winner_error", "reference": "ref_winner_error"},
-        "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
+        "loss": {"preference": "preference_loss", "winners' own term": "sft_loss"},
         "reject rate (AAF)": {"share of pairs": "aaf_rate"},
     }
     for panel, (title, lines) in zip("ABC", panels.items(), strict=True):
-        _curve(axes[panel], title, updates, {name: [entry[key] for entry in log] for name, key in lines.items()})
+        logged = {name: [entry[key] for entry in log] for name, key in lines.items() if key in log[0]}
+        _curve(axes[panel], title, updates, logged)
     judged, scores = zip(*points, strict=True)
     _curve(axes["D"], "judge's score (development prompts)", judged, {"policy": scores})
-    axes["G"].imshow(side_by_side(prompts, pictures, cell=64 if clips else 128))
+    axes["G"].imshow(side_by_side(shown, pictures, cell=64 if clips else 128))
     axes["G"].axis("off")
-    axes["G"].set_title("held-out prompts, same seeds")
+    axes["G"].set_title(
+        f"held-out prompts, same seeds, guidance {comparison.guidance:g}:\n"
+        f"the first {len(changed)} with another score, then {len(drawn)} at random"
+    )
     figure.savefig(folder / "demo.png", dpi=90)
     plt.close(figure)
     if clips:
-        animate(folder / "demo.webp", prompts, pictures)
+        animate(folder / "demo.webp", shown, pictures)
 
 
 def _curve(axes: Axes, title: str, x: Sequence[float], lines: dict[str, Sequence[float]]) -> None:
@@ -128,5 +214,6 @@ def _curve(axes: Axes, title: str, x: Sequence[float], lines: dict[str, Sequence
         axes.plot(x, y, label=name)
     axes.set_title(title)
     axes.set_xlabel("update")
-    axes.legend()
+    if lines:
+        axes.legend()
     axes.grid(alpha=0.3)

@@ -82,9 +82,17 @@ def judged_pictures(
 
 
 def judged_model(
-    config: Config, prompts: Sequence[str], seed: int, weights: Path | None = None
+    config: Config,
+    prompts: Sequence[str],
+    seed: int,
+    weights: Path | None = None,
+    *,
+    guidance: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `judged_pictures`, of the model of a configuration, or of the `weights` that its run wrote."""
+    """As `judged_pictures`, of the model of a configuration, or of the `weights` that its run wrote.
+
+    The sampler is the configuration's, at another guidance scale where one is given.
+    """
     full = weights is not None and config.model.train == "full"
     # What a run on clips wrote has its motion modules inside.
     model = config.model.model_copy(update={"path": str(weights), "motion_adapter": ""}) if full else config.model
@@ -92,5 +100,6 @@ def judged_model(
     if weights is not None and not full:
         load_as("weights", str(weights), "a LoRA", partial(family.load_lora, weights))
     denoiser = Denoiser(family, torch.float32)
-    sampler = family.sampler(config.sampler, family.latent_shape(SIZE))
+    settings = config.sampler if guidance is None else config.sampler.model_copy(update={"guidance": guidance})
+    sampler = family.sampler(settings, family.latent_shape(SIZE))
     return judged_pictures(family, denoiser, family.model, sampler, prompts, seed)

@@ -58,6 +58,8 @@ class PreferenceMethod(Method):
             made.ref_error,
             beta=train.beta,
             tie_tol=train.tie_tol,
+            sft_weight=train.sft_weight,
+            safeguard=train.safeguard_mu if train.safeguard else None,
             grad_scale=grad_scale,
             backend=train.backend,
         )
@@ -79,6 +81,8 @@ def step_loss(
     *,
     beta: float,
     tie_tol: float,
+    sft_weight: float,
+    safeguard: float | None,
     grad_scale: float | Tensor,
     backend: Backend,
 ) -> StepLoss:
@@ -91,6 +95,8 @@ def step_loss(
         ref_error: `(2b,)` float32 errors of the reference on the same noised inputs; None for SFT.
         beta: multiplies a mean over latent elements.
         tie_tol: |D_w| up to this counts as a tie.
+        sft_weight: of the winners' own term, see `preference_loss`.
+        safeguard: mu of the losers' scale, see `preference_loss`; None: off.
         grad_scale: multiplies the gradient; a number or one float32 on the device.
         backend: of the loss, `auto`, `triton` or `torch`.
     """
@@ -108,10 +114,15 @@ def step_loss(
         beta=beta,
         flipper=objective.flipper,
         tie_tol=tie_tol,
+        sft_weight=sft_weight,
+        safeguard=safeguard,
         grad_scale=grad_scale,
         backend=backend,
     )
-    return StepLoss(model_pred, grad, _sums(result, beta))
+    sums = _sums(result, beta)
+    if sft_weight:
+        sums["sft_loss"] = result.sft_loss * len(result.reject)
+    return StepLoss(model_pred, grad, sums)
 
 
 def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
@@ -120,6 +131,7 @@ def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
     reject, correct = result.reject.float(), (result.logit > 0).float()
     return {
         "loss": result.loss * len(winner),
+        "preference_loss": result.preference_loss * len(winner),
         "winner_error": winner.sum(),
         "loser_error": loser.sum(),
         "ref_winner_error": ref_winner.sum(),

@@ -28,12 +28,15 @@ def test_the_card_of_a_demo_quotes_what_the_demo_measured(tmp_path, monkeypatch,
         "output": str(tmp_path / "run"),
         "data": config.data.model_copy(update={"source": "shapes:8:11", "cache": str(tmp_path / "cache")}),
         "train": config.train.model_copy(update={"updates": 1, "pairs_per_update": 2}),
+        "reference": config.reference.model_copy(update={"uses": 1}),
         "sampler": config.sampler.model_copy(update={"steps": 2}),
+        "evaluation": config.evaluation.model_copy(update={"guidance": (1.5,)}),
     }
     config = config.model_copy(update=changes)
     demo.demo(config)
     run = Path(changes["output"])
-    result, scores = json.loads((run / "result.json").read_text()), read_scores(run)
+    (result,), scores = json.loads((run / "result.json").read_text())["comparisons"], read_scores(run)
+    assert result["guidance"] == 1.5 and "(guidance 1.5)" in scores.what
     names = ("base", "other", "low", "high", "items", "left_out")
     paired = scores.paired
     assert tuple(result[name] for name in names) == tuple(getattr(paired, name) for name in names)

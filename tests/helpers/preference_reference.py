@@ -42,6 +42,8 @@ class Reference:
     implicit_acc: Tensor
     difference: Tensor
     grad: Tensor
+    preference_loss: Tensor
+    sft_loss: Tensor
 
 
 def reference(
@@ -54,6 +56,8 @@ def reference(
     flipper: str = "adaptive",
     tie_tol: float = 0.0,
     weights: Tensor | None = None,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
 ) -> Reference:
     p, y = model_pred.detach().cpu().double(), target.cpu().double()
     if len(y) < len(p):
@@ -71,10 +75,18 @@ def reference(
     logit = -(beta / 2) * omega * (d[:pairs] - a * d[pairs:])
     losses = torch.logaddexp(torch.zeros_like(logit), -logit)
     slope = (beta / 2) * omega / (1 + torch.exp(logit)) / pairs
-    per_row = torch.cat([slope, -a * slope])
-    grad = per_row.reshape(-1, *[1] * (p.ndim - 1)) * 2 * (p - y) / p[0].numel()
+    sft = sft_weight * (beta / 4)
+    each = 2 * (p - y) / p[0].numel()
+    room = torch.ones(pairs, dtype=torch.float64)
+    for pair in range(pairs if safeguard is not None else 0):
+        against = float(a[pair] * (each[pair] * each[pairs + pair]).sum())
+        if against > 0:
+            room[pair] = min(1.0, (1 - safeguard) * float((each[pair] ** 2).sum()) / against)
+    per_row = torch.cat([slope + sft / pairs, -a * room * slope])
+    grad = per_row.reshape(-1, *[1] * (p.ndim - 1)) * each
     share = reject.double().mean(), (logit > 0).double().mean()
-    return Reference(losses.mean(), reject, logit, m, r, *share, difference=d, grad=grad)
+    parts = {"preference_loss": losses.mean(), "sft_loss": sft * m[:pairs].mean()}
+    return Reference(sum(parts.values()), reject, logit, m, r, *share, difference=d, grad=grad, **parts)
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float, atol: float = 0.0) -> None:
@@ -85,12 +97,15 @@ def assert_matches(result: PreferenceLoss, expected: Reference, atol: float) -> 
     """Loss and statistics, the logit within `atol` and float32's rounding."""
     close(result.logit, expected.logit, rtol=2e-6, atol=atol)
     close(result.loss, expected.loss, rtol=1e-6, atol=atol)
+    close(result.preference_loss, expected.preference_loss, rtol=1e-6, atol=atol)
+    close(result.sft_loss, expected.sft_loss, rtol=1e-6)
     close(result.model_error, expected.model_error, rtol=4e-7)
     close(result.ref_error, expected.ref_error, rtol=4e-7)
     close(result.aaf_rate, expected.aaf_rate, rtol=1e-7)
     close(result.implicit_acc, expected.implicit_acc, rtol=1e-7)
     assert torch.equal(result.reject.cpu(), expected.reject)
-    for field in ("loss", "logit", "model_error", "ref_error", "aaf_rate", "implicit_acc"):
+    numbers = ("loss", "logit", "model_error", "ref_error", "aaf_rate", "implicit_acc", "preference_loss", "sft_loss")
+    for field in numbers:
         assert getattr(result, field).dtype == torch.float32
 
 

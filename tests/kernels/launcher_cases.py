@@ -19,6 +19,7 @@ from torch import Tensor
 import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.preference as preference
 import seppo_fast.kernels.temporal_attention as temporal
+from seppo_fast.kernels.eager import LossForm
 
 PAIRS = 3
 ONE_CHUNK, CHUNKS = (4, 16, 24), (4, 64, 80)  # 2048 lanes; two chunks of five folds
@@ -80,7 +81,8 @@ def _preference(
         ref_pred = None if ref_error else _rows(2 * PAIRS, latent, dtype, 48)
         inputs = (
             pred, target, ref_pred, torch.zeros(2 * PAIRS) if ref_error else None,
-            torch.ones(PAIRS) if weights else None, 20.0, -1.0, 1e-3,
+            torch.ones(PAIRS) if weights else None,
+            LossForm(20.0, -1.0, 1e-3, *((2.0, 0.75) if weights else ())),
         )  # fmt: skip
         if at_once:
             scale = torch.tensor(3.0) if scale_tensor else 3.0

@@ -15,12 +15,13 @@ from triton.backends.compiler import GPUTarget
 
 import seppo_fast.kernels.denoising_error as errors
 import seppo_fast.kernels.preference as preference
+from seppo_fast.kernels.eager import LossForm
 from tests.kernels.offline import Code, compiled
 
 CAPABILITIES = (80, 90, 100)
 PAIRS = 1000  # so many that the means take their widest blocks; memory that nobody touches costs nothing
 ONE_CHUNK, CHUNKS = 4 * 64 * 64, 4 * 128 * 128  # SD-1.5 and SDXL
-NUMBERS = (2000.0, -1.0, 0.0)  # beta, learn_sign, tie_tol
+FORM = LossForm(2000.0, -1.0, 0.0)
 
 
 def _latents(dtype, size=ONE_CHUNK, shared=True, target_dtype=None):
@@ -30,25 +31,25 @@ def _latents(dtype, size=ONE_CHUNK, shared=True, target_dtype=None):
 
 def _at_once(dtype, **options):
     pred, target, ref_pred = _latents(dtype, **options)
-    preference.loss_and_grad(pred, target, ref_pred, None, None, *NUMBERS, 1.0, None)
+    preference.loss_and_grad(pred, target, ref_pred, None, None, FORM, 1.0, None)
 
 
 def _at_once_from_errors(dtype):
     pred, target, _ = _latents(dtype)
     inputs = (pred, target, None, torch.empty(2 * PAIRS), torch.empty(PAIRS))
-    preference.loss_and_grad(*inputs, *NUMBERS, torch.empty(()), None)
+    preference.loss_and_grad(*inputs, FORM, torch.empty(()), None)
 
 
 def _at_once_from_contiguous_target(dtype):
     """Predictions are channels_last, so a contiguous target comes with its dims in their order."""
     pred, target, ref_pred = _latents(dtype)
     ordered = target.view(PAIRS, 4, 64, 64).permute(0, 2, 3, 1)
-    preference.loss_and_grad(pred, ordered, ref_pred, None, None, *NUMBERS, 1.0, None)
+    preference.loss_and_grad(pred, ordered, ref_pred, None, None, FORM, 1.0, None)
 
 
 def _forward(dtype, **options):
     pred, target, ref_pred = _latents(dtype, **options)
-    preference.forward(pred, target, ref_pred, None, None, *NUMBERS)
+    preference.forward(pred, target, ref_pred, None, None, FORM)
 
 
 def _gradient(dtype):

@@ -82,6 +82,20 @@ def test_many_small_chunks_and_blocks_of_pairs(shape, shared, small, poisoned_me
     _check(shape, shared)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (6, 4, 5, 7), (14, 31), (10, 33), (4, 129)], ids=str)
+@pytest.mark.parametrize("flipper", ["adaptive", "indicator", "never"])
+def test_winners_term_and_safeguard_in_small_chunks(shape, flipper, small, poisoned_memory):
+    model_pred, target, ref_pred = predictions(shape, shared=len(shape) > 2)
+    weights = torch.linspace(0.5, 1.5, shape[0] // 2)
+    for more in ({"sft_weight": 4.0}, {"safeguard": 0.9}, {"sft_weight": 0.5, "safeguard": 0.0}):
+        options = {"beta": 20.0, "weights": weights, "flipper": flipper, **more}
+        for ref in _references(ref_pred, target):
+            expected = reference(model_pred, target, **ref, **options)
+            for result, grad in _all_results(model_pred, target, ref, **options):
+                assert_matches(result, expected, atol=2e-6)
+                assert relative_rms(grad, expected.grad) < 2e-6
+
+
 @pytest.mark.parametrize("size", [15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97])
 def test_borders_of_folds_and_chunks(size, small, poisoned_memory):
     _check((2, size), shared=True)
@@ -181,8 +195,8 @@ def test_kernel_and_twin_offer_the_same():
     model_pred, target, ref_pred = (x.detach() for x in predictions((6, 35)))
     weights = torch.tensor([0.5, 1.0, 2.0])
     for ref in ((ref_pred, None), (None, torch.full((6,), 0.2))):
-        for learn_sign in (-1.0, 0.0, 1.0):
-            args = (model_pred, target, *ref, weights, 20.0, learn_sign, 1e-3)
+        for learn_sign, more in ((-1.0, ()), (0.0, (2.0,)), (1.0, (0.5, 0.75)), (-1.0, (0.0, 0.0))):
+            args = (model_pred, target, *ref, weights, eager.LossForm(20.0, learn_sign, 1e-3, *more))
             for ours, twin in zip(preference.preference(*args), eager.preference(*args), strict=True):
                 torch.testing.assert_close(ours, twin, rtol=2e-6, atol=2e-6)
             for scale in (3.0, torch.tensor(3.0)):

@@ -33,15 +33,17 @@ MODEL = {
 @pytest.mark.parametrize(("way", "division"), MODEL, ids=str)
 @pytest.mark.parametrize("kind", ["ref_pred", "ref_error"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
-def test_each_byte_moves_as_often_as_the_byte_model_says(way, division, kind, shared):
+@pytest.mark.parametrize("more", [{}, {"sft_weight": 4.0, "safeguard": 0.9}], ids=["plain", "both options"])
+def test_each_byte_moves_as_often_as_the_byte_model_says(way, division, kind, shared, more):
     pairs, size = 3, (CHUNK - 3 if division == "one chunk" else 2 * CHUNK + 5)
     model_pred, target, ref_pred = predictions((2 * pairs, size), torch.bfloat16, shared=shared)
     ref = {kind: ref_pred if kind == "ref_pred" else torch.full((2 * pairs,), 0.2)}
     with Traffic().watched() as traffic, launches() as made:
         if way == "at once":
-            _, grad = loss_and_grad(model_pred, target, **ref, backend="triton")
+            _, grad = loss_and_grad(model_pred, target, **ref, **more, backend="triton")
         else:
-            (grad,) = torch.autograd.grad(preference_loss(model_pred, target, **ref, backend="triton").loss, model_pred)
+            loss = preference_loss(model_pred, target, **ref, **more, backend="triton").loss
+            (grad,) = torch.autograd.grad(loss, model_pred)
 
     alone = way == "at once" and division == "one chunk"
     assert [launch.kernel for launch in made] == [FORWARD] if alone else [FORWARD, BACKWARD]

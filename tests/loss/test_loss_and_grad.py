@@ -63,6 +63,56 @@ def test_values_and_gradient_match_float64(place, shape, dtype):
             assert (grad.data_ptr() == pred.data_ptr()) is overwrite
 
 
+# With a = 0, and where the halves' gradients do not oppose, nothing is scaled; at mu = 0 a part of the pairs is.
+@pytest.mark.parametrize("shape", [(2, 1), (10, 4, 9, 11), (4, 4, 64, 64), (2, 1, 2, 2051)], ids=str)
+@pytest.mark.parametrize("flipper", ["adaptive", "indicator", "never"])
+@pytest.mark.parametrize(
+    "more",
+    [{"sft_weight": 4.0}, {"safeguard": 0.9}, {"safeguard": 0.0}, {"sft_weight": 0.25, "safeguard": 0.5}],
+    ids=str,
+)
+def test_winners_term_and_safeguard_match_float64(place, shape, flipper, more):
+    backend, device = place
+    weights = torch.linspace(0.5, 1.5, shape[0] // 2, device=device)
+    for shared in (True, False):
+        model_pred, target, ref_pred = predictions(shape, seed=5, shared=shared, device=device)
+        for ref in _references(ref_pred, target, backend):
+            options = {"beta": 70.0, "flipper": flipper, "weights": weights, **more}
+            expected = reference(model_pred, target, **ref, **options)
+            through = preference_loss(model_pred, target, **ref, **options, backend=backend)
+            (grad,) = torch.autograd.grad(through.loss, model_pred, torch.tensor(0.5, device=device))
+            result, at_once = loss_and_grad(model_pred, target, **ref, **options, grad_scale=0.5, backend=backend)
+            for made, slope in ((through, grad), (result, at_once)):
+                assert_matches(made, expected, atol=1e-5)
+                assert relative_rms(slope, 0.5 * expected.grad) < 4e-6
+            if "ref_error" in ref:
+                assert torch.equal(grad, at_once)
+
+
+def test_safeguard_leaves_the_winner_its_share(place):
+    backend, device = place
+    model_pred, target, ref_pred = (x.detach() for x in predictions((64, 3, 4), shared=True, device=device))
+    # Losers that miss the target as their winners do, from twice as far the other way to twice as far the same way.
+    alike = torch.linspace(-2, 2, 32, device=device)[:, None, None]
+    model_pred[32:] = target + alike * (model_pred[:32] - target)
+    model_pred.requires_grad_()
+    options = {"beta": 5.0, "flipper": "never", "backend": backend}
+    errors = torch.autograd.grad(denoising_errors(model_pred, target, backend).chunk(2)[0].sum(), model_pred)
+    own = errors[0].chunk(2)[0].double()
+
+    def progress(safeguard):
+        _, grad = loss_and_grad(model_pred, target, ref_pred, safeguard=safeguard, **options)
+        winner, loser = (half.double() for half in grad.chunk(2))
+        gained, taken = ((own * half).flatten(1).sum(1) for half in (winner, loser))
+        return (gained + taken) / gained
+
+    assert progress(None).min() < 0  # some losers would undo more than all of it
+    for mu in (0.0, 0.5, 0.9):
+        shares = progress(mu)
+        assert shares.min() >= mu - 1e-5
+        assert (shares - mu).abs().min() < 1e-5 and shares.max() > 1  # some are scaled, others left alone
+
+
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_gradient_is_that_of_autograd(place, dtype):
     backend, device = place

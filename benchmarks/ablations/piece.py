@@ -1,0 +1,245 @@
+"""One run of the ablation: trained once, judged where its row says, counted."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.ablations.rows import DEVELOPMENT_SEED, FIRST_STAGE_UPDATES, GUIDANCE, RATES, SFT, Piece
+from benchmarks.ablations.signs import register_signs
+from benchmarks.harness.provenance import commit
+from seppo_fast.config.load import parse_config, read_config
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.config.schema import Config
+from seppo_fast.data.sources import open_source
+from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_pictures, prompt_sets
+from seppo_fast.loss import denoising_errors
+from seppo_fast.shapes.world import SIZE, caption, render, scene
+from seppo_fast.train import train
+from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.logging import quiet_libraries
+from seppo_fast.utils.random import keyed_noise, keyed_rng
+
+WINNERS = "shapes:2048:11"  # whose captions no held-out prompt shares, whatever a regime trains on
+HELD_OUT_STREAM, ERROR_DRAWS = 13, 4
+WRONG_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a run does; smaller to see that it runs.
+
+    Attributes:
+        prompts: judged at each stop, at most.
+        pictures: on which the held-out error is taken.
+        settings: over those of every piece.
+        stops: replaces the stops of every piece; None: each has its own.
+    """
+
+    prompts: int | None = None
+    pictures: int = 256
+    settings: tuple[tuple[str, Any], ...] = ()
+    stops: tuple[int, ...] | None = None
+
+
+FULL = Size()
+QUICK = Size(
+    prompts=4,
+    pictures=4,
+    settings=(
+        ("data.source", "shapes:8:11"), ("train.updates", 2), ("train.updates_per_iteration", 1),
+        ("train.pairs_per_update", 4), ("train.micro_batch", 4), ("sampler.steps", 2),
+    ),
+    stops=(1, 2),
+)  # fmt: skip
+
+
+class Rows:
+    """Counts rows that go through a network, forward and backward."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.forward, self.backward, self.paused = 0, 0, False
+        network.register_forward_hook(self._count)
+
+    def _count(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.paused:
+            return
+        prediction = output[0]
+        rows = len(prediction)
+        self.forward += rows
+        if prediction.requires_grad:
+            prediction.register_hook(lambda grad: self._add(rows))
+
+    def _add(self, rows: int) -> None:
+        self.backward += rows
+
+    @property
+    def equivalent(self) -> int:
+        """Forwards of a row; a backward counts as two."""
+        return self.forward + 2 * self.backward
+
+
+class Stops:
+    """Judges a run where it should be judged; an observer of `train`.
+
+    Args:
+        stops: the updates after which it does.
+        prompts: held out.
+        seed: of the starting noise.
+        pictures: on which the held-out error is taken.
+
+    Attributes:
+        found: one entry per stop.
+    """
+
+    def __init__(self, stops: Sequence[int], prompts: list[str], seed: int, pictures: int) -> None:
+        self._stops, self._prompts, self._seed, self._pictures = stops, prompts, seed, pictures
+        self._rows: Rows | None = None
+        self._judging = 0.0
+        self._began = time.perf_counter()
+        self.found: list[dict[str, Any]] = []
+
+    def __call__(self, trainer: Trainer, updates: int) -> None:
+        if self._rows is None:
+            self._rows = Rows(trainer.policy)
+            self._began = time.perf_counter()
+        if updates not in self._stops:
+            return
+        began, self._rows.paused = time.perf_counter(), True
+        config, entry = trainer.config, dict[str, Any](update=updates, row_forwards=self._rows.equivalent)
+        generates = config.row.negatives == "generated"
+        entry["pairs"] = updates * config.train.pairs_per_update
+        entry["samples"] = entry["pairs"] // config.reference.uses if generates else 0
+        entry["seconds"] = began - self._began - self._judging
+        entry["winner_error"] = held_out_error(trainer, self._pictures)
+        entry["scores"] = {f"{scale:g}": self._scores(trainer, scale) for scale in GUIDANCE}
+        self.found.append(entry)
+        self._rows.paused = False
+        self._judging += time.perf_counter() - began
+
+    def _scores(self, trainer: Trainer, scale: float) -> list[float]:
+        settings = trainer.config.sampler.model_copy(update={"guidance": scale})
+        sampler = trainer.family.sampler(settings, trainer.family.latent_shape(SIZE))
+        _, scores = judged_pictures(
+            trainer.family, trainer.denoiser, trainer.policy, sampler, self._prompts, self._seed
+        )
+        return [round(float(score), 4) for score in scores]
+
+
+@torch.no_grad()
+def held_out_error(trainer: Trainer, pictures: int) -> float:
+    """Returns the policy's mean denoising error on so many rendered pictures that no run sees."""
+    family, schedule = trainer.family, trainer.family.schedule
+    scenes = [scene(HELD_OUT_STREAM, index) for index in range(pictures)]
+    latents = family.encode_images(torch.from_numpy(np.stack([render(one) for one in scenes])))
+    rows = family.collate(family.encode_prompts([caption(one) for one in scenes]))
+    family.park_encoders()
+    errors: list[Tensor] = []
+    for draw in range(ERROR_DRAWS):
+        keys = [(draw, index) for index in range(len(latents))]
+        times = torch.tensor([schedule.draw(keyed_rng(0, "held-out", *key), latents.shape[1:]) for key in keys])
+        noise = keyed_noise(0, "held-out", keys, latents.shape[1:])
+        noised, target = schedule.add_noise(latents, noise, times), schedule.target(latents, noise, times)
+        for chosen in torch.arange(len(latents)).split(64):
+            picked = rows.take(slice(int(chosen[0]), int(chosen[-1]) + 1))
+            prediction = trainer.denoiser.denoise(trainer.policy, noised[chosen], times[chosen], picked)
+            errors.append(denoising_errors(prediction, target[chosen]))
+    return float(torch.cat(errors).double().mean())
+
+
+def run_piece(piece: Piece, folder: str, size: Size = FULL) -> dict[str, Any]:
+    """Trains and judges a piece in this process, on one thread, from its beginning.
+
+    Args:
+        piece: what is trained.
+        folder: of runs, caches and written data; the run's own is cleared first and removed after.
+        size: how much of it.
+
+    Returns:
+        What is written down: the piece, and an entry for each stop.
+    """
+    prepare()
+    place = Path(folder) / piece.name
+    shutil.rmtree(place, ignore_errors=True)
+    config = config_of(piece, Path(folder), place, size)
+    selecting = piece.seed == DEVELOPMENT_SEED
+    prompts = held_out(selecting)[: size.prompts]
+    stops = Stops(size.stops or piece.stops, prompts, DEVELOPMENT if selecting else REPORT, size.pictures)
+    with redirect_stdout(io.StringIO()):
+        train(config, stops)
+    shutil.rmtree(place)
+    told = {"study": piece.study, "row": piece.row, "rate": piece.rate, "seed": piece.seed, "regime": piece.regime}
+    return {"commit": commit(), "torch": torch.__version__, **told, "stops": stops.found}
+
+
+def prepare() -> None:
+    """Makes this process fit for a run."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    if "random-sign" not in OBJECTIVES:
+        register_signs()
+
+
+def held_out(selecting: bool) -> list[str]:
+    """Returns the prompts on which settings are chosen, or those that are reported on."""
+    return prompt_sets(open_source(WINNERS))[0 if selecting else 1]
+
+
+def config_of(piece: Piece, folder: Path, place: Path, size: Size) -> Config:
+    """The configuration of a piece; writes what its regime needs first."""
+    settings = piece.settings()
+    if piece.regime == "after-sft":
+        settings["model.path"] = str(first_stage(piece.seed, folder, size))
+    elif piece.regime == "wrong-captions":
+        settings["data.source"] = str(wrong_captions(folder / "wrong-captions"))
+    return changed("demo.yaml", settings | dict(size.settings), place, folder / "cache")
+
+
+def changed(recipe: str, settings: dict[str, Any], output: Path, cache: Path) -> Config:
+    """A recipe with other settings, and neither pictures nor saved states on the way."""
+    tree = read_config(recipe).model_dump()
+    quiet = {"output": str(output), "data.cache": str(cache), "log.sample_every": 0, "save.minutes": 600.0}
+    for key, value in (quiet | settings).items():
+        section, _, name = key.rpartition(".")
+        (tree[section] if section else tree)[name] = value
+    return parse_config(tree)
+
+
+def first_stage(seed: int, folder: Path, size: Size) -> Path:
+    """The weights of plain fine-tuning that a second stage begins from, trained where they do not exist yet."""
+    place = folder / f"first-stage-seed{seed}"
+    if not (place / "weights").exists():
+        settings = Piece("table", SFT, RATES[0], seed).settings() | {"train.updates": FIRST_STAGE_UPDATES}
+        with redirect_stdout(io.StringIO()):
+            train(changed("demo.yaml", settings | dict(size.settings), place, folder / "cache"))
+    return place / "weights"
+
+
+def wrong_captions(folder: Path) -> Path:
+    """The recipe's winners as files, a fifth of them with another winner's caption; written where they do not exist."""
+    if (folder / "done").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    _, count, stream = WINNERS.split(":")
+    scenes = [scene(int(stream), index) for index in range(int(count))]
+    captions = [caption(one) for one in scenes]
+    rng = keyed_rng(0, "wrong captions")
+    wrong = rng.choice(len(scenes), round(WRONG_SHARE * len(scenes)), replace=False)
+    for index, other in zip(wrong, np.roll(wrong, 1), strict=True):
+        captions[index] = caption(scenes[other])
+    for index, one in enumerate(scenes):
+        Image.fromarray(render(one)).save(folder / f"{index:05d}.png")
+        (folder / f"{index:05d}.txt").write_text(captions[index], encoding="utf-8")
+    (folder / "done").touch()
+    return folder

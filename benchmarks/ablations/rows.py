@@ -1,0 +1,141 @@
+"""The rows and regimes of the ablation, and the runs that they take: each a piece of work that can wait.
+
+Everything trains from `demo.yaml` with `sft_weight` 0, and with what the row or the regime names. Learning rates are
+chosen on development prompts and a training seed of their own; what is reported comes from other prompts and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.ablations.signs import LOSER_SIGN, RANDOM_SIGN
+
+UPDATES = 40
+EQUAL_COMPUTE = 187  # updates of SFT that run as many rows through the network as 40 of SePPO; `row_forwards` shows it
+RATES = (3e-5, 1e-4)
+DEVELOPMENT_SEED, REPORT_SEEDS, REGIME_SEEDS = 100, (1, 2, 3), (1, 2)
+GUIDANCE = (3.0, 1.5)
+SEPPO, SFT = "seppo", "sft"
+FIRST_STAGE_UPDATES = 120  # of SFT, before the regime that begins with it
+
+STUDIES = ("rates", "table", "regimes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the tables.
+
+    Attributes:
+        title: for people.
+        objective: what it trains by.
+        settings: that differ from the recipe's, `section.key` to value.
+        stops: updates after which it is judged.
+    """
+
+    title: str
+    objective: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stops: tuple[int, ...] = (UPDATES,)
+
+
+ROWS = {
+    SFT: Row("SFT", SFT, {"reference.uses": 1}, (UPDATES, EQUAL_COMPUTE)),
+    SEPPO: Row("SePPO", SEPPO),
+    "seppo-sft-4": Row("SePPO, sft_weight 4 (the demo)", SEPPO, {"train.sft_weight": 4.0}),
+    "random-sign": Row("SePPO, its signs dealt at random", RANDOM_SIGN),
+    "seppo-never": Row("SePPO without the anchor test", "seppo-never"),
+    "seppo-indicator": Row("SePPO, indicator flipper", "seppo-indicator"),
+    "spin": Row("SPIN-Diffusion", "spin"),
+    "spin-safeguard": Row("SPIN-Diffusion, safeguard", "spin", {"train.safeguard": True}),
+    "seppo-initial": Row("SePPO, ref = 0", "seppo-initial"),
+    "seppo-newest": Row("SePPO, ref = k-1", "seppo-newest"),
+    "loser-sign": Row("SePPO, reject where m_l > m_w", LOSER_SIGN),
+    "seppo-once": Row("SePPO, each sample used once", SEPPO, {"reference.uses": 1}, (UPDATES // 4, UPDATES)),
+}
+
+MADE = {"data.source": "shapes-made:1024"}
+REGIMES: dict[str, dict[str, Any]] = {
+    "after-sft": {},  # its base is what the first stage wrote
+    "64-winners": {"data.source": "shapes:64:11"},
+    "wrong-captions": {},  # its data are written first
+    "model-made": MADE,
+}
+REGIME_ROWS = (SFT, SEPPO, "random-sign", "seppo-sft-4")
+# Where winners are model-made: labels exist, and SFT on any one of the model's pictures is the control.
+MADE_ROWS = {
+    "diffusion-dpo": Row("Diffusion-DPO on the labels", "diffusion-dpo", {"reference.uses": 1}),
+    "sft-random": Row("SFT on a random picture", SFT, {"reference.uses": 1, "data.source": "shapes-made:1024:random"}),
+}
+ALL_ROWS = ROWS | MADE_ROWS
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One training run and its judgements.
+
+    Attributes:
+        study: one of `STUDIES`.
+        row: a key of `ALL_ROWS`.
+        rate: the learning rate.
+        seed: of the training.
+        regime: a key of `REGIMES`; empty for rendered winners.
+    """
+
+    study: str
+    row: str
+    rate: float
+    seed: int
+    regime: str = ""
+
+    @property
+    def name(self) -> str:
+        """Returns the name of its result."""
+        where = f"{self.regime}-" if self.regime else ""
+        return f"{self.study}-{where}{self.row}-{self.rate:g}-seed{self.seed}"
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Returns the updates after which it is judged: but for the table, all at equal updates alone."""
+        return ALL_ROWS[self.row].stops if self.study == "table" else (UPDATES,)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what differs from the recipe, `section.key` to value."""
+        row = ALL_ROWS[self.row]
+        regime = REGIMES[self.regime] if self.regime else {}
+        trip = {"sampler.round_trip": True} if self.regime == "model-made" and row.objective in _GENERATE else {}
+        return {
+            "objective": row.objective,
+            "seed": self.seed,
+            "train.learning_rate": self.rate,
+            "train.updates": max(self.stops),
+            "train.sft_weight": 0.0,
+            **regime,
+            **trip,
+            **row.settings,
+        }
+
+
+_GENERATE = {SEPPO, RANDOM_SIGN}
+
+
+def pieces(study: str, rates: Mapping[str, float]) -> Iterator[Piece]:
+    """Yields the pieces of a study, seed by seed, so that whatever is finished can be read.
+
+    Args:
+        study: one of `STUDIES`.
+        rates: the learning rate of each row; not needed for the study that finds them.
+    """
+    if study == "rates":
+        for row in ROWS:
+            yield from (Piece(study, row, rate, DEVELOPMENT_SEED) for rate in RATES)
+    elif study == "table":
+        for seed in REPORT_SEEDS:
+            yield from (Piece(study, row, rates[row], seed) for row in ROWS)
+    else:
+        for seed in REGIME_SEEDS:
+            for regime in REGIMES:
+                more = tuple(MADE_ROWS) if regime == "model-made" else ()
+                for row in REGIME_ROWS + more:
+                    yield Piece(study, row, rates.get(row, rates[SFT if row == "sft-random" else SEPPO]), seed, regime)

@@ -1,0 +1,110 @@
+"""What the finished runs of the ablation say: each row against the base and against SePPO, with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ablations.rows import ALL_ROWS, GUIDANCE, REGIMES, ROWS, SEPPO, UPDATES
+from seppo_fast.evaluation.statistics import paired_difference
+
+Finished = Mapping[str, dict[str, Any]]
+_SCALES = [f"{scale:g}" for scale in GUIDANCE]
+
+
+def best_rates(finished: Finished, rows: Iterable[str] = ROWS) -> dict[str, float] | None:
+    """Returns the better learning rate of each row; None where one of the rows has not been tried at both.
+
+    Better by the mean score on development prompts, over both guidance scales.
+    """
+    tried: dict[str, dict[float, float]] = defaultdict(dict)
+    for piece in finished.values():
+        if piece.get("study") == "rates":
+            scores = piece["stops"][-1]["scores"]
+            tried[piece["row"]][piece["rate"]] = float(np.mean([np.mean(scores[scale]) for scale in _SCALES]))
+    if any(len(tried[row]) < 2 for row in rows):
+        return None
+    return {row: max(tried[row], key=tried[row].__getitem__) for row in rows}
+
+
+def tables(finished: Finished) -> dict[str, Any]:
+    """Returns all tables as they are so far.
+
+    `rows`: one entry per row and stop of the study `table`; `regimes`: one per regime and row; both over the seeds that
+    are finished, whose number stands with them. One item of an interval is a prompt, its score the mean over seeds.
+    """
+    base = finished["base"]
+    table = _groups(finished, "table")
+    regimes = _groups(finished, "regimes")
+    return {
+        "command": "python -m benchmarks.ablation",
+        "commits": sorted({piece["commit"] for piece in finished.values()}),
+        "base": {scale: float(np.mean(base["report"][scale])) for scale in _SCALES},
+        "prompts": len(base["report"][_SCALES[0]]),
+        "rates": _rates(finished),
+        "rows": [_entry(base, key, found, table) for key, found in table.items()],
+        "regimes": [_entry(base, key, found, regimes) for key, found in regimes.items()],
+    }
+
+
+Key = tuple[str, str, int]  # regime, row, update
+
+
+def _groups(finished: Finished, study: str) -> dict[Key, list[dict[str, Any]]]:
+    """The stops of all seeds, by regime, row and update, in the order of the tables."""
+    groups: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for piece in finished.values():
+        if piece.get("study") == study:
+            for stop in piece["stops"]:
+                key = piece["regime"], piece["row"], stop["update"]
+                groups[key].append(stop | {"seed": piece["seed"], "rate": piece["rate"]})
+    order = list(ALL_ROWS), ["", *REGIMES]
+    keys = sorted(groups, key=lambda key: (order[1].index(key[0]), order[0].index(key[1]), key[2]))
+    return {key: sorted(groups[key], key=lambda stop: stop["seed"]) for key in keys}
+
+
+def _entry(
+    base: dict[str, Any], key: Key, found: list[dict[str, Any]], groups: Mapping[Key, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    regime, row, update = key
+    entry = {
+        "regime": regime,
+        "row": row,
+        "title": ALL_ROWS[row].title,
+        "update": update,
+        "rate": found[0]["rate"],
+        "seeds": [stop["seed"] for stop in found],
+        **{name: found[0][name] for name in ("pairs", "samples", "row_forwards")},
+        **{name: float(np.mean([stop[name] for stop in found])) for name in ("seconds", "winner_error")},
+    }
+    seppo = groups.get((regime, SEPPO, UPDATES), [])
+    common = {stop["seed"] for stop in found} & {stop["seed"] for stop in seppo}
+    for scale in _SCALES:
+        against = base["report"][scale]
+        compared: dict[str, Any] = asdict(paired_difference(against, _mean(found, scale)))
+        compared["seed_lows"] = [paired_difference(against, stop["scores"][scale]).low for stop in found]
+        compared["seed_differences"] = [float(np.mean(stop["scores"][scale]) - np.mean(against)) for stop in found]
+        if common and row != SEPPO:
+            pair = (_mean([stop for stop in side if stop["seed"] in common], scale) for side in (seppo, found))
+            compared["against_seppo"] = asdict(paired_difference(*pair))
+        entry[f"guidance {scale}"] = compared
+    return entry
+
+
+def _mean(found: list[dict[str, Any]], scale: str) -> np.ndarray:
+    """The mean score of each prompt over seeds, which share prompts and starting noise and are no items of their own."""
+    return np.mean([stop["scores"][scale] for stop in found], axis=0)
+
+
+def _rates(finished: Finished) -> list[dict[str, Any]]:
+    tried = [piece for piece in finished.values() if piece.get("study") == "rates"]
+    tried.sort(key=lambda piece: (list(ROWS).index(piece["row"]), piece["rate"]))
+    return [
+        {"row": piece["row"], "rate": piece["rate"], "winner_error": piece["stops"][-1]["winner_error"]}
+        | {scale: float(np.mean(piece["stops"][-1]["scores"][scale])) for scale in _SCALES}
+        for piece in tried
+    ]
