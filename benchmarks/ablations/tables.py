@@ -96,7 +96,7 @@ def _entry(
 
 
 def _mean(found: list[dict[str, Any]], scale: str) -> np.ndarray:
-    """The mean score of each prompt over seeds, which share prompts and starting noise and are no items of their own."""
+    """The mean score of each prompt over seeds: these share prompts and starting noise, so they are not items."""
     return np.mean([stop["scores"][scale] for stop in found], axis=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -209,7 +209,7 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], comp
         animate(folder / "demo.webp", shown, pictures)
 
 
-def _curve(axes: Axes, title: str, x: Sequence[float], lines: dict[str, Sequence[float]]) -> None:
+def _curve(axes: Axes, title: str, x: Sequence[float], lines: Mapping[str, Sequence[float]]) -> None:
     for name, y in lines.items():
         axes.plot(x, y, label=name)
     axes.set_title(title)
