@@ -9,9 +9,10 @@ is at most the reference's. Asked here, on a recipe's own model and data, with t
 3. at policy = reference, how the mean gradients of the two halves of a pair compare, and how hard winners and samples
    are to denoise by time. Samples come as latents and sent through pixels, as pictures that a model made would.
 
-Prompts are never dropped here. Draws share nothing with those of training. A checkpoint is the policy of the newest
-saved state of a run, raw weights. Everything is computed by the package's own sampler, noising and forward in the
-recipe's precision. Memory: beside what training takes, 24 bytes of host memory per trained weight.
+Prompts are never dropped here, and draws share nothing with those of training. A checkpoint is the policy of the newest
+saved state of a run, raw weights. Winners are judged as the VAE gives them back, like the samples. Everything is
+computed by the package's own sampler, noising and forward in the recipe's precision. Beside what a forward and backward
+of the learner take, 24 bytes of host memory per trained weight are needed.
 """
 
 from __future__ import annotations
@@ -171,12 +172,17 @@ def anchor(arguments: argparse.Namespace) -> dict[str, Any]:
         judge_of(arguments.judge)  # before anything is loaded
     config = read_config(arguments.config)
     runs = [(run, _state(run)) for run in arguments.checkpoint]
+    if arguments.json:
+        _make_room(arguments.json)
     with deterministic(config.model.deterministic), tempfile.TemporaryDirectory() as nowhere:
         # Nothing is written there; the recipe's own folder may hold a run.
         setup = set_up(config.model_copy(update={"output": f"{nowhere}/run"}), Processes(), None)
         _check_fit(setup, runs, arguments.pairs)
         measured = Anchor(setup, arguments.pairs, arguments.draws, arguments.judge, arguments.seed)
-        found = {"base": measured.base(), "checkpoints": [measured.checkpoint(saved, run.name) for run, saved in runs]}
+        found = {
+            "base": measured.base(),
+            "checkpoints": [measured.checkpoint(saved, run.resolve().name) for run, saved in runs],
+        }
     return origin | {
         "config": Path(arguments.config).name,
         "precision": config.model.precision,
@@ -191,6 +197,14 @@ def anchor(arguments: argparse.Namespace) -> dict[str, Any]:
         **found,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _make_room(file: Path) -> None:
+    """Makes the folder of a result, before hours are spent on it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--json {file}: {problem}") from problem
 
 
 def _state(run: Path) -> SavedState:

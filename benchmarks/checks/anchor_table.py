@@ -56,21 +56,22 @@ def _judged(result: dict[str, Any]) -> str:
 
 
 def _gradients(result: dict[str, Any]) -> str:
-    head = ["gradient at the base of the error of", "norm", "without noise", "cosine of two halves of the pairs"]
-    head += ["ratio to winners", "in each half", "without noise", "cosine with winners", "in each half"]
-    rows = []
-    for name, found in result["base"]["gradients"].items():
-        row = [name, *(_number(found[key], ".4g") for key in ("norm", "norm_without_noise"))]
-        row.append(_number(found["cosine_of_halves"], ".3f"))
-        against = found.get("against_winners")
-        if against is None:
-            row += [""] * 6
-        else:
-            for key, form in (("ratio", ".3g"), ("cosine", ".3f")):
-                halves = " / ".join(_number(part, form) for part in against[f"{key}_of_halves"])
-                row += [_number(against[key], form), halves, _number(against[f"{key}_without_noise"], form)]
-        rows.append(row)
-    return _markdown([*head, "without noise"], rows)
+    """Norms of the mean gradients at the base, and how the samples' compare with the winners'."""
+    found = result["base"]["gradients"]
+    against = [one.get("against_winners") for one in found.values()]
+    rows = [
+        ["norm", *(_number(one["norm"], ".4g") for one in found.values())],
+        ["norm, without noise", *(_number(one["norm_without_noise"], ".4g") for one in found.values())],
+        ["cosine of two halves of the pairs", *(_number(one["cosine_of_halves"], ".3f") for one in found.values())],
+    ]
+    for key, form in (("ratio", ".3g"), ("cosine", ".3f")):
+        what = f"{key} {'to' if key == 'ratio' else 'with'} winners"
+        rows.append([what, *("" if one is None else _number(one[key], form) for one in against)])
+        halves = ["" if one is None else [_number(part, form) for part in one[f"{key}_of_halves"]] for one in against]
+        rows.append([f"{what}, in each half", *(" / ".join(parts) for parts in halves)])
+        clean = ["" if one is None else _number(one[f"{key}_without_noise"], form) for one in against]
+        rows.append([f"{what}, without noise", *clean])
+    return _markdown(["gradient at the base of the mean error of", *found], rows)
 
 
 def _errors(result: dict[str, Any]) -> str:
@@ -102,7 +103,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up as plain text, numbers at the right."""
+    """A table whose columns line up as plain text too."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, rule, *rows)]
