@@ -24,13 +24,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from seppo_fast.utils.logging import quiet_libraries
 
 quiet_libraries()
 
 import numpy as np  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks.checks.anchor_gradients import comparison, size  # noqa: E402
 from benchmarks.checks.anchor_judge import Judge, Verdict, judge_of, scores_of, worse, wrong  # noqa: E402
@@ -47,9 +48,6 @@ from seppo_fast.train.setup import Setup, set_up  # noqa: E402
 from seppo_fast.utils.errors import ConfigError, SeppoError  # noqa: E402
 from seppo_fast.utils.logging import say, tolerant_output  # noqa: E402
 from seppo_fast.utils.torch_modes import deterministic  # noqa: E402
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WINNERS, SAMPLES, PIXELS = "winners", "own samples, latents", "own samples, through pixels"
 WRONG, WORSE, WORSE_THAN_POLICY = "wrong", "worse than the winner", "worse than the policy's sample"
