@@ -119,11 +119,12 @@ class Anchor:
         return found
 
     def _gradients(self) -> dict[str, Any]:
+        draws = {"draws": self._errors[WINNERS].size}
         winners = self._examples.gradients(self._model, self._latents[WINNERS])
-        found = {WINNERS: size(winners)}
+        found = {WINNERS: size(winners) | draws}
         for name in (SAMPLES, PIXELS):
             others = self._examples.gradients(self._model, self._latents[name])
-            found[name] = size(others) | {"against_winners": comparison(winners, others)}
+            found[name] = size(others) | draws | {"against_winners": comparison(winners, others)}
         return found
 
     def _score(self, what: str, latents: Tensor) -> None:

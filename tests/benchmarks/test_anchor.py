@@ -202,7 +202,8 @@ def test_the_command(runs, redness, tmp_path, capsys):
     assert still["auc"][-1]["verdict"] == anchor.WORSE_THAN_POLICY and still["auc"][-1]["one_draw"]["positives"] == 0
     for found in result["base"]["errors"].values():
         assert len(found) == 10 and sum(band["draws"] for band in found) == everything
-    assert result["base"]["gradients"][anchor.SAMPLES]["against_winners"]["ratio"] > 0
+    gradient = result["base"]["gradients"][anchor.SAMPLES]
+    assert gradient["against_winners"]["ratio"] > 0 and gradient["draws"] == everything
     printed = capsys.readouterr().out
     assert anchor.anchor_table(result) in printed
     tables = [line for line in printed.splitlines() if line.startswith("|")]
