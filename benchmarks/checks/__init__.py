@@ -1,1 +1,1 @@
-"""What `python -m benchmarks.gpu_check` looks at."""
+"""What `python -m benchmarks.gpu_check` and `python -m benchmarks.anchor` look at."""
