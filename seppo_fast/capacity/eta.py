@@ -42,7 +42,8 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
     inputs = family.example_inputs(config.data.resolution)
 
     def forward(rows: int) -> Callable[[], object]:
-        latents, times, conditioning = (part.to(device) for part in inputs(rows))
+        shown = inputs(rows)
+        latents, times, conditioning = shown[0].to(device), shown[1].to(device), shown[2].to(device)
         # To the host, so that a GPU's work is waited for.
         return lambda: denoiser.denoise(family.model, latents, times, conditioning).cpu()
 

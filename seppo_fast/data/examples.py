@@ -84,6 +84,10 @@ class Source(ABC):
     def _example(self, index: int) -> Example:
         """The example at `index`, which is in range and not negative."""
 
+    def labelled(self) -> Source:
+        """What an objective trains on that needs pairs: the same, or without the examples that have no loser."""
+        return self
+
     @abstractmethod
     def digest(self) -> str:
         """sha256 (hex) over everything in the data set that a cache of it depends on; the same wherever it lies."""
