@@ -200,7 +200,7 @@ class Phases:
             return count(call, self._device)
 
     def round_trip(self) -> tuple[Count, int]:
-        """Decoding samples and encoding them in a batch of the data cache's, and how many it has."""
+        """Returns what decoding and encoding a batch does, and its size, which is the data cache's."""
         rows = encoded_at_once(None)
         with self._mode, torch.no_grad(), self._denoiser.autocast():
             network, latents = fake_copy(self._coder.network), torch.empty(rows, *self._latent)

@@ -59,7 +59,7 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
 
 
 def _seconds_a_row(call: Callable[[int], Callable[[], object]], most: int) -> float:
-    """By a call of so many rows, at most `most`, that it takes long enough to go by."""
+    """Times a call of ever more rows, up to `most`, until it takes long enough to go by."""
     rows, took = 1, _seconds(call(1))
     while took < _LONG and 2 * rows <= most:
         rows *= 2

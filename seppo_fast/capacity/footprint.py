@@ -109,7 +109,7 @@ def sampling_footprint(
 
 
 def round_trip_bytes(coder: Coder, latents: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
-    """What decoding a batch of samples and encoding it takes, the weights of the network that does it included.
+    """Returns what decoding a batch of samples and encoding it takes, the weights of the VAE included.
 
     Args:
         coder: see `Family.coder`.

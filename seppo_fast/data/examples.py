@@ -85,7 +85,7 @@ class Source(ABC):
         """The example at `index`, which is in range and not negative."""
 
     def labelled(self) -> Source:
-        """What an objective trains on that needs pairs: the same, or without the examples that have no loser."""
+        """Returns the data for an objective that needs pairs: where some examples have losers, those alone."""
         return self
 
     @abstractmethod

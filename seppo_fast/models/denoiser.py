@@ -60,10 +60,10 @@ class Denoiser:
 
     @torch.no_grad()
     def through_pixels(self, latents: Tensor) -> Tensor:
-        """Latents `(B, *latent)` float32 on the CPU that the data cache would hold of the samples' pictures or clips.
+        """Returns latents `(B, *latent)` float32 on the CPU: what the data cache would hold of the samples' pictures.
 
-        They are decoded to 8 bits and encoded, by the family's own functions and in the cache's batches, since
-        rounding depends on a batch's size. The encoders are parked again, also where memory is short.
+        Samples are decoded to 8-bit pictures or clips and encoded, by the family's own functions and in the cache's
+        batches, since rounding depends on a batch's size. The encoders are parked again, also where memory is short.
 
         Args:
             latents: samples `(B, *latent)`.

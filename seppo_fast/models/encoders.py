@@ -145,14 +145,14 @@ class PictureVae:
         return Coder(self._vae, self._there_and_back)
 
     def _there_and_back(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
-        """Frames in, frames out, for clips too."""
+        """See `Coder`; of clips it returns frames."""
         clips = latents.dim() == 5
         pixels = self._decoded(vae, latents.transpose(1, 2).flatten(0, 1) if clips else latents)
         rows = _megapixel(*pixels.shape[2:]) if clips else len(pixels)
         return torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pixels.split(rows)])
 
     def _decoded(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
-        """Pixels `(B, 3, H, W)` float32 in -1..1 on the CPU, about a megapixel at a time."""
+        """Returns pixels `(B, 3, H, W)` float32 in -1..1 on the CPU, decoded about a megapixel at a time."""
         rows = _megapixel(*(self.downscale * side for side in latents.shape[2:]))
         return torch.cat([vae.decode(chunk).sample.float().cpu() for chunk in latents.split(rows)])
 
@@ -166,7 +166,7 @@ class PictureVae:
 
 
 def _megapixel(height: int, width: int) -> int:
-    """Pictures of this size that make about a megapixel."""
+    """Returns how many pictures of this size make about a megapixel, at least one."""
     return max(1, 2**20 // (height * width))
 
 

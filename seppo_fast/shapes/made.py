@@ -1,7 +1,7 @@
 """Pictures that the shipped pipeline made of captions of the world, two of each, as preference data sets have them.
 
 One is the best of four by the exact judge, the other was drawn at random among the remaining three. They ship as
-latents, which the shipped VAE decodes when they are asked for; `benchmarks.shapes_world.make_pictures` wrote them.
+latents, which the shipped VAE decodes when a picture is requested; `benchmarks.shapes_world.make_pictures` wrote them.
 """
 
 import hashlib
@@ -49,12 +49,12 @@ def load() -> MadePictures:
 
 
 def picture(role: str, index: int) -> NDArray[np.uint8]:
-    """The picture (32, 32, 3) of a role for prompt `index`; the same whatever else is asked for."""
+    """Returns the picture (32, 32, 3) of a role for prompt `index`; it does not depend on what else is decoded."""
     return _block(role, index // _BLOCK)[index % _BLOCK]
 
 
 def digest() -> str:
-    """sha256 (hex) of all that the pictures and prompts depend on: the file and the VAE."""
+    """Returns the sha256 (hex) of all that the pictures and prompts depend on: the file and the VAE."""
     sha = hashlib.sha256()
     for path in (MADE, *sorted((PIPELINE / "vae").iterdir())):
         sha.update(path.read_bytes())
@@ -64,7 +64,7 @@ def digest() -> str:
 @cache
 @torch.no_grad()
 def _block(role: str, block: int) -> NDArray[np.uint8]:
-    """Pictures decoded together, since rounding depends on a batch's size."""
+    """Decodes consecutive pictures together, always the same ones: rounding depends on a batch's size."""
     vae = _vae()
     latents = load().latents[role][block * _BLOCK : (block + 1) * _BLOCK].float() / vae.config.scaling_factor
     pixels = vae.decode(latents).sample.permute(0, 2, 3, 1)
@@ -73,5 +73,5 @@ def _block(role: str, block: int) -> NDArray[np.uint8]:
 
 @cache
 def _vae() -> AutoencoderKL:
-    """The shipped VAE in float32 on the CPU, on any machine."""
+    """Loads the shipped VAE, in float32 on the CPU whatever the device, so that pictures are the same."""
     return AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae").to(memory_format=torch.channels_last)

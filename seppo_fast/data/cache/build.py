@@ -104,7 +104,7 @@ def build(
 
 
 def encoded_at_once(frames: int | None, images: int = BATCH) -> int:
-    """How many examples are encoded at once: so many images, or clips with as many frames in all, at least one."""
+    """Returns how many examples are encoded at once: `images`, or clips of that many frames in all, at least one."""
     return images if frames is None else max(1, images // frames)
 
 

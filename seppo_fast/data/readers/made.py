@@ -42,7 +42,7 @@ class MadeShapesSource(Source):
         return len(self._kept)
 
     def labelled(self) -> Source:
-        """See `Source.labelled`; random pictures are no pairs."""
+        """See `Source.labelled`; pictures taken at random stay as they are and have no losers."""
         return self if self._at_random else MadeShapesSource(self.spec, self._count, pairs=True)
 
     def _example(self, index: int) -> Example:
