@@ -56,7 +56,7 @@ setup(
         # The modules of seppo_fast.kernels come from kernels/, which must not have an __init__.py; this one is theirs.
         "seppo_fast": ["kernels/__init__.py"],
         "seppo_fast.config.recipes": ["*.yaml"],
-        "seppo_fast.shapes": ["pipeline/**", "motion_adapter/**", "motion_pipeline/**"],
+        "seppo_fast.shapes": ["made.safetensors", "pipeline/**", "motion_adapter/**", "motion_pipeline/**"],
     },
     install_requires=[
         "torch>=2.10",

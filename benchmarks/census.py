@@ -31,19 +31,20 @@ from seppo_fast.utils.logging import quiet_libraries
 quiet_libraries()
 
 import torch  # noqa: E402
-from diffusers import DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count  # noqa: E402
 
-from benchmarks.harness.counters import SD15  # noqa: E402
+from benchmarks.harness.counters import SD15, SD15_VAE  # noqa: E402
 from benchmarks.harness.losses import LATENTS, SD, Case, transfers  # noqa: E402
 from benchmarks.harness.provenance import provenance  # noqa: E402
 from benchmarks.harness.speed import three_digits  # noqa: E402
 from seppo_fast import shapes  # noqa: E402
 from seppo_fast.config.schema import ModelConfig, SamplerConfig, TrainConfig  # noqa: E402
+from seppo_fast.data.cache.build import encoded_at_once  # noqa: E402
 from seppo_fast.diffusion.conditioning import Conditioning  # noqa: E402
 from seppo_fast.diffusion.sampler import DiffusionSolver, Sampler  # noqa: E402
 from seppo_fast.diffusion.schedule import NoiseSchedule  # noqa: E402
@@ -51,7 +52,7 @@ from seppo_fast.loss import preference_loss  # noqa: E402
 from seppo_fast.methods.pairs import NoisedBatch, Pairs, noised  # noqa: E402
 from seppo_fast.methods.reference_errors import predict_like_policy  # noqa: E402
 from seppo_fast.models.denoiser import Denoiser  # noqa: E402
-from seppo_fast.models.encoders import PROMPT_EMBEDS  # noqa: E402
+from seppo_fast.models.encoders import PROMPT_EMBEDS, PictureVae  # noqa: E402
 from seppo_fast.models.fake import fake_copy  # noqa: E402
 from seppo_fast.models.families.sd15 import StableDiffusion  # noqa: E402
 from seppo_fast.models.trainable import make_trainable, trainable  # noqa: E402
@@ -67,7 +68,8 @@ NOISING, REFERENCE, POLICY = "noising", "reference's forward", "policy, forward 
 LOSS, LOSS_AUTOGRAD, LOSS_PYTORCH = "loss_and_grad", "or the loss by autograd", "or the loss in PyTorch"
 UPDATE = "clip, AdamW"
 SMALL = (GUIDANCE, *SOLVERS.values(), NOISING)
-_INSTEAD = (LOSS_AUTOGRAD, LOSS_PYTORCH)  # of LOSS, and so no part of a pair
+ROUND_TRIP = "or with sampler.round_trip: decode, encode"
+BESIDE = (LOSS_AUTOGRAD, LOSS_PYTORCH, ROUND_TRIP)  # in place of LOSS, or optional: no part of a pair
 
 # The FLOP counter does not know the CPU's fused attention; both are given shapes, and more that is not needed.
 _ATTENTION = {
@@ -176,9 +178,11 @@ class Phases:
             meta = UNet2DConditionModel(**unet)
             make_trainable(meta, ModelConfig(train=train), 0, UNetFamily)
             meta.to(memory_format=torch.channels_last)
+            vae = AutoencoderKL(**SD15_VAE)
         self._mode, self._device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
         self._latent = meta.config.in_channels, meta.config.sample_size, meta.config.sample_size
         self._width = meta.config.cross_attention_dim
+        self._coder = PictureVae(vae, self._device, torch.bfloat16).coder()
         self._schedule = NoiseSchedule(_scheduler())  # which looks at its own numbers
         with self._mode:
             self._unet = fake_copy(meta)
@@ -194,6 +198,13 @@ class Phases:
             call = partial(self._denoiser.denoise, self._unet, *inputs)
             call()  # casts the weights, for all steps
             return count(call, self._device)
+
+    def round_trip(self) -> tuple[Count, int]:
+        """Returns what decoding and encoding a batch does, and its size, which is the data cache's."""
+        rows = encoded_at_once(None)
+        with self._mode, torch.no_grad(), self._denoiser.autocast():
+            network, latents = fake_copy(self._coder.network), torch.empty(rows, *self._latent)
+            return count(partial(self._coder.there_and_back, network, latents), self._device), rows
 
     def learning(self) -> dict[str, Count]:
         """What is done with `PAIRS` pairs, and an update."""
@@ -244,6 +255,7 @@ def census(train: Literal["lora", "full"], unet: Mapping[str, Any] = SD15) -> li
     for mode, (solver, steps, _) in MODES.items():
         guidance, step = solver_counts(solver, steps)
         counts |= {GUIDANCE: (guidance, SAMPLES), SOLVERS[mode]: (step, SAMPLES)}
+    counts[ROUND_TRIP] = phases.round_trip()
     learning, case = phases.learning(), Case(PAIRS, SD, ahead=True)
     for phase, launches, latents in zip((LOSS_AUTOGRAD, LOSS), (2, 1), transfers(case), strict=True):
         learning[phase] = Count(launches, latents * case.elements, 0.0)
@@ -255,7 +267,7 @@ def census(train: Literal["lora", "full"], unet: Mapping[str, Any] = SD15) -> li
     ]
     for share, key in zip(_SHARES, ("floor_us", "operations"), strict=True):
         for mode in MODES:
-            whole = sum(times(row["phase"], mode) * row[key] for row in rows if row["phase"] not in _INSTEAD)
+            whole = sum(times(row["phase"], mode) * row[key] for row in rows if row["phase"] not in BESIDE)
             for row in rows:
                 row.setdefault(share, {})[mode] = times(row["phase"], mode) * row[key] / whole
     return rows
@@ -264,6 +276,8 @@ def census(train: Literal["lora", "full"], unet: Mapping[str, Any] = SD15) -> li
 def times(phase: str, mode: str) -> float:
     """How often a phase comes for a pair: noising for the reference's forward and for the policy's."""
     _, steps, pairs = MODES[mode]
+    if phase == ROUND_TRIP:
+        return 1 / pairs
     if phase in (UNET, GUIDANCE, SOLVERS[mode]):
         return steps / pairs
     return {NOISING: 2, **dict.fromkeys(SOLVERS.values(), 0)}.get(phase, 1)

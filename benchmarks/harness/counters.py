@@ -20,6 +20,12 @@ from seppo_fast.models.trainable import make_trainable
 from seppo_fast.models.unet import UNetFamily
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # its UNet; all else is diffusers' default
+SD15_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # the CUDA calls' own names, in the profiler's list
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -26,7 +27,9 @@ def forwards_per_pair(config: Config) -> float:
 
 
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:
-    """Seconds of all updates on one device, without saving and the cache: forwards of ever more rows are timed.
+    """Seconds of all updates on one device, without saving and the cache.
+
+    Forwards of ever more rows are timed and, where samples go through pixels, their decoding and encoding.
 
     Args:
         config: of the run.
@@ -34,25 +37,41 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
         family: its model, whose network moves to the denoiser's device.
         denoiser: how it is called.
     """
-    family.model.to(denoiser.device)
+    device = denoiser.device
+    family.model.to(device)
+    inputs = family.example_inputs(config.data.resolution)
+
+    def forward(rows: int) -> Callable[[], object]:
+        shown = inputs(rows)
+        latents, times, conditioning = shown[0].to(device), shown[1].to(device), shown[2].to(device)
+        # To the host, so that a GPU's work is waited for.
+        return lambda: denoiser.denoise(family.model, latents, times, conditioning).cpu()
+
+    def round_trip(rows: int) -> Callable[[], object]:
+        latents = inputs(rows)[0]
+        return lambda: denoiser.through_pixels(latents)
+
     most = need.batch * (2 if config.sampler.guidance > 1 else 1)
-    rows, took = 1, _seconds(family, denoiser, config.data.resolution, 1)
+    per_pair = forwards_per_pair(config) * _seconds_a_row(forward, most)
+    if config.sampler.round_trip:
+        per_pair += _seconds_a_row(round_trip, need.batch) / config.reference.uses
+    return config.train.updates * config.train.pairs_per_update * per_pair
+
+
+def _seconds_a_row(call: Callable[[int], Callable[[], object]], most: int) -> float:
+    """Times a call of ever more rows, up to `most`, until it takes long enough to go by."""
+    rows, took = 1, _seconds(call(1))
     while took < _LONG and 2 * rows <= most:
         rows *= 2
-        took = _seconds(family, denoiser, config.data.resolution, rows)
-    pairs = config.train.updates * config.train.pairs_per_update
-    return took / rows * pairs * forwards_per_pair(config)
+        took = _seconds(call(rows))
+    return took / rows
 
 
-def _seconds(family: Family, denoiser: Denoiser, resolution: int, rows: int) -> float:
-    device = denoiser.device
-    inputs = family.example_inputs(resolution)(rows)
-    latents, times, conditioning = inputs[0].to(device), inputs[1].to(device), inputs[2].to(device)
+def _seconds(call: Callable[[], object]) -> float:
     took = 0.0
     for _ in range(2):  # the first one loads and chooses kernels
         began = time.perf_counter()
         with torch.no_grad():
-            # To the host, so that a GPU's work is waited for.
-            denoiser.denoise(family.model, latents, times, conditioning).cpu()
+            call()
         took = time.perf_counter() - began
     return took

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.models.fake import fake_copy, follow_cuda
-from seppo_fast.models.family import Inputs
+from seppo_fast.models.family import Coder, Inputs
 
 # A footprint is counted at these two numbers of rows.
 _FEW, _MANY = 1, 256
@@ -108,18 +108,45 @@ def sampling_footprint(
     return _footprint(model, call, device)
 
 
+def round_trip_bytes(coder: Coder, latents: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
+    """Returns what decoding a batch of samples and encoding it takes, the weights of the VAE included.
+
+    Args:
+        coder: see `Family.coder`.
+        latents: shape of the batch `(B, *latent)`.
+        dtype: in which the encoders compute.
+        device: where it will run.
+    """
+
+    def call(network: nn.Module, rows: int) -> None:
+        with torch.no_grad(), _autocast(dtype):
+            coder.there_and_back(network, torch.empty(rows, *latents[1:]))
+
+    tensors = itertools.chain(coder.network.parameters(), coder.network.buffers())
+    (peak,) = _peaks(coder.network, call, device, latents[:1])
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _footprint(network: nn.Module, call: Callable[[nn.Module, int], None], device: torch.device) -> Footprint:
+    peaks = _peaks(network, call, device, (_FEW, _MANY))
+    per_row = -(-(peaks[1] - peaks[0]) // (_MANY - _FEW))
+    return Footprint(fixed=peaks[0] - _FEW * per_row, per_row=per_row)
+
+
+def _peaks(
+    network: nn.Module, call: Callable[[nn.Module, int], None], device: torch.device, batches: Sequence[int]
+) -> list[int]:
+    """The most bytes that a call holds at once, for each number of rows."""
     peaks = []
     with FakeTensorMode(), torch.enable_grad():
         model = fake_copy(network)
         if device.type == "cuda":
             follow_cuda(model)
-        for rows in (_FEW, _MANY):
+        for rows in batches:
             with _LiveBytes(model) as live:
                 call(model, rows)
             peaks.append(live.peak)
-    per_row = -(-(peaks[1] - peaks[0]) // (_MANY - _FEW))
-    return Footprint(fixed=peaks[0] - _FEW * per_row, per_row=per_row)
+    return peaks
 
 
 def _autocast(dtype: torch.dtype) -> torch.autocast:

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
-from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
+from seppo_fast.capacity.footprint import Footprint, round_trip_bytes, sampling_footprint, training_footprint
 from seppo_fast.capacity.presets import filled, learner_bytes, pool_bytes, trained_bytes
 from seppo_fast.config.schema import Config
+from seppo_fast.data.cache.build import encoded_at_once
 from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, make_trainable
 from seppo_fast.runs.checkpoint import saved_states
@@ -45,6 +46,7 @@ class Need:
         micro_batch: pairs in the one.
         batch: samples in the other.
         parked: while sampling, moments and trained weights wait in host memory.
+        round_trip: what decoding samples and encoding them takes, between two batches of samples; 0 without.
     """
 
     weights: int
@@ -57,6 +59,7 @@ class Need:
     micro_batch: int
     batch: int
     parked: bool
+    round_trip: int = 0
 
     @property
     def learning(self) -> int:
@@ -67,7 +70,7 @@ class Need:
     def sampling(self) -> int:
         """At the peak of a rollout."""
         aside = self.moments + self.trained if self.parked else 0
-        return self._kept - aside + self.sample.fixed + self.batch * self.sample.per_row
+        return self._kept - aside + max(self.sample.fixed + self.batch * self.sample.per_row, self.round_trip)
 
     @property
     def _kept(self) -> int:
@@ -89,6 +92,7 @@ class Need:
             ("gradients and casts", self.pair.fixed, "while learning"),
             (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
             (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
+            *([("or their round trip", self.round_trip, "VAE and pixels")] if self.round_trip else []),
             ("at most at once", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
         ]
         return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
@@ -122,6 +126,7 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
         micro_batch=config.train.micro_batch or 0,
         batch=config.sampler.batch or 0,
         parked=device.type == "cuda" and bool(config.reference.park),
+        round_trip=counted.round_trip,
     )
     if most is None:
         most = weights + int(MEMORY_PRESETS[config.memory].share * max(0, room - weights))
@@ -134,6 +139,7 @@ class _Counted(NamedTuple):
     model: nn.Module
     pair: Footprint
     sample: Footprint
+    round_trip: int
 
 
 # Counting takes seconds, and suggestions ask again and again for what differs in other settings alone.
@@ -142,7 +148,7 @@ _COUNTED: WeakKeyDictionary[Family, dict[tuple[Any, ...], _Counted]] = WeakKeyDi
 
 def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
     guided = config.sampler.guidance > 1
-    key = (config.model.model_dump_json(), config.data.resolution, guided, device.type)
+    key = (config.model.model_dump_json(), config.data.resolution, guided, config.sampler.round_trip, device.type)
     known = _COUNTED.setdefault(family, {})
     if key not in known:
         model = family.empty()
@@ -155,8 +161,16 @@ def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
         }
         pair = training_footprint(model, **circumstances)
         sample = sampling_footprint(model, **circumstances, guided=guided)
-        known[key] = _Counted(model, pair, sample)
+        known[key] = _Counted(model, pair, sample, _round_trip(config, family, device))
     return known[key]
+
+
+def _round_trip(config: Config, family: Family, device: torch.device) -> int:
+    coder = family.coder() if config.sampler.round_trip else None
+    if coder is None:
+        return 0
+    batch = encoded_at_once(family.frames), *family.latent_shape(config.data.resolution)
+    return round_trip_bytes(coder, batch, family.dtype, device)
 
 
 def _filled_in(need: Need, config: Config, device: torch.device, most: int) -> Need:

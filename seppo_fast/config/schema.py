@@ -95,7 +95,9 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Where winners come from."""
 
-    source: str = Field("", description="folder, parquet, tar shards, hub id, or shapes:N for the embedded world")
+    source: str = Field(
+        "", description="folder, parquet, tar shards, hub id, or of the embedded world shapes:N, shapes-made:N"
+    )
     split: str = Field("train", description="split of a hub data set")
     resolution: int = Field(512, ge=8, description="pixels; the shorter side is resized to it, then a centre crop")
     frames: int = Field(16, ge=1, description="of a clip (clips only)")

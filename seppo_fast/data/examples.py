@@ -84,6 +84,10 @@ class Source(ABC):
     def _example(self, index: int) -> Example:
         """The example at `index`, which is in range and not negative."""
 
+    def labelled(self) -> Source:
+        """Returns the data for an objective that needs pairs: where some examples have losers, those alone."""
+        return self
+
     @abstractmethod
     def digest(self) -> str:
         """sha256 (hex) over everything in the data set that a cache of it depends on; the same wherever it lies."""

@@ -31,6 +31,8 @@ CHOICES = """A data set is one of:
     webp) with x.txt, or with x.json that has the caption under text, caption, prompt or txt
   a hub id such as yuvalkirstain/pickapic_v2
   shapes:N or shapes:N:SEED, the first N scenes of the embedded world
+  shapes-made:N, for N prompts of that world the best of four pictures that the embedded pipeline made, and the loser
+    among them; or shapes-made:N:random, one of the four at random
 For a model with a motion adapter, one of:
   a folder of clips, x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt, or with metadata.jsonl or .csv
   a csv with columns videoid and name (the caption), or its folder, clips beside it or below; with is_transmit too it
@@ -38,6 +40,7 @@ For a model with a motion adapter, one of:
   shapes-motion:N or shapes-motion:N:SEED, the first N clips of the embedded world in motion"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MADE = re.compile(r"shapes-made:(?P<count>\d+)(?P<random>:random)?")
 _SHAPES = re.compile(r"(?P<world>shapes|shapes-motion):(?P<count>\d+)(?::(?P<seed>\d+))?")
 
 
@@ -45,8 +48,8 @@ def open_source(spec: str, split: str = "train") -> Source:
     """Opens a data set without decoding any image or clip.
 
     Args:
-        spec: A path, a pattern of tar files, a hub id, `shapes:N[:SEED]` or `shapes-motion:N[:SEED]`; a path that
-            exists is never taken for anything else.
+        spec: A path, a pattern of tar files, a hub id, `shapes:N[:SEED]`, `shapes-motion:N[:SEED]` or
+            `shapes-made:N[:random]`; a path that exists is never taken for anything else.
         split: Which split of a hub data set, or of parquet files named `<split>-00000-of-00007.parquet`.
 
     Returns:
@@ -58,6 +61,8 @@ def open_source(spec: str, split: str = "train") -> Source:
     """
     if spec.startswith(("shapes:", "shapes-motion:")):
         return _open_shapes(spec)
+    if spec.startswith("shapes-made:"):
+        return _open_made(spec)
     if not spec:  # Path("") is the working folder
         raise DataError(f"the name of the data set is empty.\n{CHOICES}")
     path = home_expanded(spec, DataError)
@@ -139,6 +144,21 @@ def _open_shapes(spec: str) -> Source:
     from seppo_fast.data.readers.moving import MovingShapesSource
 
     return MovingShapesSource(spec, count, seed)
+
+
+def _open_made(spec: str) -> Source:
+    from seppo_fast.data.readers.made import MadeShapesSource
+    from seppo_fast.shapes.made import COUNT
+
+    match = _MADE.fullmatch(spec)
+    if match is None:
+        raise DataError(
+            f"{spec}: expected shapes-made:N or shapes-made:N:random with a whole number, such as shapes-made:{COUNT}."
+        )
+    count = int(match["count"])
+    if not 1 <= count <= COUNT:
+        raise DataError(f"{spec}: pictures of 1 to {COUNT} prompts ship with the package, such as shapes-made:{COUNT}.")
+    return MadeShapesSource(spec, count, at_random=match["random"] is not None)
 
 
 class ShapesSource(Source):

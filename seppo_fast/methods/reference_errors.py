@@ -60,14 +60,19 @@ class ReferenceStrategy(ABC):
         self._sampler = sampler
         self._model = model
         self._backend: Backend = config.train.backend
+        self._round_trip = config.sampler.round_trip
 
     @abstractmethod
     def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
         """A module with the weights of reference `index`, for the block and, online, until the next draw."""
 
     def sample(self, reference: nn.Module, noise: Tensor, conditioning: Conditioning, uncond: Conditioning) -> Tensor:
-        """Samples of a reference `(B, *latent)` on the CPU; see `Denoiser.sample`."""
-        return self._denoiser.sample(reference, self._sampler, noise, conditioning, uncond)
+        """Samples of a reference `(B, *latent)` on the CPU, through pixels where the configuration says so.
+
+        See `Denoiser.sample` and `Denoiser.through_pixels`.
+        """
+        samples = self._denoiser.sample(reference, self._sampler, noise, conditioning, uncond)
+        return self._denoiser.through_pixels(samples) if self._round_trip else samples
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,16 @@
-"""The one forward of policy and references, in training and in sampling."""
+"""The one forward of policy and references, in training and in sampling, and what is done with samples."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.data.cache.build import encoded_at_once
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.models.family import Family
+from seppo_fast.utils.errors import NonFiniteError
 
 
 class Denoiser:
@@ -54,3 +57,34 @@ class Denoiser:
             return torch.cat(
                 [sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu() for x, rows in batches]
             )
+
+    @torch.no_grad()
+    def through_pixels(self, latents: Tensor) -> Tensor:
+        """Returns latents `(B, *latent)` float32 on the CPU: what the data cache would hold of the samples' pictures.
+
+        Samples are decoded to 8-bit pictures or clips and encoded, by the family's own functions and in the cache's
+        batches, since rounding depends on a batch's size. The encoders are parked again, also where memory is short.
+
+        Args:
+            latents: samples `(B, *latent)`.
+
+        Raises:
+            NonFiniteError: samples or their encoded pictures are not finite.
+        """
+        made = []
+        try:
+            for batch in latents.split(encoded_at_once(self._family.frames)):
+                # In the layout that decoded files have: convolutions round by it.
+                pictures = np.array(self._family.decode(batch), order="C")
+                made.append(self._family.encode_images(torch.from_numpy(pictures)).float().cpu())
+        finally:
+            self._family.park_encoders()
+        encoded = torch.cat(made)
+        assert encoded.shape == latents.shape, "encode_images must give pictures the shape that decode takes"
+        # In 8 bits a sample that is not finite looks like any other.
+        if not (torch.isfinite(latents).all() and torch.isfinite(encoded).all()):
+            raise NonFiniteError(
+                "sampler.round_trip: samples or their encoded pictures are not finite. Set model.precision to fp32 or "
+                "use another VAE."
+            )
+        return encoded

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from seppo_fast.diffusion.conditioning import Conditioning
+from seppo_fast.models.family import Coder
 
 PROMPT_EMBEDS = "prompt_embeds"
 """The name of the text embeddings `(B, L, D)` in a `Conditioning`, as diffusers' pipelines call them."""
@@ -122,8 +123,7 @@ class PictureVae:
     def encode_clips(self, clips: Tensor) -> Tensor:
         """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`, about a megapixel at a time."""
         frames = clips.flatten(0, 1)
-        rows = max(1, 2**20 // frames[0, ..., 0].numel())
-        latents = torch.cat([self.encode(chunk) for chunk in frames.split(rows)])
+        latents = torch.cat([self.encode(chunk) for chunk in frames.split(_megapixel(*frames.shape[1:3]))])
         return latents.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
 
     @torch.no_grad()
@@ -131,15 +131,30 @@ class PictureVae:
         """Pictures `(B, H, W, 3)` uint8 of scaled latents `(B, C, h, w)`, about a megapixel at a time."""
         self._vae.to(self._device)
         scaled = (latents / self._vae.config.scaling_factor).to(self._device)
-        rows = max(1, 2**20 // (self.downscale**2 * latents[0, 0].numel()))
         with _autocast(self._device, self._dtype):
-            pixels = torch.cat([self._vae.decode(chunk).sample.float().cpu() for chunk in scaled.split(rows)])
+            pixels = self._decoded(self._vae, scaled)
         return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
     def decode_clips(self, latents: Tensor) -> np.ndarray:
         """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`, about a megapixel at a time."""
         pixels = self.decode(latents.transpose(1, 2).flatten(0, 1))
         return pixels.reshape(len(latents), latents.shape[2], *pixels.shape[1:])
+
+    def coder(self) -> Coder:
+        """See `Family.coder`."""
+        return Coder(self._vae, self._there_and_back)
+
+    def _there_and_back(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """See `Coder`; of clips it returns frames."""
+        clips = latents.dim() == 5
+        pixels = self._decoded(vae, latents.transpose(1, 2).flatten(0, 1) if clips else latents)
+        rows = _megapixel(*pixels.shape[2:]) if clips else len(pixels)
+        return torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pixels.split(rows)])
+
+    def _decoded(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Returns pixels `(B, 3, H, W)` float32 in -1..1 on the CPU, decoded about a megapixel at a time."""
+        rows = _megapixel(*(self.downscale * side for side in latents.shape[2:]))
+        return torch.cat([vae.decode(chunk).sample.float().cpu() for chunk in latents.split(rows)])
 
     def park(self) -> None:
         """Moves it off the device."""
@@ -148,6 +163,11 @@ class PictureVae:
     def fingerprint(self) -> dict[str, str]:
         """Digest of the weights, and the factor of the latents."""
         return {"vae": digest(self._vae), "scaling_factor": str(self._vae.config.scaling_factor)}
+
+
+def _megapixel(height: int, width: int) -> int:
+    """Returns how many pictures of this size make about a megapixel, at least one."""
+    return max(1, 2**20 // (height * width))
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -39,6 +39,19 @@ class JointParts(NamedTuple):
     row_layers: Sequence[nn.Module]
 
 
+class Coder(NamedTuple):
+    """The network between latents and pixels, for counting what it takes.
+
+    Attributes:
+        network: what `Family.decode` and `Family.encode_images` run.
+        there_and_back: decodes latents `(B, *latent)` and encodes the pixels, by the network or a copy of it, in the
+            batches of those two and without their rounding to 8 bits.
+    """
+
+    network: nn.Module
+    there_and_back: Callable[[nn.Module, Tensor], Tensor]
+
+
 class Family(ABC):
     """A loaded model, seen as what training, sampling and export ask of it.
 
@@ -178,6 +191,10 @@ class Family(ABC):
 
     def park_encoders(self) -> None:  # noqa: B027 - most families have some, none must
         """Moves the encoders off the device; training reads their work from the cache."""
+
+    def coder(self) -> Coder | None:
+        """Returns what decodes and encodes; None where it is no network, or too small to be counted."""
+        return None
 
     def example_row(self) -> Conditioning:
         """Returns one row of conditioning, whose shapes are all that counts; encoded once."""

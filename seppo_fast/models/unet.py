@@ -30,7 +30,7 @@ from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.models.attention import choose_attention, set_attention
 from seppo_fast.models.encoders import PROMPT_EMBEDS, ClipText, PictureVae, digest_of_parts
 from seppo_fast.models.fake import UNet
-from seppo_fast.models.family import Family, JointParts
+from seppo_fast.models.family import Coder, Family, JointParts
 from seppo_fast.models.temporal_attention import set_temporal_attention
 from seppo_fast.utils.errors import ConfigError
 
@@ -93,6 +93,10 @@ class UNetFamily(Family):
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """See `Family.too_long`."""
         return self.text.too_long(prompts)
+
+    def coder(self) -> Coder:
+        """See `Family.coder`."""
+        return self.vae.coder()
 
     def park_encoders(self) -> None:
         """See `Family.park_encoders`."""

@@ -8,6 +8,8 @@ PIPELINE = _HERE / "pipeline"
 """Folder of the shipped pipeline for pictures, in the diffusers format."""
 MOTION_PIPELINE, MOTION_ADAPTER = _HERE / "motion_pipeline", _HERE / "motion_adapter"
 """Folders of the shipped pipeline for clips, without the parts that it shares, and of its motion adapter."""
+MADE = _HERE / "made.safetensors"
+"""Latents of pictures that the shipped pipeline made, with their scores; see `seppo_fast.shapes.made`."""
 SHIPPED = {"shapes": PIPELINE, "shapes-motion": MOTION_PIPELINE}
 """The names that `model.path` has for them."""
 

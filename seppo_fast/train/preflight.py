@@ -58,6 +58,8 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if not config.data.source:
         raise ConfigError("data.source is empty; give a folder, parquet files, a hub id, or shapes:N")
     source = open_source(config.data.source, config.data.split)
+    if config.row.needs_pairs:
+        source = source.labelled()
     refuse_other_kind(config, source.clips)
     if config.row.needs_pairs and not source.has_losers:
         raise ConfigError(

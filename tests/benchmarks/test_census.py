@@ -61,6 +61,11 @@ def test_the_unet_has_the_flop_of_one_whose_attention_is_plain_products():
     assert census.Phases("full", TOY).sampling().flops == 2 * census.SAMPLES * a_row
 
 
+def test_a_round_trip_has_the_published_flop():
+    counted, rows = census.Phases("full", TOY | {"sample_size": 64}).round_trip()
+    assert counted.flops / rows / 1e12 == pytest.approx(2.52 + 1.12, abs=0.02)
+
+
 @pytest.fixture(scope="module")
 def phases():
     return {train: census.census(train, TOY) for train in ("lora", "full")}
@@ -71,13 +76,16 @@ def test_the_shares_of_a_pair_add_up(phases, train):
     rows = {row["phase"]: row for row in phases[train]}
     for mode in census.MODES:
         for share in ("share_of_time", "share_of_launches"):
-            whole = [row[share][mode] for name, row in rows.items() if not name.startswith("or the loss")]
+            whole = [row[share][mode] for name, row in rows.items() if name not in census.BESIDE]
             assert sum(whole) == pytest.approx(1)
     unet, ddim = rows[census.UNET], rows[census.SOLVERS["exact"]]
     # 50 guided steps, of which each has both.
     assert ddim["share_of_launches"]["exact"] / unet["share_of_launches"]["exact"] == pytest.approx(
         ddim["operations"] / unet["operations"]
     )
+    # A round trip comes once a sample, of which the fast mode makes a quarter as many; it is beside the whole.
+    trip = [rows[census.ROUND_TRIP]["share_of_time"][mode] / unet["share_of_time"][mode] for mode in census.MODES]
+    assert trip[0] * 50 == pytest.approx(trip[1] * 20)
     assert ddim["share_of_time"]["fast"] == 0 < rows[census.SOLVERS["fast"]]["share_of_time"]["fast"]
     # Five steps a pair of the UNet, in the fast mode, and one forward of the reference.
     fast = [rows[name]["share_of_time"]["fast"] / rows[name]["floor_us"] for name in (census.UNET, census.REFERENCE)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import seppo_fast.capacity.plan
-from seppo_fast.capacity.eta import forwards_per_pair
+from seppo_fast.capacity.eta import forwards_per_pair, seconds_of_run
 from seppo_fast.capacity.footprint import Footprint
 from seppo_fast.capacity.plan import Need, _ladder, need_of, out_of_memory, suggestions
 from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset
@@ -104,6 +104,42 @@ def test_the_peaks_add_up():
     assert replace(need, parked=True).sampling == 20 + 40 + 50 + 3 + 16  # nothing parks the average
     assert need.peak == 368
     assert replace(need, batch=200).peak == 313 + 400
+
+
+def test_a_round_trip_takes_what_is_estimated(tiny, tmp_path):
+    sampler = SIZES["sampler"] | {"round_trip": True}
+    trainer = trainer_of(tiny, tmp_path, "full", sampler=sampler, data={"source": "shapes:11:3", "resolution": 64})
+    need = need_of(trainer.config, trainer.family, CPU, 2**40)
+    weights = sum(weight.nbytes for weight in trainer.family.pipe.vae.parameters())
+    latents = torch.randn(8, 4, 32, 32)
+    taken = traced_peak(lambda: trainer.denoiser.through_pixels(latents), tmp_path)
+    assert 0.9 * taken < need.round_trip - weights < 1.1 * taken
+    assert need.sampling == max(need.round_trip, need.sample.fixed + 16 * need.sample.per_row) + (
+        need.weights + need.moments + need.average + need.references
+    )
+    assert any("round trip" in line for line in need.table())
+    without = need_of(trainer_of(tiny, tmp_path, "full").config, trainer.family, CPU, 2**40)
+    assert without.round_trip == 0 and not any("round trip" in line for line in without.table())
+
+
+def test_a_round_trip_is_part_of_the_eta(tiny, tmp_path, monkeypatch):
+    """Once for each sample, whatever it serves; forwards take 1 second here and round trips 1000."""
+    trainer = trainer_of(tiny, tmp_path, "full", sampler=SIZES["sampler"] | {"round_trip": True}, reference={"uses": 4})
+    need = need_of(trainer.config, trainer.family, CPU, 2**40)
+    trips = []
+    monkeypatch.setattr(trainer.denoiser, "through_pixels", lambda latents: trips.append(len(latents)))
+    monkeypatch.setattr(trainer.denoiser, "denoise", lambda model, latents, *_: latents)
+
+    def seconds(call):
+        before = len(trips)
+        call()
+        return 1000.0 * trips[-1] if len(trips) > before else 1.0
+
+    monkeypatch.setattr("seppo_fast.capacity.eta._seconds", seconds)
+    pairs = 16 * 4
+    expected = pairs * (forwards_per_pair(trainer.config) + 1000 / 4)
+    assert seconds_of_run(trainer.config, need, trainer.family, trainer.denoiser) == pytest.approx(expected)
+    assert trips == [1]
 
 
 def test_open_batches_are_the_largest_that_fit(tiny, tmp_path):

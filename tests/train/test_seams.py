@@ -56,11 +56,13 @@ class Ended(Exception):
     """Ends a run from outside."""
 
 
-@pytest.mark.parametrize("objective", ["toy", "sft", "seppo"])
-def test_a_toy_trains_is_saved_resumes_and_is_exported(toys, toy, tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "round_trip"), [("toy", False), ("sft", False), ("seppo", False), ("seppo", True)]
+)
+def test_a_toy_trains_is_saved_resumes_and_is_exported(toys, toy, tmp_path, objective, round_trip):
     """Bit for bit, by a method of its own, and by the package's with a rollout of the toy's solver."""
-    save = {"minutes": 0}
-    settings = {"objective": objective, "save": save, "log": {"sample_every": 1}}
+    save, sampler = {"minutes": 0}, {"round_trip": round_trip}
+    settings = {"objective": objective, "save": save, "sampler": sampler, "log": {"sample_every": 1}}
     straight = toy_config(toy, tmp_path, output=str(tmp_path / "straight"), **settings)
     seen = []
     train(straight, lambda trainer, updates: seen.append(weights_of(trainer)))

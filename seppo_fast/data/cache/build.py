@@ -30,6 +30,8 @@ from seppo_fast.utils.logging import say
 SHARD_SIZE = 1024
 CLIP_SHARD_BYTES = 1 << 27
 """Clips fill a shard sooner: 1024 of 16 frames at 512 x 512 are half a GiB, and twice that while one is written."""
+BATCH = 8
+"""Images encoded at once."""
 MAX_LISTED = 20
 _REPORT_SECONDS = 10.0
 
@@ -77,7 +79,7 @@ def build(
         say(f"left out: {problem}")
     remarks = Remarks(resolution)
     decode = _to_square(resolution, remarks) if frames is None else _to_clip(resolution, frames, flip, remarks)
-    batch_size = batch_size if frames is None else max(1, batch_size // frames)
+    batch_size = encoded_at_once(frames, batch_size)
     writer = _Writer(source, encoder, folder, losers, clips=frames is not None)
     batch: list[tuple[Example, list[np.ndarray]]] = []
     progress = _Progress(len(source))
@@ -99,6 +101,11 @@ def build(
     if batch:
         writer.add(batch)
     writer.finish(key, problems, remarks)
+
+
+def encoded_at_once(frames: int | None, images: int = BATCH) -> int:
+    """Returns how many examples are encoded at once: `images`, or clips of that many frames in all, at least one."""
+    return images if frames is None else max(1, images // frames)
 
 
 def _to_square(resolution: int, remarks: Remarks) -> Decode[np.ndarray]:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.data.cache.build import Encoder, build
+from seppo_fast.data.cache.build import BATCH, Encoder, build
 from seppo_fast.data.cache.latents import FORMAT_VERSION, INDEX, LatentCache
 from seppo_fast.data.examples import Source, require_kind
 from seppo_fast.data.media.images import check_framing
@@ -44,7 +44,7 @@ def open_or_build(
     flip: bool = False,
     crop: str = "center",
     folder: Path,
-    batch_size: int = 8,
+    batch_size: int = BATCH,
     losers: bool = True,
     accept: Callable[[str, str], object] = lambda fingerprint, former: None,
 ) -> LatentCache:
