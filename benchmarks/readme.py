@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablations.markdown import ablation_tables, regime_tables
+from benchmarks.anchor import anchor_table
 from benchmarks.census import census_table
 from benchmarks.exactness import exactness_table
 from benchmarks.harness.rows import SEPARATOR
@@ -20,48 +21,29 @@ from benchmarks.harness.speed import phase_chart, projection, speed_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-_METHODS = {
-    "sft": "SFT on the winners",
-    "seppo": "**SePPO**",
-    "seppo-indicator": "SePPO, indicator flipper",
-    "seppo-never": "SePPO without the anchor test",
-    "seppo-initial": "SePPO, ref = 0",
-    "seppo-newest": "SePPO, ref = k-1",
-}
 
-
-def demo_table(result: dict[str, Any], command: str = "make demo") -> str:
-    """What a demo printed last."""
-    interval = f"{result['difference']:+.3f} [{result['low']:+.3f}, {result['high']:+.3f}]"
+def demo_table(result: dict[str, Any]) -> str:
+    """Returns a demo's gain under each training seed, and what plain fine-tuning gains by the same recipe."""
+    scales = list(result["base"])
+    lines = [
+        f"| | seed | {' | '.join(f'guidance {scale}: gain [95 %]' for scale in scales)} |",
+        f"|---|---|{'---|' * len(scales)}",
+        f"| base | | {' | '.join(f'{result["base"][scale]:.3f}' for scale in scales)} |",
+    ]
+    for row in result["rows"]:
+        cells = [
+            f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" for gain in row["gains"].values()
+        ]
+        lines.append(f"| {row['title']} | {row['seed']} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            f"| {result['items']} held-out prompts, same seeds | base | aligned | paired difference [95 %] |",
-            "|---|---|---|---|",
-            f"| judge's score: share of attributes | {result['base']:.3f} | {result['other']:.3f} | {interval} |",
-            f"| whole prompts right | {result['base_all_right']:.3f} | {result['aligned_all_right']:.3f} | |",
+            *lines,
             "",
-            f"`{command}`: {result['seconds']:.0f} s on {result['cores']} CPU cores after installation, judging "
-            f"included; torch {result['torch']}.",
+            f"`{result['command']}`: {result['items']} held-out prompts; the demo takes {result['seconds']:.0f} s on "
+            f"{result['cores']} CPU cores after installation, judging included; torch {result['torch']}, commit "
+            f"{result['commit']}.",
         ]
     )
-
-
-def ablation_table(result: dict[str, Any]) -> str:
-    """The rows of the paper's table 4 on the embedded world, best first."""
-    seeds = " / ".join(f"seed {seed}" for seed in result["training_seeds"])
-    lines = [f"| method | lr | score, {seeds} | difference to base [95 %] |", "|---|---|---|---|"]
-    lines.append(f"| base | | {result['base']:.3f} | |")
-    for row in sorted(result["rows"], key=lambda row: -row["other"]):
-        scores = " / ".join(f"{mean:.3f}" for mean in row["seed_means"])
-        interval = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        lines.append(f"| {_METHODS[row['method']]} | {row['learning_rate']:g} | {scores} | {interval} |")
-    lines += [
-        "",
-        f"`{result['command']}`: {result['updates']} updates of {result['pairs_per_update']} pairs each, "
-        f"{result['prompts']} prompts a seed, {result['seconds'] / 60:.0f} minutes on {result['cores']} cores, "
-        f"torch {result['torch']}, commit {result['commit']}.",
-    ]
-    return "\n".join(lines)
 
 
 def full_size_table(result: dict[str, Any]) -> str:
@@ -147,8 +129,9 @@ def tables() -> dict[str, str]:
     made = {}
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "demo": demo_table,
-        "demo-video": partial(demo_table, command="make demo-video"),
-        "ablation": ablation_table,
+        "demo-video": demo_table,
+        "ablation": ablation_tables,
+        "anchor": anchor_table,
         "full-size": full_size_table,
         "full-size-clips": full_size_table,
         "census": census_table,
@@ -159,6 +142,9 @@ def tables() -> dict[str, str]:
     for name, make in makers.items():
         file = RESULTS / f"{name}.json"
         made[name] = make(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
+    ablation = RESULTS / "ablation.json"
+    result = json.loads(ablation.read_text(encoding="utf-8")) if ablation.exists() else {"regimes": []}
+    made["regimes"] = regime_tables(result)
     on_gpu = suite_rows(on_cpu=False)
     made["speed-cpu"] = speed_table(suite_rows(on_cpu=True))
     made["speed-gpu"] = f"{speed_table(on_gpu)}\n\n{projection(on_gpu)}"

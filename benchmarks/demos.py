@@ -1,0 +1,113 @@
+"""`python -m benchmarks.demos [--clips]`: what a demo gains under three training seeds, beside plain fine-tuning.
+
+Each run writes a file when it is done, so the same command continues with what is missing. The picture that the README
+shows is that of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.provenance import provenance
+from seppo_fast.commands.demo import RECIPES, compare, demo
+from seppo_fast.config.load import parse_config, read_config
+from seppo_fast.config.schema import Config
+from seppo_fast.data.sources import open_source
+from seppo_fast.evaluation.judged import prompt_sets
+from seppo_fast.train import train
+from seppo_fast.utils.logging import quiet_libraries
+
+RESULTS = Path(__file__).parent / "results"
+TITLES = {"demo": "the demo", "sft": "SFT, as many updates"}
+
+
+def settings(recipe: str, kind: str, seed: int, folder: Path) -> Config:
+    """Returns the recipe under a training seed, or plain fine-tuning by it."""
+    tree = read_config(recipe).model_dump()
+    tree |= {"seed": seed, "output": str(folder / f"{kind}-seed{seed}")}
+    tree["data"]["cache"] = str(folder / "cache")
+    if kind == "sft":
+        tree["objective"] = "sft"
+        tree["train"]["sft_weight"], tree["reference"]["uses"] = 0.0, 1
+        tree["log"]["sample_every"] = 0
+    return parse_config(tree)
+
+
+def run(kind: str, config: Config) -> dict[str, Any]:
+    """Runs one of both from its beginning and returns its gains by guidance scale, and how long it took."""
+    folder = Path(config.output)
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    if kind == "demo":
+        demo(config)
+        compared = json.loads((folder / "result.json").read_text(encoding="utf-8"))["comparisons"]
+        gains = {f"{entry['guidance']:g}": entry for entry in compared}
+    else:
+        with redirect_stdout(io.StringIO()):
+            weights = train(config)
+        prompts = prompt_sets(open_source(config.data.source))[1]
+        scales = config.evaluation.guidance or (config.sampler.guidance,)
+        gains = {f"{scale:g}": asdict(compare(config, prompts, weights, scale).paired) for scale in scales}
+    return {"title": TITLES[kind], "kind": kind, "seed": config.seed, "gains": gains} | {
+        "seconds": time.perf_counter() - began
+    }
+
+
+def summary(rows: list[dict[str, Any]], clips: bool) -> dict[str, Any]:
+    """Returns what is committed: all runs, those of the demo first."""
+    first = next(iter(rows[0]["gains"].values()))
+    return provenance("benchmarks.demos") | {
+        "clips": clips,
+        "items": first["items"],
+        "base": {scale: gain["base"] for scale, gain in rows[0]["gains"].items()},
+        "seconds": statistics.median(row["seconds"] for row in rows if row["kind"] == "demo"),
+        "cores": os.cpu_count(),
+        "rows": sorted(rows, key=lambda row: (row["kind"] != "demo", row["seed"])),
+    }
+
+
+def main(words: list[str] | None = None) -> int:
+    """Continues with the runs that are missing, and writes the result once all are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", action="store_true", help="the demo that moves")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of training")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/demos"), help="folder of the runs and their files")
+    parser.add_argument("--json", type=Path, help="where to write the result; by default among the committed ones")
+    arguments = parser.parse_args(words)
+    quiet_libraries()
+    name = "demo-video" if arguments.clips else "demo"
+    folder = arguments.scratch / name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for kind in TITLES:
+        for seed in arguments.seeds:
+            file = folder / f"{kind}-seed{seed}.json"
+            if not file.exists():
+                made = run(kind, settings(RECIPES[arguments.clips], kind, seed, folder))
+                file.write_text(json.dumps(made) + "\n", encoding="utf-8")
+                print(f"{made['title']}, seed {seed}: {made['seconds']:.0f} s", flush=True)
+            rows.append(json.loads(file.read_text(encoding="utf-8")))
+    result = arguments.json or RESULTS / f"{name}.json"
+    result.write_text(json.dumps(summary(rows, arguments.clips), indent=1) + "\n", encoding="utf-8")
+    if arguments.json is None:
+        first = folder / f"demo-seed{arguments.seeds[0]}"
+        shutil.copyfile(first / "demo.png", RESULTS / f"{name}.png")
+        if arguments.clips:
+            shutil.copyfile(first / "demo.webp", RESULTS / f"{name}.webp")
+    print(f"wrote {result}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
