@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.markdown import ablation_tables, regime_tables
+from benchmarks.ablations.markdown import ablation_tables, interval, regime_tables
 from benchmarks.anchor import anchor_table
 from benchmarks.census import census_table
 from benchmarks.exactness import exactness_table
@@ -24,16 +24,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def demo_table(result: dict[str, Any]) -> str:
     """Returns a demo's gain under each training seed, and what plain fine-tuning gains by the same recipe."""
-    scales = list(result["base"])
+    base = result["base"]
     lines = [
-        f"| | seed | {' | '.join(f'guidance {scale}: gain [95 %]' for scale in scales)} |",
-        f"|---|---|{'---|' * len(scales)}",
-        f"| base | | {' | '.join(f'{result["base"][scale]:.3f}' for scale in scales)} |",
+        f"| | seed | {' | '.join(f'guidance {scale}: gain [95 %]' for scale in base)} |",
+        f"|---|---|{'---|' * len(base)}",
+        f"| base | | {' | '.join(f'{score:.3f}' for score in base.values())} |",
     ]
     for row in result["rows"]:
-        cells = [
-            f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" for gain in row["gains"].values()
-        ]
+        cells = [interval(gain) for gain in row["gains"].values()]
         lines.append(f"| {row['title']} | {row['seed']} | {' | '.join(cells)} |")
     return "\n".join(
         [

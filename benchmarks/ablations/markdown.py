@@ -64,17 +64,18 @@ def _table(rows: Iterable[dict[str, Any]], seppo: dict[str, Any] | None) -> str:
 
 
 def _gain(compared: dict[str, Any]) -> str:
-    text = _interval(compared)
-    return f"{text}, {_interval(compared['against_seppo'])}" if "against_seppo" in compared else text
+    text = interval(compared)
+    return f"{text}, {interval(compared['against_seppo'])}" if "against_seppo" in compared else text
 
 
-def _interval(compared: dict[str, Any]) -> str:
+def interval(compared: dict[str, Any]) -> str:
+    """Returns a paired difference with its interval."""
     return f"{compared['difference']:+.3f} [{compared['low']:+.3f}, {compared['high']:+.3f}]"
 
 
 def _origin(result: dict[str, Any]) -> str:
     base = ", ".join(f"{score:.3f} at guidance {scale}" for scale, score in result["base"].items())
     return (
-        f"`{result['command']}`: {result['prompts']} held-out prompts per seed (of training; {len(REPORT_SEEDS)} are "
-        f"planned), base {base}. Cost: rows through the network against SePPO's. Commits {', '.join(result['commits'])}."
+        f"`{result['command']}`: {result['prompts']} held-out prompts per training seed, of which {len(REPORT_SEEDS)} "
+        f"are planned; base {base}. Cost: rows through the network, over SePPO's. Commits {', '.join(result['commits'])}."
     )
