@@ -76,6 +76,6 @@ def interval(compared: dict[str, Any]) -> str:
 def _origin(result: dict[str, Any]) -> str:
     base = ", ".join(f"{score:.3f} at guidance {scale}" for scale, score in result["base"].items())
     return (
-        f"`{result['command']}`: {result['prompts']} held-out prompts per training seed, of which {len(REPORT_SEEDS)} "
-        f"are planned; base {base}. Cost: rows through the network, over SePPO's. Commits {', '.join(result['commits'])}."
+        f"`{result['command']}`: {result['prompts']} held-out prompts a training seed, of which {len(REPORT_SEEDS)} "
+        f"are planned. Base {base}. Cost: rows through the net, over SePPO's; commits {', '.join(result['commits'])}."
     )
