@@ -6,9 +6,8 @@ past at the winners, the anchor test then compares noise, and logits and gradien
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +39,11 @@ class Rule:
     sign: str
     cure: str
 
+    @property
+    def warning(self) -> str:
+        """The line of a running run."""
+        return f"{self.sign} (mean of the last {WINDOW} updates). If that goes on, {self.cure}"
+
 
 def _rises(window: Sequence[list[float]], first: list[float]) -> bool:
     return all(reference > 0 for _, reference in window) and _mean(w / r - 1 for w, r in window) > _RISE
@@ -49,8 +53,8 @@ def _loses(window: Sequence[list[float]], first: list[float]) -> bool:
     return _mean(loss for loss, _, _ in window) < _LOSS and _mean(w - r for _, w, r in window) > 0
 
 
-def _mean(values: Any) -> float:
-    return statistics.fmean(values)
+def _mean(values: Iterable[float]) -> float:
+    return sum(values) / WINDOW  # not by `statistics`, which raises where infinities cancel
 
 
 _ERRORS = ("winner_error", "ref_winner_error")
@@ -134,7 +138,7 @@ class HealthWatch:
 
 def _known(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """An update with `preference_loss`, which logs have beside `loss` where the two may differ."""
-    return {"preference_loss": entry.get("loss"), **entry}
+    return {"preference_loss": entry["loss"], **entry} if "loss" in entry else entry
 
 
 def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:
@@ -144,13 +148,8 @@ def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:
     return finite if len(finite) == len(values) else None
 
 
-def spells(entries: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> dict[str, list[tuple[int, int]]]:
-    """Returns for each rule with spells, by its name, the first and last update of each.
-
-    Args:
-        entries: the log.
-        names: of rules; None: all.
-    """
+def spells(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """Returns for each rule with spells in a log, by its name, the first and last update of each."""
     watch, found = HealthWatch(), dict[str, list[tuple[int, int]]]()
     for entry in entries:
         begin = watch.see(entry)
