@@ -20,10 +20,11 @@ def warnings(found: Spells) -> Iterator[str]:
     for rule in RULES:
         if rule.name not in found:
             continue
-        when = ", ".join(f"{first} to {last}" for first, last in found[rule.name])
+        when = ", ".join(f"{first} to {last}" if last > first else f"{first}" for first, last in found[rule.name])
+        sign, colon, why = rule.sign.partition(": ")
         yield (
-            f'<p class="warning"><strong>{escape(_capital(rule.sign))}</strong> (mean of {WINDOW} updates; updates '
-            f"{when}, shaded below). {_marked(_capital(rule.cure))}.</p>"
+            f'<p class="warning"><strong>{escape(_capital(sign))}</strong>{colon}{_marked(why)} (mean of {WINDOW} '
+            f"updates; updates {when}, shaded below). {_marked(_capital(rule.cure))}.</p>"
         )
 
 

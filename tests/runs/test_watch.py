@@ -1,5 +1,6 @@
 """The rules by which a run warns: logs made ill on purpose, healthy ones, and real runs made ill on purpose."""
 
+import itertools
 import math
 import random
 import shutil
@@ -69,7 +70,7 @@ def test_a_number_at_its_limit_is_not_told_of_again_and_again():
         told += [number for _ in watch.see(entry(number, logit_abs=3.0 if number % 3 == 1 else 0.01))]
     # Of five updates one or two are high, so the mean passes the limit twice in three updates.
     assert told[0] == WINDOW and len(told) <= 60 / WINDOW
-    assert min(b - a for a, b in zip(told, told[1:], strict=False)) >= WINDOW
+    assert min(b - a for a, b in itertools.pairwise(told)) >= WINDOW
 
 
 def test_a_second_spell_is_told_again():
@@ -140,7 +141,8 @@ def test_real_runs_made_ill_on_purpose_warn(tmp_path_factory, capsys, objective,
     """A rate ten or thirty times that of a healthy run, and no warm-up."""
     folder = tmp_path_factory.mktemp("ill")
     tree = {
-        "objective": objective, "output": str(folder / "run"), "model": {"path": "shapes", "train": "full", "precision": "fp32"},
+        "objective": objective, "output": str(folder / "run"),
+        "model": {"path": "shapes", "train": "full", "precision": "fp32"},
         "data": {"source": "shapes:16:11", "resolution": 32, "prompt_dropout": 0.1, "cache": str(folder / "cache")},
         "train": {
             "updates": WINDOW, "updates_per_iteration": WINDOW, "pairs_per_update": 8, "micro_batch": 8,
