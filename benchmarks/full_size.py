@@ -64,7 +64,7 @@ def update_config(folder: Path, arguments: argparse.Namespace) -> Config:
             | data,
             "train": {"updates": 1, "pairs_per_update": arguments.pairs, "micro_batch": arguments.micro_batch},
             "sampler": {"steps": arguments.steps, "batch": arguments.pairs},
-            "log": {"sample_every": 0},
+            "log": {"sample_every": 0, "health_every": 0},
         }
     )
 

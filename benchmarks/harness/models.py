@@ -175,7 +175,7 @@ class Workplace:
         tree: dict[str, dict[str, Any]] = {
             "model": {"path": self.model, "precision": self.machine.precision},
             "data": {"resolution": self.resolution, "prompt_dropout": 0.0, "cache": str(self.folder / "cache")},
-            "log": {"sample_every": 0},
+            "log": {"sample_every": 0, "health_every": 0},
         }
         if self.frames is not None:
             tree["model"]["motion_adapter"], tree["data"]["frames"] = self.motion_adapter, self.frames

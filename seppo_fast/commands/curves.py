@@ -11,14 +11,19 @@ from html import escape
 _SIZE = (5.6, 2.7)  # inches of 72 units
 _MOST_POINTS = 1500  # a line of the page; longer runs are shown by means
 # Colours that stand for the page's, which differ by day and by night.
-_THEME = {"#010101": "--first", "#020202": "--second", "#030303": "--warn", "#040404": "--line", "#050505": "--dim"}
-_FIRST, _SECOND, _WARN, _LINE, _DIM = _THEME
-_STYLES = ((_FIRST, "-"), (_SECOND, (0, (4, 2))))
+_THEME = {
+    "#010101": "--first", "#020202": "--second", "#030303": "--third", "#040404": "--fourth", "#050505": "--warn",
+    "#060606": "--line", "#070707": "--dim",
+}  # fmt: skip
+_FIRST, _SECOND, _THIRD, _FOURTH, _WARN, _LINE, _DIM = _THEME
+# Each has dashes of its own too: colours alone are not seen by all.
+_STYLES = ((_FIRST, "-"), (_SECOND, (0, (4, 2))), (_THIRD, (0, (1, 2))), (_FOURTH, (0, (6, 2, 1, 2))))
 
 STYLE = """
 figure.curve > svg { width: 100%; height: auto; display: block; }
 .key { white-space: nowrap; } .key svg { width: 1.4em; height: 0.7em; vertical-align: middle; }
 .line-0 { stroke: var(--first); } .line-1 { stroke: var(--second); stroke-dasharray: 5 3; }
+.line-2 { stroke: var(--third); stroke-dasharray: 2 2.5; } .line-3 { stroke: var(--fourth); stroke-dasharray: 8 2 2 2; }
 """
 
 
@@ -30,7 +35,7 @@ def curve(
     spells: Sequence[tuple[int, int]] = (),
     skipped: Sequence[int] = (),
 ) -> str:
-    """A `<figure>` of one or two lines over updates.
+    """A `<figure>` of one to four lines over updates.
 
     Args:
         title: of the figure.
@@ -39,6 +44,7 @@ def curve(
         spells: first and last update of what is shaded.
         skipped: updates that are marked.
     """
+    assert len(lines) <= len(_STYLES), "each line has a style of its own"
     drawn = {name: _thinned(updates, values) for name, values in lines.items()}
     keys = "".join(
         f' <span class="key"><svg viewBox="0 0 20 10"><line class="line-{index}" x1="0" y1="5" x2="20" y2="5" '

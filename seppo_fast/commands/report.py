@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -21,12 +21,14 @@ from PIL import Image
 
 from seppo_fast import __version__
 from seppo_fast.commands import curves
+from seppo_fast.commands.panels import numbers, panels, skipped
+from seppo_fast.commands.remarks import notes, warnings
 from seppo_fast.config.plain_yaml import MOST_BYTES, parse_yaml
 from seppo_fast.data.media.images import ImageError, decode_image, file_ref, open_file, open_image
 from seppo_fast.evaluation.grids import CAPTION_WIDTH
 from seppo_fast.evaluation.scores import read_scores
 from seppo_fast.runs.journal import LOG, SKIPPED, read_journal
-from seppo_fast.runs.watch import LARGEST, WINDOW, spells
+from seppo_fast.runs.watch import spells
 from seppo_fast.utils.errors import ConfigError
 
 NAME = "report.html"
@@ -36,29 +38,18 @@ _WIDEST = 1600  # pixels of a picture in the page
 _MOST_LOG_BYTES = 1 << 27  # some hundred thousand updates
 _MOST_UPDATES = 10**9
 
-_PANELS = {
-    "loss": {"loss": "loss"},
-    "winner error": {"policy": "winner_error", "reference": "ref_winner_error"},
-    "winner error minus the reference's": {"difference": "winner_difference"},
-    "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
-    "reject rate": {"reject": "aaf_rate"},
-    "margin": {"margin": "margin"},
-    "gradient norm, before clipping": {"norm": "grad_norm"},
-    "pairs per second": {"rate": "pairs_per_second"},
-    "peak memory, GiB": {"memory": "memory_gib"},
-}
-
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --dim: #5b626b; --line: #d9dde2; --first: #1565c0;
-  --second: #c2570c; --warn: #b3261e; --warn-back: #fdecea; }
+  --second: #c2570c; --third: #00796b; --fourth: #8e24aa; --warn: #b3261e; --warn-back: #fdecea; }
 @media (prefers-color-scheme: dark) { :root { --back: #15181c; --text: #e6e8ea; --dim: #9aa3ad; --line: #343a41;
-  --first: #6cb1ff; --second: #ffb074; --warn: #ff8a80; --warn-back: #3a1d1b; } }
+  --first: #6cb1ff; --second: #ffb074; --third: #4fd1c0; --fourth: #dfa0f0; --warn: #ff8a80; --warn-back: #3a1d1b; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 1400px; background: var(--back); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 0.2rem 0; } h2 { font-size: 1.1rem; margin: 1.6rem 0 0.6rem; }
 .dim { color: var(--dim); }
 .warning { border-left: 4px solid var(--warn); background: var(--warn-back); padding: 0.6rem 0.9rem; margin: 0.8rem 0; }
+.note { border-left: 4px solid var(--line); padding: 0.6rem 0.9rem; margin: 0.8rem 0; }
 .curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 figure { margin: 0; }
 .curve { border: 1px solid var(--line); border-radius: 6px; padding: 0.6rem; }
@@ -115,14 +106,14 @@ def _is_page(file: Path) -> bool:
 
 def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
     """The page of a run's folder and its log."""
-    settings = _settings(run)
+    settings, found = _settings(run), spells(log)
     parts = [
         f"<h1>{escape(run.resolve().name)}</h1>",
-        *_warnings(log),
+        *warnings(found),
+        *notes(log, _counts(settings)["updates_per_iteration"]),
         "<h2>Summary</h2>",
         _table(_summary(run, log, settings)),
-        "<h2>Curves</h2>",
-        _curves(log) if log else '<p class="dim">no update has finished yet</p>',
+        *(panels(log, found) if log else ['<h2>Curves</h2><p class="dim">no update has finished yet</p>']),
         "<h2>Samples</h2>",
         _samples(run / "samples"),
         "<h2>Settings</h2>",
@@ -168,25 +159,16 @@ def _settings(run: Path) -> bytes:
     return content if len(content) <= MOST_BYTES else b""
 
 
-def _counts(settings: bytes) -> list[int | None]:
-    """Updates and pairs an update by config.yaml; None where that is not what a run writes."""
+def _counts(settings: bytes) -> dict[str, int | None]:
+    """Updates, updates an iteration and pairs an update by config.yaml; None for what a run does not write."""
     try:
         train = parse_yaml(settings)["train"]
-        values = [train[key] for key in ("updates", "pairs_per_update")]
-    except (ValueError, KeyError, TypeError):
-        return [None, None]
-    return [value if isinstance(value, int) and 0 < value <= _MOST_UPDATES else None for value in values]
-
-
-def _warnings(log: Sequence[dict[str, Any]]) -> Iterator[str]:
-    found = spells(log)
-    if found:
-        when = ", ".join(f"{first} to {last}" for first, last in found)
-        yield (
-            "<p class=\"warning\"><strong>The winner's error stayed above the reference's</strong> (mean of "
-            f"{WINDOW} updates; updates {when}, shaded below): at the good examples the policy was worse than its past "
-            "policies. A lower <code>train.learning_rate</code> is the first thing to try.</p>"
-        )
+        values = {key: train.get(key) for key in ("updates", "updates_per_iteration", "pairs_per_update")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        values = dict.fromkeys(("updates", "updates_per_iteration", "pairs_per_update"))
+    return {
+        key: value if isinstance(value, int) and 0 < value <= _MOST_UPDATES else None for key, value in values.items()
+    }
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -195,62 +177,35 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def _summary(run: Path, log: Sequence[dict[str, Any]], settings: bytes) -> dict[str, str]:
-    total, pairs = _counts(settings)
+    counts = _counts(settings)
+    total, pairs = counts["updates"], counts["pairs_per_update"]
     finished = log[-1]["update"] if log else 0
     rows = {"updates": f"{finished} of {total}" if total else str(finished)}
     if not log:
         return rows
-    seconds = sum(_numbers(log, "seconds"))
+    seconds = sum(numbers(log, "seconds"))
     rows["time"] = f"{_clock(seconds)} of rolling out and learning"
-    if rates := _numbers(log, "pairs_per_second"):
+    if rates := numbers(log, "pairs_per_second"):
         rows["rate"] = f"{statistics.median(rates):.3g} pairs/s (median)" + (
             f", {pairs} pairs an update" if pairs else ""
         )
-    stall = sum(_numbers(log, "save_stall_seconds"))
+    stall = sum(numbers(log, "save_stall_seconds"))
     if seconds and stall:
         rows["waiting for saves"] = f"{_clock(stall)}, {stall / (seconds + stall):.2%}"
-    skipped = _skipped(log)
-    shown = ", ".join(map(str, skipped[:20])) + (", ..." if len(skipped) > 20 else "")
-    rows["skipped updates"] = f"{len(skipped)}: {shown}; samples in {SKIPPED}" if skipped else "none"
+    left_out = skipped(log)
+    shown = ", ".join(map(str, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
+    rows["skipped updates"] = f"{len(left_out)}: {shown}; samples in {SKIPPED}" if left_out else "none"
     for name, key in {"loss": "loss", "reject rate": "aaf_rate", "peak memory, GiB": "memory_gib"}.items():
-        if values := _numbers(log, key):
+        if values := numbers(log, key):
             rows[name] = f"{values[-1]:.4g}" + ("" if key == "memory_gib" else " (last)")
     scores = read_scores(run)
     return rows | ({"scores": str(scores)} if scores else {})
-
-
-def _numbers(log: Sequence[dict[str, Any]], key: str) -> list[float]:
-    return [value for value in _column(log, key) if value is not None]
-
-
-def _column(log: Sequence[dict[str, Any]], key: str) -> list[float | None]:
-    values = [entry.get(key) for entry in log]
-    return [float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None for value in values]
-
-
-def _skipped(log: Sequence[dict[str, Any]]) -> list[int]:
-    return [entry["update"] for entry in log if entry.get("skipped")]
 
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} m" if hours else f"{minutes} m {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _curves(log: Sequence[dict[str, Any]]) -> str:
-    updates = [entry["update"] for entry in log]
-    columns = {key: _column(log, key) for lines in _PANELS.values() for key in lines.values()}
-    pairs = zip(columns["winner_error"], columns["ref_winner_error"], strict=True)
-    columns["winner_difference"] = [None if a is None or b is None else a - b for a, b in pairs]
-    figures = []
-    for title, lines in _PANELS.items():
-        drawn = {name: columns[key] for name, key in lines.items() if any(value is not None for value in columns[key])}
-        if drawn:
-            marks = _skipped(log) if "grad_norm" in lines.values() else []
-            shaded = spells(log) if title.startswith("winner error") else []
-            figures.append(curves.curve(title, updates, drawn, spells=shaded, skipped=marks))
-    return f'<div class="curves">{"".join(figures)}</div>'
 
 
 def _samples(folder: Path) -> str:

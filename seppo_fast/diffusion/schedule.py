@@ -43,6 +43,9 @@ class Schedule(Protocol):
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Returns what the model should predict there, `(B, *latent)`."""
 
+    def progress(self, times: Tensor) -> Tensor:
+        """Returns how far along the forward process times `(B,)` are, float32 from 0 (clean) to 1 (noise)."""
+
 
 class NoiseSchedule:
     """The forward process and the regression target of diffusion, from the pipeline's own scheduler.
@@ -93,6 +96,10 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             return noise
         return self._scheduler.get_velocity(latents, noise, times)
+
+    def progress(self, times: Tensor) -> Tensor:
+        """Returns t / T of timesteps `(B,)`, float32."""
+        return times.float() / self.num_timesteps
 
 
 def check_diffusion(scheduler: SchedulerMixin) -> None:

@@ -120,6 +120,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """A tensor as it is, of a sharded one what this process holds; the parts of all processes are the whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def fill(own: Tensor, values: Tensor) -> None:
     """Copies the values of a whole tensor, wherever it is, into another one, or this process's share into its shard."""

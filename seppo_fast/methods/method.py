@@ -38,11 +38,13 @@ class StepLoss:
         grad: of the mean loss over the b rows to `output`, scaled as asked.
         sums: name to scalar float32 tensor on the device, each a sum over the rows, `loss` among them; nothing here
             syncs with the host.
+        halves: 2 where the rows of `grad` are winners stacked on as many losers, 1 where there are no losers.
     """
 
     output: Tensor
     grad: Tensor
     sums: dict[str, Tensor]
+    halves: int = 1
 
 
 class Method(ABC):

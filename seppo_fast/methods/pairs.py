@@ -67,9 +67,9 @@ class Pairs:
     def to(self, device: torch.device) -> Pairs:
         """The same pairs on a device; on a GPU through pinned memory, so that the host does not wait for the copy."""
         tensors: dict[str, Any] = {
-            name: _sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        tensors["conditioning"] = self.conditioning.map(lambda tensor: _sent(tensor, device))
+        tensors["conditioning"] = self.conditioning.map(lambda tensor: sent(tensor, device))
         return replace(self, **tensors)
 
 
@@ -104,7 +104,8 @@ def noised(pairs: Pairs, schedule: Schedule, device: torch.device) -> NoisedBatc
     )
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on the device; on its way to a GPU through pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return tensor.to(device)
     # What is there already cannot be pinned.

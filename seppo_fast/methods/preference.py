@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from seppo_fast.config.objectives import Objective
 from seppo_fast.config.schema import Config
 from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, loss_and_grad
+from seppo_fast.methods.bands import BAND_SUMS, band_averages, band_sums
 from seppo_fast.methods.method import Method, StepLoss
-from seppo_fast.methods.pairs import Pairs
+from seppo_fast.methods.pairs import Pairs, sent
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
 from seppo_fast.methods.rollout import Rollout
@@ -27,6 +28,7 @@ class PreferenceMethod(Method):
 
     def __init__(self, parts: MethodParts) -> None:
         self._config: Config = parts.config
+        self._schedule = parts.family.schedule
         strategy = REFERENCE_STRATEGIES[parts.config.reference.errors]
         self.strategy = strategy(parts.family, parts.denoiser, parts.sampler, parts.model, parts.config)
         self.rollout = Rollout(
@@ -62,6 +64,7 @@ class PreferenceMethod(Method):
             safeguard=train.safeguard_mu if train.safeguard else None,
             grad_scale=grad_scale,
             backend=train.backend,
+            progress=sent(self._schedule.progress(micro_batch.times), made.policy.device),
         )
 
     def make_room(self, parked: Callable[[], AbstractContextManager[None]]) -> None:
@@ -85,6 +88,7 @@ def step_loss(
     safeguard: float | None,
     grad_scale: float | Tensor,
     backend: Backend,
+    progress: Tensor | None = None,
 ) -> StepLoss:
     """The objective's loss on one micro-batch of b pairs, and its gradient, without a graph of its own.
 
@@ -99,6 +103,7 @@ def step_loss(
         safeguard: mu of the losers' scale, see `preference_loss`; None: off.
         grad_scale: multiplies the gradient; a number or one float32 on the device.
         backend: of the loss, `auto`, `triton` or `torch`.
+        progress: `(b,)` how far along the forward process each pair is, see `Schedule.progress`; None: no bands.
     """
     if ref_error is None:
         leaf = model_pred.detach().requires_grad_()
@@ -119,10 +124,10 @@ def step_loss(
         grad_scale=grad_scale,
         backend=backend,
     )
-    sums = _sums(result, beta)
+    sums = _sums(result, beta) | band_sums(result, progress)
     if sft_weight:
         sums["sft_loss"] = result.sft_loss * len(result.reject)
-    return StepLoss(model_pred, grad, sums)
+    return StepLoss(model_pred, grad, sums, halves=2)
 
 
 def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
@@ -150,7 +155,7 @@ def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
     On learned pairs a positive logit is no preference accuracy, so the two groups are never mixed but in
     `implicit_acc`, which appendix B.2 of the paper logs over all pairs. A group without pairs is left out.
     """
-    means = {name: value / pairs for name, value in sums.items()}
+    means = {name: value / pairs for name, value in sums.items() if name not in BAND_SUMS} | band_averages(sums)
     if "reject" not in sums:
         return means
     both, correct = means.pop("correct_and_reject") * pairs, means.pop("correct") * pairs

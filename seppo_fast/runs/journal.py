@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from seppo_fast.runs.watch import WINDOW, WinnerWatch
+from seppo_fast.runs.watch import HealthWatch
 
 LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
 _GIB = 2**30
@@ -39,7 +39,7 @@ class Journal:
         self._pairs = pairs_per_update
         self._device = device
         self._waiting = b""
-        self._watch = WinnerWatch()
+        self._watch = HealthWatch()
         self._seconds: deque[float] = deque(maxlen=_ETA_UPDATES)
 
     def resume(self, finished: int) -> None:
@@ -68,11 +68,9 @@ class Journal:
         # The median: the first update compiles and measures, and a machine that others use stops now and then.
         left = (self._updates - number) * statistics.median(self._seconds)
         print(progress_line(number, self._updates, stats, left), flush=True)
-        if self._watch.see(stats):
-            print(_WARNING, flush=True)
-        if "ref_winner_error" in stats:
-            stats["winner_above_reference"] = float(self._watch.above)
-        return stats
+        for rule in self._watch.see(stats):
+            print(rule.warning, flush=True)
+        return stats | self._watch.flags(stats)
 
     def write(self, number: int, stats: dict[str, float]) -> None:
         """Records in `log.jsonl` what `tell` gave.
@@ -99,12 +97,6 @@ class Journal:
         """
         line = {"update": number, "scaler_searching": searching, "sample_ids": list(sample_ids)}
         _append(self._folder / SKIPPED, json.dumps(line).encode() + b"\n")
-
-
-_WARNING = (
-    f"the winner's error stays above the reference's (mean of the last {WINDOW} updates): at the good examples the "
-    "policy is worse than its past policies. If that goes on, a lower train.learning_rate is the first thing to try"
-)
 
 
 def _append(file: Path, lines: bytes) -> None:

@@ -1,56 +1,162 @@
-"""Whether the policy is worse at the winners than its past policies, over a window of updates."""
+"""Signs of a run that makes the model worse, from the numbers of the log alone, and what to change.
+
+Step size makes runs ill, and beta hardly ever: where Adam's first steps are too large the policy is worse than its own
+past at the winners, the anchor test then compares noise, and logits and gradients grow.
+"""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-WINDOW = 20
 LARGEST = 1e100
 """What is larger counts as not finite; sums and squares of the rest do not overflow."""
-_STANDARD_ERRORS = 3.0
+WINDOW = 5
+"""Updates whose mean a rule looks at."""
+_RISE = 0.03  # of the winner's error over its reference's
+_LOGIT = 1.0
+_GROWTH = 8.0  # of the gradient, since the first update
+_LOSS = 0.65  # ln 2 = 0.693 is where policy and reference agree
 
 
-class WinnerWatch:
-    """Says when the winner's error stays above the reference's, from the numbers of the log alone.
+@dataclass(frozen=True)
+class Rule:
+    """One sign of an ill run.
 
-    An update's difference is the mean of D_w = m_w - r_w over its pairs, both errors at the same noised winners.
-    SePPO holds where D_w falls to 0 and below: there a pair rejects, and the reject rate rises as training succeeds.
-    A mean above 0 alone says little: at the start every difference is exactly 0, and in runs of the embedded world
-    that end well it lies a little above 0 about as often as below. So a spell begins where the mean over the last
-    `WINDOW` differences is above 0 by more than three of its standard errors, and ends where it is no longer above 0.
+    Attributes:
+        name: in the log, 1 while it holds.
+        keys: numbers of an update that it looks at; updates without one of them, or a finite one, do not count.
+        holds: takes the last `WINDOW` updates that count and the first of the run, each a list in the order of `keys`.
+        sign: what is seen, a sentence without its end.
+        cure: what to do about it, a sentence without its end.
+    """
 
-    Updates whose errors are not finite do not count; of an objective without a reference none does.
+    name: str
+    keys: tuple[str, ...]
+    holds: Callable[[Sequence[list[float]], list[float]], bool]
+    sign: str
+    cure: str
+
+    @property
+    def warning(self) -> str:
+        """The line of a running run."""
+        return f"{self.sign} (mean of the last {WINDOW} updates). If that goes on, {self.cure}"
+
+
+def _rises(window: Sequence[list[float]], first: list[float]) -> bool:
+    return all(reference > 0 for _, reference in window) and _mean(w / r - 1 for w, r in window) > _RISE
+
+
+def _loses(window: Sequence[list[float]], first: list[float]) -> bool:
+    return _mean(loss for loss, _, _ in window) < _LOSS and _mean(w - r for _, w, r in window) > 0
+
+
+def _mean(values: Iterable[float]) -> float:
+    return sum(values) / WINDOW  # not by `statistics`, which raises where infinities cancel
+
+
+_ERRORS = ("winner_error", "ref_winner_error")
+RULES = (
+    Rule(
+        "winner_above_reference",
+        _ERRORS,
+        _rises,
+        f"the winner's error is above the reference's by more than {_RISE:.0%}: at the good examples the policy is "
+        "worse than its past policies",
+        "lower train.learning_rate, or raise train.warmup_updates",
+    ),
+    Rule(
+        "logits_large",
+        ("logit_abs", *_ERRORS),
+        lambda window, first: _mean(logit for logit, _, _ in window) > _LOGIT,
+        f"mean |logit| is above {_LOGIT:g}: the steps are too large for this train.beta",
+        "lower train.learning_rate first; it is rarely train.beta that makes a run ill",
+    ),
+    Rule(
+        "gradient_grown",
+        ("grad_norm",),
+        lambda window, first: 0 < _GROWTH * first[0] < _mean(norm for (norm,) in window),
+        f"|grad| is more than {_GROWTH:g} times that of the first update",
+        "lower train.learning_rate, or raise train.warmup_updates",
+    ),
+    Rule(
+        "losers_worse",
+        ("preference_loss", *_ERRORS),
+        _loses,
+        f"the loss is below {_LOSS} while the winner's error is above the reference's: it falls because losers get "
+        "worse, not because winners get better",
+        "set train.safeguard = true, or raise train.sft_weight",
+    ),
+)
+
+
+@dataclass
+class _Seen:
+    first: list[float] | None = None
+    window: deque[list[float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+
+class HealthWatch:
+    """Applies `RULES` to the updates of a run, in order.
+
+    A spell of a rule begins where it holds over the last `WINDOW` updates that count, and ends where it no longer
+    does; the next one begins after `WINDOW` more at the earliest, so that a number at its limit is not told of again
+    and again. Rules that compare with a reference are silent where the objective has none.
     """
 
     def __init__(self) -> None:
-        self._differences: deque[float] = deque(maxlen=WINDOW)
-        self.above = False
+        self._seen = {rule.name: _Seen() for rule in RULES}
+        self._within: set[str] = set()
 
-    def see(self, entry: Mapping[str, Any]) -> bool:
-        """Takes the next update; returns whether a spell begins with it. `above`: whether it is within one."""
-        errors: list[Any] = [entry.get(name) for name in ("winner_error", "ref_winner_error")]
-        if not all(isinstance(error, int | float) and abs(error) <= LARGEST for error in errors):
-            return False
-        self._differences.append(errors[0] - errors[1])
-        if len(self._differences) < WINDOW:
-            return False
-        mean = statistics.fmean(self._differences)
-        before = self.above
-        margin = 0.0 if before else _STANDARD_ERRORS * statistics.stdev(self._differences) / math.sqrt(WINDOW)
-        self.above = mean > margin
-        return self.above and not before
+    def see(self, entry: Mapping[str, Any]) -> list[Rule]:
+        """Takes the next update; returns the rules whose spell begins with it."""
+        return [rule for rule in RULES if (values := _values(rule, entry)) is not None and self._begins(rule, values)]
+
+    def _begins(self, rule: Rule, values: list[float]) -> bool:
+        seen = self._seen[rule.name]
+        seen.first = seen.first or values
+        seen.window.append(values)
+        holds = len(seen.window) == WINDOW and rule.holds(seen.window, seen.first)
+        before = rule.name in self._within
+        if before and not holds:
+            self._within.remove(rule.name)
+            seen.window.clear()
+        if holds:
+            self._within.add(rule.name)
+        return holds and not before
+
+    def within(self, rule: Rule) -> bool:
+        """Whether a spell of the rule began and has not ended."""
+        return rule.name in self._within
+
+    def flags(self, entry: Mapping[str, Any]) -> dict[str, float]:
+        """Returns what the log shows: for each rule that can see this update whether it is within a spell, 1 or 0."""
+        return {rule.name: float(self.within(rule)) for rule in RULES if all(key in _known(entry) for key in rule.keys)}
 
 
-def spells(entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """First and last update of each time that the winner's error stayed above the reference's."""
-    watch, found = WinnerWatch(), list[tuple[int, int]]()
+def _known(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An update with `preference_loss`, which logs have beside `loss` where the two may differ."""
+    return {"preference_loss": entry["loss"], **entry} if "loss" in entry else entry
+
+
+def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:
+    known = _known(entry)
+    values = [known.get(key) for key in rule.keys]
+    finite = [float(value) for value in values if isinstance(value, int | float) and abs(value) <= LARGEST]
+    return finite if len(finite) == len(values) else None
+
+
+def spells(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """Returns for each rule with spells in a log, by its name, the first and last update of each."""
+    watch, found = HealthWatch(), dict[str, list[tuple[int, int]]]()
     for entry in entries:
-        if watch.see(entry):
-            found.append((entry["update"], entry["update"]))
-        elif watch.above:
-            found[-1] = found[-1][0], entry["update"]
+        begin = watch.see(entry)
+        for rule in RULES:
+            if rule in begin:
+                found.setdefault(rule.name, []).append((entry["update"], entry["update"]))
+            elif watch.within(rule):
+                spans = found[rule.name]
+                spans[-1] = spans[-1][0], entry["update"]
     return found

@@ -19,6 +19,7 @@ from seppo_fast.methods.method import Batch, Method
 from seppo_fast.models.trainable import make_ema, trainable
 from seppo_fast.runs.journal import SKIPPED
 from seppo_fast.runs.signals import Interruption
+from seppo_fast.train.halves import GradientHalves
 from seppo_fast.train.optimizer import learning_rate, make_optimizer
 from seppo_fast.utils.errors import NonFiniteError
 from seppo_fast.utils.fault_injection import fault
@@ -67,6 +68,7 @@ class Learner:
         self.optimizer = make_optimizer(policy, config.learning_rate, config.train)
         half = config.model.precision == "fp16"
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=half)
+        self._halves = GradientHalves(policy, method, processes, self._add_gradients, config.log.health_every)
         self._skipped = 0
         self.applied = 0
 
@@ -74,15 +76,19 @@ class Learner:
         """One update on this rank's share of a batch, for an update from 0.
 
         Returns:
-            Means over the rows of all ranks (see `Method.averages`), `grad_norm` before clipping, `skipped`: 1
-            where the gradient was not finite and the weights were left alone, and `learn_seconds`.
+            Means over the rows of all ranks (see `Method.averages`), `grad_norm` before clipping, every
+            `log.health_every` updates its two halves (see `GradientHalves.numbers`), `skipped`: 1 where the gradient
+            was not finite and the weights were left alone, and `learn_seconds`.
 
         Raises:
             NonFiniteError: the third update in a row whose gradient is not finite.
         """
         started = time.perf_counter()
+        winners = self._halves.winners(update, self._parts(batch))
         sums = self._accumulate(batch)
         self.scaler.unscale_(self.optimizer)
+        halves = {} if winners is None else self._halves.numbers(winners, self.scaler.get_scale())
+        del winners
         parameters = list(trainable(self.policy).values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
         good = math.isfinite(sums["loss"])  # else the batch is the cause, and not the scale
@@ -111,33 +117,39 @@ class Learner:
             )
         means = self._method.averages(sums, self._config.train.pairs_per_update)
         took = time.perf_counter() - started
+        means |= halves if finite else {}
         return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
 
     def _accumulate(self, batch: Batch) -> dict[str, float]:
         """Gradients of the mean loss over the rows of all ranks; sums of what is logged, in one host sync."""
-        train = self._config.train
-        scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: it stays on the device
         made: list[dict[str, torch.Tensor]] = []
-        for part in list(batch.micro_batches(self._micro_batch)):
-            self._interruption.check()
+        for part, scale in self._parts(batch):
             fault("micro-batch")
-            step = self._method.loss(self.policy, part, scale * (len(part) / train.pairs_per_update))
+            step = self._method.loss(self.policy, part, scale)
             if "loss" not in step.sums:
                 raise ValueError(f"{type(self._method).__name__}.loss: its sums need one named 'loss'")
             step.output.backward(step.grad)
             made.append(step.sums)
-        if self._processes.world > 1 and not is_sharded(self.policy):
-            self._add_gradients()
+        self._add_gradients()
         sums = {name: torch.stack([one[name] for one in made]).sum() for name in made[0]}
         reduced = self._processes.accelerator.reduce(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, reduced.tolist(), strict=True))
 
-    def _add_gradients(self) -> None:
-        """Each gradient becomes its sum over all processes.
+    def _parts(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Micro-batches, each with what multiplies its gradient; raises what an interruption raises before each."""
+        scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: it stays on the device
+        for part in list(batch.micro_batches(self._micro_batch)):
+            self._interruption.check()
+            yield part, scale * (len(part) / self._config.train.pairs_per_update)
 
-        Once an update, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
+    def _add_gradients(self) -> None:
+        """Each gradient becomes its sum over all processes; of shards backward has summed it.
+
+        Once a pass, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
         processes or more add up other pieces in another order, so that a run that goes on would not be the same.
         """
+        if self._processes.world == 1 or is_sharded(self.policy):
+            return
         gradients = [weight.grad for weight in trainable(self.policy).values() if weight.grad is not None]
         works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
         for work in works:

@@ -1,6 +1,7 @@
 """The HTML page of a run: what it shows, that nothing in it is live, and how it looks in a real browser."""
 
 import base64
+import html
 import io
 import json
 import math
@@ -163,12 +164,71 @@ def test_values_that_are_not_finite_are_gaps_and_their_updates_marked(tmp_path):
 
 
 def test_the_warning_stands_where_the_policy_stayed_worse(tmp_path):
-    worse = [entry(number, winner_error=0.131) for number in range(1, 31)]
-    page = Page(report(run_folder(tmp_path / "worse", worse)))
-    assert "updates 20 to 30, shaded below" in page.text["p"]
+    worse = [entry(number, winner_error=0.14) for number in range(1, 31)]
+    file = report(run_folder(tmp_path / "worse", worse))
+    page = Page(file)
+    assert "updates 5 to 30, shaded below" in page.text["p"]
+    assert "<code>train.learning_rate</code>" in file.read_text()
+    assert sum(attrs.get("class") == "warning" for _, attrs in page.tags) == 1
     assert sum(attrs.get("class") == "spell" for _, attrs in page.tags) == 2
     sft = [{name: value for name, value in line.items() if not name.startswith("ref_")} for line in worse]
-    assert "policy was worse" not in report(run_folder(tmp_path / "sft", sft)).read_text()
+    assert 'class="warning"' not in report(run_folder(tmp_path / "sft", sft)).read_text()
+
+
+def test_each_warning_shades_its_own_curve(tmp_path):
+    ill = {"winner_error": 0.2, "logit_abs": 2.0, "preference_loss": 0.5, "loss": 0.5}
+    log = [entry(1), *(entry(number, grad_norm=20.0, **ill) for number in range(2, 13))]
+    file = report(run_folder(tmp_path / "run", log))
+    assert sum(attrs.get("class") == "warning" for _, attrs in Page(file).tags) == 4
+    shaded = [figure for figure in file.read_text().split("<figure") if 'class="spell"' in figure]
+    titles = [html.unescape(re.search("<strong>(.*?)</strong>", figure)[1]) for figure in shaded]
+    assert titles == [
+        "loss", "winner error", "winner error minus the reference's", "|logit|", "gradient norm, before clipping",
+    ]  # fmt: skip
+    healthy = [entry(number, logit_abs=0.1) for number in range(1, 13)]
+    assert 'class="warning"' not in report(run_folder(tmp_path / "healthy", healthy)).read_text()
+
+
+def health(number, mean, deviation=1e-3, pairs=16.0):
+    bands = {f"{name}_band{band}": band / 10 for name in ("winner_difference", "logit_abs", "aaf_rate")
+             for band in (1, 2, 3, 4)}  # fmt: skip
+    measured = {"winner_grad_norm": 1.0, "loser_grad_norm": 2.0, "grad_cosine": -0.5} if number % 10 == 1 else {}
+    untied = {"untied_pairs": pairs, "untied_difference": mean, "untied_difference_sd": deviation}
+    return entry(number, **(untied if pairs else {"untied_pairs": 0.0}), **bands, **measured)
+
+
+def test_bands_and_halves_are_drawn(tmp_path):
+    file = report(run_folder(tmp_path / "run", [health(number, 1e-3) for number in range(1, 32)]))
+    text = file.read_text()
+    figures = {re.search("<strong>(.*?)</strong>", figure)[1]: figure for figure in text.split("<figure")[1:]}
+    for title in ("winner error minus the reference&#x27;s, by timestep", "|logit|, by timestep"):
+        assert figures[title].count('<g class="line">') == 4
+        assert all(f"var(--{name})" in figures[title] for name in ("first", "second", "third", "fourth"))
+        assert all(f'class="line-{line}"' in figures[title] for line in range(4))
+    assert figures["gradient norms of both"].count('<g class="line">') == 2  # one line over the measured updates
+    assert len(points_of(figures["cosine between them"])) == 4
+    plain = report(run_folder(tmp_path / "plain", [entry(1), entry(2)])).read_text()
+    assert "By timestep" not in plain and "of losers" not in plain
+
+
+ITERATIONS = "train:\n  updates: 40\n  pairs_per_update: 16\n  updates_per_iteration: 5\n"
+
+
+def test_iterations_at_chance_are_noted(tmp_path):
+    """Ten of twenty updates' pairs: 80 an iteration of which 64 are untied, so a standard error of 1.25e-4."""
+    means = {1: 0.0, 2: 1e-3, 3: 2e-4, 4: -2e-4, 5: 2.7e-4}  # of an iteration
+    log = [
+        health(number, means[(number - 1) // 5 + 1], pairs=0.0 if number % 5 == 1 else 16.0) for number in range(1, 26)
+    ]
+    page = Page(report(run_folder(tmp_path / "half", log, ITERATIONS)))
+    assert "near chance" not in page.text["p"]  # two of four are no majority
+    page = Page(report(run_folder(tmp_path / "most", log[:20], ITERATIONS)))
+    assert "In 2 of 3 iterations after the first (iterations 3, 4)" in page.text["p"]
+    assert "benchmarks.anchor" in page.text["code"]
+    unknown = Page(report(run_folder(tmp_path / "unknown", log[:20])))
+    assert "near chance" not in unknown.text["p"]
+    broken = [line | {"untied_difference": None} if line["update"] > 10 else line for line in log[:20]]
+    assert "near chance" not in Page(report(run_folder(tmp_path / "broken", broken, ITERATIONS))).text["p"]
 
 
 def test_points_lie_where_the_axis_says():

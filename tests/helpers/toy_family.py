@@ -49,6 +49,9 @@ class ToySchedule:
     def target(self, latents, noise, times):
         return noise - latents
 
+    def progress(self, times):
+        return times
+
 
 class ToySolver:
     def __init__(self, steps):

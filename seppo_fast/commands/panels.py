@@ -1,0 +1,102 @@
+"""The curves of a report's page: which numbers of the log are drawn together, and what is shaded and marked there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from seppo_fast.commands import curves
+from seppo_fast.runs.watch import LARGEST
+
+_QUARTERS = ("first quarter (least noise)", "second", "third", "last (most noise)")
+
+
+def _by_band(name: str) -> dict[str, str]:
+    return {quarter: f"{name}_band{number}" for number, quarter in enumerate(_QUARTERS, 1)}
+
+
+# Heading, title, label, name in the log.
+_PANELS = {
+    "Curves": {
+        "loss": {"loss": "loss"},
+        "winner error": {"policy": "winner_error", "reference": "ref_winner_error"},
+        "winner error minus the reference's": {"difference": "winner_difference"},
+        "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
+        "reject rate": {"reject": "aaf_rate"},
+        "margin": {"margin": "margin"},
+        "|logit|": {"logit": "logit_abs"},
+        "gradient norm, before clipping": {"norm": "grad_norm"},
+        "pairs per second": {"rate": "pairs_per_second"},
+        "peak memory, GiB": {"memory": "memory_gib"},
+    },
+    "By timestep: quarters of the forward process": {
+        "winner error minus the reference's, by timestep": _by_band("winner_difference"),
+        "|logit|, by timestep": _by_band("logit_abs"),
+        "reject rate, by timestep": _by_band("aaf_rate"),
+    },
+    "The gradient of winners and of losers": {
+        "gradient norms of both": {"winners": "winner_grad_norm", "losers": "loser_grad_norm"},
+        "cosine between them": {"cosine": "grad_cosine"},
+    },
+}
+_SHADED = {
+    "winner_error": "winner_above_reference",
+    "winner_difference": "winner_above_reference",
+    "logit_abs": "logits_large",
+    "grad_norm": "gradient_grown",
+    "loss": "losers_worse",
+}
+"""First line of a panel, and the rule whose spells are shaded there."""
+
+
+Spells = Mapping[str, Sequence[tuple[int, int]]]
+"""First and last update of each spell, by the rule's name."""
+
+
+def panels(log: Sequence[Mapping[str, Any]], found: Spells) -> Iterator[str]:
+    """Headings, each with its curves; those without a number are left out.
+
+    Args:
+        log: the updates of a run; at least one.
+        found: what is shaded.
+    """
+    for heading, group in _PANELS.items():
+        figures = [_figure(log, title, lines, found) for title, lines in group.items()]
+        if any(figures):
+            yield f'<h2>{escape(heading)}</h2><div class="curves">{"".join(figures)}</div>'
+
+
+def _figure(log: Sequence[Mapping[str, Any]], title: str, lines: Mapping[str, str], found: Spells) -> str:
+    names = list(lines.values())
+    if "grad_cosine" in names or "winner_grad_norm" in names:
+        log = [entry for entry in log if entry.get(names[0]) is not None]  # of each tenth update: not gaps between
+    drawn = {label: _column(log, name) for label, name in lines.items()}
+    drawn = {label: values for label, values in drawn.items() if any(value is not None for value in values)}
+    if not drawn:
+        return ""
+    return curves.curve(
+        title,
+        [entry["update"] for entry in log],
+        drawn,
+        spells=found.get(_SHADED.get(names[0], ""), []),
+        skipped=skipped(log) if "grad_norm" in names else [],
+    )
+
+
+def numbers(log: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Returns the finite numbers of that name in a log."""
+    return [value for value in _column(log, name) if value is not None]
+
+
+def _column(log: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
+    if name == "winner_difference":
+        errors = (_column(log, "winner_error"), _column(log, "ref_winner_error"))
+        return [None if a is None or b is None else a - b for a, b in zip(*errors, strict=True)]
+    values = [entry.get(name) for entry in log]
+    return [float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None for value in values]
+
+
+def skipped(log: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the updates of a log whose gradient was not finite."""
+    return [entry["update"] for entry in log if entry.get("skipped")]

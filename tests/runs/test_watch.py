@@ -1,0 +1,158 @@
+"""The rules by which a run warns: logs made ill on purpose, healthy ones, and real runs made ill on purpose."""
+
+import itertools
+import math
+import random
+import shutil
+
+import pytest
+
+from seppo_fast.config.load import parse_config
+from seppo_fast.runs.watch import RULES, WINDOW, HealthWatch, spells
+from seppo_fast.train import train
+from tests.helpers.runs import log_of
+
+NAMES = [rule.name for rule in RULES]
+
+
+def entry(number, **more):
+    healthy = {
+        "update": number, "loss": 0.69, "preference_loss": 0.69, "winner_error": 0.1, "ref_winner_error": 0.1,
+        "logit_abs": 0.2, "grad_norm": 1.0,
+    }  # fmt: skip
+    return healthy | more
+
+
+ILL = {
+    "winner_above_reference": {"winner_error": 0.1032},
+    "logits_large": {"logit_abs": 1.1},
+    "gradient_grown": {"grad_norm": 8.1},
+    "losers_worse": {"preference_loss": 0.64, "winner_error": 0.1001},
+}
+
+
+def log_of_values(name, ill):
+    """One healthy update, then those where `ill` is true are ill in the rule's way."""
+    return [entry(1), *(entry(number, **(ILL[name] if bad else {})) for number, bad in enumerate(ill, 2))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_rule_holds_while_its_mean_is_ill_and_no_other_does(name):
+    found = spells(log_of_values(name, [True] * 10 + [False] * 10))
+    assert list(found) == [name]
+    ((first, last),) = found[name]
+    assert first == WINDOW + 1  # one of the first five updates is healthy
+    assert last == 11  # one healthy update takes each of these means back
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_other_side_of_a_limit_is_no_spell(name):
+    below = {
+        "winner_above_reference": {"winner_error": 0.1029},
+        "logits_large": {"logit_abs": 0.99},
+        "gradient_grown": {"grad_norm": 7.9},
+        "losers_worse": {"preference_loss": 0.64, "winner_error": 0.0999},
+    }
+    assert spells([entry(1), *(entry(number, **below[name]) for number in range(2, 30))]) == {}
+    assert spells([entry(number, preference_loss=0.66, winner_error=0.1001) for number in range(1, 30)]) == {}
+
+
+def test_a_mean_is_what_counts():
+    """One update far above its limit is a spell of the five whose mean it lifts."""
+    values = [0.2] * 10 + [4.5] + [0.2] * 10
+    found = spells([entry(number, logit_abs=value) for number, value in enumerate(values, 1)])
+    assert found == {"logits_large": [(11, 15)]}  # (4.5 + 4 * 0.2) / 5 = 1.06
+
+
+def test_a_number_at_its_limit_is_not_told_of_again_and_again():
+    watch, told = HealthWatch(), []
+    for number in range(1, 61):
+        told += [number for _ in watch.see(entry(number, logit_abs=3.0 if number % 3 == 1 else 0.01))]
+    # Of five updates one or two are high, so the mean passes the limit twice in three updates.
+    assert told[0] == WINDOW and len(told) <= 60 / WINDOW
+    assert min(b - a for a, b in itertools.pairwise(told)) >= WINDOW
+
+
+def test_a_second_spell_is_told_again():
+    watch, told = HealthWatch(), []
+    for line in log_of_values("winner_above_reference", [True] * 10 + [False] * 10 + [True] * 10):
+        told += [(line["update"], rule.name) for rule in watch.see(line)]
+    assert told == [(6, "winner_above_reference"), (26, "winner_above_reference")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_healthy_run_is_silent(seed):
+    """Errors within 1 % of the reference's, a loss around ln 2, gradients within a factor of two."""
+    draw = random.Random(seed)
+    log = [
+        entry(
+            number, winner_error=0.1 * draw.gauss(1, 0.01), preference_loss=draw.gauss(0.693, 0.01),
+            logit_abs=draw.uniform(0, 0.6), grad_norm=draw.uniform(0.7, 1.4),
+        )
+        for number in range(1, 200)
+    ]  # fmt: skip
+    assert spells(log) == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, 10**400, "x"])
+def test_values_that_are_not_finite_do_not_count(name, value):
+    rule = next(rule for rule in RULES if rule.name == name)
+    broken = [entry(number, **{key: value}) for number in range(2, 9) for key in rule.keys]
+    ill = log_of_values(name, [True] * 10)
+    assert name not in spells([ill[0], *broken])
+    assert len(spells([ill[0], *broken, *ill[1:3], *broken, *ill[3:]])[name]) == 1
+    assert spells([*broken, *[entry(number) for number in range(9, 20)]]).get(name) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_numbers_do_not_count(name):
+    rule = next(rule for rule in RULES if rule.name == name)
+    for key in rule.keys:
+        gone = {key, "loss"} if key == "preference_loss" else {key}
+        log = [{k: v for k, v in line.items() if k not in gone} for line in log_of_values(name, [True] * 10)]
+        watch = HealthWatch()
+        assert not [rule for line in log for rule in watch.see(line) if rule.name == name]
+        assert name not in watch.flags(log[-1])
+
+
+def test_an_objective_without_a_reference_warns_of_its_gradient_alone():
+    ill = {"winner_error": 9.0, "logit_abs": 9.0, "loss": 0.1, "grad_norm": 99.0}
+    log = [{"update": 1, **ill, "grad_norm": 1.0}, *({"update": number, **ill} for number in range(2, 30))]
+    assert list(spells(log)) == ["gradient_grown"]
+
+
+def test_logs_without_a_loss_of_preference_have_their_loss():
+    log = [entry(number, loss=0.6, winner_error=0.1001) for number in range(1, 10)]
+    assert spells(log) == {}
+    for line in log:
+        del line["preference_loss"]
+    assert list(spells(log)) == ["losers_worse"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "learning_rate", "expected"),
+    [
+        ("seppo", 1e-3, {"winner_above_reference", "logits_large", "gradient_grown"}),
+        ("seppo-never", 1e-4, {"winner_above_reference", "logits_large", "losers_worse"}),
+    ],
+)
+def test_real_runs_made_ill_on_purpose_warn(tmp_path_factory, capsys, objective, learning_rate, expected):
+    """A rate ten or thirty times that of a healthy run, and no warm-up."""
+    folder = tmp_path_factory.mktemp("ill")
+    tree = {
+        "objective": objective, "output": str(folder / "run"),
+        "model": {"path": "shapes", "train": "full", "precision": "fp32"},
+        "data": {"source": "shapes:16:11", "resolution": 32, "prompt_dropout": 0.1, "cache": str(folder / "cache")},
+        "train": {
+            "updates": WINDOW, "updates_per_iteration": WINDOW, "pairs_per_update": 8, "micro_batch": 8,
+            "learning_rate": learning_rate, "beta": 500.0,
+        },
+        "sampler": {"steps": 2, "guidance": 1.0, "batch": 8}, "log": {"sample_every": 0}, "save": {"minutes": 60},
+    }  # fmt: skip
+    config = parse_config(tree)
+    train(config)
+    out = capsys.readouterr().out
+    assert {rule.name for rule in RULES if rule.warning in out} == expected == set(spells(log_of(config)))
+    assert {name for name in NAMES if log_of(config)[-1][name]} == expected
+    shutil.rmtree(folder)
