@@ -20,6 +20,8 @@ def _by_band(name: str) -> dict[str, str]:
 _PANELS = {
     "Curves": {
         "loss": {"loss": "loss"},
+        "preference loss": {"loss": "preference_loss"},
+        "winners' own term of the loss": {"term": "sft_loss"},
         "winner error": {"policy": "winner_error", "reference": "ref_winner_error"},
         "winner error minus the reference's": {"difference": "winner_difference"},
         "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
@@ -46,6 +48,7 @@ _SHADED = {
     "logit_abs": "logits_large",
     "grad_norm": "gradient_grown",
     "loss": "losers_worse",
+    "preference_loss": "losers_worse",
 }
 """First line of a panel, and the rule whose spells are shaded there."""
 
@@ -69,6 +72,8 @@ def panels(log: Sequence[Mapping[str, Any]], found: Spells) -> Iterator[str]:
 
 def _figure(log: Sequence[Mapping[str, Any]], title: str, lines: Mapping[str, str], found: Spells) -> str:
     names = list(lines.values())
+    if names == ["preference_loss"] and not any("sft_loss" in entry for entry in log):
+        return ""  # it is the loss
     if "grad_cosine" in names or "winner_grad_norm" in names:
         log = [entry for entry in log if entry.get(names[0]) is not None]  # of each tenth update: not gaps between
     drawn = {label: _column(log, name) for label, name in lines.items()}

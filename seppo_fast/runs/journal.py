@@ -127,6 +127,8 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
 def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float) -> str:
     """`update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`"""
     parts = [f"update {number}/{updates}", f"loss {stats['loss']:.4f}"]
+    if "sft_loss" in stats:
+        parts[-1] += f" ({stats['preference_loss']:.4f} preference)"
     if "winner_error" in stats:
         reference = f" (ref {stats['ref_winner_error']:.4f})" if "ref_winner_error" in stats else ""
         parts.append(f"winner {stats['winner_error']:.4f}{reference}")

@@ -49,6 +49,11 @@ def test_config_is_frozen():
         ("train: {updates: many}", "train.updates = 'many'"),
         ("objective: sepo", "did you mean 'seppo'"),
         ("train: 3", "section 'train' must hold keys"),
+        ("train: {sft_weight: -1}", "train.sft_weight = -1"),
+        ("train: {safeguard_mu: 1}", "train.safeguard_mu = 1"),
+        ("train: {lr_schedule: linear}", "train.lr_schedule = 'linear'"),
+        ("evaluation: {guidance: [3, 0.5]}", "evaluation.guidance.1 = 0.5"),
+        ("log: {health_every: -1}", "log.health_every = -1"),
         ("- a\n- b", "expected a mapping"),
         ("a: [1", "cannot be read as YAML"),
     ],
@@ -134,6 +139,21 @@ def test_yamls_words_are_understood_as_flags():
     flags = ["--sampler.batch", "null", "--model.compile", "true", "--train.share-noise", "false"]
     config = configure("demo.yaml", flags)
     assert config.sampler.batch is None and config.model.compile is True and config.train.share_noise is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr_scheduler: cosine\ntrain: {updates: 5, warmup_updates: 5}", "updates = 5 must be more than"),
+        ("objective: sft\ntrain: {safeguard: true}", "'sft' has no losers: leave out train.safeguard"),
+        ("objective: sft\ntrain: {sft_weight: 2}", "'sft' has no losers: leave out train.sft_weight"),
+        ("objective: diffusion-dpo\nsampler: {round_trip: true}", "generates no samples: leave out sampler.round_trip"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, text, message):
+    with pytest.raises(ConfigError) as error:
+        read_config(write(tmp_path, text))
+    assert message in str(error.value)
 
 
 def test_contradictions_are_refused_alike_from_file_and_flags(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.methods.preference import averages, step_loss
+from tests.helpers.preference_reference import reference
 
 OPTIONS = {"beta": 500.0, "tie_tol": 0.0, "sft_weight": 0.0, "safeguard": None, "backend": "torch"}
 ANCHOR = {"adaptive": -1.0, "indicator": 0.0, "never": 1.0}
@@ -54,6 +55,20 @@ def test_sft_is_the_mean_squared_error_on_winners():
         step = step_loss(OBJECTIVES["sft"], pred, target, None, **OPTIONS, grad_scale=scale)
         torch.testing.assert_close(step.sums["loss"].double(), 3 * difference.square().mean(), rtol=1e-6, atol=0)
         torch.testing.assert_close(step.grad.double(), 6 * difference / difference.numel(), rtol=1e-5, atol=1e-9)
+
+
+def test_winners_term_and_safeguard_reach_the_loss_and_the_log():
+    pred, target, ref_error = batch()
+    options = OPTIONS | {"sft_weight": 2.0, "safeguard": 0.5}
+    step = step_loss(OBJECTIVES["spin"], pred, target, ref_error, **options, grad_scale=3.0)
+    expected = reference(pred, target, ref_error=ref_error, beta=500.0, flipper="never", sft_weight=2.0, safeguard=0.5)
+    torch.testing.assert_close(step.grad.double(), 3 * expected.grad, rtol=1e-3, atol=1e-6)
+    plain = step_loss(OBJECTIVES["spin"], pred, target, ref_error, **OPTIONS, grad_scale=3.0)
+    assert "sft_loss" not in plain.sums and plain.sums["preference_loss"] == plain.sums["loss"]
+    means = averages({key: value.item() for key, value in step.sums.items()}, 5)
+    assert means["sft_loss"] == pytest.approx(2 * 125 * means["winner_error"], rel=1e-5)
+    assert means["loss"] == pytest.approx(means["preference_loss"] + means["sft_loss"], rel=1e-6)
+    assert means["preference_loss"] == pytest.approx(plain.sums["loss"].item() / 5, rel=1e-6)
 
 
 def test_micro_batches_add_up():

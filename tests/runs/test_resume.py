@@ -35,7 +35,7 @@ SETTINGS = {
     },
     # The scaler skips two updates before it has its scale.
     "half, scaled": {"model": {"precision": "fp16"}, "train": {"warmup_updates": 4, "beta": 100.0}},
-    "newest": {"objective": "spin"},
+    "newest": {"objective": "spin", "train": {"safeguard": True, "lr_schedule": "cosine", "warmup_updates": 2}},
     "no reference": {"objective": "sft"},
     "apart": {"reference": {"errors": "apart"}},
 }  # fmt: skip
@@ -58,6 +58,22 @@ def test_a_run_that_stops_after_every_update_is_the_run_that_does_not(tiny, tmp_
             train(stopped, stop_at(update=update))
     train(stopped)
     assert_same_run(straight, stopped)
+
+
+def test_a_cosine_is_not_made_longer_or_shorter(tiny, tmp_path):
+    keys = {"train": {"lr_schedule": "cosine", "warmup_updates": 2}}
+    with pytest.raises(Stop):
+        train(run_config(tiny, tmp_path, **keys), stop_at(update=2))
+    for updates in (UPDATES + 1, UPDATES - 1):
+        longer = run_config(tiny, tmp_path, train=keys["train"] | {"updates": updates})
+        with pytest.raises(ConfigError, match=f"train.updates = {updates}: .* cosine schedule over {UPDATES} updates"):
+            train(longer)
+    config = run_config(tiny, tmp_path, **keys)
+    train(config)
+    rates = [entry["learning_rate"] for entry in log_of(config)]
+    # Warm-up 1/2, 1; then half a cosine over the four updates that are left: 1, (1 + cos 45 degrees) / 2, ...
+    cosine = [1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
+    assert rates == pytest.approx([1e-3 * share for share in (0.5, 1.0, *cosine)])
 
 
 def test_a_run_that_goes_on_with_other_batches_takes_the_same_pairs(tiny, tmp_path, monkeypatch):
