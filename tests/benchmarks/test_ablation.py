@@ -33,7 +33,7 @@ def test_a_tiny_one_through_the_command_line_and_again(tmp_path, capsys, monkeyp
     assert {row["row"] for row in made["rows"]} == {"sft", "seppo", "random-sign", "spin-safeguard"}
     assert {row["regime"] for row in made["regimes"]} == {"after-sft", "model-made"}
     by = {(row["row"], row["update"]): row for row in made["rows"]}
-    # Of 4 pairs an update: a policy's forward and backward on 8 rows, the reference's on 8, one guided sample of 2 steps.
+    # 4 pairs: the policy forward and backward on 8 rows, the reference forward on 8, one guided sample in 2 steps.
     assert by["seppo", 1]["row_forwards"] == 8 * 3 + 8 + 2 * 2 and by["seppo", 2]["row_forwards"] == 72
     assert by["sft", 2]["row_forwards"] == 2 * 4 * 3 and by["sft", 2]["samples"] == 0
     assert by["seppo", 2]["samples"] == 2 and by["seppo", 2]["pairs"] == 8
