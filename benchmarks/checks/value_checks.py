@@ -65,6 +65,9 @@ class Found:
         return [row.case for row in self.rows if not row.value_ok]
 
 
+_SFT_WEIGHT, _MU = 0.01, 0.5  # so that the winners' term is of the size of the preference's, and some losers are scaled
+
+
 @dataclass(frozen=True)
 class _Loss:
     """Inputs of the loss: latents, dtypes and layouts as trainers have them, and as they need not have them."""
@@ -77,11 +80,12 @@ class _Loss:
     flipper: str
     weighted: bool
     channels_last: bool
+    guarded: bool
 
     def __str__(self) -> str:
         words = [f"{self.pairs} x {'x'.join(map(str, self.latent))}", str(self.dtype).removeprefix("torch.")]
         words += [self.flipper, "ref_error" if self.ahead else "ref_pred"]
-        words += [word for word in ("shared", "weighted", "channels_last") if getattr(self, word)]
+        words += [word for word in ("shared", "weighted", "channels_last", "guarded") if getattr(self, word)]
         return ", ".join(words)
 
 
@@ -93,7 +97,8 @@ def _losses(small: bool) -> Iterator[_Loss]:
         for dtype in _ROUNDING:
             shared, ahead, weighted, last = next(turns)
             for given in (ahead, not ahead):
-                yield _Loss(pairs, latent, dtype, shared, given, next(flippers), weighted, last and len(latent) == 3)
+                last = last and len(latent) == 3
+                yield _Loss(pairs, latent, dtype, shared, given, next(flippers), weighted, last, given != shared)
 
 
 def loss(place: Workplace, found: Found) -> None:
@@ -140,9 +145,15 @@ def _exact(case: _Loss, inputs: dict[str, Any]) -> dict[str, Tensor]:
     sign = torch.where(winner <= 0, 1.0, LEARN_SIGN[case.flipper]).double()
     omega = 1.0 if inputs["weights"] is None else inputs["weights"].double()
     logit = -BETA / 2 * omega * (winner - sign * loser)
-    slope = BETA / 2 * omega * torch.sigmoid(-logit) * 2 / residual.shape[1] / case.pairs
-    gradient = torch.cat([slope, -sign * slope])[:, None] * residual
-    loss = torch.nn.functional.softplus(-logit).mean()
+    slope = BETA / 2 * omega * torch.sigmoid(-logit)
+    loss, term, room = torch.nn.functional.softplus(-logit).mean(), 0.0, torch.ones_like(winner)
+    if case.guarded:
+        own, other = residual.chunk(2)
+        against, term = sign * (own * other).sum(1), _SFT_WEIGHT * BETA / 4
+        room = torch.where(against > 0, ((1 - _MU) * own.square().sum(1) / against).clamp(max=1.0), 1.0)
+        loss = loss + term * own.square().mean()
+    each = torch.cat([slope + term, -sign * room * slope]) * 2 / residual.shape[1] / case.pairs
+    gradient = each[:, None] * residual
     return {"loss": loss, "logit": logit, "winner": winner, "gradient": gradient.view_as(pred)}
 
 
@@ -152,6 +163,8 @@ def _compare_loss(name: str, case: _Loss, inputs: dict[str, Any], found: Found) 
     The gradient may be off by its rounding and by what the logit may be: the sigmoid's relative slope is 1 at most.
     """
     options = {**inputs, "beta": BETA, "flipper": case.flipper}
+    if case.guarded:
+        options |= {"sft_weight": _SFT_WEIGHT, "safeguard": _MU}
     leaf = inputs["model_pred"].detach().requires_grad_()
     through = preference_loss(**{**options, "model_pred": leaf})
     gradients = [torch.autograd.grad(through.loss, leaf)[0]]

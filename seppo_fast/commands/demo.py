@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RECIPES = {False: "demo.yaml", True: "demo-video.yaml"}  # by whether it moves
 CURVE_PROMPTS, CURVE_EVERY = 120, 10
 CURVE_CLIPS = 40  # a clip takes as long as several pictures
-GRID_CHANGED, GRID_RANDOM = 4, 3  # rows of the picture
+GRID_CHANGED, GRID_RANDOM = 3, 3  # rows of the picture
 
 
 class ScoreCurve:
@@ -189,12 +189,11 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], comp
     figure, axes = plt.subplot_mosaic("ABCD;GGGG" if clips else "ABG;CDG", layout="constrained", **layout)
     panels = {
         "winner error (mean squared error)": {"policy": "winner_error", "reference": "ref_winner_error"},
-        "loss": {"preference": "preference_loss", "winners' own term": "sft_loss"},
+        "preference loss (0.693 where policy and reference agree)": {"policy": "preference_loss"},
         "reject rate (AAF)": {"share of pairs": "aaf_rate"},
     }
     for panel, (title, lines) in zip("ABC", panels.items(), strict=True):
-        logged = {name: [entry[key] for entry in log] for name, key in lines.items() if key in log[0]}
-        _curve(axes[panel], title, updates, logged)
+        _curve(axes[panel], title, updates, {name: [entry[key] for entry in log] for name, key in lines.items()})
     judged, scores = zip(*points, strict=True)
     _curve(axes["D"], "judge's score (development prompts)", judged, {"policy": scores})
     axes["G"].imshow(side_by_side(shown, pictures, cell=64 if clips else 128))
@@ -214,6 +213,5 @@ def _curve(axes: Axes, title: str, x: Sequence[float], lines: Mapping[str, Seque
         axes.plot(x, y, label=name)
     axes.set_title(title)
     axes.set_xlabel("update")
-    if lines:
-        axes.legend()
+    axes.legend()
     axes.grid(alpha=0.3)
