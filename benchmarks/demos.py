@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.provenance import provenance
-from seppo_fast.commands.demo import RECIPES, compare, demo
+from seppo_fast.commands.demo import RECIPES, compare, demo, judged_prompts
 from seppo_fast.config.load import parse_config, read_config
 from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
 from seppo_fast.evaluation.judged import prompt_sets
+from seppo_fast.runs.journal import read_journal
+from seppo_fast.runs.watch import spells
 from seppo_fast.train import train
 from seppo_fast.utils.logging import quiet_libraries
 
@@ -56,7 +58,7 @@ def run(kind: str, config: Config) -> dict[str, Any]:
     else:
         with redirect_stdout(io.StringIO()):
             weights = train(config)
-        prompts = prompt_sets(open_source(config.data.source))[1]
+        prompts = judged_prompts(prompt_sets(open_source(config.data.source))[1])
         scales = config.evaluation.guidance or (config.sampler.guidance,)
         gains = {f"{scale:g}": asdict(compare(config, prompts, weights, scale).paired) for scale in scales}
     return {"title": TITLES[kind], "kind": kind, "seed": config.seed, "gains": gains} | {
@@ -97,7 +99,8 @@ def main(words: list[str] | None = None) -> int:
                 made = run(kind, settings(RECIPES[arguments.clips], kind, seed, folder))
                 file.write_text(json.dumps(made) + "\n", encoding="utf-8")
                 print(f"{made['title']}, seed {seed}: {made['seconds']:.0f} s", flush=True)
-            rows.append(json.loads(file.read_text(encoding="utf-8")))
+            warnings = list(spells(read_journal(folder / f"{kind}-seed{seed}")))
+            rows.append(json.loads(file.read_text(encoding="utf-8")) | {"warnings": warnings})
     result = arguments.json or RESULTS / f"{name}.json"
     result.write_text(json.dumps(summary(rows, arguments.clips), indent=1) + "\n", encoding="utf-8")
     if arguments.json is None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 RECIPES = {False: "demo.yaml", True: "demo-video.yaml"}  # by whether it moves
 CURVE_PROMPTS, CURVE_EVERY = 120, 10
 CURVE_CLIPS = 40  # a clip takes as long as several pictures
+JUDGED = 600  # report prompts of the still demo: all of them would take longer than the training
 GRID_CHANGED, GRID_RANDOM = 3, 3  # rows of the picture
 
 
@@ -90,6 +91,7 @@ def demo(config: Config) -> None:
     """Trains, judges base and aligned on held-out prompts at the same seeds, writes picture, scores, `result.json`."""
     started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
+    prompts = judged_prompts(prompts)
     clips = bool(config.model.motion_adapter)
     curve = ScoreCurve(development[: CURVE_CLIPS if clips else CURVE_PROMPTS])
     weights = train(config, curve)
@@ -121,6 +123,11 @@ def demo(config: Config) -> None:
         print(line)
     for line in sft_lines(config):
         print(line)
+
+
+def judged_prompts(report: list[str]) -> list[str]:
+    """Returns the held-out prompts that base and aligned are compared on, of all that may be reported on."""
+    return report[:JUDGED]
 
 
 def lines(comparisons: Sequence[Comparison], seconds: float) -> list[str]:
