@@ -46,6 +46,7 @@ class Need:
         micro_batch: pairs in the one.
         batch: samples in the other.
         parked: while sampling, moments and trained weights wait in host memory.
+        aside: the winners' gradient that `log.health_every` puts aside; in host memory, so 0 on a GPU.
         round_trip: what decoding samples and encoding them takes, between two batches of samples; 0 without.
     """
 
@@ -59,12 +60,13 @@ class Need:
     micro_batch: int
     batch: int
     parked: bool
+    aside: int = 0
     round_trip: int = 0
 
     @property
     def learning(self) -> int:
         """At the peak of an update."""
-        return self._kept + self.pair.fixed + self.micro_batch * self.pair.per_row
+        return self._kept + self.aside + self.pair.fixed + self.micro_batch * self.pair.per_row
 
     @property
     def sampling(self) -> int:
@@ -90,6 +92,7 @@ class Need:
             ("moving average", self.average, ""),
             ("past policies", self.references, ""),
             ("gradients and casts", self.pair.fixed, "while learning"),
+            *([("gradient put aside", self.aside, "while learning, by log.health_every")] if self.aside else []),
             (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
             (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
             *([("or their round trip", self.round_trip, "VAE and pixels")] if self.round_trip else []),
@@ -126,11 +129,17 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
         micro_batch=config.train.micro_batch or 0,
         batch=config.sampler.batch or 0,
         parked=device.type == "cuda" and bool(config.reference.park),
+        aside=trained_bytes(model) if device.type == "cpu" and measures_halves(config) else 0,
         round_trip=counted.round_trip,
     )
     if most is None:
         most = weights + int(MEMORY_PRESETS[config.memory].share * max(0, room - weights))
     return _filled_in(need, config, device, most)
+
+
+def measures_halves(config: Config) -> bool:
+    """Whether a run measures the gradients of winners and losers now and then."""
+    return bool(config.log.health_every) and config.row.negatives is not None
 
 
 class _Counted(NamedTuple):

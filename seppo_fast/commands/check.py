@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from seppo_fast.capacity.eta import seconds_of_run
-from seppo_fast.capacity.plan import Need, need_of, room_on, size
+from seppo_fast.capacity.plan import Need, measures_halves, need_of, room_on, size
 from seppo_fast.capacity.presets import apply_preset, checkpoints
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
@@ -89,6 +89,8 @@ def _places(config: Config, family: Family, need: Need, device: torch.device) ->
         f"past policies: {references} of {size(slab)}, in {first}{_tier(config.reference.host_gib)} of "
         f"the machine's memory, else on {_tier(config.reference.disk_gib)} of disk"
     )
+    if device.type == "cuda" and measures_halves(config):
+        yield f"host memory: {size(need.trained)} a process for a gradient, every {config.log.health_every} updates"
     if need.parked:
         yield f"host memory: {size(need.moments + need.trained)} a process for what is parked"
 
