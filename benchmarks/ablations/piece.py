@@ -41,13 +41,13 @@ class Size:
     """How much a run does; smaller to see that it runs.
 
     Attributes:
-        prompts: judged at each stop, at most.
+        prompts: judged at each stop, at most; of the development prompts fewer are left.
         pictures: on which the held-out error is taken.
         settings: over those of every piece.
         stops: replaces the stops of every piece; None: each has its own.
     """
 
-    prompts: int | None = None
+    prompts: int = 600
     pictures: int = 256
     settings: tuple[tuple[str, Any], ...] = ()
     stops: tuple[int, ...] | None = None

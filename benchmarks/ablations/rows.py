@@ -52,7 +52,6 @@ ROWS = {
     "seppo-initial": Row("SePPO, ref = 0", "seppo-initial"),
     "seppo-newest": Row("SePPO, ref = k-1", "seppo-newest"),
     "loser-sign": Row("SePPO, reject where m_l > m_w", LOSER_SIGN),
-    "seppo-once": Row("SePPO, each sample used once", SEPPO, {"reference.uses": 1}, (UPDATES // 4, UPDATES)),
 }
 
 MADE = {"data.source": "shapes-made:1024"}
