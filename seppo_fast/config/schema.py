@@ -117,11 +117,11 @@ class TrainConfig(_Section):
     micro_batch: int | None = Field(
         None, ge=1, description="pairs in one forward on one device, the rest is accumulated; null: what fits in memory"
     )
-    learning_rate: float | None = Field(None, gt=0, description="AdamW; null: 5e-6 for full weights, 1e-4 for LoRA")
+    learning_rate: float | None = Field(None, gt=0, description="AdamW; null: 2e-6 for full weights, 5e-5 for LoRA")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up; cosine: falls to 0 with the last update"
     )
-    warmup_updates: int = Field(0, ge=0, description="linear warm-up of the learning rate")
+    warmup_updates: int = Field(20, ge=0, description="linear warm-up of the learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, global norm")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes")
@@ -259,7 +259,7 @@ class Config(_Section):
     @property
     def learning_rate(self) -> float:
         """The learning rate in force."""
-        default = 5e-6 if self.model.train == "full" else 1e-4
+        default = 2e-6 if self.model.train == "full" else 5e-5
         return default if self.train.learning_rate is None else self.train.learning_rate
 
 

@@ -24,8 +24,8 @@ def test_yaml_scientific_notation_is_a_number(tmp_path):
 
 
 def test_default_learning_rate_follows_what_is_trained():
-    assert parse_config({"model": {"train": "full"}}).learning_rate == 5e-6
-    assert parse_config({"model": {"train": "lora"}}).learning_rate == 1e-4
+    assert parse_config({"model": {"train": "full"}}).learning_rate == 2e-6
+    assert parse_config({"model": {"train": "lora"}}).learning_rate == 5e-5
 
 
 def test_resolved_config_reads_back(tmp_path):

@@ -94,7 +94,7 @@ def config_of(name: str) -> Config:
         "data": {"source": "shapes:6:3", "resolution": 16, "prompt_dropout": 0.2, "cache": "cache"},
         "train": {
             "updates": UPDATES, "updates_per_iteration": 2, "pairs_per_update": 4, "micro_batch": 3, "beta": 100.0,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-3, "warmup_updates": 0,
         },
         "sampler": {"steps": 2, "guidance": 3.0, "batch": 4},
         "log": {"sample_every": 2, "sample_prompts": ["a small red circle", "b"]},

@@ -20,6 +20,7 @@ def tiny_config(pipeline: Path, folder: Path, **sections: Any) -> Config:
         "data": {"source": "shapes:11:3", "resolution": 16, "prompt_dropout": 0.2, "cache": str(folder / "cache")},
         "train": {
             "updates": 3, "updates_per_iteration": 2, "pairs_per_update": 6, "micro_batch": 4, "learning_rate": 1e-3,
+            "warmup_updates": 0,
         },
         "sampler": {"steps": 2, "guidance": 3.0, "batch": 4},
         "log": {"sample_every": 0},
