@@ -9,6 +9,7 @@ without `--study` all three. The tables are made anew from whatever is finished.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import statistics
@@ -20,15 +21,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.base import run_base
+from benchmarks.ablations.base import BASE, run_base
 from benchmarks.ablations.piece import FULL, QUICK, Size, run_piece
 from benchmarks.ablations.rows import STUDIES, Piece, pieces
 from benchmarks.ablations.tables import best_rates, tables
+from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.files import free_name
 
 RESULTS = Path(__file__).parent / "results"
 PIECES = RESULTS / "ablation"
-BASE = "base"
 
 
 class Work:
@@ -38,50 +39,83 @@ class Work:
         results: folder of one file per finished piece.
         scratch: folder of runs, caches and written data.
         size: how much each piece does.
+
+    Raises:
+        ConfigError: `results` or `scratch` cannot be a folder.
     """
 
     def __init__(self, results: Path, scratch: Path, size: Size) -> None:
         self._results, self._scratch, self._size = results, scratch, size
-        results.mkdir(parents=True, exist_ok=True)
+        for name, folder in {"--results": results, "--scratch": scratch}.items():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                raise ConfigError(f"{name} {folder}: {problem.strerror}") from problem
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """Returns the finished pieces by name, the base among them."""
-        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in self._results.glob("*.json")}
+        """Returns the finished pieces by name, the base among them.
+
+        Raises:
+            ConfigError: a file that is no result.
+        """
+        return {file.stem: _result(file) for file in sorted(self._results.glob("*.json"))}
 
     def missing(self, study: str) -> list[Piece]:
-        """Returns the pieces of a study that are not finished; of the others none before all rates are known."""
+        """Returns the pieces of a study that are not finished.
+
+        Raises:
+            ConfigError: the study needs the learning rates, and they are not all known.
+        """
         done = self.finished()
         rates = {} if study == "rates" else best_rates(done)
         if rates is None:
-            raise SystemExit(f"--study {study} needs the learning rates: run --study rates to its end first")
+            raise ConfigError(f"--study {study} needs the learning rates: run --study rates to its end first")
         return [piece for piece in pieces(study, rates) if piece.name not in done]
 
     def run(self, work: Sequence[Piece], workers: int, until: float) -> None:
-        """Runs pieces, `workers` at a time with one thread each; begins none that would not end by `until`."""
-        left, began, took = list(work), dict[Future[Any], tuple[str, float]](), list[float]()
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            if BASE not in self.finished():
-                began[pool.submit(run_base, self._size)] = BASE, time.monotonic()
-            while left or began:
-                expected = statistics.median(took) if took else 0.0
-                while left and len(began) < workers and time.monotonic() + expected < until:
-                    piece = left.pop(0)
-                    future = pool.submit(run_piece, piece, str(self._scratch), self._size)
-                    began[future] = piece.name, time.monotonic()
-                if not began:
-                    break
-                for future in wait(began, return_when=FIRST_COMPLETED).done:
-                    name, start = began.pop(future)
-                    seconds = time.monotonic() - start
-                    if name != BASE:
-                        took.append(seconds)
-                    self._write(name, future.result() | {"seconds": round(seconds)})
-                    print(f"{name}: {seconds:.0f} s; {len(left)} left", flush=True)
+        """Runs pieces, `workers` at a time with one thread each; begins none that should end after `until`.
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        staging = self._results / f".tmp-{name}"
-        staging.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(staging, self._results / f"{name}.json")
+        Raises:
+            ConfigError: another process works in the same folder.
+        """
+        with (self._scratch / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"--scratch {self._scratch}: another ablation is running there") from None
+            self._run(list(work), workers, until)
+
+    def _run(self, left: list[Piece], workers: int, until: float) -> None:
+        done, running = self.finished(), dict[Future[None], str]()
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            if BASE not in done:
+                running[pool.submit(run_base, str(self._results), self._size)] = BASE
+            while left or running:
+                took = [piece["seconds"] for name, piece in self.finished().items() if name != BASE]
+                expected = statistics.median(took) if took else 0.0
+                while left and len(running) < workers and time.monotonic() + expected < until:
+                    piece = left.pop(0)
+                    future = pool.submit(run_piece, piece, str(self._scratch), str(self._results), self._size)
+                    running[future] = piece.name
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(future)
+                    future.result()  # what a piece raised ends the work; pieces that run beside it still finish
+                    seconds = _result(self._results / f"{name}.json")["seconds"]
+                    print(f"{name}: {seconds:.0f} s; {len(left)} to begin", flush=True)
+
+
+def _result(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if "seconds" in tree:
+            return dict(tree)
+    except (OSError, ValueError, TypeError) as problem:
+        raise ConfigError(
+            f"{file}: not a result of the ablation ({problem}); remove it to run that piece again"
+        ) from None
+    raise ConfigError(f"{file}: not a result of the ablation; remove it to run that piece again")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -100,17 +134,28 @@ def main(words: list[str] | None = None) -> int:
     if arguments.minutes < 0 or arguments.workers < 1:
         parser.error("--minutes must be at least 0, and --workers at least 1")
     until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    if arguments.quick:
-        return quick(free_name(arguments.scratch), arguments.workers)
+    try:
+        if arguments.quick:
+            return quick(free_name(arguments.scratch), arguments.workers)
+        return proceed(arguments, until)
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return ConfigError.exit_code
+
+
+def proceed(arguments: argparse.Namespace, until: float) -> int:
+    """Runs what is missing of the requested studies, as far as the time allows, and writes the tables."""
     work = Work(arguments.results, arguments.scratch, FULL)
     for study in arguments.study or STUDIES:
         work.run(work.missing(study), arguments.workers, until)
         if left := work.missing(study):
             print(f"{study}: {len(left)} runs left; the same command continues")
             break
-    made = tables(work.finished())
-    arguments.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {arguments.json}")
+    finished = work.finished()
+    if BASE in finished:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(tables(finished), indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {arguments.json}")
     return 0
 
 

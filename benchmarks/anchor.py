@@ -35,7 +35,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.checks.anchor_gradients import comparison, size  # noqa: E402
 from benchmarks.checks.anchor_judge import Judge, Verdict, judge_of, scores_of, worse, wrong  # noqa: E402
-from benchmarks.checks.anchor_model import Examples, through_pixels, weights_of  # noqa: E402
+from benchmarks.checks.anchor_model import Examples, weights_of  # noqa: E402
 from benchmarks.checks.anchor_statistics import agreement, auc_of_pairs, bands, mean_by_band  # noqa: E402
 from benchmarks.checks.anchor_table import anchor_table  # noqa: E402
 from benchmarks.harness.provenance import provenance  # noqa: E402
@@ -73,7 +73,7 @@ class Anchor:
         self._score("winner", examples.winners)  # first, so that a judge that does not take them says so at once
         say(f"{pairs} samples of the base ...")
         own = examples.sampled(self._model)
-        self._latents = {WINNERS: examples.winners, SAMPLES: own, PIXELS: through_pixels(setup.family, own)}
+        self._latents = {WINNERS: examples.winners, SAMPLES: own, PIXELS: setup.denoiser.through_pixels(own)}
         self.loser = PIXELS if setup.config.sampler.round_trip else SAMPLES  # as a rollout of the recipe makes it
         self._score("sample", self._latents[self.loser])
         say(f"denoising errors of the base, {draws} draws ...")
@@ -98,7 +98,7 @@ class Anchor:
             winner, loser = (self._examples.errors(self._model, self._latents[of]) for of in (WINNERS, self.loser))
             if self._judge is not None:
                 own = self._examples.sampled(self._model)
-                rolled = through_pixels(self._setup.family, own) if self.loser == PIXELS else own
+                rolled = self._setup.denoiser.through_pixels(own) if self.loser == PIXELS else own
                 self._score("policy's sample", rolled)
         d_w, d_l = winner - self._errors[WINNERS], loser - self._errors[self.loser]
         where = bands(self._examples.position, AGREEMENT_BANDS)
@@ -199,7 +199,9 @@ def anchor(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _make_room(file: Path) -> None:
-    """Makes the folder of a result, before hours are spent on it."""
+    """Makes the folder of a result, before hours are spent on it; refuses a file that is a folder."""
+    if file.is_dir():
+        raise ConfigError(f"--json {file}: a folder; name the file to write, such as {file / 'anchor.json'}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

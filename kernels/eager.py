@@ -133,8 +133,8 @@ def loss_and_grad(
     reject, logit = outputs[1], outputs[2]
     rows, size = pred_RN.shape
     # Each line is a link of autograd's chain, with its dtype; a division by a count is one of float64, as in `_mean`.
-    each = torch.as_tensor(grad_scale, dtype=torch.float32, device=pred_RN.device).reshape(())
-    each = (each.double() / len(logit)).float().expand_as(logit)
+    scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=pred_RN.device).reshape(())
+    each = (scale.double() / len(logit)).float().expand_as(logit)
     margin = -torch.ops.aten.softplus_backward(each, -logit, 1.0, 20.0)
     if weights_B is not None:
         margin = margin * weights_B
@@ -144,7 +144,7 @@ def loss_and_grad(
     if form.safeguard is not None:
         loser = loser * loser_scale(pred_RN, target, flip, form)
     if form.sft_slope is not None:
-        winner = winner + each * form.sft_slope
+        winner = winner + ((scale * form.sft_slope).double() / len(logit)).float()
     error = torch.cat([winner, loser])
     coefficient = 2 * (error.double() / size).float()
     target_SN = target.flatten(1)

@@ -223,7 +223,7 @@ def forward(
         partials = torch.empty(SUMS.value * programs, dtype=torch.float64, device=device)
     written = grad if programs == pairs else None
     scale, on_device = 2 / (size * pairs), isinstance(grad_scale, Tensor)
-    # In chunks a pair has six sums: one pair a thread leaves registers for several programs at a time.
+    # In chunks a pair has seven sums: one pair a thread leaves registers for several programs at a time.
     most = min(PAIR_LANES, (256 if programs == pairs else 32) * parts["num_warps"])
     pair_lanes = min(most, max(16, 1 << (pairs - 1).bit_length()))
     with torch.cuda.device_of(pred):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from pathlib import Path
 
-from benchmarks.ablations.piece import FULL, Size, held_out, prepare
+from benchmarks.ablations.piece import FULL, Size, held_out, prepare, write_result
 from benchmarks.ablations.rows import GUIDANCE
 from benchmarks.harness.provenance import commit
 from seppo_fast.config.load import read_config
-from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_model
+from seppo_fast.evaluation.judged import REPORT, judged_model
+
+BASE = "base"
 
 
-def run_base(size: Size = FULL) -> dict[str, Any]:
-    """Judges the base in this process, on one thread, on development and on report prompts."""
+def run_base(results: str, size: Size = FULL) -> None:
+    """Judges the base in this process, on one thread, on the report prompts, and writes its result."""
+    began = time.perf_counter()
     prepare()
-    config, made = read_config("demo.yaml"), dict[str, Any](commit=commit())
-    for name, selecting, seed in (("development", True, DEVELOPMENT), ("report", False, REPORT)):
-        prompts = held_out(selecting)[: size.prompts]
-        judged = {f"{scale:g}": judged_model(config, prompts, seed, guidance=scale)[1] for scale in GUIDANCE}
-        made[name] = {scale: [round(float(score), 4) for score in scores] for scale, scores in judged.items()}
-    return made
+    config, prompts = read_config("demo.yaml"), held_out(selecting=False)[: size.prompts]
+    judged = {f"{scale:g}": judged_model(config, prompts, REPORT, guidance=scale)[1] for scale in GUIDANCE}
+    scores = {scale: [round(float(score), 4) for score in found] for scale, found in judged.items()}
+    made = {"commit": commit(), "seconds": round(time.perf_counter() - began), "scores": scores}
+    write_result(Path(results), BASE, made)

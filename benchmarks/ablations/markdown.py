@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.ablations.rows import GUIDANCE, REPORT_SEEDS, SEPPO, UPDATES
+from benchmarks.ablations.rows import GUIDANCE, SEPPO, UPDATES
 
 _SCALES = [f"{scale:g}" for scale in GUIDANCE]
 _REGIMES = {
@@ -17,19 +17,17 @@ _REGIMES = {
 
 
 def ablation_tables(result: dict[str, Any]) -> str:
-    """Returns the three tables of rendered winners: equal updates, equal samples, equal compute."""
+    """Returns the tables of rendered winners: at equal updates and samples, and at equal compute."""
     rows = result["rows"]
     if not rows:
         return "Not measured yet."
     seppo = next((row for row in rows if row["row"] == SEPPO), None)
     parts = [
-        f"Equal updates and pairs ({UPDATES} x 128):",
+        f"Equal updates and pairs ({UPDATES} x 128), and of all rows that generate equal samples ({UPDATES} x 32):",
         _table((row for row in rows if row["update"] == UPDATES), seppo),
     ]
     if seppo is not None:
-        cost, samples = seppo["row_forwards"], seppo["samples"]
-        alike = [row for row in rows if row["samples"] == samples]
-        parts += [f"Equal generated samples ({samples:,}; rows that generate none are left out):", _table(alike, seppo)]
+        cost = seppo["row_forwards"]
         near = [row for row in rows if abs(row["row_forwards"] / cost - 1) < 0.05]
         parts += [
             f"Equal compute ({cost:,} rows through the network within 5 %, a backward as two):",
@@ -76,6 +74,6 @@ def interval(compared: dict[str, Any]) -> str:
 def _origin(result: dict[str, Any]) -> str:
     base = ", ".join(f"{score:.3f} at guidance {scale}" for scale, score in result["base"].items())
     return (
-        f"`{result['command']}`: {result['prompts']} held-out prompts a training seed, of which {len(REPORT_SEEDS)} "
-        f"are planned. Base {base}. Cost: rows through the net, over SePPO's; commits {', '.join(result['commits'])}."
+        f"`{result['command']}`: {result['prompts']} held-out prompts, the same for each training seed. "
+        f"Base {base}. Cost: rows through the net, over SePPO's; commits {', '.join(result['commits'])}."
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.ablations.rows import DEVELOPMENT_SEED, FIRST_STAGE_UPDATES, GUIDANCE, RATES, SFT, Piece
+from benchmarks.ablations.rows import (
+    AFTER_SFT,
+    DEVELOPMENT_SEED,
+    FIRST_STAGE_SEED,
+    FIRST_STAGE_UPDATES,
+    GUIDANCE,
+    RATES,
+    SFT,
+    Piece,
+)
 from benchmarks.ablations.signs import register_signs
 from benchmarks.harness.provenance import commit
 from seppo_fast.config.load import parse_config, read_config
@@ -158,17 +170,16 @@ def held_out_error(trainer: Trainer, pictures: int) -> float:
     return float(torch.cat(errors).double().mean())
 
 
-def run_piece(piece: Piece, folder: str, size: Size = FULL) -> dict[str, Any]:
-    """Trains and judges a piece in this process, on one thread, from its beginning.
+def run_piece(piece: Piece, folder: str, results: str, size: Size = FULL) -> None:
+    """Trains and judges a piece in this process, on one thread, from its beginning, and writes its result.
 
     Args:
         piece: what is trained.
         folder: of runs, caches and written data; the run's own is cleared first and removed after.
+        results: folder of the results' files; each appears whole.
         size: how much of it.
-
-    Returns:
-        What is written down: the piece, and an entry for each stop.
     """
+    began = time.perf_counter()
     prepare()
     place = Path(folder) / piece.name
     shutil.rmtree(place, ignore_errors=True)
@@ -180,7 +191,15 @@ def run_piece(piece: Piece, folder: str, size: Size = FULL) -> dict[str, Any]:
         train(config, stops)
     shutil.rmtree(place)
     told = {"study": piece.study, "row": piece.row, "rate": piece.rate, "seed": piece.seed, "regime": piece.regime}
-    return {"commit": commit(), "torch": torch.__version__, **told, "stops": stops.found}
+    told |= {"commit": commit(), "torch": torch.__version__, "seconds": round(time.perf_counter() - began)}
+    write_result(Path(results), piece.name, told | {"stops": stops.found})
+
+
+def write_result(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Writes a result's file, which appears whole or not at all."""
+    staging = folder / f".tmp-{name}"
+    staging.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(staging, folder / f"{name}.json")
 
 
 def prepare() -> None:
@@ -200,10 +219,11 @@ def held_out(selecting: bool) -> list[str]:
 def config_of(piece: Piece, folder: Path, place: Path, size: Size) -> Config:
     """The configuration of a piece; writes what its regime needs first."""
     settings = piece.settings()
-    if piece.regime == "after-sft":
+    if piece.regime == AFTER_SFT:
         settings["model.path"] = str(first_stage(piece.seed, folder, size))
     elif piece.regime == "wrong-captions":
-        settings["data.source"] = str(wrong_captions(folder / "wrong-captions"))
+        with alone(folder):
+            settings["data.source"] = str(wrong_captions(folder / "wrong-captions"))
     return changed("demo.yaml", settings | dict(size.settings), place, folder / "cache")
 
 
@@ -223,18 +243,30 @@ def changed(recipe: str, settings: dict[str, Any], output: Path, cache: Path) ->
 def first_stage(seed: int, folder: Path, size: Size) -> Path:
     """The weights of plain fine-tuning that a second stage begins from, trained where they do not exist yet."""
     place = folder / f"first-stage-seed{seed}"
-    if not (place / "weights").exists():
-        settings = Piece("table", SFT, RATES[0], seed).settings() | {"train.updates": FIRST_STAGE_UPDATES}
-        with redirect_stdout(io.StringIO()):
-            train(changed("demo.yaml", settings | dict(size.settings), place, folder / "cache"))
+    with alone(folder):
+        if not (place / "weights").exists():
+            stage = Piece("table", SFT, RATES[0], seed + FIRST_STAGE_SEED)
+            settings = stage.settings() | {"train.updates": FIRST_STAGE_UPDATES} | dict(size.settings)
+            with redirect_stdout(io.StringIO()):
+                train(changed("demo.yaml", settings, place, folder / "cache"))
     return place / "weights"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time prepare what several need."""
+    with (folder / ".preparing").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def wrong_captions(folder: Path) -> Path:
     """The recipe's winners as files, a fifth of them with another winner's caption; written where they do not exist."""
-    if (folder / "done").exists():
+    if folder.exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f"{folder.name}-unfinished")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     _, count, stream = WINNERS.split(":")
     scenes = [scene(int(stream), index) for index in range(int(count))]
     captions = [caption(one) for one in scenes]
@@ -243,7 +275,7 @@ def wrong_captions(folder: Path) -> Path:
     for index, other in zip(wrong, np.roll(wrong, 1), strict=True):
         captions[index] = caption(scenes[other])
     for index, one in enumerate(scenes):
-        Image.fromarray(render(one)).save(folder / f"{index:05d}.png")
-        (folder / f"{index:05d}.txt").write_text(captions[index], encoding="utf-8")
-    (folder / "done").touch()
+        Image.fromarray(render(one)).save(staging / f"{index:05d}.png")
+        (staging / f"{index:05d}.txt").write_text(captions[index], encoding="utf-8")
+    staging.rename(folder)
     return folder

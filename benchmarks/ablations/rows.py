@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.ablations.signs import LOSER_SIGN, RANDOM_SIGN
 
 UPDATES = 40
+FIRST_STAGE_SEED = 1000  # added to a run's seed, so that both stages draw other examples, times and noises
 EQUAL_COMPUTE = 187  # updates of SFT that run as many rows through the network as 40 of SePPO; `row_forwards` shows it
 RATES = (3e-5, 1e-4)
 DEVELOPMENT_SEED, REPORT_SEEDS, REGIME_SEEDS = 100, (1, 2, 3), (1, 2)
@@ -41,7 +42,8 @@ class Row:
 
 
 ROWS = {
-    SFT: Row("SFT", SFT, {"reference.uses": 1}, (UPDATES, EQUAL_COMPUTE)),
+    SFT: Row("SFT on the same winners, times and noises", SFT, stops=(UPDATES, EQUAL_COMPUTE)),
+    "sft-once": Row("SFT, each winner once (four times as many)", SFT, {"reference.uses": 1}, (UPDATES, EQUAL_COMPUTE)),
     SEPPO: Row("SePPO", SEPPO),
     "seppo-sft-4": Row("SePPO, sft_weight 4 (the demo)", SEPPO, {"train.sft_weight": 4.0}),
     "random-sign": Row("SePPO, its signs dealt at random", RANDOM_SIGN),
@@ -54,9 +56,10 @@ ROWS = {
     "loser-sign": Row("SePPO, reject where m_l > m_w", LOSER_SIGN),
 }
 
+AFTER_SFT = "after-sft"
 MADE = {"data.source": "shapes-made:1024"}
 REGIMES: dict[str, dict[str, Any]] = {
-    "after-sft": {},  # its base is what the first stage wrote
+    AFTER_SFT: {},  # its base is what the first stage wrote
     "64-winners": {"data.source": "shapes:64:11"},
     "wrong-captions": {},  # its data are written first
     "model-made": MADE,
@@ -64,8 +67,8 @@ REGIMES: dict[str, dict[str, Any]] = {
 REGIME_ROWS = (SFT, SEPPO, "random-sign", "seppo-sft-4")
 # Where winners are model-made: labels exist, and SFT on any one of the model's pictures is the control.
 MADE_ROWS = {
-    "diffusion-dpo": Row("Diffusion-DPO on the labels", "diffusion-dpo", {"reference.uses": 1}),
-    "sft-random": Row("SFT on a random picture", SFT, {"reference.uses": 1, "data.source": "shapes-made:1024:random"}),
+    "diffusion-dpo": Row("Diffusion-DPO on the labels", "diffusion-dpo"),
+    "sft-random": Row("SFT on a random picture", SFT, {"data.source": "shapes-made:1024:random"}),
 }
 ALL_ROWS = ROWS | MADE_ROWS
 
@@ -96,8 +99,13 @@ class Piece:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Returns the updates after which it is judged: but for the table, all at equal updates alone."""
-        return ALL_ROWS[self.row].stops if self.study == "table" else (UPDATES,)
+        """Returns the updates after which it is judged: but for the table, all at equal updates alone.
+
+        A second stage is judged at its beginning too, which is what it is compared with.
+        """
+        if self.study == "table":
+            return ALL_ROWS[self.row].stops
+        return (0, UPDATES) if self.regime == AFTER_SFT else (UPDATES,)
 
     def settings(self) -> dict[str, Any]:
         """Returns what differs from the recipe, `section.key` to value."""

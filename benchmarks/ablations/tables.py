@@ -23,7 +23,7 @@ def best_rates(finished: Finished, rows: Iterable[str] = ROWS) -> dict[str, floa
     """
     tried: dict[str, dict[float, float]] = defaultdict(dict)
     for piece in finished.values():
-        if piece.get("study") == "rates":
+        if piece.get("study") == "rates" and piece["row"] in ROWS:
             scores = piece["stops"][-1]["scores"]
             tried[piece["row"]][piece["rate"]] = float(np.mean([np.mean(scores[scale]) for scale in _SCALES]))
     if any(len(tried[row]) < 2 for row in rows):
@@ -43,11 +43,11 @@ def tables(finished: Finished) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks.ablation",
         "commits": sorted({piece["commit"] for piece in finished.values()}),
-        "base": {scale: float(np.mean(base["report"][scale])) for scale in _SCALES},
-        "prompts": len(base["report"][_SCALES[0]]),
+        "base": {scale: float(np.mean(base["scores"][scale])) for scale in _SCALES},
+        "prompts": len(base["scores"][_SCALES[0]]),
         "rates": _rates(finished),
         "rows": [_entry(base, key, found, table) for key, found in table.items()],
-        "regimes": [_entry(base, key, found, regimes) for key, found in regimes.items()],
+        "regimes": [_entry(base, key, found, regimes) for key, found in regimes.items() if key[2]],
     }
 
 
@@ -58,7 +58,7 @@ def _groups(finished: Finished, study: str) -> dict[Key, list[dict[str, Any]]]:
     """The stops of all seeds, by regime, row and update, in the order of the tables."""
     groups: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for piece in finished.values():
-        if piece.get("study") == study:
+        if piece.get("study") == study and piece["row"] in ALL_ROWS:
             for stop in piece["stops"]:
                 key = piece["regime"], piece["row"], stop["update"]
                 groups[key].append(stop | {"seed": piece["seed"], "rate": piece["rate"]})
@@ -83,11 +83,14 @@ def _entry(
     }
     seppo = groups.get((regime, SEPPO, UPDATES), [])
     common = {stop["seed"] for stop in found} & {stop["seed"] for stop in seppo}
+    begun = {stop["seed"]: stop for stop in groups.get((regime, row, 0), [])}
     for scale in _SCALES:
-        against = base["report"][scale]
-        compared: dict[str, Any] = asdict(paired_difference(against, _mean(found, scale)))
-        compared["seed_lows"] = [paired_difference(against, stop["scores"][scale]).low for stop in found]
-        compared["seed_differences"] = [float(np.mean(stop["scores"][scale]) - np.mean(against)) for stop in found]
+        # What a second stage began with, else the base.
+        against = [begun.get(stop["seed"], base)["scores"][scale] for stop in found]
+        compared: dict[str, Any] = asdict(paired_difference(np.mean(against, axis=0), _mean(found, scale)))
+        seeds = [paired_difference(own, stop["scores"][scale]) for own, stop in zip(against, found, strict=True)]
+        compared["seed_lows"] = [one.low for one in seeds]
+        compared["seed_differences"] = [one.difference for one in seeds]
         if common and row != SEPPO:
             pair = (_mean([stop for stop in side if stop["seed"] in common], scale) for side in (seppo, found))
             compared["against_seppo"] = asdict(paired_difference(*pair))
@@ -101,7 +104,7 @@ def _mean(found: list[dict[str, Any]], scale: str) -> np.ndarray:
 
 
 def _rates(finished: Finished) -> list[dict[str, Any]]:
-    tried = [piece for piece in finished.values() if piece.get("study") == "rates"]
+    tried = [piece for piece in finished.values() if piece.get("study") == "rates" and piece["row"] in ROWS]
     tried.sort(key=lambda piece: (list(ROWS).index(piece["row"]), piece["rate"]))
     return [
         {"row": piece["row"], "rate": piece["rate"], "winner_error": piece["stops"][-1]["winner_error"]}

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checks.anchor_gradients import Gradient, Halves, dot
-from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.distributed.fsdp import fill
 from seppo_fast.loss import denoising_errors
 from seppo_fast.methods.pairs import Pairs, noised
-from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import LORA_LAYER, trainable
 from seppo_fast.references.layout import trained_state
 from seppo_fast.runs.checkpoint import SavedState
@@ -55,9 +53,7 @@ class Examples:
         for row, index in enumerate(self._chosen):
             for draw in range(draws):
                 self._times[row, draw] = schedule.draw(keyed_rng(seed, "anchor time", index, draw), self._shape)
-        # Noise levels end at 1.
-        end = schedule.num_timesteps if isinstance(schedule, NoiseSchedule) else 1
-        self.position: np.ndarray = (self._times.double() / end).numpy()
+        self.position: np.ndarray = schedule.progress(self._times.flatten()).view(pairs, draws).double().numpy()
 
     def sampled(self, model: nn.Module) -> Tensor:
         """Returns guided samples `(N, *latent)` of the pairs' own prompts, as a rollout makes them.
@@ -111,14 +107,6 @@ class Examples:
             shown = noised(batch, self._setup.family.schedule, denoiser.device)
             prediction = denoiser.denoise(model, *shown[:3])
             yield denoising_errors(prediction, shown.target, backend=config.backend)
-
-
-def through_pixels(family: Family, latents: Tensor) -> Tensor:
-    """Returns latents `(N, *latent)` decoded, rounded to 8 bits, and encoded as the data are."""
-    pictures = torch.from_numpy(family.decode(latents))
-    encoded = torch.cat([family.encode_images(part) for part in pictures.split(8)])
-    family.park_encoders()
-    return encoded.float()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from seppo_fast.utils.memory import free_bytes
 
 
 def apply_preset(config: Config, device: torch.device) -> Config:
-    """Fills in what must be known before the model is made: recomputation and compilation."""
+    """Fills in what must be known before the model is made: recomputation, compilation, the learning rate."""
     setting = MEMORY_PRESETS[config.memory]
     model: dict[str, Any] = {}
     if config.model.gradient_checkpointing is None:
@@ -32,7 +32,7 @@ def apply_preset(config: Config, device: torch.device) -> Config:
     if config.model.compile is None:
         ahead = config.reference.errors == "ahead"
         model["compile"] = setting.compile and device.type == "cuda" and ahead
-    return filled(config, model=model)
+    return filled(config, model=model, train={"learning_rate": config.learning_rate})
 
 
 def fit_to_device(config: Config, family: Family, processes: Processes) -> Config:

@@ -90,7 +90,7 @@ def _places(config: Config, family: Family, need: Need, device: torch.device) ->
         f"the machine's memory, else on {_tier(config.reference.disk_gib)} of disk"
     )
     if device.type == "cuda" and measures_halves(config):
-        yield f"host memory: {size(need.trained)} a process for a gradient, every {config.log.health_every} updates"
+        yield f"host memory: {size(need.trained)} a process for a gradient put aside (log.health_every)"
     if need.parked:
         yield f"host memory: {size(need.moments + need.trained)} a process for what is parked"
 

@@ -155,7 +155,7 @@ SFT_ALONE: dict[str, tuple[str, ...]] = {}
 
 
 def _without_places(config: Config) -> dict[str, Any]:
-    """A configuration's settings, but for its seed, its folders, and how it is judged and shown."""
+    """A configuration's settings, but for its seed, its folders, and what it saves and shows on the way."""
     tree = config.model_dump(exclude={"output", "seed", "save", "log"})
     tree["data"].pop("cache")
     return tree

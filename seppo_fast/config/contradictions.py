@@ -43,7 +43,10 @@ def refuse_contradictions(config: Config) -> None:
     if config.reference.errors != "ahead" and config.model.compile:
         raise ConfigError(f"model.compile goes with reference.errors = ahead, not with {config.reference.errors!r}")
     if config.sampler.round_trip and config.row.negatives != "generated":
-        raise ConfigError(f"objective {config.objective!r} generates no samples: leave out sampler.round_trip")
+        raise ConfigError(
+            f"objective {config.objective!r} generates no samples to send through pixels: set sampler.round_trip = "
+            "false"
+        )
     _refuse_learning_settings(config)
 
 
@@ -55,7 +58,12 @@ def _refuse_learning_settings(config: Config) -> None:
             f"train.updates = {train.updates} must be more than train.warmup_updates = {train.warmup_updates} with "
             "lr_schedule = cosine, which begins after the warm-up"
         )
-    if config.row.negatives is None:
-        for name in ("safeguard", "sft_weight"):
-            if getattr(train, name):
-                raise ConfigError(f"objective {config.objective!r} has no losers: leave out train.{name}")
+    if config.row.negatives is None and train.safeguard:
+        raise ConfigError(f"objective {config.objective!r} has no losers to scale: set train.safeguard = false")
+    if config.row.negatives is None and train.sft_weight:
+        raise ConfigError(
+            f"train.sft_weight adds plain fine-tuning to a preference; objective {config.objective!r} has none: set it "
+            "to 0"
+        )
+    if not train.safeguard and train.safeguard_mu != type(train).model_fields["safeguard_mu"].default:
+        raise ConfigError(f"train.safeguard_mu = {train.safeguard_mu} needs train.safeguard = true")

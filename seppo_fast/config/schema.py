@@ -119,7 +119,8 @@ class TrainConfig(_Section):
     )
     learning_rate: float | None = Field(None, gt=0, description="AdamW; null: 2e-6 for full weights, 5e-5 for LoRA")
     lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="of the learning rate after the warm-up; cosine: falls to 0 with the last update"
+        "constant",
+        description="of the learning rate after the warm-up; cosine: falls, to reach 0 one update after the last",
     )
     warmup_updates: int = Field(20, ge=0, description="linear warm-up of the learning rate")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW")

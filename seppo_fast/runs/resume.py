@@ -54,11 +54,13 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
     if asked.train.lr_schedule == "cosine" and "train.updates" in changed:
         raise ConfigError(
             f"train.updates = {asked.train.updates}: the run in {asked.output!r} has a cosine schedule over "
-            f"{before.get('train.updates')} updates, which ended or will end at a rate of 0. Resume it with these, or "
+            f"{before.get('train.updates')} updates, whose rates another number would change. Resume it with these, or "
             "begin another run from its weights"
         )
     if "memory" in changed:
         changed |= _OF_THE_DIAL
+    if chosen.get("train.learning_rate") is None:  # by a version that kept its default rate unsaid
+        chosen["train.learning_rate"] = 5e-6 if now["model.train"] == "full" else 1e-4
     tree: dict[str, Any] = {}
     for key in now:
         section, _, name = key.rpartition(".")

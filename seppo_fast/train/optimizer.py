@@ -32,7 +32,7 @@ def learning_rate(config: Config, update: int) -> float:
     train = config.train
     warmup = train.warmup_updates
     if update < warmup:
-        return config.learning_rate * min(1.0, (update + 1) / warmup)
+        return config.learning_rate * ((update + 1) / warmup)
     if train.lr_schedule == "constant":
         return config.learning_rate
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (train.updates - warmup)))

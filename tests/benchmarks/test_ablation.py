@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import ablation
 from benchmarks.ablations import piece as pieces_module
@@ -21,11 +23,13 @@ from seppo_fast.data.sources import open_source
 from seppo_fast.evaluation.statistics import paired_difference
 from seppo_fast.methods.preference import PreferenceMethod
 from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import ConfigError
 from tests.helpers.runs import collected, tiny_config
 
 RATES_OF_ALL = dict.fromkeys(ROWS, RATES[0])
 
 
+@pytest.mark.slow  # processes that import torch, eight runs and their judgements
 def test_a_tiny_one_through_the_command_line_and_again(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert ablation.main(["--quick", "--scratch", str(tmp_path / "quick"), "--workers", "2"]) == 0
@@ -43,7 +47,7 @@ def test_a_tiny_one_through_the_command_line_and_again(tmp_path, capsys, monkeyp
 def _finished(rng, prompts=50):
     """Pieces with made-up scores: each row its own gain."""
     base = {scale: rng.random(prompts).round(3).tolist() for scale in ("3", "1.5")}
-    finished = {"base": {"commit": "c", "report": base, "development": base}}
+    finished = {"base": {"commit": "c", "scores": base, "seconds": 9}}
 
     def add(one, gain):
         stops = [
@@ -75,24 +79,47 @@ def test_tables_are_paired_differences_over_prompts():
     sft = next(row for row in made["rows"] if row["row"] == "sft" and row["update"] == UPDATES)
     names = [Piece("table", "sft", rates["sft"], seed).name for seed in REPORT_SEEDS]
     own = [finished[name]["stops"][0]["scores"]["3"] for name in names]
-    expected = paired_difference(finished["base"]["report"]["3"], np.mean(own, axis=0))
+    expected = paired_difference(finished["base"]["scores"]["3"], np.mean(own, axis=0))
     assert sft["guidance 3"]["low"] == pytest.approx(expected.low)
     assert sft["guidance 3"]["difference"] == pytest.approx(0.2, abs=0.03)
     assert sft["guidance 3"]["against_seppo"]["difference"] == pytest.approx(0.1, abs=0.03)
     assert sft["seeds"] == list(REPORT_SEEDS) and len(sft["guidance 3"]["seed_lows"]) == len(REPORT_SEEDS)
     text = ablation_tables(made)
-    assert text.count("| **SePPO** |") == 3 and regime_tables(made) == "Not measured yet."
-    assert text.index("| SFT |") < text.index("| **SePPO** |")  # best first
+    assert text.count("| **SePPO** |") == 2 and regime_tables(made) == "Not measured yet."
+    assert text.index("| SFT on the same") < text.index("| **SePPO** |")  # best first
 
 
-def test_rates_come_first_and_what_is_finished_is_not_run_again(tmp_path):
+def test_a_second_stage_is_compared_with_what_it_began_from():
+    finished, add = _finished(np.random.default_rng(1))
+    one = Piece("regimes", "seppo", RATES[0], 2, "after-sft")
+    add(one, 0.3)
+    begin, end = finished[one.name]["stops"]
+    assert (begin["update"], end["update"]) == (0, UPDATES)
+    (row,) = tables(finished)["regimes"]
+    expected = paired_difference(begin["scores"]["1.5"], end["scores"]["1.5"])
+    assert row["guidance 1.5"]["difference"] == pytest.approx(expected.difference)
+    assert row["guidance 1.5"]["seed_lows"] == [pytest.approx(expected.low)]
+
+
+def test_rates_come_first_and_what_is_finished_is_not_run_again(tmp_path, capsys):
     work = ablation.Work(tmp_path / "results", tmp_path, QUICK)
-    with pytest.raises(SystemExit, match="--study rates to its end first"):
+    with pytest.raises(ConfigError, match="--study rates to its end first"):
         work.missing("table")
     every = work.missing("rates")
     assert len(every) == 2 * len(ROWS)
-    (tmp_path / "results" / f"{every[0].name}.json").write_text(json.dumps({"study": "other"}))
+    file = tmp_path / "results" / f"{every[0].name}.json"
+    file.write_text(json.dumps({"study": "other", "seconds": 3}))
     assert work.missing("rates") == every[1:]
+    words = ["--results", str(file.parent), "--scratch", str(tmp_path), "--study", "table"]
+    assert ablation.main(words) == 2 and "--study rates to its end first" in capsys.readouterr().err
+    for content in ("[1, 2", "[]", "{}"):
+        file.write_text(content)
+        assert ablation.main(words) == 2 and f"{file}: not a result" in capsys.readouterr().err
+    assert ablation.main(["--results", str(file)]) == 2 and "--results" in capsys.readouterr().err
+    file.unlink()
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert ablation.main([*words[:-1], "rates"]) == 2 and "another ablation" in capsys.readouterr().err
     for words in (["--minutes", "-1"], ["--workers", "0"], ["--study", "rows"]):
         with pytest.raises(SystemExit) as ended:
             ablation.main(words)
@@ -119,7 +146,7 @@ def test_a_fifth_of_the_captions_is_wrong(tmp_path):
     given, true = open_source(str(folder)), open_source(pieces_module.WINNERS)
     wrong = sum(ours.prompt != own.prompt for ours, own in zip(given, true, strict=True))
     assert wrong == pytest.approx(WRONG_SHARE * len(true), abs=10)  # a few are dealt what they had
-    assert (given[3].image.open().size) == (32, 32)
+    assert Image.open(given[3].image.open()).size == (32, 32)
 
 
 class _OwnSign(SignedMethod):

@@ -44,10 +44,9 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
         return {"title": demos.TITLES[kind], "kind": kind, "seed": config.seed, "gains": {"3": gain}, "seconds": 2.0}
 
     monkeypatch.setattr(demos, "run", run)
-    monkeypatch.setattr(demos, "read_journal", lambda folder: [])
     words = ["--seeds", "5", "6", "--scratch", str(tmp_path), "--json", str(tmp_path / "result.json")]
     assert demos.main(words) == 0 and demos.main(words) == 0
     assert ran == [("demo", 5), ("demo", 6), ("sft", 5), ("sft", 6)]
     result = json.loads((tmp_path / "result.json").read_text())
     assert demos.sft_lines(result)[0].endswith("+0.550 at guidance 3 (mean of 2 training seeds)")
-    assert "| SFT, as many updates | 6 | +0.600 [+0.000, +0.200] |" in demo_table(result)
+    assert "| SFT, same winners and updates | 6 | +0.600 [+0.000, +0.200] |" in demo_table(result)

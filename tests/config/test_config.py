@@ -145,9 +145,10 @@ def test_yamls_words_are_understood_as_flags():
     ("text", "message"),
     [
         ("lr_scheduler: cosine\ntrain: {updates: 5, warmup_updates: 5}", "updates = 5 must be more than"),
-        ("objective: sft\ntrain: {safeguard: true}", "'sft' has no losers: leave out train.safeguard"),
-        ("objective: sft\ntrain: {sft_weight: 2}", "'sft' has no losers: leave out train.sft_weight"),
-        ("objective: diffusion-dpo\nsampler: {round_trip: true}", "generates no samples: leave out sampler.round_trip"),
+        ("objective: sft\ntrain: {safeguard: true}", "'sft' has no losers to scale: set train.safeguard = false"),
+        ("objective: sft\ntrain: {sft_weight: 2}", "objective 'sft' has none: set it to 0"),
+        ("objective: diffusion-dpo\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
+        ("train: {safeguard_mu: 0.5}", "train.safeguard_mu = 0.5 needs train.safeguard = true"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, text, message):

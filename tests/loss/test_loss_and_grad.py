@@ -122,6 +122,7 @@ def test_gradient_is_that_of_autograd(place, dtype):
             model_pred, target, ref_pred = predictions((6, 3, 5, 7), dtype, shared=shared, device=device)
             for ref in _references(ref_pred, target, backend):
                 options = {"beta": 70.0, "flipper": "indicator", "weights": weights, "backend": backend}
+                options |= {"sft_weight": 0.3, "safeguard": 0.25} if shared else {}
                 through = preference_loss(model_pred, target, **ref, **options)
                 (expected,) = torch.autograd.grad(through.loss, model_pred, torch.tensor(scale, device=device))
                 result, grad = loss_and_grad(model_pred, target, **ref, **options, grad_scale=scale)
