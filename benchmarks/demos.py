@@ -83,9 +83,7 @@ def sft_lines(result: dict[str, Any]) -> tuple[str, ...]:
     rows = [row for row in result["rows"] if row["kind"] == "sft"]
     gains = {scale: statistics.fmean(row["gains"][scale]["difference"] for row in rows) for scale in result["base"]}
     told = ", ".join(f"{gain:+.3f} at guidance {scale}" for scale, gain in gains.items())
-    return (
-        f"SFT alone on the same winners, at less than a quarter of the compute: {told} (mean of {len(rows)} training seeds)",
-    )
+    return (f"SFT alone on the same winners, at under a quarter of the compute: {told} (mean of {len(rows)} seeds)",)
 
 
 def main(words: list[str] | None = None) -> int:

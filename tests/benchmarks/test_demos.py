@@ -48,5 +48,5 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     assert demos.main(words) == 0 and demos.main(words) == 0
     assert ran == [("demo", 5), ("demo", 6), ("sft", 5), ("sft", 6)]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert demos.sft_lines(result)[0].endswith("+0.550 at guidance 3 (mean of 2 training seeds)")
+    assert demos.sft_lines(result)[0].endswith("+0.550 at guidance 3 (mean of 2 seeds)")
     assert "| SFT, same winners and updates | 6 | +0.600 [+0.000, +0.200] |" in demo_table(result)
