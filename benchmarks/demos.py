@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.provenance import provenance
+from benchmarks.harness.provenance import commit, provenance
 from seppo_fast.commands.demo import RECIPES, compare, demo, judged_prompts
 from seppo_fast.config.load import parse_config, read_config
 from seppo_fast.config.schema import Config
@@ -61,7 +61,7 @@ def run(kind: str, config: Config) -> dict[str, Any]:
         prompts = judged_prompts(prompt_sets(open_source(config.data.source))[1])
         scales = config.evaluation.guidance or (config.sampler.guidance,)
         gains = {f"{scale:g}": asdict(compare(config, prompts, weights, scale).paired) for scale in scales}
-    told = {"title": TITLES[kind], "kind": kind, "seed": config.seed, "gains": gains}
+    told = {"title": TITLES[kind], "kind": kind, "seed": config.seed, "commit": commit(), "gains": gains}
     return told | {"warnings": list(spells(read_journal(folder))), "seconds": time.perf_counter() - began}
 
 
@@ -69,6 +69,8 @@ def summary(rows: list[dict[str, Any]], clips: bool) -> dict[str, Any]:
     """Returns what is committed: all runs, those of the demo first."""
     first = next(iter(rows[0]["gains"].values()))
     return provenance("benchmarks.demos") | {
+        "command": f"python -m benchmarks.demos{' --clips' * clips}",
+        "commit": ", ".join(sorted({row["commit"] for row in rows})),
         "clips": clips,
         "items": first["items"],
         "base": {scale: gain["base"] for scale, gain in rows[0]["gains"].items()},

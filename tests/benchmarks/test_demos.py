@@ -41,7 +41,14 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     def run(kind, config):
         ran.append((kind, config.seed))
         gain = {"base": 0.5, "difference": 0.1 * config.seed, "low": 0.0, "high": 0.2, "items": 4}
-        return {"title": demos.TITLES[kind], "kind": kind, "seed": config.seed, "gains": {"3": gain}, "seconds": 2.0}
+        return {
+            "title": demos.TITLES[kind],
+            "kind": kind,
+            "seed": config.seed,
+            "commit": "c",
+            "gains": {"3": gain},
+            "seconds": 2.0,
+        }
 
     monkeypatch.setattr(demos, "run", run)
     words = ["--seeds", "5", "6", "--scratch", str(tmp_path), "--json", str(tmp_path / "result.json")]
