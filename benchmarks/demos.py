@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demos [--clips]`: what a demo gains under three training seeds, beside plain fine-tuning.
+"""`python -m benchmarks.demos [--clips]`: gains of a demo under three training seeds, stills beside plain fine-tuning.
 
 Each run writes a file when it is done, so the same command continues with what is missing. The picture that the README
 shows is that of the first seed.
@@ -101,7 +101,7 @@ def main(words: list[str] | None = None) -> int:
     folder = arguments.scratch / name
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for kind in TITLES:
+    for kind in ("demo",) if arguments.clips else TITLES:
         for seed in arguments.seeds:
             file = folder / f"{kind}-seed{seed}.json"
             if not file.exists():

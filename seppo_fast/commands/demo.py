@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECIPES = {False: "demo.yaml", True: "demo-video.yaml"}  # by whether it moves
 CURVE_PROMPTS, CURVE_EVERY = 120, 10
-CURVE_CLIPS = 40  # a clip takes as long as several pictures
+CURVE_CLIPS = 24  # a clip takes as long as several pictures
 JUDGED = 600  # report prompts of the still demo: all of them would take longer than the training
 # Means over three training seeds on the same held-out prompts, from benchmarks/results; a test compares them.
 SFT_ALONE: dict[str, tuple[str, ...]] = {

@@ -84,10 +84,10 @@ def step_loss(
     *,
     beta: float,
     tie_tol: float,
-    sft_weight: float,
-    safeguard: float | None,
     grad_scale: float | Tensor,
     backend: Backend,
+    sft_weight: float = 0.0,
+    safeguard: float | None = None,
     progress: Tensor | None = None,
 ) -> StepLoss:
     """The objective's loss on one micro-batch of b pairs, and its gradient, without a graph of its own.
@@ -99,10 +99,10 @@ def step_loss(
         ref_error: `(2b,)` float32 errors of the reference on the same noised inputs; None for SFT.
         beta: multiplies a mean over latent elements.
         tie_tol: |D_w| up to this counts as a tie.
-        sft_weight: of the winners' own term, see `preference_loss`.
-        safeguard: mu of the losers' scale, see `preference_loss`; None: off.
         grad_scale: multiplies the gradient; a number or one float32 on the device.
         backend: of the loss, `auto`, `triton` or `torch`.
+        sft_weight: of the winners' own term, see `preference_loss`.
+        safeguard: mu of the losers' scale, see `preference_loss`; None: off.
         progress: `(b,)` how far along the forward process each pair is, see `Schedule.progress`; None: no bands.
     """
     if ref_error is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,7 +163,8 @@ def trained(tiny, tmp_path):
     trainer.add_checkpoint()
     trainer.learner.step(collected(trainer, 0), 0)
     (micro_batch,) = collected(trainer, 1).micro_batches(8)
-    yield trainer, micro_batch
+    apart = 0.1 * torch.randn(16, generator=torch.Generator().manual_seed(0))  # so that some reject and some learn
+    yield trainer, replace(micro_batch, ref_error=micro_batch.ref_error + apart)
     trainer.references.close()
 
 

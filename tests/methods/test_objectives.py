@@ -9,7 +9,7 @@ from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.methods.preference import averages, step_loss
 from tests.helpers.preference_reference import reference
 
-OPTIONS = {"beta": 500.0, "tie_tol": 0.0, "sft_weight": 0.0, "safeguard": None, "backend": "torch"}
+OPTIONS = {"beta": 500.0, "tie_tol": 0.0, "backend": "torch"}
 ANCHOR = {"adaptive": -1.0, "indicator": 0.0, "never": 1.0}
 
 

@@ -146,7 +146,7 @@ def test_real_runs_made_ill_on_purpose_warn(tmp_path_factory, capsys, objective,
         "data": {"source": "shapes:16:11", "resolution": 32, "prompt_dropout": 0.1, "cache": str(folder / "cache")},
         "train": {
             "updates": WINDOW, "updates_per_iteration": WINDOW, "pairs_per_update": 8, "micro_batch": 8,
-            "learning_rate": learning_rate, "beta": 500.0,
+            "learning_rate": learning_rate, "warmup_updates": 0, "beta": 500.0,
         },
         "sampler": {"steps": 2, "guidance": 1.0, "batch": 8}, "log": {"sample_every": 0}, "save": {"minutes": 60},
     }  # fmt: skip
