@@ -82,7 +82,7 @@ def test_many_small_chunks_and_blocks_of_pairs(shape, shared, small, poisoned_me
     _check(shape, shared)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (6, 4, 5, 7), (14, 31), (10, 33), (4, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1), (14, 31), (4, 129)], ids=str)
 @pytest.mark.parametrize("flipper", ["adaptive", "indicator", "never"])
 def test_winners_term_and_safeguard_in_small_chunks(shape, flipper, small, poisoned_memory):
     model_pred, target, ref_pred = predictions(shape, shared=len(shape) > 2)

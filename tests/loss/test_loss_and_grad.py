@@ -64,11 +64,18 @@ def test_values_and_gradient_match_float64(place, shape, dtype):
 
 
 # With a = 0, and where the halves' gradients do not oppose, nothing is scaled; at mu = 0 a part of the pairs is.
-@pytest.mark.parametrize("shape", [(2, 1), (10, 4, 9, 11), (4, 4, 64, 64), (2, 1, 2, 2051)], ids=str)
-@pytest.mark.parametrize("flipper", ["adaptive", "indicator", "never"])
 @pytest.mark.parametrize(
-    "more",
-    [{"sft_weight": 4.0}, {"safeguard": 0.9}, {"safeguard": 0.0}, {"sft_weight": 0.25, "safeguard": 0.5}],
+    ("shape", "flipper", "more"),
+    [
+        ((2, 1), "adaptive", {"sft_weight": 4.0}),
+        ((2, 1), "never", {"safeguard": 0.9}),
+        ((10, 4, 9, 11), "adaptive", {"safeguard": 0.9}),
+        ((10, 4, 9, 11), "indicator", {"sft_weight": 0.25, "safeguard": 0.5}),
+        ((10, 4, 9, 11), "never", {"sft_weight": 4.0, "safeguard": 0.0}),
+        ((2, 4, 64, 64), "adaptive", {"sft_weight": 0.25, "safeguard": 0.0}),
+        ((2, 1, 2, 2051), "indicator", {"sft_weight": 4.0}),
+        ((4, 1, 2, 2051), "never", {"sft_weight": 0.25, "safeguard": 0.5}),
+    ],
     ids=str,
 )
 def test_winners_term_and_safeguard_match_float64(place, shape, flipper, more):
