@@ -37,7 +37,7 @@ def demo_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"`{result['command']}`: {result['items']} held-out prompts; the demo takes {result['seconds']:.0f} s on "
+            f"`{result['command']}`: {result['items']} held-out prompts; the first took {result['seconds']:.0f} s on "
             f"{result['cores']} CPU cores after installation, judging included; torch {result['torch']}, commits "
             f"{result['commit']}.",
         ]
