@@ -175,6 +175,7 @@ class Workplace:
         tree: dict[str, dict[str, Any]] = {
             "model": {"path": self.model, "precision": self.machine.precision},
             "data": {"resolution": self.resolution, "prompt_dropout": 0.0, "cache": str(self.folder / "cache")},
+            "train": {"warmup_updates": 0},  # the naive loop has none
             "log": {"sample_every": 0, "health_every": 0},
         }
         if self.frames is not None:

@@ -82,7 +82,7 @@ def _preference(
         inputs = (
             pred, target, ref_pred, torch.zeros(2 * PAIRS) if ref_error else None,
             torch.ones(PAIRS) if weights else None,
-            LossForm(20.0, -1.0, 1e-3, *((2.0, 0.75) if weights else ())),
+            LossForm(20.0, -1.0, 1e-3, *((3.0, 0.75) if weights else ())),
         )  # fmt: skip
         if at_once:
             scale = torch.tensor(3.0) if scale_tensor else 3.0
