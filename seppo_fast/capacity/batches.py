@@ -41,6 +41,11 @@ MEMORY_PRESETS = {
 }
 
 
+def measures_halves(config: Config) -> bool:
+    """Whether a run measures the gradients of winners and losers now and then."""
+    return bool(config.log.health_every) and config.row.negatives is not None
+
+
 @dataclass(frozen=True)
 class BatchRoom:
     """Bytes of a device that batches may fill, and what is beside them.
@@ -52,6 +57,7 @@ class BatchRoom:
         references: of the past policies that stay on the device.
         cpu: whether the device is a CPU.
         world: processes that share an update's pairs.
+        aside: of the gradient that `log.health_every` puts aside while learning.
     """
 
     budget: int
@@ -60,11 +66,12 @@ class BatchRoom:
     references: int
     cpu: bool
     world: int = 1
+    aside: int = 0
 
     def micro_batch(self, config: Config, pair: Footprint) -> int:
         """Returns the largest micro-batch that fits, as large as the preset allows."""
         most = min(MEMORY_PRESETS[config.memory].micro_batch, -(-config.train.pairs_per_update // self.world))
-        return self._fitting(pair, most, parked=False)
+        return self._fitting(pair, most, parked=False, more=self.aside)
 
     def parks(self, config: Config, sample: Footprint) -> bool:
         """Returns whether the optimizer's state has to wait in host memory: too few samples fit beside it."""
@@ -79,7 +86,7 @@ class BatchRoom:
         most = config.sampler.batch or MEMORY_PRESETS[config.memory].batch
         return min(most, CPU_ROWS) if self.cpu else most
 
-    def _fitting(self, footprint: Footprint, most: int, parked: bool) -> int:
+    def _fitting(self, footprint: Footprint, most: int, parked: bool, more: int = 0) -> int:
         """At least 1: whether one row fits is better found out by trying than refused on an estimate."""
-        beside = self.average + self.references + (0 if parked else self.moments)
+        beside = self.average + self.references + more + (0 if parked else self.moments)
         return max(1, footprint.largest(self.budget - beside, min(most, CPU_ROWS) if self.cpu else most))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from seppo_fast.capacity.batches import measures_halves
 from seppo_fast.capacity.plan import Need
 from seppo_fast.config.schema import Config
 from seppo_fast.models.denoiser import Denoiser
@@ -23,7 +24,8 @@ def forwards_per_pair(config: Config) -> float:
     rolled_out = config.sampler.steps * guided / config.reference.uses if objective.negatives == "generated" else 0
     rows = 1 if objective.negatives is None else 2
     again = 1 if config.model.gradient_checkpointing else 0
-    return rolled_out + rows * (1 + _BACKWARD + again + (1 if objective.draw else 0))
+    passes = 1 + 1 / config.log.health_every if measures_halves(config) else 1
+    return rolled_out + rows * ((1 + _BACKWARD + again) * passes + (1 if objective.draw else 0))
 
 
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:

@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
+from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom, measures_halves
 from seppo_fast.capacity.footprint import Footprint, round_trip_bytes, sampling_footprint, training_footprint
 from seppo_fast.capacity.presets import filled, learner_bytes, pool_bytes, trained_bytes
 from seppo_fast.config.schema import Config
@@ -137,11 +137,6 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
     return _filled_in(need, config, device, most)
 
 
-def measures_halves(config: Config) -> bool:
-    """Whether a run measures the gradients of winners and losers now and then."""
-    return bool(config.log.health_every) and config.row.negatives is not None
-
-
 class _Counted(NamedTuple):
     """A family's network as a configuration trains it, on `meta`, and what its batches take."""
 
@@ -184,7 +179,14 @@ def _round_trip(config: Config, family: Family, device: torch.device) -> int:
 
 def _filled_in(need: Need, config: Config, device: torch.device, most: int) -> Need:
     """Batches and parking by the rule of a run of one process, where the configuration leaves them open."""
-    room = BatchRoom(most - need.weights, need.moments, need.average, need.references, device.type == "cpu")
+    room = BatchRoom(
+        budget=most - need.weights,
+        moments=need.moments,
+        average=need.average,
+        references=need.references,
+        cpu=device.type == "cpu",
+        aside=need.aside,
+    )
     micro_batch = need.micro_batch or room.micro_batch(config, need.pair)
     parked = need.parked
     if config.reference.park is None and device.type == "cuda":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
+from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom, measures_halves
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
 from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import sharding_asked
@@ -94,13 +94,15 @@ def _room(config: Config, model: nn.Module, processes: Processes) -> BatchRoom:
     free = free_bytes(processes.device)
     shards = processes.world if sharding_asked() else 1
     average = trained_bytes(model) if config.train.ema_decay else 0
+    cpu = processes.device.type == "cpu"
     return BatchRoom(
         budget=int(MEMORY_PRESETS[config.memory].share * free),
         moments=learner_bytes(config, model, shards) - average // shards,
         average=average // shards,
         references=pool_bytes(config, model, processes.device, free),
-        cpu=processes.device.type == "cpu",
+        cpu=cpu,
         world=processes.world,
+        aside=trained_bytes(model) // shards if cpu and measures_halves(config) else 0,
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from seppo_fast.capacity.batches import measures_halves
 from seppo_fast.capacity.eta import seconds_of_run
-from seppo_fast.capacity.plan import Need, measures_halves, need_of, room_on, size
+from seppo_fast.capacity.plan import Need, need_of, room_on, size
 from seppo_fast.capacity.presets import apply_preset, checkpoints
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config

@@ -245,7 +245,9 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
 )
 def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
     """An iteration's rows through the UNet, counted at its first layer."""
-    config = tiny_config(tiny, tmp_path, **SIZES | sections)
+    # One of both updates is measured by halves; where there are none the first micro-batch is asked in vain.
+    every = 0 if sections.get("objective") == "sft" else 2
+    config = tiny_config(tiny, tmp_path, **SIZES | sections, log={"health_every": every})
     trainer = Trainer(apply_preset(config, CPU))
     rows = {"forward": 0, "backward": 0}
 

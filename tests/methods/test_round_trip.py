@@ -102,5 +102,5 @@ def test_what_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch, part):
 
 
 def test_an_objective_without_samples_refuses_it(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"leave out sampler\.round_trip"):
+    with pytest.raises(ConfigError, match=r"set sampler\.round_trip = false"):
         tiny_config(tiny, tmp_path, objective="sft", sampler={"round_trip": True})
