@@ -11,7 +11,7 @@ from benchmarks import anchor
 from benchmarks.checks import anchor_statistics
 from benchmarks.checks.anchor_gradients import Halves, comparison, dot, size
 from benchmarks.checks.anchor_judge import worse, wrong
-from benchmarks.checks.anchor_model import Examples, through_pixels, weights_of
+from benchmarks.checks.anchor_model import Examples, weights_of
 from benchmarks.checks.anchor_statistics import agreement, auc, auc_of_pairs, bands, mean_by_band
 from seppo_fast.config.load import read_config, to_yaml
 from seppo_fast.distributed.processes import Processes
@@ -266,7 +266,6 @@ def test_draws_belong_to_their_pair(examples):
     samples = four.sampled(setup.policy)
     assert torch.allclose(more.sampled(setup.policy)[:4], samples, atol=1e-3)
     assert not np.array_equal(Examples(setup, 4, 2, seed=2).position, four.position)
-    assert through_pixels(setup.family, samples).shape == samples.shape
 
 
 def test_the_distance_of_weights(examples, runs):
