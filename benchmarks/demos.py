@@ -114,10 +114,8 @@ def main(words: list[str] | None = None) -> int:
     result = arguments.json or RESULTS / f"{name}.json"
     result.write_text(json.dumps(summary(rows, arguments.clips), indent=1) + "\n", encoding="utf-8")
     if arguments.json is None:
-        first = folder / f"demo-seed{arguments.seeds[0]}"
-        shutil.copyfile(first / "demo.png", RESULTS / f"{name}.png")
-        if arguments.clips:
-            shutil.copyfile(first / "demo.webp", RESULTS / f"{name}.webp")
+        picture = "webp" if arguments.clips else "png"
+        shutil.copyfile(folder / f"demo-seed{arguments.seeds[0]}" / f"demo.{picture}", RESULTS / f"{name}.{picture}")
     print(f"wrote {result}")
     return 0
 
