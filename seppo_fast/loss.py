@@ -201,8 +201,7 @@ def seppo_loss(
         sft_weight: alike.
         safeguard: alike.
     """
-    options: dict[str, Any] = {"beta": beta, "sft_weight": sft_weight, "safeguard": safeguard}
-    return preference_loss(model_pred, target, ref_pred, **options)
+    return preference_loss(model_pred, target, ref_pred, beta=beta, sft_weight=sft_weight, safeguard=safeguard)
 
 
 def dpo_loss(
@@ -214,8 +213,8 @@ def dpo_loss(
     safeguard: float | None = None,
 ) -> PreferenceLoss:
     """Diffusion-DPO's loss (arXiv 2311.12908, eq. 14), with the arguments of `seppo_loss`; losers are labelled."""
-    options: dict[str, Any] = {"beta": beta, "sft_weight": sft_weight, "safeguard": safeguard}
-    return preference_loss(model_pred, target, ref_pred, flipper="never", **options)
+    options: dict[str, Any] = {"beta": beta, "sft_weight": sft_weight, "safeguard": safeguard, "flipper": "never"}
+    return preference_loss(model_pred, target, ref_pred, **options)
 
 
 def denoising_errors(pred: Tensor, target: Tensor, backend: Backend = "auto") -> Tensor:
