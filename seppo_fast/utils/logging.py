@@ -91,9 +91,10 @@ def tolerant_output() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Errors only, and no progress bars, from transformers and diffusers; call it before anything imports them.
+    """Limits transformers and diffusers to errors, without progress bars.
 
-    What the user has set in the environment stands.
+    Call it before anything imports them: both read the environment when they are imported. Values that the user has set
+    in the environment are kept.
     """
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
@@ -105,3 +106,7 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging  # after the environment is set: it reads it when it is imported
 
     logging.disable_progress_bar()
+    if "transformers" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # imported earlier, it has read the environment without our value
