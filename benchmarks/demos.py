@@ -26,7 +26,7 @@ from seppo_fast.config.schema import Config
 from seppo_fast.data.sources import open_source
 from seppo_fast.evaluation.judged import prompt_sets
 from seppo_fast.runs.journal import read_journal
-from seppo_fast.runs.watch import spells
+from seppo_fast.runs.watch import intervals
 from seppo_fast.train import train
 from seppo_fast.utils.logging import quiet_libraries
 
@@ -62,7 +62,7 @@ def run(kind: str, config: Config) -> dict[str, Any]:
         scales = config.evaluation.guidance or (config.sampler.guidance,)
         gains = {f"{scale:g}": asdict(compare(config, prompts, weights, scale).paired) for scale in scales}
     told = {"title": TITLES[kind], "kind": kind, "seed": config.seed, "commit": commit(), "gains": gains}
-    return told | {"warnings": list(spells(read_journal(folder))), "seconds": time.perf_counter() - began}
+    return told | {"warnings": list(intervals(read_journal(folder))), "seconds": time.perf_counter() - began}
 
 
 def summary(rows: list[dict[str, Any]], clips: bool) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checks.anchor_gradients import Gradient, Halves, dot
-from seppo_fast.distributed.fsdp import fill
+from seppo_fast.distributed.fsdp import copy_to_shard
 from seppo_fast.loss import denoising_errors
 from seppo_fast.methods.pairs import Pairs, noised
 from seppo_fast.models.trainable import LORA_LAYER, trainable
-from seppo_fast.references.layout import trained_state
+from seppo_fast.references.layout import trainable_state_dict
 from seppo_fast.runs.checkpoint import SavedState
 from seppo_fast.runs.saver import load_policy
 from seppo_fast.train.setup import Setup
@@ -119,14 +119,14 @@ def weights_of(model: nn.Module, saved: SavedState) -> Iterator[float]:
     Raises:
         CheckpointError: the run trained other weights.
     """
-    state = trained_state(model)
+    state = trainable_state_dict(model)
     before = {name: tensor.detach().clone() for name, tensor in state.items()}
     load_policy(model, saved)
     try:
         yield _distance(model, before)
     finally:
         for name, tensor in state.items():
-            fill(tensor, before[name])
+            copy_to_shard(tensor, before[name])
 
 
 @torch.no_grad()

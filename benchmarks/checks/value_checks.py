@@ -27,7 +27,7 @@ from seppo_fast.loss import LEARN_SIGN, denoising_errors, loss_and_grad, prefere
 from seppo_fast.models.temporal_attention import temporal_attention
 from seppo_fast.models.trainable import DTYPES
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.references.tiers import Budget
 from seppo_fast.utils.memory import host_bytes, page_locked
 
@@ -256,7 +256,7 @@ def pool(place: Workplace, found: Found) -> None:
     device, dtype = place.machine.device, DTYPES[place.machine.precision]
     unet = UNet2DConditionModel.from_pretrained(shapes.PIPELINE, subfolder="unet").eval()
     unet.to(device, memory_format=torch.channels_last)
-    size = Table.of(unet, dtype).size
+    size = PackedLayout.of(unet, dtype).size
     on_device = {"device": size} if device.type == "cuda" else {}
     budget = Budget(**on_device, host=2 * size, disk=2 * size)
     checkpoints = 5 if on_device else 4
@@ -306,7 +306,7 @@ def _predictions(unet: torch.nn.Module, dtype: torch.dtype) -> list[Tensor]:
 def _switches_under_a_graph(folder: Path, found: Found) -> None:
     """A replay right after a switch computes with the weights of that switch, whatever comes up beside it."""
     module = torch.nn.Linear(257, 129, device="cuda")
-    size, expected = Table.of(module).size, []
+    size, expected = PackedLayout.of(module).size, []
     with ReferencePool(0, budget=Budget(device=size, host=2 * size, disk=2 * size), folder=folder) as pool:
         with torch.no_grad():
             for seed in range(5):

@@ -86,7 +86,7 @@ class Ours:
         """What the reference's errors took within the rollout, found by making them once more."""
         references, watch = self.trainer.references, Stopwatch(self._machine)
         assert references is not None
-        with self._errors.drawn(references, 0) as reference:
+        with self._errors.load_reference(references, 0) as reference:
             started = watch.now()
             self._errors.ahead(reference, lambda: pairs)
             return watch.now() - started

@@ -92,7 +92,7 @@ class Ours:
 
     def _with_errors(self, pairs: Pairs) -> Pairs:
         """The pairs with the errors of the reference, as the rollout makes them."""
-        with self._ahead.drawn(self._references, 0) as reference:
+        with self._ahead.load_reference(self._references, 0) as reference:
             return replace(pairs, ref_error=self._ahead.ahead(reference, lambda: pairs))
 
     def step(self, count: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import DTYPES, make_trainable
 from seppo_fast.models.unet import UNetFamily
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.layout import PackedLayout, trainable_state_dict
 from seppo_fast.references.storage import Tier
 from seppo_fast.references.tiers import Budget
 
@@ -61,8 +61,8 @@ class Subject:
         self.compute = DTYPES[precision]
         self.policy = unet.to(machine.device, memory_format=torch.channels_last)
         self.reference = second(unet)
-        self.table = Table.of(unet, self.compute)
-        self.nbytes = sum(tensor.nbytes for tensor in trained_state(unet).values())
+        self.table = PackedLayout.of(unet, self.compute)
+        self.nbytes = sum(tensor.nbytes for tensor in trainable_state_dict(unet).values())
         self.pairs = pairs
         self._inputs = self._random_inputs()
         while not self._fits():
@@ -73,20 +73,20 @@ class Subject:
     def weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Names and float32 tensors of checkpoint `index`, a function of it; sized as an initialisation sizes them."""
         generator = torch.Generator(self.machine.device).manual_seed(index)
-        for name, tensor in trained_state(self.policy).items():
+        for name, tensor in trainable_state_dict(self.policy).items():
             drawn = torch.randn(tensor.shape, generator=generator, device=tensor.device)
             yield name, drawn * math.sqrt(len(tensor) / tensor.numel())
 
     @torch.no_grad()
     def become(self, index: int) -> None:
         """The policy is checkpoint `index`."""
-        own = trained_state(self.policy)
+        own = trainable_state_dict(self.policy)
         for name, tensor in self.weights(index):
             own[name].copy_(tensor)
 
     def holds(self, module: nn.Module, index: int) -> bool:
         """Whether a module is checkpoint `index`, bit for bit in the dtypes that its tensors have."""
-        own = trained_state(module)
+        own = trainable_state_dict(module)
         return all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in self.weights(index))
 
     def prediction(self, index: int) -> Tensor:
@@ -154,7 +154,7 @@ class StateDicts:
         states, files = [], []
         for index in range(count):
             subject.become(index)
-            live = trained_state(self._module).items()
+            live = trainable_state_dict(self._module).items()
             states.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in live})
             files.append(folder / f"{index}.safetensors")
             save_file({name: tensor.contiguous() for name, tensor in states[-1].items()}, files[-1])

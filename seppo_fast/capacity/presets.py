@@ -18,7 +18,7 @@ from seppo_fast.distributed.fsdp import sharding_asked
 from seppo_fast.distributed.processes import Processes
 from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, trainable
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.references.tiers import SHARES
 from seppo_fast.utils.memory import free_bytes
 
@@ -84,7 +84,7 @@ def fit_to_device(config: Config, family: Family, processes: Processes) -> Confi
 
 
 def _with_pool(config: Config, model: nn.Module, processes: Processes) -> Config:
-    slab = Table.of(model, DTYPES[config.model.precision]).size
+    slab = PackedLayout.of(model, DTYPES[config.model.precision]).size
     most = int(SHARES["device"] * free_bytes(processes.device)) // slab
     return filled(config, reference={"gpu_gib": processes.min(min(most, checkpoints(config))) * slab / 2**30})
 
@@ -134,7 +134,7 @@ def pool_bytes(config: Config, model: nn.Module, device: torch.device, free: int
     count = checkpoints(config)
     if not count:
         return 0
-    slab = Table.of(model, DTYPES[config.model.precision]).size
+    slab = PackedLayout.of(model, DTYPES[config.model.precision]).size
     # On a CPU host memory is the device's; unless a budget is given, the pool takes half of it at most.
     cuda = device.type == "cuda"
     given = config.reference.gpu_gib if cuda else config.reference.host_gib

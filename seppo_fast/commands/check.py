@@ -20,7 +20,7 @@ from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.registry import load_family
 from seppo_fast.models.trainable import DTYPES, make_trainable, trainable
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.runs.journal import duration
 from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import DataError
@@ -84,7 +84,7 @@ def _places(config: Config, family: Family, need: Need, device: torch.device) ->
     make_trainable(family.model, config.model, config.seed, family)
     yield f"trained: {sum(weight.numel() for weight in trainable(family.model).values()):,} of {every:,} weights"
     references = checkpoints(config)
-    slab = Table.of(family.model, DTYPES[config.model.precision]).size if references else 0
+    slab = PackedLayout.of(family.model, DTYPES[config.model.precision]).size if references else 0
     first = "GPU memory, else in " if device.type == "cuda" else ""
     yield (
         f"past policies: {references} of {size(slab)}, in {first}{_tier(config.reference.host_gib)} of "

@@ -32,7 +32,7 @@ def curve(
     updates: Sequence[int],
     lines: Mapping[str, Sequence[float | None]],
     *,
-    spells: Sequence[tuple[int, int]] = (),
+    intervals: Sequence[tuple[int, int]] = (),
     skipped: Sequence[int] = (),
 ) -> str:
     """A `<figure>` of one to four lines over updates.
@@ -41,7 +41,7 @@ def curve(
         title: of the figure.
         updates: x, ascending; at least one.
         lines: y by name; None, NaN and infinities are gaps.
-        spells: first and last update of what is shaded.
+        intervals: first and last update of what is shaded.
         skipped: updates that are marked.
     """
     assert len(lines) <= len(_STYLES), "each line has a style of its own"
@@ -56,7 +56,7 @@ def curve(
     if not any(y is not None for points in drawn.values() for _, y in points):
         return f'<figure class="curve">{caption}<p class="dim">no finite value</p></figure>'
     label = escape(f"{title}, updates {updates[0]} to {updates[-1]}")
-    svg = _svg(title, list(drawn.values()), spells, skipped).replace(
+    svg = _svg(title, list(drawn.values()), intervals, skipped).replace(
         "<svg ", f'<svg role="img" aria-label="{label}" ', 1
     )
     return f'<figure class="curve">{caption}{svg}</figure>'
@@ -65,7 +65,7 @@ def curve(
 def _svg(
     title: str,
     lines: Sequence[list[tuple[float, float | None]]],
-    spells: Sequence[tuple[int, int]],
+    intervals: Sequence[tuple[int, int]],
     skipped: Sequence[int],
 ) -> str:
     import matplotlib
@@ -83,7 +83,7 @@ def _svg(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
-        for first, last in spells:
+        for first, last in intervals:
             axes.axvspan(first, max(last, first + 0.5), facecolor=_WARN, alpha=0.16, linewidth=0, gid="spell")
         for update in skipped:
             axes.axvline(update, color=_WARN, linewidth=1.2, linestyle=(0, (2, 2)), gid="skipped")

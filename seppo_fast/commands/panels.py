@@ -50,7 +50,7 @@ _SHADED = {
     "loss": "losers_worse",
     "preference_loss": "losers_worse",
 }
-"""First line of a panel, and the rule whose spells are shaded there."""
+"""First line of a panel, and the rule whose intervals are shaded there."""
 
 
 Spells = Mapping[str, Sequence[tuple[int, int]]]
@@ -84,7 +84,7 @@ def _figure(log: Sequence[Mapping[str, Any]], title: str, lines: Mapping[str, st
         title,
         [entry["update"] for entry in log],
         drawn,
-        spells=found.get(_SHADED.get(names[0], ""), []),
+        intervals=found.get(_SHADED.get(names[0], ""), []),
         skipped=skipped(log) if "grad_norm" in names else [],
     )
 

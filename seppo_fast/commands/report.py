@@ -28,7 +28,7 @@ from seppo_fast.data.media.images import ImageError, decode_image, file_ref, ope
 from seppo_fast.evaluation.grids import CAPTION_WIDTH
 from seppo_fast.evaluation.scores import read_scores
 from seppo_fast.runs.journal import LOG, SKIPPED, read_journal
-from seppo_fast.runs.watch import spells
+from seppo_fast.runs.watch import intervals
 from seppo_fast.utils.errors import ConfigError
 
 NAME = "report.html"
@@ -106,7 +106,7 @@ def _is_page(file: Path) -> bool:
 
 def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
     """The page of a run's folder and its log."""
-    settings, found = _settings(run), spells(log)
+    settings, found = _settings(run), intervals(log)
     parts = [
         f"<h1>{escape(run.resolve().name)}</h1>",
         *warnings(found),

@@ -52,7 +52,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def settled(config: Config, processes: int) -> Config:
+def validate_fsdp_config(config: Config, processes: int) -> Config:
     """The configuration of a sharded run: what it leaves open and shards do not go with is off.
 
     Raises:
@@ -115,7 +115,7 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """A tensor as it is, a sharded one gathered: that is for all processes to call, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -126,7 +126,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(own: Tensor, values: Tensor) -> None:
+def copy_to_shard(own: Tensor, values: Tensor) -> None:
     """Copies the values of a whole tensor, wherever it is, into another one, or this process's share into its shard."""
     if isinstance(own, DTensor):
         # None: each process has the whole, so nothing is sent.

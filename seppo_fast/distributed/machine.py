@@ -45,15 +45,15 @@ class Node:
         """None where no process has a problem, else one's."""
         return next((other for other in self._gather(problem) if other is not None), None)
 
-    def alike(self, value: Any) -> bool:
+    def same(self, value: Any) -> bool:
         """Whether all processes have the same value."""
         return all(other == value for other in self._gather(value))
 
-    def least(self, value: int) -> int:
+    def min(self, value: int) -> int:
         """The smallest of all processes' values."""
         return min(self._gather(value))
 
-    def from_first(self, value: Any) -> Any:
+    def first(self, value: Any) -> Any:
         """The value of the process of rank 0."""
         return self._gather(value)[0]
 

@@ -86,11 +86,11 @@ class Processes:
 
     def same(self, value: Any) -> bool:
         """Returns whether all processes have the same value."""
-        return self.machine.alike(value)
+        return self.machine.same(value)
 
     def first(self, value: Any) -> Any:
         """Returns the value of the first process."""
-        return self.machine.from_first(value)
+        return self.machine.first(value)
 
     def barrier(self, patient: bool = False) -> None:
         """Waits until all processes are here; `patient`: for as long as it takes, or until one is gone."""

@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from seppo_fast.models.family import JointParts
-from seppo_fast.models.recompute import whole
+from seppo_fast.models.recompute import without_recomputation
 from seppo_fast.models.trainable import LORA_LAYER, LORA_LINEAR, trainable
 
 
-class Together:
+class JointModel:
     """Lets a policy's forward take rows of the policy and rows of a reference at once.
 
     Each half of the prediction is what a forward of its own gives, bit for bit where a layer's products do not depend
@@ -168,9 +168,9 @@ class _Unit:
         forwards = {layer: _halved(layer, rows) for layer in self._row_layers}
         return _replaced(forwards | {ours: _adapted(ours, theirs, rows) for ours, theirs in self._layers.items()})
 
-    def whole(self) -> AbstractContextManager[None]:
+    def without_recomputation(self) -> AbstractContextManager[None]:
         """Inside, gradient checkpointing is off."""
-        return whole(self.parts)
+        return without_recomputation(self.parts)
 
 
 class _SharedForward(torch.autograd.Function):
@@ -196,7 +196,7 @@ class _SharedForward(torch.autograd.Function):
     def backward(ctx: Any, _: None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors[: len(ctx.lengths)]
         needed = ctx.needs_input_grad[3:]
-        with torch.enable_grad(), ctx.unit.whole():
+        with torch.enable_grad(), ctx.unit.without_recomputation():
             # Views: FlopCounterMode hangs hooks on them, which it cannot do on a leaf of `autograd.grad`.
             tensors = [tensor.detach().requires_grad_(need).view_as(tensor) for tensor, need in zip(kept, needed)]
             outputs, _ = ctx.run(tensors)

@@ -69,7 +69,7 @@ class PreferenceMethod(Method):
 
     def make_room(self, parked: Callable[[], AbstractContextManager[None]]) -> None:
         """See `Method`."""
-        self.rollout.making_room = parked
+        self.rollout.offload_context = parked
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
         """See `averages`."""

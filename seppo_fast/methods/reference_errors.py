@@ -22,7 +22,7 @@ from seppo_fast.config.schema import Config
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.loss import Backend, denoising_errors
-from seppo_fast.methods.joint_forward import Together
+from seppo_fast.methods.joint_forward import JointModel
 from seppo_fast.methods.pairs import NoisedBatch, Pairs, noised
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
@@ -63,7 +63,7 @@ class ReferenceStrategy(ABC):
         self._round_trip = config.sampler.round_trip
 
     @abstractmethod
-    def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
+    def load_reference(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
         """A module with the weights of reference `index`, for the block and, online, until the next draw."""
 
     def sample(self, reference: nn.Module, noise: Tensor, conditioning: Conditioning, uncond: Conditioning) -> Tensor:
@@ -109,7 +109,7 @@ class Precomputed(ReferenceStrategy):
         self._micro_batch = config.train.micro_batch
         self._aside = torch.device("cpu") if config.reference.park else None
 
-    def drawn(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
+    def load_reference(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
         """The one network, whose weights are the reference's meanwhile."""
         return references.resident(self._model, index, self._aside)
 
@@ -141,7 +141,7 @@ class SeparateForward(ReferenceStrategy):
         self._bound = False
 
     @contextmanager
-    def drawn(self, references: ReferencePool, index: int) -> Iterator[nn.Module]:
+    def load_reference(self, references: ReferencePool, index: int) -> Iterator[nn.Module]:
         """The second module; it keeps the weights until the next draw."""
         if not self._bound:
             references.bind(self._reference)  # its own copies of the trained weights are free then
@@ -166,7 +166,7 @@ class JointForward(SeparateForward):
 
     def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
         super().__init__(family, denoiser, sampler, model, config)
-        self._together = Together(model, self._reference, family.joint_parts(model))
+        self._together = JointModel(model, self._reference, family.joint_parts(model))
 
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
         """See `ReferenceStrategy` and `joint_forward`."""

@@ -44,7 +44,7 @@ class Rollout:
         seconds: that the last update's pairs took, an equal share of its window's.
         maker: makes the pairs up to the reference's share.
         waiting: samples and errors of the updates that were rolled out ahead, by update.
-        making_room: entered while a reference is resident, to free device memory that only the learner needs.
+        offload_context: entered while a reference is resident, to free device memory that only the learner needs.
 
     Args:
         config: the run's configuration, its batches chosen.
@@ -72,7 +72,7 @@ class Rollout:
         self._draws = draws
         self._processes = processes
         self._interruption = interruption
-        self.making_room: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.offload_context: Callable[[], AbstractContextManager[None]] = nullcontext
         self.batch = config.sampler.batch
         self.waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         self._window_share = 0.0
@@ -114,7 +114,7 @@ class Rollout:
         ids = {update: self.maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
         done = sum(len(ids[update]) for update in range(window[0], first))
-        with self.making_room(), self._strategy.drawn(self._draws.pool, reference) as model:
+        with self.offload_context(), self._strategy.load_reference(self._draws.pool, reference) as model:
             samples = self._generate(model, keys, done) if self._generates else None
             made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
             for update in window[first - window[0] :]:
@@ -146,7 +146,7 @@ class Rollout:
                 warn(f"out of memory with {len(inputs[0])} samples; going on with sampler.batch = {self.batch}")
                 continue
             if samples is None:
-                samples = self._waiting_room((len(keys), *made.shape[1:]))
+                samples = self._sample_buffer((len(keys), *made.shape[1:]))
             samples[start : start + len(made)] = made
             start += len(made)
             if time.monotonic() - told > _REPORT_SECONDS:
@@ -155,7 +155,7 @@ class Rollout:
         assert samples is not None
         return samples
 
-    def _waiting_room(self, shape: tuple[int, ...]) -> Tensor:
+    def _sample_buffer(self, shape: tuple[int, ...]) -> Tensor:
         """Host memory for samples, pinned beside a GPU; a nameless file where the budget does not hold them."""
         count = math.prod(shape)
         budget = self._config.reference.pairs_gib

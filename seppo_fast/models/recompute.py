@@ -42,7 +42,7 @@ def recompute_units(model: nn.Module, units: tuple[type[nn.Module], ...]) -> Non
 
 
 @contextmanager
-def whole(modules: Collection[nn.Module]) -> Iterator[None]:
+def without_recomputation(modules: Collection[nn.Module]) -> Iterator[None]:
     """Inside, nothing is recomputed in these modules."""
     flagged: list[Any] = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
     units = [module.forward for module in modules if isinstance(module.forward, Recomputed) and module.forward.on]

@@ -1,7 +1,7 @@
 """A module's trained state as one piece of memory, in which a past policy is kept and copied at once.
 
-The state is the trained parameters and the buffers that belong to the module's `state_dict`. A `Table` says where each
-tensor lies in a slab, a plain tensor of bytes; tensors that are views of a slab follow it wherever it is copied.
+The state is the trained parameters and the buffers that belong to the module's `state_dict`. A `PackedLayout` says
+where each tensor lies in a slab, a plain tensor of bytes; views of a slab stay valid wherever it is copied.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.distributed.fsdp import whole
+from seppo_fast.distributed.fsdp import gather_full
 
 # Bytes, as PyTorch's allocator aligns: cuBLASLt chooses its algorithm by the alignment of each operand, up to 256.
 _ALIGNMENT = 512
@@ -26,7 +26,7 @@ _CAST = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSlot:
     """Where a tensor lies.
 
     Attributes:
@@ -45,20 +45,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class PackedLayout:
     """Names, shapes and places of the tensors of a slab.
 
     Attributes:
-        entries: in the order of the module.
+        slots: in the order of the module.
         size: bytes of a slab.
     """
 
-    entries: tuple[Entry, ...]
+    slots: tuple[TensorSlot, ...]
     size: int
 
     @classmethod
-    def of(cls, module: nn.Module, compute: torch.dtype = torch.float32) -> Table:
-        """The table of a module's state.
+    def of(cls, module: nn.Module, compute: torch.dtype = torch.float32) -> PackedLayout:
+        """The layout of a module's state.
 
         Args:
             module: its trained parameters marked.
@@ -67,52 +67,54 @@ class Table:
                 same predictions bit for bit from half the bytes.
         """
         cast = _cast_by_autocast(module) if compute in (torch.float16, torch.bfloat16) else set()
-        entries = []
-        for name, tensor in trained_state(module).items():
+        slots = []
+        for name, tensor in trainable_state_dict(module).items():
             dtype = compute if id(tensor) in cast and tensor.dtype == torch.float32 else tensor.dtype
             stride = torch.empty_like(tensor, device="meta").stride()
-            entries.append(Entry(name, tuple(tensor.shape), tuple(stride), str(dtype).removeprefix("torch."), 0))
-        return cls(tuple(entries), 0).repacked()
+            slots.append(TensorSlot(name, tuple(tensor.shape), tuple(stride), str(dtype).removeprefix("torch."), 0))
+        return cls(tuple(slots), 0).repacked()
 
-    def repacked(self) -> Table:
-        """Returns the table of the same tensors in the same order at the alignment of today's slabs."""
-        entries, offset = [], 0
-        for entry in self.entries:
-            entries.append(replace(entry, offset=offset))
-            offset += -(-_bytes(entry) // _ALIGNMENT) * _ALIGNMENT
-        return Table(tuple(entries), offset)
+    def repacked(self) -> PackedLayout:
+        """Returns the layout of the same tensors in the same order at the alignment of today's slabs."""
+        slots, offset = [], 0
+        for slot in self.slots:
+            slots.append(replace(slot, offset=offset))
+            offset += -(-_bytes(slot) // _ALIGNMENT) * _ALIGNMENT
+        return PackedLayout(tuple(slots), offset)
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Table:
+    def from_json(cls, tree: Mapping[str, Any]) -> PackedLayout:
         """What `to_json` made.
 
         Raises:
-            ValueError, KeyError, TypeError: a tree that is no table, or entries that leave its slab or share its bytes.
+            ValueError, KeyError, TypeError: a malformed tree, or slots that overlap or leave the slab.
         """
-        entries = tuple(
-            Entry(str(e["name"]), _numbers(e["shape"]), _numbers(e["stride"]), str(e["dtype"]), _number(e["offset"]))
+        slots = tuple(
+            TensorSlot(
+                str(e["name"]), _numbers(e["shape"]), _numbers(e["stride"]), str(e["dtype"]), _number(e["offset"])
+            )
             for e in tree["entries"]
         )
-        table = cls(entries, _number(tree["size"]))
-        table.views(torch.empty(table.size, dtype=torch.uint8, device="meta"))
-        for entry, following in itertools.pairwise(entries):
-            if entry.offset + _bytes(entry) > following.offset:
-                raise ValueError(f"{following.name}: begins before {entry.name} ends")
-        return table
+        layout = cls(slots, _number(tree["size"]))
+        layout.views(torch.empty(layout.size, dtype=torch.uint8, device="meta"))
+        for slot, following in itertools.pairwise(slots):
+            if slot.offset + _bytes(slot) > following.offset:
+                raise ValueError(f"{following.name}: begins before {slot.name} ends")
+        return layout
 
     def to_json(self) -> dict[str, Any]:
         """Numbers, strings and lists only."""
-        return {"size": self.size, "entries": [asdict(entry) for entry in self.entries]}
+        return {"size": self.size, "entries": [asdict(slot) for slot in self.slots]}
 
     @property
     def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Names, shapes and dtypes, without how they lie in memory."""
-        return [(entry.name, entry.shape, entry.dtype) for entry in self.entries]
+        return [(slot.name, slot.shape, slot.dtype) for slot in self.slots]
 
     @property
     def payload(self) -> int:
         """Bytes of the tensors alone."""
-        return sum(_bytes(entry) for entry in self.entries)
+        return sum(_bytes(slot) for slot in self.slots)
 
     def views(self, slab: Tensor) -> dict[str, Tensor]:
         """The tensors that lie in a slab, by name.
@@ -121,9 +123,9 @@ class Table:
             slab: `(size,)` uint8, dense, on any device.
 
         Raises:
-            ValueError: an entry that leaves the slab, or a dtype that torch does not know.
+            ValueError: an slot that leaves the slab, or a dtype that torch does not know.
         """
-        return {entry.name: _view(slab, entry) for entry in self.entries}
+        return {slot.name: _view(slab, slot) for slot in self.slots}
 
     @torch.no_grad()
     def fill(self, slab: Tensor | None, tensors: Mapping[str, Tensor]) -> None:
@@ -134,10 +136,10 @@ class Table:
             tensors: by name; sharded ones are gathered, one at a time, for which all processes call this.
         """
         views = {} if slab is None else self.views(slab)
-        for entry in self.entries:
-            values = whole(tensors[entry.name])
+        for slot in self.slots:
+            values = gather_full(tensors[slot.name])
             if slab is not None:
-                view = views[entry.name]
+                view = views[slot.name]
                 # Rounded where the values are: a copy from a GPU to another dtype would convert on the CPU.
                 view.copy_(values.to(view.dtype))
 
@@ -147,7 +149,7 @@ class Table:
         Raises:
             ValueError: they differ; it lists where, ten lines at most.
         """
-        state = trained_state(module)
+        state = trainable_state_dict(module)
         self._compare(state, state)
         return state
 
@@ -159,10 +161,10 @@ class Table:
         """
         tensors: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
         self._compare(tensors, {})
-        return {entry.name: tensors[entry.name] for entry in self.entries}
+        return {slot.name: tensors[slot.name] for slot in self.slots}
 
     def _compare(self, tensors: Mapping[str, Tensor], all_of: Mapping[str, Tensor]) -> None:
-        ours = {entry.name: entry.shape for entry in self.entries}
+        ours = {slot.name: slot.shape for slot in self.slots}
         theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         lines = [f"{name}: {shape} is not in the module" for name, shape in ours.items() if name not in theirs]
         lines += [f"{name}: {theirs[name]} is not in the pool" for name in all_of if name not in ours]
@@ -176,7 +178,7 @@ class Table:
             raise ValueError("module: its tensors are not those of the pool\n" + "\n".join(lines[:10]) + more)
 
 
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
+def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Trained parameters and buffers by name, live; a tensor with several names (tied weights) has its first."""
     kept = set(module.state_dict(keep_vars=True))
     parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
@@ -195,20 +197,20 @@ def _cast_by_autocast(module: nn.Module) -> set[int]:
     return owned - other
 
 
-def _bytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+def _bytes(slot: TensorSlot) -> int:
+    return math.prod(slot.shape) * getattr(torch, slot.dtype).itemsize
 
 
-def _view(slab: Tensor, entry: Entry) -> Tensor:
-    dtype = getattr(torch, entry.dtype, None)
+def _view(slab: Tensor, slot: TensorSlot) -> Tensor:
+    dtype = getattr(torch, slot.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{entry.name}: {entry.dtype!r} is no dtype")
-    end, count = entry.offset + _bytes(entry), math.prod(entry.shape)
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(entry.shape, entry.stride, strict=True))
+        raise ValueError(f"{slot.name}: {slot.dtype!r} is no dtype")
+    end, count = slot.offset + _bytes(slot), math.prod(slot.shape)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(slot.shape, slot.stride, strict=True))
     # Slabs of older versions are aligned to less.
-    if end > len(slab) or entry.offset % dtype.itemsize or (count and reach != count):
-        raise ValueError(f"{entry.name}: leaves the slab of {len(slab)} bytes")
-    return slab[entry.offset : end].view(dtype).as_strided(entry.shape, entry.stride)
+    if end > len(slab) or slot.offset % dtype.itemsize or (count and reach != count):
+        raise ValueError(f"{slot.name}: leaves the slab of {len(slab)} bytes")
+    return slab[slot.offset : end].view(dtype).as_strided(slot.shape, slot.stride)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from seppo_fast.config.vocabulary import Draw, KeepRule
 from seppo_fast.distributed.machine import Node
-from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.layout import PackedLayout, trainable_state_dict
 from seppo_fast.references.resident import Resident
-from seppo_fast.references.retention import makes_way
-from seppo_fast.references.storage import Member, Tier, checked_members, map_member, save_members
-from seppo_fast.references.swap import Place, exchange, put_aside, put_back, take_back
+from seppo_fast.references.retention import evict
+from seppo_fast.references.storage import StoredCheckpoint, Tier, checked_checkpoints, map_checkpoint, save_checkpoints
+from seppo_fast.references.swap import Place, offload, reload, restore_parameters, swap_parameters
 from seppo_fast.references.tiers import Budget, PoolFullError, Tiers
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.random import keyed_rng
@@ -40,8 +40,8 @@ class ReferencePool:
         seed: of the draws.
         draw: `uniform` over all checkpoints so far (Algorithm 1), the `newest`, or the `initial` one.
         keep: how many checkpoints stay, the initial one always among them, at least 2; None: all.
-        rule: which; see `retention.makes_way`.
-        compute: the dtype of autocast under which references predict; see `layout.Table.of`.
+        rule: which; see `retention.evict`.
+        compute: the dtype of autocast under which references predict; see `layout.PackedLayout.of`.
         budget: how much memory the checkpoints may take.
         folder: where those go that no memory holds, as files without names; None: where temporary files go.
         node: the processes of this machine, which keep one copy; `add`, `restore` and `close` are then for all of them.
@@ -94,7 +94,7 @@ class ReferencePool:
     @property
     def tiers(self) -> dict[int, Tier]:
         """Where each checkpoint that is kept is: `device`, `host` or `disk`."""
-        return {number: member.tier for number, member in self._tiers.members.items()} if self._tiers else {}
+        return {number: stored.tier for number, stored in self._tiers.stored.items()} if self._tiers else {}
 
     def add(self, module: nn.Module) -> int:
         """Copies the trained state of a module; returns the index of the new checkpoint, kept or not.
@@ -107,15 +107,15 @@ class ReferencePool:
         self._refuse_resident(module)
         tiers = self._tiers
         if tiers is None:
-            state = trained_state(module)
+            state = trainable_state_dict(module)
             if not state:
                 raise ValueError("module: it has no trained parameters and no buffers")
             device = next(iter(state.values())).device
-            tiers = Tiers(Table.of(module, self._compute), device, self._budget, self._folder, self._node)
-        state = tiers.table.check(module)
+            tiers = Tiers(PackedLayout.of(module, self._compute), device, self._budget, self._folder, self._node)
+        state = tiers.layout.check(module)
         number, goes = self._count, None
         if self._keep is not None:
-            goes = makes_way(self._rule, list(tiers.members), number, self._keep, self._seed)
+            goes = evict(self._rule, list(tiers.stored), number, self._keep, self._seed)
         if goes is None:
             tiers.put(number, state)
         elif goes != number:
@@ -158,7 +158,7 @@ class ReferencePool:
         Nothing to do for one that is there, or that is not in the pool (yet).
         """
         if index in self.tiers:
-            self._resident().prefetch(index, self._member(index))
+            self._resident().prefetch(index, self._checkpoint(index))
 
     def load_into(self, module: nn.Module, index: int) -> None:
         """Makes a module checkpoint `index`: by one copy where it is bound (see `bind`), else tensor by tensor.
@@ -167,16 +167,16 @@ class ReferencePool:
             ValueError: no such checkpoint; tensors that are not those of the pool; a module that is resident.
         """
         self._refuse_resident(module)
-        member = self._member(index)
+        stored = self._checkpoint(index)
         if module is self._bound:
             if self._inside is not None:
                 raise ValueError("module: another reference of this pool is resident")
-            self._resident().switch(index, member)
+            self._resident().switch(index, stored)
             return
-        table = self._opened().table
-        tensors = table.find(module)
+        layout = self._opened().layout
+        tensors = layout.find(module)
         with torch.no_grad():
-            for name, view in table.views(member.slab).items():
+            for name, view in layout.views(stored.slab).items():
                 tensors[name].copy_(view)
         torch.clear_autocast_cache()  # else a caller's autocast would keep the casts of the weights before
 
@@ -190,8 +190,8 @@ class ReferencePool:
         """
         if self._bound not in (None, module):
             raise ValueError("module: another one is bound to this pool")
-        tensors = self._opened().table.find(module)
-        exchange(module, tensors, self._resident().stand_ins(module, tensors))
+        tensors = self._opened().layout.find(module)
+        swap_parameters(module, tensors, self._resident().stand_ins(module, tensors))
         self._bound = module
 
     @contextmanager
@@ -213,24 +213,24 @@ class ReferencePool:
         """
         if self._inside is not None:
             raise ValueError("module: another reference of this pool is resident")
-        member, tiers = self._member(index), self._opened()
-        state = tiers.table.check(module)
+        stored, tiers = self._checkpoint(index), self._opened()
+        state = tiers.layout.check(module)
         copies: dict[str, Tensor] = {}
         if aside is not None and aside.type != tiers.device.type:
-            copies = put_aside(state, aside)
+            copies = offload(state, aside)
         places: list[Place] = []
         self._inside = module
         try:
-            self._resident().switch(index, member)
-            places = exchange(module, state, self._resident().stand_ins(module, state))
+            self._resident().switch(index, stored)
+            places = swap_parameters(module, state, self._resident().stand_ins(module, state))
             yield module
         finally:
             self._inside = None
-            put_back(places)
+            restore_parameters(places)
             if copies:
                 if self._bound is None:
                     self._give_up_resident()  # first: its memory is what the module's own may need
-                take_back(state, copies)
+                reload(state, copies)
 
     def save(self, folder: str | Path, previous: str | Path | None = None) -> None:
         """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
@@ -248,7 +248,7 @@ class ReferencePool:
         if not self._tiers or not self._count:
             raise ValueError("save: the pool is empty")
         before = None if previous is None else Path(previous)
-        save_members(Path(folder), self._tiers.members, self._tiers.table, self._count, self._settings(), before)
+        save_checkpoints(Path(folder), self._tiers.stored, self._tiers.layout, self._count, self._settings(), before)
 
     def restore(self, folder: str | Path, device: str | torch.device, like: nn.Module | None = None) -> None:
         """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
@@ -269,20 +269,22 @@ class ReferencePool:
         problem, count = None, 0
         files: dict[int, Path] = {}
         try:
-            files, count = checked_members(folder, self._settings())
-            members = {number: map_member(file) for number, file in files.items()}
-            table = next(iter(members.values()))[1].repacked() if like is None else Table.of(like, self._compute)
-            if any(other.tensors != table.tensors for _, other in members.values()):
+            files, count = checked_checkpoints(folder, self._settings())
+            checkpoints = {number: map_checkpoint(file) for number, file in files.items()}
+            layout = (
+                next(iter(checkpoints.values()))[1].repacked() if like is None else PackedLayout.of(like, self._compute)
+            )
+            if any(other.tensors != layout.tensors for _, other in checkpoints.values()):
                 problem = f"{folder}: its checkpoints are of different modules"
         except CheckpointError as error:
             problem = str(error)
         problem = self._node.agree(problem)
         if problem is not None:
             raise CheckpointError(problem)
-        tiers = Tiers(table, device, self._budget, self._folder, self._node)
+        tiers = Tiers(layout, device, self._budget, self._folder, self._node)
         try:
-            for number, (slab, theirs) in members.items():
-                tiers.put(number, slab if theirs == table else theirs.views(slab))
+            for number, (slab, theirs) in checkpoints.items():
+                tiers.put(number, slab if theirs == layout else theirs.views(slab))
         except PoolFullError:
             tiers.close()
             raise
@@ -301,10 +303,10 @@ class ReferencePool:
         compute = str(self._compute).removeprefix("torch.")
         return {"seed": self._seed, "draw": self._draw, "keep": self._keep, "rule": self._rule, "compute": compute}
 
-    def _member(self, index: int) -> Member:
-        if not self._tiers or index not in self._tiers.members:
+    def _checkpoint(self, index: int) -> StoredCheckpoint:
+        if not self._tiers or index not in self._tiers.stored:
             raise ValueError(f"index: {index} is not one of the checkpoints that are kept, {sorted(self.tiers)}")
-        return self._tiers.members[index]
+        return self._tiers.stored[index]
 
     def _refuse_resident(self, module: nn.Module) -> None:
         if module is self._inside:
@@ -318,7 +320,7 @@ class ReferencePool:
     def _resident(self) -> Resident:
         assert self._tiers
         if self._slot is None:
-            self._slot = Resident(self._tiers.table, self._tiers.device)
+            self._slot = Resident(self._tiers.layout, self._tiers.device)
         return self._slot
 
     def _give_up_resident(self) -> None:

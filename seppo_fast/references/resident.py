@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.references.layout import Table
-from seppo_fast.references.storage import Member
+from seppo_fast.references.layout import PackedLayout
+from seppo_fast.references.storage import StoredCheckpoint
 from seppo_fast.utils.memory import is_out_of_memory
 
 
@@ -32,16 +32,16 @@ class Resident:
     `prefetch` and `switch` belong on one CUDA stream, that of the forward.
 
     Args:
-        table: of the slab.
+        layout: of the slab.
         device: where it lies.
 
     Attributes:
         views: its tensors by name.
     """
 
-    def __init__(self, table: Table, device: torch.device) -> None:
-        self._slab = torch.zeros(table.size, dtype=torch.uint8, device=device)
-        self.views = table.views(self._slab)
+    def __init__(self, layout: PackedLayout, device: torch.device) -> None:
+        self._slab = torch.zeros(layout.size, dtype=torch.uint8, device=device)
+        self.views = layout.views(self._slab)
         self._index: int | None = None
         self._version = 0
         self._stand_ins: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -62,12 +62,12 @@ class Resident:
             }
         return self._stand_ins[module]
 
-    def prefetch(self, index: int, member: Member) -> None:
+    def prefetch(self, index: int, stored: StoredCheckpoint) -> None:
         """Starts bringing a checkpoint up, into a second slab; the one that `switch` asks for may be another.
 
         Where the device has no memory for a second slab, warns and does nothing.
         """
-        near = member.tier == "device" or (self._stream is None and member.tier == "host")
+        near = stored.tier == "device" or (self._stream is None and stored.tier == "host")
         if near or index in (self._index, self._ahead_index):
             return
         self._settle()
@@ -77,16 +77,16 @@ class Resident:
             # The last switch may still read the second slab.
             self._stream.wait_stream(torch.cuda.current_stream(self._slab.device))
         self._ahead_index = index
-        self._coming = self._reader.submit(self._bring, member.slab)
+        self._coming = self._reader.submit(self._bring, stored.slab)
 
-    def switch(self, index: int, member: Member) -> None:
+    def switch(self, index: int, stored: StoredCheckpoint) -> None:
         """The slab becomes checkpoint `index`: one copy, or none where it is that already.
 
         What was written to its tensors meanwhile is noticed, but not through `.data`.
         """
         if index == self._index and self._slab._version == self._version:
             return
-        source = member.slab
+        source = stored.slab
         if index == self._ahead_index and self._settle():
             assert self._ahead is not None
             source = self._ahead

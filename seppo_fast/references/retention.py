@@ -8,7 +8,7 @@ from seppo_fast.config.vocabulary import KeepRule
 from seppo_fast.utils.random import keyed_rng
 
 
-def makes_way(rule: KeepRule, kept: Sequence[int], number: int, keep: int, seed: int) -> int | None:
+def evict(rule: KeepRule, kept: Sequence[int], number: int, keep: int, seed: int) -> int | None:
     """The checkpoint that goes when `number` comes: one of those kept, `number` itself, or None while there is room.
 
     Args:

@@ -1,6 +1,6 @@
 """Past policies as files: one safetensors file each, and a manifest that says which there are and their checksums.
 
-A file holds one tensor of bytes, the slab, and its table as JSON in the header; it is mapped, never read whole, so a
+A file holds one tensor of bytes, the slab, and its layout as JSON in the header; it is mapped, never read whole, so a
 pool on disk takes no memory but what the system caches. Nothing here unpickles.
 """
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import read_json, staged_folder
 from seppo_fast.utils.manifest import MANIFEST, FileRow
@@ -31,7 +31,7 @@ Tier = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
-class Member:
+class StoredCheckpoint:
     """A checkpoint.
 
     Attributes:
@@ -43,22 +43,22 @@ class Member:
     slab: Tensor
 
 
-def write_member(file: Path, slab: Tensor, table: Table) -> None:
-    """Writes a slab, which is on the CPU, and its table; the file appears whole or not at all.
+def write_checkpoint(file: Path, slab: Tensor, layout: PackedLayout) -> None:
+    """Writes a slab, which is on the CPU, and its layout; the file appears whole or not at all.
 
     Raises:
         OSError, SafetensorError: the disk refuses.
     """
     staging = file.with_name(f".tmp-{file.name}")
     try:
-        save_file({_SLAB: slab}, staging, metadata={_TABLE: json.dumps(table.to_json())})
+        save_file({_SLAB: slab}, staging, metadata={_TABLE: json.dumps(layout.to_json())})
         os.replace(staging, file)
     finally:
         staging.unlink(missing_ok=True)
 
 
-def map_member(file: Path) -> tuple[Tensor, Table]:
-    """The slab of a file, mapped and to be read only, and its table.
+def map_checkpoint(file: Path) -> tuple[Tensor, PackedLayout]:
+    """The slab of a file, mapped and to be read only, and its layout.
 
     Raises:
         CheckpointError: no such file, or what it holds is no checkpoint of a pool; names it.
@@ -66,21 +66,21 @@ def map_member(file: Path) -> tuple[Tensor, Table]:
     try:
         with safe_open(file, framework="pt") as opened:
             slab = opened.get_tensor(_SLAB)
-            table = Table.from_json(json.loads((opened.metadata() or {})[_TABLE]))
+            layout = PackedLayout.from_json(json.loads((opened.metadata() or {})[_TABLE]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise CheckpointError(f"{file}: no checkpoint of a reference pool ({problem})") from problem
-    if slab.dtype != torch.uint8 or slab.shape != (table.size,):
-        raise CheckpointError(f"{file}: holds {tuple(slab.shape)} {slab.dtype}, not a slab of {table.size} bytes")
-    return slab, table
+    if slab.dtype != torch.uint8 or slab.shape != (layout.size,):
+        raise CheckpointError(f"{file}: holds {tuple(slab.shape)} {slab.dtype}, not a slab of {layout.size} bytes")
+    return slab, layout
 
 
 Settings = Mapping[str, str | int | None]
 
 
-def save_members(
+def save_checkpoints(
     folder: Path,
-    members: Mapping[int, Member],
-    table: Table,
+    checkpoints: Mapping[int, StoredCheckpoint],
+    layout: PackedLayout,
     count: int,
     settings: Settings,
     previous: Path | None = None,
@@ -89,8 +89,8 @@ def save_members(
 
     Args:
         folder: must not exist yet.
-        members: by number.
-        table: of them all.
+        checkpoints: by number.
+        layout: of them all.
         count: of the checkpoints so far, with those that were dropped.
         settings: in which a pool that takes them over must agree.
         previous: a folder that was saved before of the same pool; what it holds undamaged is linked, not written again.
@@ -103,24 +103,24 @@ def save_members(
     before = {} if previous is None else _manifest(previous, settings)[0]
     with staged_folder(folder, CheckpointError) as staging:
         rows = []
-        for number, member in members.items():
-            file = staging / member_name(number)
+        for number, stored in checkpoints.items():
+            file = staging / checkpoint_name(number)
             if previous is not None and number in before and not before[number].damage(previous, file.name):
                 _link(previous / file.name, file)
                 row = before[number]
             else:
-                write_member(file, member.slab.cpu(), table)
+                write_checkpoint(file, stored.slab.cpu(), layout)
                 row = FileRow.of(file)
             rows.append({"number": number, "file": file.name, **row.to_json()})
         tree = {"format": FORMAT, "count": count, "settings": dict(settings), "members": rows}
         (staging / MANIFEST).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def checked_members(folder: Path, settings: Settings | None = None) -> tuple[dict[int, Path], int]:
+def checked_checkpoints(folder: Path, settings: Settings | None = None) -> tuple[dict[int, Path], int]:
     """The files of a saved pool by number, each compared with its size and checksum, and the count of checkpoints.
 
     Args:
-        folder: that `save_members` wrote.
+        folder: that `save_checkpoints` wrote.
         settings: in which the pool that was saved must agree; None: whatever they are.
 
     Raises:
@@ -128,7 +128,7 @@ def checked_members(folder: Path, settings: Settings | None = None) -> tuple[dic
             missing or damaged, all of them named.
     """
     rows, count = _manifest(folder, settings)
-    files = {number: folder / member_name(number) for number in sorted(rows)}
+    files = {number: folder / checkpoint_name(number) for number in sorted(rows)}
     found = {file.name: rows[number].damage(folder, file.name) for number, file in files.items()}
     damaged = [f"{name} {what}" for name, what in found.items() if what]
     if damaged:
@@ -171,7 +171,7 @@ def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, FileRo
     return rows, count
 
 
-def member_name(index: int) -> str:
+def checkpoint_name(index: int) -> str:
     """The file of a checkpoint."""
     return f"checkpoint-{index:06d}.safetensors"
 

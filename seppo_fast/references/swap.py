@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Place = tuple[nn.Module, str, Tensor]
 
 
-def exchange(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[Place]:
+def swap_parameters(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[Place]:
     """Puts `others` in the places of `own`, by name; a tensor with several places (tied weights) leaves them all.
 
     Args:
@@ -23,7 +23,7 @@ def exchange(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, 
         others: for each a tensor of its kind.
 
     Returns:
-        Layer, name and former tensor of each place, for `put_back`.
+        Layer, name and former tensor of each place, for `restore_parameters`.
     """
     replaced = {id(tensor): others[name] for name, tensor in own.items()}
     places = []
@@ -39,14 +39,14 @@ def exchange(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, 
     return places
 
 
-def put_back(places: list[Place]) -> None:
-    """Undoes `exchange`, whatever stands in the places now."""
+def restore_parameters(places: list[Place]) -> None:
+    """Undoes `swap_parameters`, whatever stands in the places now."""
     for layer, leaf, tensor in places:
         setattr(layer, leaf, tensor)
 
 
 @torch.no_grad()
-def put_aside(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def offload(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Copies tensors to a device and gives their own memory back; the tensors stay, without data.
 
     One that shares its memory with others, or whose memory is a mapped file's, is left as it is and not in the result.
@@ -59,8 +59,8 @@ def put_aside(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, 
 
 
 @torch.no_grad()
-def take_back(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-    """Undoes `put_aside`; the data may lie elsewhere afterwards."""
+def reload(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+    """Undoes `offload`; the data may lie elsewhere afterwards."""
     for name, copy in copies.items():
         tensors[name].untyped_storage().resize_(copy.untyped_storage().nbytes())
         tensors[name].copy_(copy)

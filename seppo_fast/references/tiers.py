@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from seppo_fast.distributed.machine import Node
-from seppo_fast.references.layout import Table
-from seppo_fast.references.storage import Member, Tier, map_member, member_name, write_member
+from seppo_fast.references.layout import PackedLayout
+from seppo_fast.references.storage import StoredCheckpoint, Tier, checkpoint_name, map_checkpoint, write_checkpoint
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import disk_message
 from seppo_fast.utils.memory import free_bytes, host_bytes, page_locked
@@ -57,10 +57,10 @@ class Tiers:
     process; so `put` and `replace` are called by all processes, with the same arguments.
 
     Attributes:
-        members: by number, in the order in which they came.
+        checkpoints: by number, in the order in which they came.
 
     Args:
-        table: of all slabs.
+        layout: of all slabs.
         device: on which references compute.
         budget: of each tier.
         folder: in which files go; None: where temporary files go, which on some systems is memory. They lose their
@@ -68,59 +68,61 @@ class Tiers:
         node: the processes of this machine.
     """
 
-    def __init__(self, table: Table, device: torch.device, budget: Budget, folder: Path | None, node: Node) -> None:
-        self.table = table
+    def __init__(
+        self, layout: PackedLayout, device: torch.device, budget: Budget, folder: Path | None, node: Node
+    ) -> None:
+        self.layout = layout
         self.device = device
         self._folder = folder or Path(tempfile.gettempdir())
         self._node = node
         self._rooms = self._measured(budget)
-        self.members: dict[int, Member] = {}
-        self._left: list[Member] = []  # memory that is taken, and free
+        self.stored: dict[int, StoredCheckpoint] = {}
+        self._left: list[StoredCheckpoint] = []  # memory that is taken, and free
 
     def put(self, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
         """One more slab, in the first tier that has room.
 
         Args:
             number: of the checkpoint.
-            tensors: what goes into it: the tensors of the table by name, or a slab.
+            tensors: what goes into it: the tensors of the layout by name, or a slab.
 
         Raises:
             PoolFullError: no tier has room, or the disk refuses; says how much is needed.
         """
-        member = self._left.pop() if self._left else self._new()
-        if member is None:
-            self.members[number] = self._written(tensors)
+        stored = self._left.pop() if self._left else self._new()
+        if stored is None:
+            self.stored[number] = self._written(tensors)
             return
         self._settle()  # another process may still read what the slab held
-        self._fill(member.slab if member.tier == "device" or self._node.owns else None, tensors)
+        self._fill(stored.slab if stored.tier == "device" or self._node.owns else None, tensors)
         self._settle()
-        self.members[number] = member
+        self.stored[number] = stored
 
     def replace(self, gone: int, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
         """`put`, with one slab making way for it; that stays where there is no room after all."""
-        member = self.members.pop(gone)
-        if member.tier == "disk":
-            self._rooms["disk"] += self.table.size
+        stored = self.stored.pop(gone)
+        if stored.tier == "disk":
+            self._rooms["disk"] += self.layout.size
         else:
-            self._left.append(member)
+            self._left.append(stored)
         try:
             self.put(number, tensors)
         except BaseException:
-            if member.tier == "disk":
-                self._rooms["disk"] -= self.table.size
-            elif member in self._left:
-                self._left.remove(member)
-            self.members = dict(sorted({**self.members, gone: member}.items()))
+            if stored.tier == "disk":
+                self._rooms["disk"] -= self.layout.size
+            elif stored in self._left:
+                self._left.remove(stored)
+            self.stored = dict(sorted({**self.stored, gone: stored}.items()))
             raise
 
     def close(self) -> None:
         """Frees all memory and files."""
-        self.members.clear()
+        self.stored.clear()
         self._left.clear()
 
-    def _new(self) -> Member | None:
+    def _new(self) -> StoredCheckpoint | None:
         """Memory for a slab in the first tier with room; None where that is the disk."""
-        size = self.table.size
+        size = self.layout.size
         for tier, room in self._rooms.items():
             if room < size:
                 continue
@@ -129,13 +131,13 @@ class Tiers:
             slab = self._memory(tier)
             self._rooms[tier] = room - size if slab is not None else 0
             if slab is not None:
-                return Member(tier, slab)
+                return StoredCheckpoint(tier, slab)
         rooms = ", ".join(f"{tier} {room / 2**30:.3g}" for tier, room in self._rooms.items())
         raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; left are (GiB) {rooms}")
 
     def _memory(self, tier: Tier) -> Tensor | None:
         """Zeros, so that the gaps between tensors are alike in every copy; None where any process is refused them."""
-        size, slab, problem = self.table.size, None, None
+        size, slab, problem = self.layout.size, None, None
         try:
             if tier == "device":
                 slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
@@ -154,11 +156,11 @@ class Tiers:
         warnings.warn(f"no {tier} memory for a past policy, the next tier takes it: {problem}", stacklevel=2)
         return None
 
-    def _written(self, tensors: Mapping[str, Tensor] | Tensor) -> Member:
+    def _written(self, tensors: Mapping[str, Tensor] | Tensor) -> StoredCheckpoint:
         problem, slab, file, mapped = None, None, None, None
         try:
             if self._node.owns:
-                slab = torch.zeros(self.table.size, dtype=torch.uint8)
+                slab = torch.zeros(self.layout.size, dtype=torch.uint8)
         except RuntimeError as error:
             problem = str(error)
         self._fill(slab, tensors)
@@ -171,7 +173,7 @@ class Tiers:
             problem, place = self._node.agree(problem), self._node.from_owner(file)
             if problem is None:
                 try:
-                    mapped = map_member(place)[0]
+                    mapped = map_checkpoint(place)[0]
                 except CheckpointError as error:
                     problem = str(error)
                 problem = self._node.agree(problem)  # by then all have mapped it
@@ -180,23 +182,23 @@ class Tiers:
                 shutil.rmtree(file.parent, ignore_errors=True)
         if problem is not None or mapped is None:
             raise PoolFullError(problem)
-        self._rooms["disk"] -= self.table.size
-        return Member("disk", mapped)
+        self._rooms["disk"] -= self.layout.size
+        return StoredCheckpoint("disk", mapped)
 
     def _write(self, slab: Tensor) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".seppo-reference-", dir=self._folder))
         try:
-            write_member(folder / member_name(0), slab, self.table)
+            write_checkpoint(folder / checkpoint_name(0), slab, self.layout)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return folder / member_name(0)
+        return folder / checkpoint_name(0)
 
     def _fill(self, slab: Tensor | None, tensors: Mapping[str, Tensor] | Tensor) -> None:
         """For all processes; one that does not write the slab has None."""
         if not isinstance(tensors, Tensor):
-            self.table.fill(slab, tensors)
+            self.layout.fill(slab, tensors)
         elif slab is not None:
             slab.copy_(tensors)
 
@@ -214,7 +216,7 @@ class Tiers:
             rooms["device"] = _room("device", budget.device, lambda: free_bytes(self.device))
         rooms["host"] = _room("host", budget.host, lambda: free_bytes(torch.device("cpu")))
         rooms["disk"] = _room("disk", budget.disk, lambda: shutil.disk_usage(existing).free)
-        return {tier: self._node.least(room) for tier, room in rooms.items()}
+        return {tier: self._node.min(room) for tier, room in rooms.items()}
 
 
 def _room(tier: Tier, given: int | None, free: Callable[[], int]) -> int:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seppo_fast.references.storage import checked_members
+from seppo_fast.references.storage import checked_checkpoints
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import disk_message, free_name, read_json, staged_folder
@@ -178,7 +178,7 @@ def checked_state(folder: Path) -> SavedState:
     if damaged:
         raise CheckpointError(f"{folder}: " + "; ".join(damaged))
     if f"{REFERENCES}/{MANIFEST}" in rows:
-        checked_members(folder / REFERENCES)
+        checked_checkpoints(folder / REFERENCES)
     try:
         numbers = read_json(folder / NUMBERS)
         return SavedState(folder, int(numbers["update"]), dict(numbers))

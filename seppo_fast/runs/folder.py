@@ -77,7 +77,7 @@ def _names(folder: Path) -> set[str]:
 
 
 @contextmanager
-def claimed(folder: Path, machine: Node) -> Iterator[SavedState | None]:
+def lock_run_folder(folder: Path, machine: Node) -> Iterator[SavedState | None]:
     """Holds a run's folder, so that no other run writes it meanwhile; gives the state that it was left in.
 
     A lock of a process that is gone is no lock. A folder in which nothing was written in the end is removed again.
@@ -105,7 +105,7 @@ def claimed(folder: Path, machine: Node) -> Iterator[SavedState | None]:
                 failed = problem
             except OSError as problem:
                 failed = CheckpointError(disk_message(folder, problem))
-        failed, found = machine.from_first((failed, found))
+        failed, found = machine.first((failed, found))
         if failed is not None:
             raise failed
         yield found

@@ -54,9 +54,9 @@ class Journal:
             os.replace(staging, file)
             if name == LOG:
                 for entry in kept:
-                    self._watch.see(entry)
+                    self._watch.update(entry)
 
-    def tell(self, number: int, stats: dict[str, float]) -> dict[str, float]:
+    def format(self, number: int, stats: dict[str, float]) -> dict[str, float]:
         """Prints update `number` (from 1); `stats` holds the learner's means and the seconds of both phases.
 
         Returns:
@@ -68,11 +68,11 @@ class Journal:
         # The median: the first update compiles and measures, and a machine that others use stops now and then.
         left = (self._updates - number) * statistics.median(self._seconds)
         print(progress_line(number, self._updates, stats, left), flush=True)
-        for rule in self._watch.see(stats):
+        for rule in self._watch.update(stats):
             print(rule.warning, flush=True)
         return stats | self._watch.flags(stats)
 
-    def write(self, number: int, stats: dict[str, float]) -> None:
+    def append(self, number: int, stats: dict[str, float]) -> None:
         """Records in `log.jsonl` what `tell` gave.
 
         Raises:

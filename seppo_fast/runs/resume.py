@@ -26,7 +26,7 @@ _MAY_CHANGE = {
     "evaluation.guidance",
 }  # fmt: skip
 # What `memory` decides where it is left open.
-_OF_THE_DIAL = {
+_SET_BY_PRESET = {
     "model.gradient_checkpointing", "model.compile", "train.micro_batch", "reference.park", "sampler.batch",
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
             "begin another run from its weights"
         )
     if "memory" in changed:
-        changed |= _OF_THE_DIAL
+        changed |= _SET_BY_PRESET
     if chosen.get("train.learning_rate") is None:  # by a version that kept its default rate unsaid
         chosen["train.learning_rate"] = 5e-6 if now["model.train"] == "full" else 1e-4
     tree: dict[str, Any] = {}

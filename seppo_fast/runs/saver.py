@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.distributed.fsdp import fill, whole
-from seppo_fast.references.layout import trained_state
+from seppo_fast.distributed.fsdp import copy_to_shard, gather_full
+from seppo_fast.references.layout import trainable_state_dict
 from seppo_fast.references.pool import ReferencePool
 from seppo_fast.references.storage import is_saved_pool
 from seppo_fast.runs.checkpoint import REFERENCES, SavedState, prune, saved_states, state_folder, write_state
@@ -39,7 +39,7 @@ def on_cpu(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor
     """
     copies = {}
     for name, tensor in tensors.items():
-        values = whole(tensor.detach())
+        values = gather_full(tensor.detach())
         if keep:
             copies[name] = torch.empty(values.shape, dtype=values.dtype).copy_(values)
     return copies
@@ -51,9 +51,9 @@ def load_policy(module: nn.Module, saved: SavedState) -> None:
     Raises:
         CheckpointError: tensors that are not the module's; the module is as it was.
     """
-    state = trained_state(module)
+    state = trainable_state_dict(module)
     for name, tensor in fitting(saved, POLICY, state).items():
-        fill(state[name], tensor)
+        copy_to_shard(state[name], tensor)
 
 
 def fitting(saved: SavedState, file: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def defer_sigint() -> Iterator[None]:
     """Ctrl-C inside the block takes effect after it, a second one at once; for imports.
 
     One that is raised while a library's `__del__` runs would be printed and lost, and the run would go on.

@@ -53,7 +53,7 @@ class Trackers:
             self._guarded(name, partial(starts[name], finished))
 
     def log(self, update: int, stats: Mapping[str, float]) -> None:
-        """Sends what `Journal.tell` gave of an update; its number is the step."""
+        """Sends what `Journal.format` gave of an update; its number is the step."""
         for name, tracker in list(self._running.items()):
             self._guarded(name, partial(tracker.log, dict(stats), step=update))
 

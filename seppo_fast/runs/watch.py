@@ -110,7 +110,7 @@ class HealthWatch:
         self._seen = {rule.name: _Seen() for rule in RULES}
         self._within: set[str] = set()
 
-    def see(self, entry: Mapping[str, Any]) -> list[Rule]:
+    def update(self, entry: Mapping[str, Any]) -> list[Rule]:
         """Takes the next update; returns the rules whose spell begins with it."""
         return [rule for rule in RULES if (values := _values(rule, entry)) is not None and self._begins(rule, values)]
 
@@ -148,11 +148,11 @@ def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:
     return finite if len(finite) == len(values) else None
 
 
-def spells(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
-    """Returns for each rule with spells in a log, by its name, the first and last update of each."""
+def intervals(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """Returns for each rule with intervals in a log, by its name, the first and last update of each."""
     watch, found = HealthWatch(), dict[str, list[tuple[int, int]]]()
     for entry in entries:
-        begin = watch.see(entry)
+        begin = watch.update(entry)
         for rule in RULES:
             if rule in begin:
                 found.setdefault(rule.name, []).append((entry["update"], entry["update"]))

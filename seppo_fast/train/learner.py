@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from seppo_fast.config.schema import Config
-from seppo_fast.distributed.fsdp import fill, is_sharded, whole
+from seppo_fast.distributed.fsdp import copy_to_shard, gather_full, is_sharded
 from seppo_fast.distributed.processes import Processes
 from seppo_fast.methods.method import Batch, Method
 from seppo_fast.models.trainable import make_ema, trainable
@@ -90,7 +90,7 @@ class Learner:
         halves = {} if winners is None else self._halves.numbers(winners, self.scaler.get_scale())
         del winners
         parameters = list(trainable(self.policy).values())
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
+        norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
         good = math.isfinite(sums["loss"])  # else the batch is the cause, and not the scale
         searching = self.searching and good
         finite = math.isfinite(norm)
@@ -203,7 +203,7 @@ class Learner:
                 # Moments lie in memory as their parameter does, whatever the file's order.
                 like = torch.empty_like(own.detach(), dtype=value.dtype) if value.shape == own.shape else None
                 if like is not None:
-                    fill(like, value)
+                    copy_to_shard(like, value)
                 value = value.to(own.device) if like is None else like
             self.optimizer.state[own][key] = value
         if self._config.train.optimizer == "adamw":
@@ -216,7 +216,7 @@ class Learner:
         self.applied = applied_updates(numbers)
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
-                fill(shadow, files["average"][name])
+                copy_to_shard(shadow, files["average"][name])
             self.ema.optimization_step = numbers["average_step"]
 
     @contextmanager
@@ -244,7 +244,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
     if not gradients:
         return dict.fromkeys(parameters, 0.0)
-    norms = torch.stack([whole(torch.linalg.vector_norm(gradient)) for gradient in gradients.values()]).tolist()
+    norms = torch.stack([gather_full(torch.linalg.vector_norm(gradient)) for gradient in gradients.values()]).tolist()
     return dict.fromkeys(parameters, 0.0) | dict(zip(gradients, norms, strict=True))
 
 

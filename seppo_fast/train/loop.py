@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seppo_fast.runs.signals import held_back
+from seppo_fast.runs.signals import defer_sigint
 from seppo_fast.utils.logging import tolerant_output
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
         Interrupted: by a signal, after the state was saved.
     """
     # Here, so that the command line can quiet the libraries before they load.
-    with held_back():
+    with defer_sigint():
         from seppo_fast.distributed.processes import Processes
-        from seppo_fast.runs.folder import claimed
+        from seppo_fast.runs.folder import lock_run_folder
         from seppo_fast.train.trainer import Trainer
         from seppo_fast.utils.torch_modes import deterministic, outside_modes
 
@@ -42,7 +42,7 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
         tolerant_output(),
         outside_modes(),
         deterministic(config.model.deterministic),
-        claimed(Path(config.output), processes.machine) as saved,
+        lock_run_folder(Path(config.output), processes.machine) as saved,
     ):
         trainer = Trainer(config, processes, saved)
         observe(trainer, trainer.finished)

@@ -64,10 +64,10 @@ class Recorder:
     def _write(self, update: int, stats: dict[str, float]) -> None:
         if not self._opened:
             self.open(0)  # not before: a run that ends without an update leaves nothing
-        stats = self._journal.tell(update, stats | {"learning_rate": learning_rate(self._config, update - 1)})
+        stats = self._journal.format(update, stats | {"learning_rate": learning_rate(self._config, update - 1)})
         self._trackers.log(update, stats)
         try:
-            self._journal.write(update, stats)
+            self._journal.append(update, stats)
         except OSError as problem:
             warn(f"the run goes on: {disk_message(self._folder, problem)}")
 

@@ -14,7 +14,7 @@ from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.data.cache.opening import open_or_build
 from seppo_fast.data.examples import Source
 from seppo_fast.diffusion.sampler import Sampler
-from seppo_fast.distributed.fsdp import settled, shard, sharding_asked
+from seppo_fast.distributed.fsdp import shard, sharding_asked, validate_fsdp_config
 from seppo_fast.distributed.machine import Node
 from seppo_fast.distributed.processes import Processes
 from seppo_fast.models.denoiser import Denoiser
@@ -67,7 +67,7 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     """
     device = processes.device
     if sharding_asked():
-        config = settled(config, processes.world)
+        config = validate_fsdp_config(config, processes.world)
     asked = config
     if saved is not None:
         config = resumed_config(config, saved)

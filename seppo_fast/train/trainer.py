@@ -16,8 +16,8 @@ from seppo_fast.methods.draws import Draws
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.registry import method_of
 from seppo_fast.models.trainable import trainable
-from seppo_fast.references.layout import trained_state
-from seppo_fast.references.swap import exchange
+from seppo_fast.references.layout import trainable_state_dict
+from seppo_fast.references.swap import swap_parameters
 from seppo_fast.references.tiers import PoolFullError
 from seppo_fast.runs.checkpoint import REFERENCES, SavedState, put_aside_newer
 from seppo_fast.runs.journal import SKIPPED
@@ -131,7 +131,7 @@ class Trainer:
         if not begins:
             return
         tensors, numbers = self.learner.state()
-        tensors[POLICY] = trained_state(self.policy)
+        tensors[POLICY] = trainable_state_dict(self.policy)
         files = {name: on_cpu(those, keep=main) for name, those in tensors.items()}
         if not main:
             return
@@ -223,7 +223,7 @@ class Trainer:
         if missing and self.sharded:
             wholes = on_cpu(trainable(self.policy), keep=main)
             if main:
-                exchange(
+                swap_parameters(
                     self.family.model,
                     trainable(self.family.model),
                     {name: nn.Parameter(t) for name, t in wholes.items()},

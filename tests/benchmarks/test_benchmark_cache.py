@@ -15,7 +15,7 @@ from benchmarks.harness.rows import KEYS, Row
 from benchmarks.harness.switches import AHEAD, ALONE, COPY, IN_PLACE, LOAD, READ, SWITCH, Kept, StateDicts, Subject
 from benchmarks.suites import cache
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import trained_state
+from seppo_fast.references.layout import trainable_state_dict
 from seppo_fast.references.resident import Resident
 from tests.helpers.benchmark import MACHINE, driven, smallest_cache
 
@@ -45,7 +45,7 @@ def kept(subject, tmp_path):
 
 def test_checkpoints_are_random_and_a_function_of_their_number(subject):
     first, again, other = (dict(subject.weights(index)) for index in (0, 0, 1))
-    assert set(first) == set(trained_state(subject.policy))
+    assert set(first) == set(trainable_state_dict(subject.policy))
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name]) and not torch.equal(tensor, other[name])
         assert tensor.count_nonzero() == tensor.numel()
@@ -57,7 +57,7 @@ def test_checkpoints_are_random_and_a_function_of_their_number(subject):
 def test_a_single_wrong_bit_is_seen(subject, capsys):
     prediction = subject.prediction(0)
     assert subject.is_right("one", subject.policy, 0, prediction)
-    weight = next(iter(trained_state(subject.policy).values())).data[0, 0, 0]
+    weight = next(iter(trainable_state_dict(subject.policy).values())).data[0, 0, 0]
     before = weight[0].clone()
     weight[0] = torch.nextafter(before, before + 1)  # in bf16 it predicts the same
     assert not subject.is_right("one", subject.policy, 0, prediction)
@@ -121,7 +121,7 @@ def test_the_baselines_take_turns(subject, tmp_path):
         for index in (1, 0, 1):
             call()
             assert subject.holds(subject.policy, index)
-    strides = {name: tensor.stride() for name, tensor in trained_state(subject.policy).items()}
+    strides = {name: tensor.stride() for name, tensor in trainable_state_dict(subject.policy).items()}
     assert {name: tensor.stride() for name, tensor in next(states._states).items()} == strides
 
 
@@ -138,7 +138,7 @@ def test_copies_take_turns_over_the_cache(subject, monkeypatch):
 
 def damaged(module):
     """One of its numbers is another."""
-    tensor = next(iter(trained_state(module).values())).data
+    tensor = next(iter(trainable_state_dict(module).values())).data
     tensor[(0,) * tensor.dim()] += 1
     return module
 

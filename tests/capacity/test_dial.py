@@ -10,7 +10,7 @@ from seppo_fast.capacity.footprint import sampling_footprint, training_footprint
 from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset, fit_to_device
 from seppo_fast.config.load import parse_config, read_config
 from seppo_fast.models.trainable import trainable
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
 from tests.helpers.calls import denoise_unet, inputs_of
@@ -76,7 +76,7 @@ def chosen(trainer, config):
 def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
     """Next to the moments of Adam, and for sampling next to the policy's weights too, which wait meanwhile."""
     trained = sum(weight.numel() * 4 for weight in trainable(trainer.policy).values())
-    slab = Table.of(trainer.policy).size
+    slab = PackedLayout.of(trainer.policy).size
     pool = 3 * slab  # two past policies, and the one that is resident
     asked = trainer.policy, denoise_unet, inputs_of((4, 8, 8), (16, 16)), torch.float32, CPU
     pair, sample = training_footprint(*asked), sampling_footprint(*asked, guided=True)
@@ -127,7 +127,7 @@ def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
 
 def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, tmp_path, trainer, monkeypatch):
     trained = sum(weight.numel() * 4 for weight in trainable(trainer.policy).values())
-    slab = Table.of(trainer.policy).size
+    slab = PackedLayout.of(trainer.policy).size
     pool = 3 * slab  # two past policies, and the one that is resident
     inputs = inputs_of((4, 8, 8), (16, 16))
     sample = sampling_footprint(trainer.policy, denoise_unet, inputs, torch.float32, CPU, guided=True)

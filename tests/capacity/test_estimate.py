@@ -18,7 +18,7 @@ from seppo_fast.capacity.plan import Need, _ladder, need_of, out_of_memory, sugg
 from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset
 from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.distributed.processes import processes
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.train.trainer import Trainer
 from tests.helpers.runs import collected, tiny_config
 from tests.helpers.tracing import traced_peak
@@ -179,7 +179,7 @@ def test_what_stays_open_on_a_gpu_is_chosen_as_the_dial_does(tiny, tmp_path):
     tree = trainer.config.model_dump(mode="json")
     tree["reference"]["park"] = tree["sampler"]["batch"] = tree["reference"]["gpu_gib"] = None
     config, cuda = parse_config(tree), torch.device("cuda")
-    slab = Table.of(trainer.policy).size
+    slab = PackedLayout.of(trainer.policy).size
     full = need_of(config, trainer.family, cuda, 2**40)
     assert not full.parked and full.references == (2 + 1) * slab and full.batch == MEMORY_PRESETS["balanced"].batch
     few = replace(full, batch=15).sampling

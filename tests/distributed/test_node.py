@@ -14,7 +14,7 @@ from torch import nn
 import seppo_fast.references.tiers as tiers
 from seppo_fast.distributed.machine import Node
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.references.tiers import Budget, PoolFullError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -27,7 +27,7 @@ def weight_of(value):
     return layer
 
 
-SIZE = Table.of(weight_of(0.0)).size
+SIZE = PackedLayout.of(weight_of(0.0)).size
 
 
 def gatherer(rank, pipe):
@@ -64,13 +64,13 @@ def segments():
 
 def test_alone_nothing_is_asked():
     node = Node()
-    assert (node.world, node.owns, node.least(3), node.agree(None), node.from_owner("x")) == (1, True, 3, None, "x")
+    assert (node.world, node.owns, node.min(3), node.agree(None), node.from_owner("x")) == (1, True, 3, None, "x")
 
 
 def share(rank, node, folder):
     assert node.world == 2 and node.owns == (rank == 0)
-    assert node.alike("same") and not node.alike(rank)
-    assert node.least(5 + rank) == 5 and node.agree("no" if rank else None) == "no" and node.from_owner(rank) == 0
+    assert node.same("same") and not node.same(rank)
+    assert node.min(5 + rank) == 5 and node.agree("no" if rank else None) == "no" and node.from_owner(rank) == 0
     pool = ReferencePool(0, keep=4, budget=Budget(host=2 * SIZE, disk=2 * SIZE), folder=folder, node=node)
     values = {}
     for number in range(9):
@@ -97,7 +97,7 @@ def refuse_disk(rank, node, folder):
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        tiers.write_member = full  # in this process alone
+        tiers.write_checkpoint = full  # in this process alone
     pool = ReferencePool(0, budget=Budget(host=SIZE, disk=SIZE), folder=folder, node=node)
     pool.add(weight_of(1.0))
     with pytest.raises(PoolFullError, match="no space left"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from seppo_fast.capacity.presets import _room
 from seppo_fast.config.load import to_yaml
-from seppo_fast.distributed.fsdp import settled, sharding_plugin
+from seppo_fast.distributed.fsdp import sharding_plugin, validate_fsdp_config
 from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.runs.journal import read_journal
 from seppo_fast.utils.errors import ConfigError
@@ -162,7 +162,7 @@ def test_a_lora_is_refused_by_the_command_line(ranks, folder, tmp_path):
 def test_what_shards_do_not_go_with_is_refused(tiny, tmp_path, monkeypatch, sections, said):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ConfigError, match=said):
-        settled(tiny_config(tiny, tmp_path, **sections), 4)
+        validate_fsdp_config(tiny_config(tiny, tmp_path, **sections), 4)
 
 
 def test_a_batch_is_fitted_beside_a_share_of_the_optimizer(tiny, tmp_path, monkeypatch):
@@ -179,9 +179,9 @@ def test_a_batch_is_fitted_beside_a_share_of_the_optimizer(tiny, tmp_path, monke
 def test_what_is_left_open_is_off(tiny, tmp_path, monkeypatch):
     config = tiny_config(tiny, tmp_path, memory="low", train={"pairs_per_update": 8})
     with pytest.raises(ConfigError, match="accelerate launch"):
-        settled(config, 1)
+        validate_fsdp_config(config, 1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    config = settled(config, 4)
+    config = validate_fsdp_config(config, 4)
     assert config.reference.park is False and config.model.compile is False
 
 

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import (
 )
 
 from seppo_fast.config.schema import ModelConfig
-from seppo_fast.methods.joint_forward import Together
+from seppo_fast.methods.joint_forward import JointModel
 from seppo_fast.models.trainable import make_trainable, trainable
 from seppo_fast.models.unet import UNetFamily
 
@@ -83,10 +83,10 @@ def predict(unet: nn.Module, batch: Batch) -> Tensor:
 
 
 def together_of(policy, reference):
-    return Together(policy, reference, UNetFamily.joint_parts(policy))
+    return JointModel(policy, reference, UNetFamily.joint_parts(policy))
 
 
-def one_pass(policy: nn.Module, together: Together, batch: Batch, rows: int) -> tuple[Tensor, Tensor]:
+def one_pass(policy: nn.Module, together: JointModel, batch: Batch, rows: int) -> tuple[Tensor, Tensor]:
     with together.rows(rows):
         prediction = predict(policy, batch)
     return prediction[:rows], prediction[rows:]

@@ -11,8 +11,8 @@ from torch import nn
 
 import seppo_fast.utils.manifest as manifest
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table, trained_state
-from seppo_fast.references.storage import map_member, write_member
+from seppo_fast.references.layout import PackedLayout, trainable_state_dict
+from seppo_fast.references.storage import map_checkpoint, write_checkpoint
 from seppo_fast.utils.errors import CheckpointError
 from tests.helpers.pools import Odd, assert_holds, filled
 
@@ -109,7 +109,7 @@ MANIFESTS = {
     "deep": lambda tree: "[" * 100_000,
     "no format": lambda tree: json.dumps({key: tree[key] for key in ("count", "members")}),
     "infinite format": changed(format=float("inf")),
-    "no members": changed(members=[]),
+    "no checkpoints": changed(members=[]),
     "members of another kind": changed(members={"0": 1}),
     "checkpoint 0 not among them": lambda tree: json.dumps({**tree, "members": tree["members"][1:]}),
     "count too small": changed(count=2),
@@ -168,9 +168,9 @@ def test_checkpoints_of_different_modules_are_no_pool(saved, tmp_path):
 
 def table_of(**keys):
     """The header of a slab of 256 bytes with one tensor, with `keys` of it changed."""
-    entry = {"name": "a", "shape": [4], "stride": [1], "dtype": "float32", "offset": 128}
+    slot = {"name": "a", "shape": [4], "stride": [1], "dtype": "float32", "offset": 128}
     size = keys.pop("size", 256)
-    return {"table": json.dumps({"size": size, "entries": [{**entry, **keys}]})}
+    return {"table": json.dumps({"size": size, "entries": [{**slot, **keys}]})}
 
 
 SLAB = torch.zeros(256, dtype=torch.uint8)
@@ -204,7 +204,7 @@ def test_a_made_up_header_is_refused(tmp_path, slab, header):
     file = tmp_path / "made-up.safetensors"
     save_file({"slab": slab}, file, metadata=header)
     with pytest.raises(CheckpointError, match="made-up.safetensors: "):
-        map_member(file)
+        map_checkpoint(file)
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
@@ -213,19 +213,19 @@ def test_files_of_another_kind_are_refused(tmp_path):
     for content in (file.read_bytes(), b"", b"PK\3\4", (2**60).to_bytes(8, "little") + b"{}", b"\0" * 64):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match="file: no checkpoint"):
-            map_member(file)
+            map_checkpoint(file)
     for place in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match=f"{place.name}: no checkpoint"):
-            map_member(place)
+            map_checkpoint(place)
 
 
 def test_no_change_of_a_header_does_worse_than_being_refused(tmp_path):
-    """500 of them, one byte each: what is not refused has a table that lies in its slab."""
+    """500 of them, one byte each: what is not refused has a layout that lies in its slab."""
     module, file = Odd(), tmp_path / "file"
-    table = Table.of(module)
-    slab = torch.zeros(table.size, dtype=torch.uint8)
-    table.fill(slab, trained_state(module))
-    write_member(file, slab, table)
+    layout = PackedLayout.of(module)
+    slab = torch.zeros(layout.size, dtype=torch.uint8)
+    layout.fill(slab, trainable_state_dict(module))
+    write_checkpoint(file, slab, layout)
     whole = file.read_bytes()
     header, rng, refused = 8 + int.from_bytes(whole[:8], "little"), random.Random(0), 0
     for _ in range(500):
@@ -233,8 +233,8 @@ def test_no_change_of_a_header_does_worse_than_being_refused(tmp_path):
         content[rng.randrange(header)] = rng.choice((*b'0123456789-"{}[],:.eE\\ ', rng.randrange(256)))
         file.write_bytes(content)
         try:
-            found, table = map_member(file)
-            assert all(view.nbytes <= len(found) for view in table.views(found).values())
+            found, layout = map_checkpoint(file)
+            assert all(view.nbytes <= len(found) for view in layout.views(found).values())
         except CheckpointError:
             refused += 1
     assert 250 < refused < 500

@@ -18,13 +18,13 @@ from torch import nn
 import seppo_fast.references.layout as slab
 import seppo_fast.references.storage as pool_files
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.references.tiers import Budget, PoolFullError
 from seppo_fast.utils.errors import CheckpointError
 from tests.helpers.pools import Odd, assert_holds, filled, scrambled
 
 CPU = torch.device("cpu")
-SLAB = Table.of(Odd()).size
+SLAB = PackedLayout.of(Odd()).size
 NAMES = [f"checkpoint-{number:06d}.safetensors" for number in range(3)]
 
 
@@ -53,12 +53,12 @@ def test_a_pool_of_an_older_version_is_laid_out_anew(tmp_path, monkeypatch, like
     monkeypatch.setattr(slab, "_ALIGNMENT", 128)
     pool, expected = filled(2)
     pool.save(tmp_path / "pool")
-    assert any(entry.offset % 512 for entry in pool._tiers.table.entries)
+    assert any(slot.offset % 512 for slot in pool._tiers.layout.slots)
     pool.close()
     monkeypatch.undo()
     with ReferencePool(0) as pool:
         pool.restore(tmp_path / "pool", CPU, like)
-        assert not any(entry.offset % 512 for entry in pool._tiers.table.entries)
+        assert not any(slot.offset % 512 for slot in pool._tiers.layout.slots)
         assert_holds(pool, expected)
         pool.save(tmp_path / "again", tmp_path / "pool")  # links the files of the older version
     with ReferencePool(0) as pool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seppo_fast.models.trainable import trainable
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.train import train
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.runs import tiny_config
@@ -52,7 +52,7 @@ def test_a_bounded_pool_trains(tiny, tmp_path, rule):
 def test_a_policy_for_which_there_is_no_room_is_left_out_and_said(tiny, tmp_path, capsys):
     from seppo_fast.train.trainer import Trainer
 
-    size = Table.of(Trainer(tiny_config(tiny, tmp_path / "size")).policy).size
+    size = PackedLayout.of(Trainer(tiny_config(tiny, tmp_path / "size")).policy).size
     room = 1.5 * size / 2**30
     tiers, _, _ = finished(tiny, tmp_path / "run", host_gib=room, disk_gib=0)
     assert tiers == {0: "host"}

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.layout import PackedLayout, trainable_state_dict
 from seppo_fast.references.tiers import Budget
 from seppo_fast.utils.errors import CheckpointError
 from tests.helpers.pools import KEPT, Odd, assert_holds, contents, filled, same, scrambled
 
-SLAB = Table.of(Odd()).size
+SLAB = PackedLayout.of(Odd()).size
 TIERS = {"host": Budget(host=9 * SLAB), "disk": Budget(host=0)}
 
 
@@ -68,7 +68,7 @@ def test_a_policy_is_a_reference_in_the_block_and_itself_after_it(pool_of_odd):
     pool, expected = pool_of_odd
     policy = Odd()
     own = scrambled(policy, 9)
-    tensors, version = trained_state(policy), policy.fp64._version
+    tensors, version = trainable_state_dict(policy), policy.fp64._version
     places = {name: (tensor.data_ptr(), tensor.stride(), tensor.dtype) for name, tensor in tensors.items()}
     for index in (1, 1, 0, 2):
         with pool.resident(policy, index) as reference:
@@ -77,7 +77,7 @@ def test_a_policy_is_a_reference_in_the_block_and_itself_after_it(pool_of_odd):
             assert policy.head.weight is policy.embedding.weight
             assert policy.conv.weight.is_contiguous(memory_format=torch.channels_last)
         assert same(policy, own, (*KEPT, "frozen", "scratch"))
-        after = trained_state(policy)
+        after = trainable_state_dict(policy)
         assert all(after[name] is tensor for name, tensor in tensors.items())
         assert {name: (tensor.data_ptr(), tensor.stride(), tensor.dtype) for name, tensor in after.items()} == places
     assert policy.fp64._version == version  # nothing was written
@@ -117,7 +117,7 @@ def test_what_runs_in_the_block_changes_no_checkpoint():
     module = nn.BatchNorm1d(3)
     with ReferencePool(0) as pool:
         pool.add(module)
-        before, names = contents(module), tuple(trained_state(module))
+        before, names = contents(module), tuple(trainable_state_dict(module))
         for _ in range(2):
             with pool.resident(module, 0):
                 assert same(module, before, names)
@@ -175,7 +175,7 @@ def test_draws_are_uniform_over_seeds_too():
 
 
 def test_draws_depend_on_what_is_kept_and_not_on_where(tmp_path):
-    size = Table.of(weight_of(0.0)).size
+    size = PackedLayout.of(weight_of(0.0)).size
     pools = [
         filled_with_numbers(9, keep=4, budget=Budget(host=host * size), folder=tmp_path) for host in (0, 2, 9)
     ]  # fmt: skip

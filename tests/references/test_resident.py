@@ -11,12 +11,12 @@ from torch import nn
 
 import seppo_fast.references.resident as resident
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.layout import PackedLayout, trainable_state_dict
 from seppo_fast.references.tiers import Budget
 from tests.helpers.pools import KEPT, Copies, Odd, bits, contents, filled, same, scrambled
 from tests.helpers.tiny import tiny_unet
 
-SLAB = Table.of(Odd()).size
+SLAB = PackedLayout.of(Odd()).size
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -66,17 +66,17 @@ def test_a_switch_is_one_copy_and_none_where_it_is_that_already(tmp_path, host):
 
 def test_addresses_never_change(counted):
     pool, module, expected = counted
-    places = {name: tensor.data_ptr() for name, tensor in trained_state(module).items()}
+    places = {name: tensor.data_ptr() for name, tensor in trainable_state_dict(module).items()}
     for index in (3, 0, 2, 1):
         pool.prefetch(index)
         pool.load_into(module, index)
-        assert {name: tensor.data_ptr() for name, tensor in trained_state(module).items()} == places
+        assert {name: tensor.data_ptr() for name, tensor in trainable_state_dict(module).items()} == places
         assert same(module, expected[index])
 
 
 def test_a_prefetched_checkpoint_is_read_once_and_is_what_is_switched_to(counted):
     pool, module, expected = counted
-    stored = pool._tiers.members[2].slab
+    stored = pool._tiers.stored[2].slab
     slot = pool._resident()
     with Copies() as copies:
         pool.prefetch(2)
@@ -222,7 +222,7 @@ def check_predictions(kind, compute, device):
         expected.append(predictions(unet, compute))
         pool.add(unet)
     assert len({made[0] for made in expected}) == 3
-    stored = {name: view.dtype for name, view in pool._tiers.table.views(pool._tiers.members[0].slab).items()}
+    stored = {name: view.dtype for name, view in pool._tiers.layout.views(pool._tiers.stored[0].slab).items()}
     for index in (1, 0, 2):
         with pool.resident(unet, index) as reference:
             assert predictions(reference, compute) == expected[index]
@@ -274,7 +274,7 @@ def test_layers_of_all_kinds_predict_the_same_under_autocast():
             with torch.autocast("cpu", torch.bfloat16):
                 expected.append(bits(module(tokens)))
             pool.add(module)
-        dtypes = {entry.name: entry.dtype for entry in pool._tiers.table.entries}
+        dtypes = {slot.name: slot.dtype for slot in pool._tiers.layout.slots}
         assert {name for name, dtype in dtypes.items() if dtype == "bfloat16"} == {
             "up.weight", "up.bias", "down.weight", "down.bias", "head.bias",
         }  # fmt: skip
@@ -298,7 +298,7 @@ def test_on_a_gpu_a_captured_graph_computes_with_the_weights_of_each_switch(tmp_
     """Its replay right after a switch, whatever comes up on the other stream, from all three tiers."""
     torch.manual_seed(seed)
     module = nn.Linear(257, 129).cuda()
-    slab, expected = Table.of(module).size, []
+    slab, expected = PackedLayout.of(module).size, []
     budget = Budget(device=slab, host=2 * slab, disk=2 * slab)
     with ReferencePool(0, budget=budget, folder=tmp_path) as pool, torch.no_grad():
         for number in range(5):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import seppo_fast.references.retention as retention
-from seppo_fast.references.retention import makes_way
+from seppo_fast.references.retention import evict
 
 RULES = ("newest", "spread", "reservoir")
 
@@ -16,7 +16,7 @@ def kept_of(rule, count, keep, seed=0):
     """After each of `count` checkpoints, those that are kept."""
     kept = []
     for number in range(count):
-        goes = makes_way(rule, kept, number, keep, seed)
+        goes = evict(rule, kept, number, keep, seed)
         kept = [one for one in (*kept, number) if one != goes]
         yield kept
 

@@ -10,22 +10,22 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seppo_fast.references.layout import Table, trained_state
+from seppo_fast.references.layout import PackedLayout, trainable_state_dict
 from tests.helpers.pools import KEPT, Odd, bits, scrambled
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def slab_of(table):
-    return torch.full((table.size,), 0xA5, dtype=torch.uint8)
+def slab_of(layout):
+    return torch.full((layout.size,), 0xA5, dtype=torch.uint8)
 
 
 def test_every_kind_of_tensor_lies_in_the_slab_bit_for_bit():
     module = Odd()
-    expected, table = scrambled(module, 0), Table.of(module)
-    slab = slab_of(table)
-    table.fill(slab, trained_state(module))
-    views = table.views(slab)
+    expected, layout = scrambled(module, 0), PackedLayout.of(module)
+    slab = slab_of(layout)
+    layout.fill(slab, trainable_state_dict(module))
+    views = layout.views(slab)
     assert tuple(views) == KEPT
     for name, view in views.items():
         assert bits(view) == bits(expected[name]), name
@@ -33,20 +33,20 @@ def test_every_kind_of_tensor_lies_in_the_slab_bit_for_bit():
 
 
 def test_places_are_aligned_apart_and_as_tight_as_alignment_allows():
-    table = Table.of(Odd())
+    layout = PackedLayout.of(Odd())
     end = 0
-    for entry, view in zip(table.entries, table.views(slab_of(table)).values(), strict=True):
-        assert entry.offset == -(-end // 512) * 512, entry.name
-        end = entry.offset + view.nbytes
-    assert table.size == -(-end // 512) * 512
-    assert table.payload == sum(tensor.nbytes for tensor in trained_state(Odd()).values())
+    for slot, view in zip(layout.slots, layout.views(slab_of(layout)).values(), strict=True):
+        assert slot.offset == -(-end // 512) * 512, slot.name
+        end = slot.offset + view.nbytes
+    assert layout.size == -(-end // 512) * 512
+    assert layout.payload == sum(tensor.nbytes for tensor in trainable_state_dict(Odd()).values())
 
 
 def test_values_are_rounded_before_they_are_copied():
     """A copy from a GPU to another dtype goes through pageable memory and is converted on the CPU."""
     module = nn.Conv2d(3, 5, 3)
-    table = Table.of(module, BF16)
-    slab, copied = slab_of(table), []
+    layout = PackedLayout.of(module, BF16)
+    slab, copied = slab_of(layout), []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -55,15 +55,15 @@ def test_values_are_rounded_before_they_are_copied():
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        table.fill(slab, trained_state(module))
+        layout.fill(slab, trainable_state_dict(module))
     assert copied == [(BF16, BF16)] * 2
-    assert bits(table.views(slab)["weight"]) == bits(module.weight.to(BF16))
+    assert bits(layout.views(slab)["weight"]) == bits(module.weight.to(BF16))
 
 
 def test_dense_tensors_keep_their_layout_and_others_become_dense():
     module = Odd()
     module.wide = nn.Parameter(torch.zeros(1, 3).expand(4, 3))
-    views = Table.of(module).views(slab_of(Table.of(module)))
+    views = PackedLayout.of(module).views(slab_of(PackedLayout.of(module)))
     for name in ("conv.weight", "transposed", "complex", "scalar"):
         assert views[name].stride() == module.get_parameter(name).stride(), name
     assert views["conv.weight"].is_contiguous(memory_format=torch.channels_last)
@@ -72,7 +72,7 @@ def test_dense_tensors_keep_their_layout_and_others_become_dense():
 
 def test_the_state_is_live_and_what_is_frozen_or_not_saved_is_not_in_it():
     module = Odd()
-    state = trained_state(module)
+    state = trainable_state_dict(module)
     assert tuple(state) == KEPT
     assert state["embedding.weight"] is module.head.weight
     assert state["norm.running_mean"] is module.norm.running_mean
@@ -87,16 +87,16 @@ def test_weights_are_rounded_as_autocast_rounds_them(compute):
     module = nn.Linear(len(VALUES), 1)
     with torch.no_grad():
         module.weight.copy_(torch.tensor([VALUES]))
-    table = Table.of(module, compute)
-    slab = slab_of(table)
-    table.fill(slab, trained_state(module))
-    assert bits(table.views(slab)["weight"]) == bits(module.weight.to(compute))
+    layout = PackedLayout.of(module, compute)
+    slab = slab_of(layout)
+    layout.fill(slab, trainable_state_dict(module))
+    assert bits(layout.views(slab)["weight"]) == bits(module.weight.to(compute))
     # A one-hot row times the weights is one of them, as autocast's product sees it.
     row = torch.zeros(1, len(VALUES))
     row[0, -1] = 1
     with torch.autocast("cpu", compute), torch.no_grad():
         module.weight[0, :-1] = 0
-        assert nn.functional.linear(row, module.weight).item() == table.views(slab)["weight"][0, -1].item()
+        assert nn.functional.linear(row, module.weight).item() == layout.views(slab)["weight"][0, -1].item()
 
 
 class Reads(nn.Linear):
@@ -115,7 +115,7 @@ def mixed_module():
 
 
 def dtypes_of(module, compute):
-    return {entry.name: getattr(torch, entry.dtype) for entry in Table.of(module, compute).entries}
+    return {slot.name: getattr(torch, slot.dtype) for slot in PackedLayout.of(module, compute).slots}
 
 
 @pytest.mark.parametrize("compute", [FP16, BF16])
@@ -126,7 +126,7 @@ def test_only_what_autocast_casts_is_kept_in_half_precision(compute):
 
 
 def test_float32_keeps_everything_as_it_is():
-    expected = {name: tensor.dtype for name, tensor in trained_state(Odd()).items()}
+    expected = {name: tensor.dtype for name, tensor in trainable_state_dict(Odd()).items()}
     assert dtypes_of(Odd(), FP32) == expected
     # Tied to an embedding, of another dtype already, not of a layer: as they are.
     assert dtypes_of(Odd(), BF16) == expected | dict.fromkeys(("head.bias", "conv.weight", "conv.bias"), BF16)
@@ -147,10 +147,10 @@ def test_a_slab_of_sd15_is_its_payload_and_next_to_nothing_more(compute):
     """Host bytes at most 1.02 times the payload, full weights and LoRA."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest is SD-1.5's by default
-        full = Table.of(unet, compute)
+        full = PackedLayout.of(unet, compute)
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        lora = Table.of(unet, compute)
+        lora = PackedLayout.of(unet, compute)
     width, parameters = compute.itemsize, 859_520_964
     assert full.size <= 1.0001 * full.payload
     assert lora.size <= 1.02 * lora.payload
@@ -159,8 +159,8 @@ def test_a_slab_of_sd15_is_its_payload_and_next_to_nothing_more(compute):
 
 
 def test_a_table_survives_json():
-    table = Table.of(Odd(), BF16)
-    assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+    layout = PackedLayout.of(Odd(), BF16)
+    assert PackedLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
 CRAFTED = [
@@ -178,30 +178,30 @@ CRAFTED = [
 def test_a_table_that_is_none_is_refused(key, value):
     first = {"name": "a", "shape": [4], "stride": [1], "dtype": "float32", "offset": 0}
     tree = {"size": 256, "entries": [first, {**first, "name": "b", "shape": [32], "offset": 128}]}
-    Table.from_json(copy.deepcopy(tree))
+    PackedLayout.from_json(copy.deepcopy(tree))
     if key in tree:
         tree[key] = value
     else:
         tree["entries"][1][key] = value
     with pytest.raises((ValueError, KeyError, TypeError)):
-        Table.from_json(tree)
+        PackedLayout.from_json(tree)
 
 
 def test_a_module_that_does_not_match_is_described():
-    table, module = Table.of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), nn.Sequential(nn.Linear(3, 5))
+    layout, module = PackedLayout.of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), nn.Sequential(nn.Linear(3, 5))
     module.register_buffer("more", torch.zeros(2))
     with pytest.raises(ValueError, match="module: ") as raised:
-        table.check(module)
+        layout.check(module)
     for line in (
         "0.weight: (4, 3) in the pool, (5, 3) in the module", "0.bias: (4,) in the pool, (5,) in the module",
         "1.weight: (2, 4) is not in the module", "1.bias: (2,) is not in the module", "more: (2,) is not in the pool",
     ):  # fmt: skip
         assert line in str(raised.value)
-    table.check(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    layout.check(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
 
 
 def test_ten_lines_describe_a_module_that_differs_in_many():
     many = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
     with pytest.raises(ValueError, match="and 30 more") as raised:
-        Table.of(many).check(nn.Linear(2, 2).requires_grad_(False))
+        PackedLayout.of(many).check(nn.Linear(2, 2).requires_grad_(False))
     assert len(str(raised.value).splitlines()) == 12

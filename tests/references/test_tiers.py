@@ -13,11 +13,11 @@ from torch import nn
 
 import seppo_fast.references.tiers as tiers
 from seppo_fast.references import ReferencePool
-from seppo_fast.references.layout import Table
+from seppo_fast.references.layout import PackedLayout
 from seppo_fast.references.tiers import Budget, PoolFullError
 from tests.helpers.pools import KEPT, Odd, assert_holds, contents, filled, same, scrambled
 
-SLAB = Table.of(Odd()).size
+SLAB = PackedLayout.of(Odd()).size
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def mapped_files(folder):
 
 def host_slabs(pool):
     """Bytes of host memory that the pool has taken, by address."""
-    held = [*pool._tiers.members.values(), *pool._tiers._left]
-    storages = [member.slab.untyped_storage() for member in held if member.tier == "host"]
+    held = [*pool._tiers.stored.values(), *pool._tiers._left]
+    storages = [stored.slab.untyped_storage() for stored in held if stored.tier == "host"]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
@@ -84,7 +84,7 @@ class Big(nn.Module):
     ("keep", "rule"), [(None, "reservoir"), (5, "newest"), (5, "spread"), (5, "reservoir"), (2, "spread")]
 )
 def test_two_hundred_random_calls_never_exceed_the_budgets_and_give_the_right_bits(work, keep, rule):
-    slab = Table.of(Big()).size
+    slab = PackedLayout.of(Big()).size
     budget = Budget(host=5 * slab // 2, disk=7 * slab // 2)
     rng = np.random.default_rng(keep)
     module, other, expected, refused = Big(), Big(), [], 0
@@ -136,7 +136,7 @@ def test_a_full_pool_uses_the_memory_that_it_has(monkeypatch, rule):
 
 
 def test_a_budget_smaller_than_a_checkpoint_says_how_much_is_needed(work):
-    size = Table.of(nn.Linear(1024, 1024)).size / 2**30
+    size = PackedLayout.of(nn.Linear(1024, 1024)).size / 2**30
     pool = ReferencePool(0, budget=Budget(host=2**20, disk=0), folder=work)
     for _ in range(2):
         with pytest.raises(PoolFullError, match=rf"takes {size:.3g} GiB; left are \(GiB\) host 0.000977, disk 0"):
@@ -158,8 +158,8 @@ def read_only(*_, **__):
 
 
 REFUSALS = [
-    ("write_member", no_space_in_words, "no space left for .* MiB free"),
-    ("write_member", no_space, "no space left for .* MiB free"),
+    ("write_checkpoint", no_space_in_words, "no space left for .* MiB free"),
+    ("write_checkpoint", no_space, "no space left for .* MiB free"),
     ("tempfile.mkdtemp", read_only, "cannot be written: .*Read-only"),
 ]
 
@@ -253,7 +253,7 @@ def test_on_a_gpu_its_memory_comes_first_and_host_memory_is_pinned_and_as_large_
             module.load_state_dict(source.state_dict())
             pool.add(module)
         assert list(pool.tiers.values()) == ["device"] * 2 + ["host"] * 2 + ["disk"] * 2
-        slabs = [member.slab for member in pool._tiers.members.values()]
+        slabs = [stored.slab for stored in pool._tiers.stored.values()]
         assert [slab.is_cuda for slab in slabs] == [True] * 2 + [False] * 4
         assert [slab.is_pinned() for slab in slabs[2:]] == [True] * 2 + [False] * 2
         assert all(slab.untyped_storage().nbytes() == SLAB for slab in slabs[2:4])

@@ -39,7 +39,7 @@ def stats_of(entry, **more):
 
 def told(journal, folder, some):
     for entry in some:
-        journal.write(entry["update"], journal.tell(entry["update"], stats_of(entry)))
+        journal.append(entry["update"], journal.format(entry["update"], stats_of(entry)))
     return read_journal(folder)
 
 
@@ -60,7 +60,7 @@ def test_a_warning_is_printed_once_and_stands_in_the_log_also_over_a_resume(tmp_
 
 def test_a_resume_knows_the_first_gradient_of_the_run(tmp_path, capsys):
     def update(journal, number, norm):
-        journal.write(number, journal.tell(number, stats_of({}, grad_norm=norm)))
+        journal.append(number, journal.format(number, stats_of({}, grad_norm=norm)))
 
     journal = Journal(tmp_path, 20, 8, CPU)
     for number in range(1, 5):
@@ -77,7 +77,7 @@ def test_a_resume_knows_the_first_gradient_of_the_run(tmp_path, capsys):
 def test_one_slow_update_does_not_move_the_time_left(tmp_path, capsys):
     journal = Journal(tmp_path, 110, 8, CPU)
     for number, seconds in enumerate([600.0, 60, 61, 59, 60, 60, 600, 60, 60, 60], 1):
-        journal.tell(number, stats_of(entries([0])[0], rollout_seconds=seconds - 10, learn_seconds=10.0))
+        journal.format(number, stats_of(entries([0])[0], rollout_seconds=seconds - 10, learn_seconds=10.0))
     assert "eta 1.7 h" in capsys.readouterr().out.splitlines()[-1]  # 100 updates of a minute
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import seppo_fast.utils.files as files
 from seppo_fast.distributed.machine import Node
-from seppo_fast.runs.folder import claimed
+from seppo_fast.runs.folder import lock_run_folder
 from seppo_fast.train import train
 from seppo_fast.utils.errors import CheckpointError, ConfigError
 from seppo_fast.utils.files import allocate, staged_folder
@@ -56,7 +56,7 @@ def test_without_locks_a_run_goes_on_and_says_so(tiny, tmp_path, monkeypatch, nu
 def test_other_failures_of_locks_end_a_run(tmp_path, monkeypatch, number, error, says):
     refuse(monkeypatch, fcntl, "flock", number)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(error, match=says), claimed(tmp_path / "run", Node()):
+    with pytest.raises(error, match=says), lock_run_folder(tmp_path / "run", Node()):
         pass
     assert os.listdir("/proc/self/fd") == before
 

@@ -18,9 +18,9 @@ from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import SaveConfig
 from seppo_fast.distributed.machine import Node
 from seppo_fast.runs.checkpoint import prune, saved_states, state_folder
-from seppo_fast.runs.folder import claimed
+from seppo_fast.runs.folder import lock_run_folder
 from seppo_fast.runs.saver import Saver
-from seppo_fast.runs.signals import Interrupted, Interruption, held_back
+from seppo_fast.runs.signals import Interrupted, Interruption, defer_sigint
 from seppo_fast.train import train
 from seppo_fast.utils.errors import CheckpointError
 from tests.helpers.runs import log_of, tiny_config
@@ -457,7 +457,7 @@ def test_a_folder_whose_disk_is_full_is_left_as_it_was(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CheckpointError, match="no space left"), claimed(tmp_path / "run", Node()):
+    with pytest.raises(CheckpointError, match="no space left"), lock_run_folder(tmp_path / "run", Node()):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -479,18 +479,18 @@ def test_ctrl_c_is_not_lost_in_the_end_of_an_object():
             os.kill(os.getpid(), signal.SIGINT)
 
     reached = []
-    with pytest.raises(KeyboardInterrupt), held_back():  # noqa: PT012 - where it is raised is the point
+    with pytest.raises(KeyboardInterrupt), defer_sigint():  # noqa: PT012 - where it is raised is the point
         Ends()
         reached.append(True)
     assert reached
-    with pytest.raises(KeyboardInterrupt), held_back():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), defer_sigint():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         reached.append(True)
     assert len(reached) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with held_back():
+    with defer_sigint():
         os.kill(os.getpid(), signal.SIGINT)  # stays ignored
 
 

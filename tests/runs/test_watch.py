@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from seppo_fast.config.load import parse_config
-from seppo_fast.runs.watch import RULES, WINDOW, HealthWatch, spells
+from seppo_fast.runs.watch import RULES, WINDOW, HealthWatch, intervals
 from seppo_fast.train import train
 from tests.helpers.runs import log_of
 
@@ -38,7 +38,7 @@ def log_of_values(name, ill):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_rule_holds_while_its_mean_is_ill_and_no_other_does(name):
-    found = spells(log_of_values(name, [True] * 10 + [False] * 10))
+    found = intervals(log_of_values(name, [True] * 10 + [False] * 10))
     assert list(found) == [name]
     ((first, last),) = found[name]
     assert first == WINDOW + 1  # one of the first five updates is healthy
@@ -53,21 +53,21 @@ def test_the_other_side_of_a_limit_is_no_spell(name):
         "gradient_grown": {"grad_norm": 7.9},
         "losers_worse": {"preference_loss": 0.64, "winner_error": 0.0999},
     }
-    assert spells([entry(1), *(entry(number, **below[name]) for number in range(2, 30))]) == {}
-    assert spells([entry(number, preference_loss=0.66, winner_error=0.1001) for number in range(1, 30)]) == {}
+    assert intervals([entry(1), *(entry(number, **below[name]) for number in range(2, 30))]) == {}
+    assert intervals([entry(number, preference_loss=0.66, winner_error=0.1001) for number in range(1, 30)]) == {}
 
 
 def test_a_mean_is_what_counts():
     """One update far above its limit is a spell of the five whose mean it lifts."""
     values = [0.2] * 10 + [4.5] + [0.2] * 10
-    found = spells([entry(number, logit_abs=value) for number, value in enumerate(values, 1)])
+    found = intervals([entry(number, logit_abs=value) for number, value in enumerate(values, 1)])
     assert found == {"logits_large": [(11, 15)]}  # (4.5 + 4 * 0.2) / 5 = 1.06
 
 
 def test_a_number_at_its_limit_is_not_told_of_again_and_again():
     watch, told = HealthWatch(), []
     for number in range(1, 61):
-        told += [number for _ in watch.see(entry(number, logit_abs=3.0 if number % 3 == 1 else 0.01))]
+        told += [number for _ in watch.update(entry(number, logit_abs=3.0 if number % 3 == 1 else 0.01))]
     # Of five updates one or two are high, so the mean passes the limit twice in three updates.
     assert told[0] == WINDOW and len(told) <= 60 / WINDOW
     assert min(b - a for a, b in itertools.pairwise(told)) >= WINDOW
@@ -76,7 +76,7 @@ def test_a_number_at_its_limit_is_not_told_of_again_and_again():
 def test_a_second_spell_is_told_again():
     watch, told = HealthWatch(), []
     for line in log_of_values("winner_above_reference", [True] * 10 + [False] * 10 + [True] * 10):
-        told += [(line["update"], rule.name) for rule in watch.see(line)]
+        told += [(line["update"], rule.name) for rule in watch.update(line)]
     assert told == [(6, "winner_above_reference"), (26, "winner_above_reference")]
 
 
@@ -91,7 +91,7 @@ def test_a_healthy_run_is_silent(seed):
         )
         for number in range(1, 200)
     ]  # fmt: skip
-    assert spells(log) == {}
+    assert intervals(log) == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,9 +100,9 @@ def test_values_that_are_not_finite_do_not_count(name, value):
     rule = next(rule for rule in RULES if rule.name == name)
     broken = [entry(number, **{key: value}) for number in range(2, 9) for key in rule.keys]
     ill = log_of_values(name, [True] * 10)
-    assert name not in spells([ill[0], *broken])
-    assert len(spells([ill[0], *broken, *ill[1:3], *broken, *ill[3:]])[name]) == 1
-    assert spells([*broken, *[entry(number) for number in range(9, 20)]]).get(name) is None
+    assert name not in intervals([ill[0], *broken])
+    assert len(intervals([ill[0], *broken, *ill[1:3], *broken, *ill[3:]])[name]) == 1
+    assert intervals([*broken, *[entry(number) for number in range(9, 20)]]).get(name) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,22 +112,22 @@ def test_missing_numbers_do_not_count(name):
         gone = {key, "loss"} if key == "preference_loss" else {key}
         log = [{k: v for k, v in line.items() if k not in gone} for line in log_of_values(name, [True] * 10)]
         watch = HealthWatch()
-        assert not [rule for line in log for rule in watch.see(line) if rule.name == name]
+        assert not [rule for line in log for rule in watch.update(line) if rule.name == name]
         assert name not in watch.flags(log[-1])
 
 
 def test_an_objective_without_a_reference_warns_of_its_gradient_alone():
     ill = {"winner_error": 9.0, "logit_abs": 9.0, "loss": 0.1, "grad_norm": 99.0}
     log = [{"update": 1, **ill, "grad_norm": 1.0}, *({"update": number, **ill} for number in range(2, 30))]
-    assert list(spells(log)) == ["gradient_grown"]
+    assert list(intervals(log)) == ["gradient_grown"]
 
 
 def test_logs_without_a_loss_of_preference_have_their_loss():
     log = [entry(number, loss=0.6, winner_error=0.1001) for number in range(1, 10)]
-    assert spells(log) == {}
+    assert intervals(log) == {}
     for line in log:
         del line["preference_loss"]
-    assert list(spells(log)) == ["losers_worse"]
+    assert list(intervals(log)) == ["losers_worse"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,6 @@ def test_real_runs_made_ill_on_purpose_warn(tmp_path_factory, capsys, objective,
     config = parse_config(tree)
     train(config)
     out = capsys.readouterr().out
-    assert {rule.name for rule in RULES if rule.warning in out} == expected == set(spells(log_of(config)))
+    assert {rule.name for rule in RULES if rule.warning in out} == expected == set(intervals(log_of(config)))
     assert {name for name in NAMES if log_of(config)[-1][name]} == expected
     shutil.rmtree(folder)
