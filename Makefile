@@ -45,7 +45,7 @@ lint: setup
 	$(PY) -m mypy
 
 # To see that they run. Measured for the README: each without --quick, with --json benchmarks/results/DEVICE-DATE-COMMIT-SUITE.json
-# (and --minutes 6 where a GPU is there for minutes only), then python -m benchmarks.readme.
+# (and --minutes 6 where a GPU is there for minutes only), then python -m benchmarks.tables.
 bench: setup
 	$(PY) -m benchmarks.full_size --quick
 	$(PY) -m benchmarks.run --quick --suite sampling

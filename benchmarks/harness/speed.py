@@ -13,8 +13,7 @@ from benchmarks.harness.rows import NAIVE, NAIVE_BATCH, NAIVE_FAST, NAIVE_FAST_B
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
 CHECK = "gpu_check"
-_SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
-_FOLDED = ("step", "kernels", "cache", "video")
+SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
 _LIMIT, _SHARE = "of limit", "share"
 _SHARES = {"kernels": "of a step", "cache": "of the learning"}  # in `endtoend` those of phases: they are in the picture
 _HEADINGS = (
@@ -30,11 +29,10 @@ Rows = Sequence[dict[str, Any]]
 def speed_table(rows: Rows) -> str:
     """A table for each suite in markdown: every case and provider, phases left out, with the command of the numbers.
 
-    A column in which nothing was measured is left out, and so is a case's name where the line above has it. Long suites
-    are folded.
+    A column in which nothing was measured is left out, and so is a case's name where the line above has it.
     """
     parts = [_checked([row for row in rows if row["suite"] == CHECK])]
-    parts += [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in _SUITES]
+    parts += [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in SUITES]
     return "\n\n".join(part for part in parts if part) or "Not measured yet."
 
 
@@ -75,8 +73,7 @@ def _suite_table(suite: str, rows: Rows) -> str:
         (row.get("command", by_suite), *_origin(row)) for row in chosen
     ):
         lines += ["", f"`{command}`: {device}, torch {torch}, commit {commit}."]
-    table = "\n".join(lines)
-    return f"<details><summary>Suite {suite}</summary>\n\n{table}\n\n</details>" if suite in _FOLDED else table
+    return "\n".join(lines)
 
 
 def three_digits(value: float) -> str:

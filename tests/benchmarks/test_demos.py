@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import demos
-from benchmarks.readme import demo_table
+from benchmarks.tables import demo_table
 from seppo_fast.commands.demo import RECIPES, SFT_ALONE
 
 RESULTS = {RECIPES[clips]: demos.RESULTS / f"demo{'-video' * clips}.json" for clips in (False, True)}

@@ -20,7 +20,7 @@ from benchmarks.exactness import (
     public_recipe,
     truth,
 )
-from benchmarks.readme import RESULTS
+from benchmarks.tables import RESULTS
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
 from tests.helpers.preference_reference import INTERPRETED, PLACES, close, predictions, reference
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.harness.counters import count_flops
-from benchmarks.readme import fill
+from benchmarks.tables import fill
 from tests.helpers import drop_in
 
 ROOT = Path(__file__).parents[2]

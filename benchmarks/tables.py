@@ -1,25 +1,38 @@
-"""Makes the README's tables from the committed results: `python -m benchmarks.readme`.
+"""Fills the generated tables of README.md and docs/: `python -m benchmarks.tables`.
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; nothing between them is written by hand.
+A table is everything between `<!-- NAME -->` and `<!-- /NAME -->`; do not edit it by hand. Measured tables come from
+the committed files in `benchmarks/results`, the table of configuration keys from the schema.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from benchmarks.ablations.markdown import ablation_tables, interval, regime_tables
 from benchmarks.anchor import anchor_table
 from benchmarks.census import census_table
 from benchmarks.exactness import exactness_table
 from benchmarks.harness.rows import SEPARATOR
-from benchmarks.harness.speed import phase_chart, projection, speed_table
+from benchmarks.harness.speed import SUITES, phase_chart, projection, speed_table
+from seppo_fast.config.schema import ALIASES, Config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet."
+_WIDTH = 120
+_PLACE = re.compile(r"(<!-- (?P<name>[a-z-]+) -->\n).*?(<!-- /(?P=name) -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Returns the Markdown files that may hold tables: the README and all pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -122,9 +135,33 @@ def _is_check(file: Path) -> bool:
     return file.stem.endswith("-gpu-check")
 
 
+def configuration_table() -> str:
+    """Returns every configuration key with its default, its aliases and what it sets, section by section."""
+    aliases: dict[str, list[str]] = {}
+    for alias, key in ALIASES.items():
+        aliases.setdefault(key, []).append(f"`{alias}`")
+    lines = ["| key | default | also accepted as | what it sets |", "|---|---|---|---|"]
+    for key, default, text in _keys(Config):
+        shown = json.dumps(default if not isinstance(default, tuple) else list(default))
+        lines.append(f"| `{key}` | `{shown}` | {', '.join(aliases.get(key, []))} | {text} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yields key, default and description; the top level's own keys before those of its sections."""
+    inner = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            inner[name] = field.annotation
+        else:
+            assert field.description, f"{prefix}{name} has no description"
+            yield prefix + name, field.default, field.description.replace("|D_w|", "the absolute D_w")
+    for name, model in inner.items():
+        yield from _keys(model, f"{name}.")
+
+
 def tables() -> dict[str, str]:
-    """Every table of the README by its name; one without a committed result says so."""
-    made = {}
+    """Returns every table by name; one whose result is not committed says that it is not measured."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "demo": demo_table,
         "demo-video": demo_table,
@@ -137,33 +174,46 @@ def tables() -> dict[str, str]:
         "faults": soak_table,
         "flat": flat_line,
     }
+    made = {"configuration": configuration_table()}
     for name, make in makers.items():
         file = RESULTS / f"{name}.json"
-        made[name] = make(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else "Not measured yet."
+        made[name] = make(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else NOT_MEASURED
     ablation = RESULTS / "ablation.json"
     result = json.loads(ablation.read_text(encoding="utf-8")) if ablation.exists() else {"regimes": []}
     made["regimes"] = regime_tables(result)
-    on_gpu = suite_rows(on_cpu=False)
-    made["speed-cpu"] = speed_table(suite_rows(on_cpu=True))
+    on_cpu, on_gpu = suite_rows(on_cpu=True), suite_rows(on_cpu=False)
+    for suite in SUITES:
+        made[f"speed-cpu-{suite}"] = speed_table([row for row in on_cpu if row["suite"] == suite])
     made["speed-gpu"] = f"{speed_table(on_gpu)}\n\n{projection(on_gpu)}"
-    return made
+    made["speed"] = speed_table([row for row in on_gpu or on_cpu if row["suite"] == "endtoend"])
+    return {name: _wrapped(table) for name, table in made.items()}
+
+
+def _wrapped(table: str) -> str:
+    """Breaks lines of prose at 120 characters; rows of tables stay whole, since Markdown needs them so."""
+    lines = []
+    for line in table.splitlines():
+        wrap = len(line) > _WIDTH and not line.startswith("|")
+        lines += textwrap.wrap(line, _WIDTH, break_long_words=False, break_on_hyphens=False) if wrap else [line]
+    return "\n".join(lines)
 
 
 def fill(text: str) -> str:
-    """The README's text with every table made anew."""
-    for name, table in tables().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        assert pattern.search(text), f"README.md has no place for the table {name!r}"
-        text = pattern.sub(lambda place, table=table: f"{place[1]}{table}\n{place[2]}", text)  # type: ignore[misc]
-    return text
+    """Returns a page's text with every table made anew.
+
+    Raises:
+        KeyError: the page names a table that does not exist.
+    """
+    made = tables()
+    return _PLACE.sub(lambda place: f"{place[1]}{made[place['name']]}\n{place[3]}", text)
 
 
 def main() -> None:
-    """Rewrites README.md in place, and the picture of a pair's phases."""
+    """Rewrites the tables of README.md and docs/ in place, and the chart of a pair's phases."""
     rows = suite_rows(on_cpu=False) or suite_rows(on_cpu=True)
     phase_chart(rows, RESULTS / "phases.png")
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
