@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.golden.record import HERE, KEPT, RUNS, STATES, environment, make_inputs, restore_parameters, run
+from tests.golden.record import HERE, KEPT, RUNS, STATES, environment, make_inputs, put_back, run
 
 RECORD = json.loads((HERE / "record.json").read_text(encoding="utf-8"))
 EXACT = environment() == RECORD["environment"]
@@ -50,7 +50,7 @@ def test_a_run_goes_on_from_the_state_that_is_kept(ranks, inputs, name):
     for part in inputs.iterdir():
         if part.name != "runs":
             (other / part.name).symlink_to(part)
-    restore_parameters(name, other)
+    put_back(name, other)
     kept = RECORD["runs"][name]
     pictures = {file: values for file, values in kept["pictures"].items() if file > f"update-{KEPT:06d}.png"}
     assert_alike(run(name, other, ranks), kept | {"log": kept["log"][KEPT:], "pictures": pictures}, name)
