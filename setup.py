@@ -84,6 +84,8 @@ setup(
         # setuptools: the packaging tests build a wheel without isolation.
         "test": [
             "av>=16",
+            "ipykernel>=7",
+            "nbclient>=0.10",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
