@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from seppo_fast.capacity.footprint import _LiveBytes
 from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.fake import fake_copy
-from seppo_fast.models.recompute import Recomputed, whole
+from seppo_fast.models.recompute import Recomputed, without_recomputation
 from seppo_fast.models.trainable import make_trainable, trainable
 from seppo_fast.models.unet import UNetFamily
 from tests.helpers.tiny import tiny_unet
@@ -72,7 +72,7 @@ def test_every_residual_unit_runs_twice_and_no_more(monkeypatch):
     forward(unet, 1).sum().backward()
     assert len(runs) == 2 * len(units)
     runs.clear()
-    with whole(list(unet.modules())):
+    with without_recomputation(list(unet.modules())):
         forward(unet, 1).sum().backward()
     assert len(runs) == len(units)
     with torch.no_grad():
