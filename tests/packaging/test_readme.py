@@ -1,4 +1,4 @@
-"""The README against the repository: tables from committed results, files that exist, the diff that the tests hold."""
+"""The README agrees with the repository: tables with committed results, named files with files, the diff with tests."""
 
 import inspect
 import re
@@ -38,12 +38,12 @@ def test_every_file_of_the_tree_exists_and_none_is_missing():
     assert modules <= named | {file for file in modules if any(file.startswith(f"{name}/") for name in named & FOLDERS)}
 
 
-# Folders of one line.
+# Folders whose modules the README lists in one line.
 FOLDERS = {file.parent.relative_to(ROOT).as_posix() for file in ROOT.glob("[sb]*/*/__init__.py")}
 
 
 def test_the_shares_of_a_pair_are_the_counted_ones():
-    """A guided step takes two forwards, the reference's errors two, the policy two with backward."""
+    """A guided sampling step costs two forwards, the reference's errors two, the policy two with their backward."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
         inputs = torch.empty(1, 4, 64, 64), torch.empty(1, dtype=torch.int64), torch.empty(1, 77, 768)

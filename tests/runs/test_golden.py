@@ -1,14 +1,15 @@
-"""Later commits compute what the recorded one did, from the beginning and from the states that it wrote.
+"""Later commits compute the same as the recorded commit, both from the beginning and from the states that it wrote.
 
-Bit for bit where torch and the machine are those of the record. Elsewhere, set before it was tried: the numbers of the
-first update within 0.1 % (10 % in half precision), norms of weights and moments at the end within 2 %.
+Bit for bit if torch and the machine are those of the record. Elsewhere, with tolerances fixed before they were tried:
+the numbers of the first update within 0.1 % (10 % in half precision), norms of weights and moments at the end within
+2 %.
 """
 
 import json
 
 import pytest
 
-from tests.golden.record import HERE, KEPT, RUNS, STATES, environment, make_inputs, restore_parameters, run
+from tests.golden.record import HERE, KEPT, RUNS, STATES, environment, make_inputs, put_back, run
 
 RECORD = json.loads((HERE / "record.json").read_text(encoding="utf-8"))
 EXACT = environment() == RECORD["environment"]
@@ -22,7 +23,7 @@ def inputs(tmp_path_factory):
 
 
 def assert_alike(found, kept, name):
-    """Whether a run computed what is kept of it; its log may hold more than it did then."""
+    """Asserts that a run computed what was recorded of it; its log entries may have keys that were added since."""
     assert len(found["log"]) == len(kept["log"])
     entries = zip(found["log"], kept["log"], strict=True)
     found = found | {"log": [{key: entry.get(key) for key in known} for entry, known in entries]}
@@ -44,13 +45,13 @@ def test_a_run_computes_what_it_did(ranks, inputs, name):
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_run_goes_on_from_the_state_that_is_kept(ranks, inputs, name):
-    """Its log begins after that state, and so do its pictures."""
+    """Log and pictures start after the kept state."""
     other = inputs.with_name(f"{inputs.name}-{name}")
     other.mkdir()
     for part in inputs.iterdir():
         if part.name != "runs":
             (other / part.name).symlink_to(part)
-    restore_parameters(name, other)
+    put_back(name, other)
     kept = RECORD["runs"][name]
     pictures = {file: values for file, values in kept["pictures"].items() if file > f"update-{KEPT:06d}.png"}
     assert_alike(run(name, other, ranks), kept | {"log": kept["log"][KEPT:], "pictures": pictures}, name)
