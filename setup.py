@@ -1,4 +1,4 @@
-"""Packaging of seppo_fast: what is installed, under which names, with which requirements."""
+"""Packaging of seppo_fast: which packages and files are installed, and with which requirements."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 
 
 def version() -> str:
-    """Return `__version__` of seppo_fast/__init__.py, its only place, without importing the package."""
+    """Returns `__version__` from seppo_fast/__init__.py, the only place that sets it, without importing the package."""
     text = (ROOT / "seppo_fast" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     assert found, "seppo_fast/__init__.py has no line that sets __version__"
@@ -25,7 +25,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # Listed by hand: a search would also find `kernels` and install it at the top level, over HuggingFace's package.
+    # Listed by hand: `find_packages` would also install `kernels` at the top level, over HuggingFace's package.
     packages=[
         "seppo_fast",
         "seppo_fast.capacity",
@@ -53,7 +53,7 @@ setup(
     ],
     package_dir={"seppo_fast.kernels": "kernels"},
     package_data={
-        # The modules of seppo_fast.kernels come from kernels/, which must not have an __init__.py; this one is theirs.
+        # The modules of seppo_fast.kernels come from kernels/, which must not have an __init__.py; they use this one.
         "seppo_fast": ["kernels/__init__.py"],
         "seppo_fast.config.recipes": ["*.yaml"],
         "seppo_fast.shapes": ["made.safetensors", "pipeline/**", "motion_adapter/**", "motion_pipeline/**"],
@@ -72,14 +72,14 @@ setup(
         "pydantic>=2.7",
         "pyyaml>=6",
         "safetensors>=0.8",
-        "transformers>=5.6",  # the embedded pipelines' text encoders have the names that it gives their weights
+        "transformers>=5.6",  # the embedded pipelines' text encoders use its names of weights
         "tyro>=1",
     ],
     extras_require={
         "video": ["av>=16"],
         "tensorboard": ["tensorboard>=2.18"],
         "wandb": ["wandb>=0.18"],
-        "xformers": ["xformers>=0.0.35"],  # earlier ones pin one torch version each
+        "xformers": ["xformers>=0.0.35"],  # earlier versions each pin one torch version
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.
         "test": [
@@ -92,7 +92,7 @@ setup(
             "setuptools>=77",
             "tensorboard>=2.18",
         ],
-        # One minor version each, since the next one brings new findings and another format.
+        # Pinned to one minor version each: the next one may report new errors or format differently.
         "dev": ["mypy==2.4.*", "ruff==0.17.*", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["seppo-fast = seppo_fast.cli:main"]},

@@ -1,1 +1,1 @@
-"""Benchmarks and experiments; results are committed under `results/`, the README's tables are made from them."""
+"""Benchmarks and experiments. The tables in README.md and docs/ are generated from the results in `results/`."""

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.ablation`: is it SePPO that helps, and at what cost? Rows and regimes on the embedded world.
+"""`python -m benchmarks.ablation`: does SePPO help, and at what cost? Methods and regimes on the embedded world.
 
-Each run is trained once, judged where its row says, and read for all tables. The work is cut into runs of some minutes;
-each writes a file when it is done, so the same command continues with what is missing, and `--minutes` ends it early.
-First `--study rates` (which learning rate each row trains at, on a development seed), then `table`, then `regimes`;
-without `--study` all three. The tables are made anew from whatever is finished.
+Each run is trained once, judged after the updates that its row names, and used in all tables. The work is divided into
+runs of some minutes. Each writes a file when it is finished, so rerunning the command continues with the missing ones;
+`--minutes` ends it early. The studies in order: `rates` (which learning rate each row trains at, on a development
+seed), `table`, `regimes`; without `--study` all three run. The tables are rebuilt from all finished runs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PIECES = RESULTS / "ablation"
 
 
 class Work:
-    """What is finished, and what is left.
+    """The finished and the missing pieces of the ablation.
 
     Args:
-        results: folder of one file per finished piece.
-        scratch: folder of runs, caches and written data.
-        size: how much each piece does.
+        results: folder with one file per finished piece.
+        scratch: folder for runs, caches and written data.
+        size: how much work each piece does.
 
     Raises:
         ConfigError: `results` or `scratch` cannot be a folder.
@@ -53,10 +53,10 @@ class Work:
                 raise ConfigError(f"{name} {folder}: {problem.strerror}") from problem
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """Returns the finished pieces by name, the base among them.
+        """Returns the results of the finished pieces by name, including the base.
 
         Raises:
-            ConfigError: a file that is no result.
+            ConfigError: a file is not a result of the ablation.
         """
         return {file.stem: _result(file) for file in sorted(self._results.glob("*.json"))}
 
@@ -64,16 +64,21 @@ class Work:
         """Returns the pieces of a study that are not finished.
 
         Raises:
-            ConfigError: the study needs the learning rates, and they are not all known.
+            ConfigError: the study needs the learning rates, and some are not known yet.
         """
         done = self.finished()
         rates = {} if study == "rates" else best_rates(done)
         if rates is None:
-            raise ConfigError(f"--study {study} needs the learning rates: run --study rates to its end first")
+            raise ConfigError(f"--study {study} needs the learning rates; run --study rates to its end first")
         return [piece for piece in pieces(study, rates) if piece.name not in done]
 
     def run(self, work: Sequence[Piece], workers: int, until: float) -> None:
-        """Runs pieces, `workers` at a time with one thread each; begins none that should end after `until`.
+        """Runs pieces, `workers` at a time with one thread each.
+
+        Args:
+            work: the pieces to run.
+            workers: number of processes.
+            until: a time of `time.monotonic`; no piece is started that is expected to end later.
 
         Raises:
             ConfigError: another process works in the same folder.
@@ -82,7 +87,7 @@ class Work:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"--scratch {self._scratch}: another ablation is running there") from None
+                raise ConfigError(f"--scratch {self._scratch}: another ablation is running in this folder") from None
             self._run(list(work), workers, until)
 
     def _run(self, left: list[Piece], workers: int, until: float) -> None:
@@ -101,9 +106,9 @@ class Work:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     name = running.pop(future)
-                    future.result()  # what a piece raised ends the work; pieces that run beside it still finish
+                    future.result()  # an exception in a piece ends the work; pieces that are running still finish
                     seconds = _result(self._results / f"{name}.json")["seconds"]
-                    print(f"{name}: {seconds:.0f} s; {len(left)} to begin", flush=True)
+                    print(f"{name}: {seconds:.0f} s; {len(left)} not started", flush=True)
 
 
 def _result(file: Path) -> dict[str, Any]:
@@ -119,17 +124,17 @@ def _result(file: Path) -> dict[str, Any]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Continues the ablation, and writes its tables."""
+    """Runs what is missing of the ablation and writes its tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=STUDIES, action="append", help="which part; may be repeated; all by default")
-    parser.add_argument("--minutes", type=float, default=30.0, help="begin no run that would end later; 0: no limit")
+    parser.add_argument("--study", choices=STUDIES, action="append", help="study to run; may be repeated; default: all")
+    parser.add_argument("--minutes", type=float, default=30.0, help="start no run that would end later; 0: no limit")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--results", type=Path, default=PIECES, help="folder of the finished runs' files")
+    parser.add_argument("--results", type=Path, default=PIECES, help="folder with one file per finished run")
     parser.add_argument(
-        "--scratch", type=Path, default=Path("runs/ablation"), help="folder of caches and unfinished runs"
+        "--scratch", type=Path, default=Path("runs/ablation"), help="folder for caches and unfinished runs"
     )
-    parser.add_argument("--json", type=Path, default=RESULTS / "ablation.json", help="where to write the tables")
-    parser.add_argument("--quick", action="store_true", help="a few tiny runs in a new folder, to see that it works")
+    parser.add_argument("--json", type=Path, default=RESULTS / "ablation.json", help="file to write the tables to")
+    parser.add_argument("--quick", action="store_true", help="do a few tiny runs in a new folder, as a smoke test")
     arguments = parser.parse_args(words)
     if arguments.minutes < 0 or arguments.workers < 1:
         parser.error("--minutes must be at least 0, and --workers at least 1")
@@ -144,12 +149,12 @@ def main(words: list[str] | None = None) -> int:
 
 
 def proceed(arguments: argparse.Namespace, until: float) -> int:
-    """Runs what is missing of the requested studies, as far as the time allows, and writes the tables."""
+    """Runs the missing pieces of the requested studies, as far as time allows, and writes the tables."""
     work = Work(arguments.results, arguments.scratch, FULL)
     for study in arguments.study or STUDIES:
         work.run(work.missing(study), arguments.workers, until)
         if left := work.missing(study):
-            print(f"{study}: {len(left)} runs left; the same command continues")
+            print(f"{study}: {len(left)} runs left; rerun the same command to continue")
             break
     finished = work.finished()
     if BASE in finished:
@@ -160,7 +165,7 @@ def proceed(arguments: argparse.Namespace, until: float) -> int:
 
 
 def quick(folder: Path, workers: int) -> int:
-    """Runs tiny pieces of each study, and makes the tables of them."""
+    """Runs tiny pieces of each study and makes tables from them."""
     work = Work(folder / "results", folder, QUICK)
     work.run([piece for piece in pieces("rates", {}) if piece.row == "seppo"], workers, float("inf"))
     some = best_rates(work.finished(), rows=("seppo",))

@@ -1,18 +1,19 @@
-"""What SePPO's anchor test knows: `python -m benchmarks.anchor --config RECIPE --checkpoint RUN --judge shapes`.
+"""Measures SePPO's anchor test: `python -m benchmarks.anchor --config RECIPE --checkpoint RUN --judge shapes`.
 
-SePPO rejects a pair where D_w <= 0: where the policy's denoising error of the winner, at one draw of (timestep, noise),
-is at most the reference's. Asked here, on a recipe's own model and data, with the base as the reference:
+SePPO rejects a pair if D_w <= 0, that is, if at one draw of (timestep, noise) the policy's denoising error on the
+winner is at most the reference's. On a recipe's own model and data, with the base model as the reference, this
+measures:
 
-1. how often one draw's sign of D_w is the sign of its mean over the pair's other draws, for each checkpoint;
-2. with a judge, how well D_w and two other scores tell which samples of the reference are bad (area under the ROC
-   curve, 95 % interval by a bootstrap over pairs);
-3. at policy = reference, how the mean gradients of the two halves of a pair compare, and how hard winners and samples
-   are to denoise by time. Samples come as latents and sent through pixels, as pictures that a model made would.
+1. for each checkpoint, how often the sign of D_w at one draw is the sign of its mean over the pair's other draws;
+2. with a judge, how well D_w and two other scores identify bad samples of the reference (area under the ROC curve,
+   95 % interval by a bootstrap over pairs);
+3. at policy = reference, how the mean gradients of winners and samples compare, and their denoising errors by time.
+   Samples are measured as latents and after a round trip through pixels, as pictures that a model made would be.
 
-Prompts are never dropped here, and draws share nothing with those of training. A checkpoint is the policy of the newest
-saved state of a run, raw weights. Winners are judged as the VAE gives them back, like the samples. Everything is
-computed by the package's own sampler, noising and forward in the recipe's precision. Beside what a forward and backward
-of the learner take, 24 bytes of host memory per trained weight are needed.
+Prompts are never dropped here, and the draws are independent of those of training. A checkpoint is the policy in a
+run's newest saved state (the raw weights). Winners are judged after decoding by the VAE, like the samples. Everything
+is computed by the package's own sampler, noising and forward, in the recipe's precision. Apart from the memory that the
+learner's forward and backward need, 24 bytes of host memory per trained weight are needed.
 """
 
 from __future__ import annotations
@@ -58,11 +59,14 @@ class Anchor:
     """Measures the base first, then any number of checkpoints against it.
 
     Args:
-        setup: model and data, the base's weights in the model.
-        pairs: N.
-        draws: of (timestep, noise), K.
-        judge: its name; None: nothing is judged.
-        seed: of which pairs, and of all draws.
+        setup: model and data; the model has the base's weights.
+        pairs: number of pairs, N.
+        draws: draws of (timestep, noise) per pair, K.
+        judge: the judge's name; None: nothing is judged.
+        seed: seed of the choice of pairs and of all draws.
+
+    Attributes:
+        loser: which samples serve as losers: `SAMPLES`, or `PIXELS` if the recipe sends samples through pixels.
     """
 
     def __init__(self, setup: Setup, pairs: int, draws: int, judge: str | None, seed: int) -> None:
@@ -70,7 +74,7 @@ class Anchor:
         self._judge: Judge | None = None if judge is None else judge_of(judge)
         self._examples = examples = Examples(setup, pairs, draws, seed)
         self._scores: dict[str, np.ndarray] = {}
-        self._score("winner", examples.winners)  # first, so that a judge that does not take them says so at once
+        self._score("winner", examples.winners)  # first, so that an unsuitable judge fails before anything is sampled
         say(f"{pairs} samples of the base ...")
         own = examples.sampled(self._model)
         self._latents = {WINNERS: examples.winners, SAMPLES: own, PIXELS: setup.denoiser.through_pixels(own)}
@@ -80,7 +84,7 @@ class Anchor:
         self._errors = {name: examples.errors(self._model, latents) for name, latents in self._latents.items()}
 
     def base(self) -> dict[str, Any]:
-        """Returns what holds at policy = reference: errors by time, gradients, the AUC of m_l - m_w."""
+        """Returns the measurements at policy = reference: errors by time, gradients, the AUC of m_l - m_w."""
         say("gradients at the base ...")
         bands_of = {
             name: mean_by_band(errors, self._examples.position, ERROR_BANDS) for name, errors in self._errors.items()
@@ -92,7 +96,7 @@ class Anchor:
         return found
 
     def checkpoint(self, saved: SavedState, name: str) -> dict[str, Any]:
-        """Returns what holds for a run's policy against the base."""
+        """Returns the measurements of a run's policy against the base."""
         say(f"{name}, after update {saved.update} ...")
         with weights_of(self._model, saved) as distance:
             winner, loser = (self._examples.errors(self._model, self._latents[of]) for of in (WINNERS, self.loser))
@@ -157,10 +161,10 @@ class Anchor:
 
 
 def anchor(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the result of a command line.
+    """Measures what the command line requests and returns the result.
 
     Raises:
-        ConfigError, DataError, CheckpointError, NonFiniteError: what is wrong, and what to do.
+        ConfigError, DataError, CheckpointError, NonFiniteError: the message says what is wrong and what to do.
     """
     started, origin = time.perf_counter(), provenance("benchmarks.anchor")
     least = {"--pairs": arguments.pairs, "--draws": arguments.draws}
@@ -168,13 +172,13 @@ def anchor(arguments: argparse.Namespace) -> dict[str, Any]:
         if value < 2:
             raise ConfigError(f"{option} {value}: at least 2 are needed")
     if arguments.judge is not None:
-        judge_of(arguments.judge)  # before anything is loaded
+        judge_of(arguments.judge)  # fails before anything is loaded
     config = read_config(arguments.config)
     runs = [(run, _state(run)) for run in arguments.checkpoint]
     if arguments.json:
         _make_room(arguments.json)
     with deterministic(config.model.deterministic), tempfile.TemporaryDirectory() as nowhere:
-        # Nothing is written there; the recipe's own folder may hold a run.
+        # Another output, to which nothing is written: the recipe's own folder may hold a run.
         setup = set_up(config.model_copy(update={"output": f"{nowhere}/run"}), Processes(), None)
         _check_fit(setup, runs, arguments.pairs)
         measured = Anchor(setup, arguments.pairs, arguments.draws, arguments.judge, arguments.seed)
@@ -199,9 +203,9 @@ def anchor(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _make_room(file: Path) -> None:
-    """Makes the folder of a result, before hours are spent on it; refuses a file that is a folder."""
+    """Creates the folder of the result before hours are spent on it; refuses a path that is a folder."""
     if file.is_dir():
-        raise ConfigError(f"--json {file}: a folder; name the file to write, such as {file / 'anchor.json'}")
+        raise ConfigError(f"--json {file}: is a folder; name the file to write, such as {file / 'anchor.json'}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -211,16 +215,16 @@ def _make_room(file: Path) -> None:
 def _state(run: Path) -> SavedState:
     saved = newest_state(run)
     if saved is None:
-        raise ConfigError(f"--checkpoint {run}: no run with a saved state is there")
+        raise ConfigError(f"--checkpoint {run}: not the folder of a run with a saved state")
     return saved
 
 
 def _check_fit(setup: Setup, runs: Sequence[tuple[Path, SavedState]], pairs: int) -> None:
-    """Refuses more pairs than there are data, and runs that began from another model."""
+    """Refuses more pairs than the data has examples, and runs that started from another model."""
     if pairs > len(setup.cache):
-        raise ConfigError(f"--pairs {pairs}: the data hold {len(setup.cache)} examples")
+        raise ConfigError(f"--pairs {pairs}: the data has only {len(setup.cache)} examples")
     for run, saved in runs:
-        instead = f"--checkpoint {run} began from another model than the recipe's; give the recipe that it ran with"
+        instead = f"--checkpoint {run} started from another model than the recipe's; give the recipe it was run with"
         refuse_other_content(saved, {"model": (setup.fingerprints["model"],)}, instead)
 
 
@@ -228,16 +232,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, or a recipe that ships with the package")
     parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN", help="folders of runs; none: the base alone"
+        "--checkpoint", type=Path, nargs="+", default=[], metavar="RUN", help="folders of runs; default: base only"
     )
-    parser.add_argument("--pairs", type=int, default=256, help="examples of the data, chosen by the seed")
-    parser.add_argument("--draws", type=int, default=12, help="of (timestep, noise) for each pair")
+    parser.add_argument("--pairs", type=int, default=256, help="number of examples, chosen by the seed")
+    parser.add_argument("--draws", type=int, default=12, help="draws of (timestep, noise) per pair")
     parser.add_argument(
         "--judge",
-        help="shapes, or module:function, called with N prompts and N uint8 pictures for N scores, higher is better; "
-        "a sample is wrong below 1 (shapes) or below the samples' median",
+        help="shapes, or module:function, which is called with N prompts and N uint8 pictures and returns N scores, "
+        "higher is better; a sample counts as wrong below 1 (shapes) or below the samples' median",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of pairs, draws and bootstrap; not of training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pairs, draws and bootstrap; not of training")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser
 

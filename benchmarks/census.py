@@ -1,17 +1,20 @@
-"""Where a pair's time goes, counted and not measured: `python -m benchmarks.census --json FILE`, a minute on a CPU.
+"""Counts, without measuring, where a pair's time goes: `python -m benchmarks.census --json FILE`, a minute on a CPU.
 
-SD-1.5 at 512 px in bfloat16 autocast, on tensors without data, through the package's own sampler, noising, forward and
-optimizer. Counted of each phase are the operations that launch (PyTorch's operators that are no views; some launch
-several kernels), the bytes that these read and write, and the FLOP. With the nominal limits of an H200 two shares of a
-pair follow, one for each end of batch size: of its time, where a phase takes its FLOP at the matrix rate or its bytes
-at the memory rate, whichever is more (a floor, which no phase reaches); and of its launches, which is what counts in
-batches of one, where the GPU waits for the host.
+Runs SD-1.5 at 512 px in bfloat16 autocast, on tensors without data, through the package's own sampler, noising, forward
+and optimizer. For each phase it counts the operations that launch (PyTorch operators that are not views; some launch
+several kernels), the bytes that they read and write, and the FLOP. With the nominal limits of an H200, two shares of a
+pair follow, one for each extreme of batch size:
 
-The question behind it: are noising, guidance and the solver's step worth a kernel of their own? It could save at most
-what they take.
+- share of time: a phase takes its FLOP at the matrix rate or its bytes at the memory rate, whichever is longer (a floor
+  that no phase reaches);
+- share of launches: what matters in batches of one, where the GPU waits for the host.
 
-Autocast is the CPU's, which leaves norms in bfloat16 where CUDA takes them in float32, so the UNet's bytes are rather
-more there. Attention is one fused operation. Guidance and a solver's step are averages over the steps of a sample.
+The question behind it: are noising, guidance and the solver's step worth a kernel of their own? Such a kernel could
+save at most the time they take.
+
+Autocast is the CPU's, which leaves norms in bfloat16, whereas CUDA computes them in float32, so the UNet moves somewhat
+more bytes on CUDA. Attention counts as one fused operation. Guidance and a solver's step are averages over the steps of
+a sample.
 """
 
 from __future__ import annotations
@@ -58,9 +61,9 @@ from seppo_fast.models.families.sd15 import StableDiffusion  # noqa: E402
 from seppo_fast.models.trainable import make_trainable, trainable  # noqa: E402
 from seppo_fast.train.optimizer import make_optimizer  # noqa: E402
 
-FLOPS, BANDWIDTH = 989e12, 4.8e12  # of an H200, by NVIDIA's data sheet: dense bfloat16 FLOP/s, bytes/s
-SAMPLES, PAIRS = 64, 16  # of a sampling batch, and of a learner's micro-batch, which is an update here
-MODES = {"exact": ("ddim", 50, 1), "fast": ("dpmsolver++", 20, 4)}  # solver, steps, pairs that a sample serves
+FLOPS, BANDWIDTH = 989e12, 4.8e12  # H200, by NVIDIA's data sheet: dense bfloat16 FLOP/s, bytes/s
+SAMPLES, PAIRS = 64, 16  # sizes of a sampling batch and of a learner's micro-batch; here an update is one micro-batch
+MODES = {"exact": ("ddim", 50, 1), "fast": ("dpmsolver++", 20, 4)}  # solver, steps, pairs per sample
 
 UNET, GUIDANCE = "UNet, doubled batch", "guidance"
 SOLVERS = {"exact": "DDIM's step", "fast": "DPM-Solver++'s step"}
@@ -69,9 +72,10 @@ LOSS, LOSS_AUTOGRAD, LOSS_PYTORCH = "loss_and_grad", "or the loss by autograd", 
 UPDATE = "clip, AdamW"
 SMALL = (GUIDANCE, *SOLVERS.values(), NOISING)
 ROUND_TRIP = "or with sampler.round_trip: decode, encode"
-BESIDE = (LOSS_AUTOGRAD, LOSS_PYTORCH, ROUND_TRIP)  # in place of LOSS, or optional: no part of a pair
+BESIDE = (LOSS_AUTOGRAD, LOSS_PYTORCH, ROUND_TRIP)  # alternatives to LOSS, or optional; not counted in a pair's total
 
-# The FLOP counter does not know the CPU's fused attention; both are given shapes, and more that is not needed.
+# The FLOP counter does not know the CPU's fused attention. Its functions get the tensors' shapes first, then arguments
+# that are not needed here.
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -79,12 +83,12 @@ _ATTENTION = {
     ),
 }
 _SHARES = ("share_of_time", "share_of_launches")
-_UNREAD = ("copy_", "fill_", "zero_")  # they write over what they are given first
+_UNREAD = ("copy_", "fill_", "zero_")  # overwrite their first argument without reading it
 
 
 @dataclass(frozen=True)
 class Count:
-    """Operations that launch, bytes that they read and write, FLOP."""
+    """Number of operations that launch, bytes that they read and write, and FLOP."""
 
     operations: float
     moved_bytes: float
@@ -92,14 +96,14 @@ class Count:
 
     @property
     def seconds(self) -> float:
-        """The floor of its time."""
+        """A lower bound of the time, in seconds."""
         return max(self.flops / FLOPS, self.moved_bytes / BANDWIDTH)
 
 
 class _Operations(TorchDispatchMode):
-    """Adds up operations that launch on a device, and their bytes.
+    """Counts the operations that launch on a device, and their bytes.
 
-    An expanded tensor counts once. What is looked up in a table counts as the whole table.
+    Of an expanded tensor only the elements in memory count. A table lookup counts the whole table as read.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -134,7 +138,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def count(call: Callable[[], object], device: torch.device) -> Count:
-    """What a call does on tensors without data: fake ones on the CPU, or those of the device `meta`."""
+    """Counts what a call does on tensors without data: fake tensors on the CPU, or tensors on the device `meta`."""
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops, _Operations(device) as operations:
         call()
     return Count(operations.operations, operations.moved_bytes, flops.get_total_flops())
@@ -142,7 +146,7 @@ def count(call: Callable[[], object], device: torch.device) -> Count:
 
 @cache
 def solver_counts(solver: str, steps: int) -> tuple[Count, Count]:
-    """Guidance and the solver of a step of `SAMPLES` samples, averages over all steps of the package's sampler."""
+    """Returns the counts of guidance and of the solver for a step of `SAMPLES` samples, averaged over all steps."""
     device = torch.device("meta")
     noise = torch.empty(SAMPLES, *LATENTS[SD], device=device)
     embeds = Conditioning({PROMPT_EMBEDS: torch.empty(SAMPLES, 77, 768, dtype=torch.bfloat16, device=device)})
@@ -161,16 +165,16 @@ def solver_counts(solver: str, steps: int) -> tuple[Count, Count]:
 
 
 def _scheduler() -> dict[str, Any]:
-    """The configuration of the embedded pipeline's, which has SD-1.5's schedule."""
+    """Returns the configuration of the embedded pipeline's scheduler, which has SD-1.5's schedule."""
     return dict(DDIMScheduler.load_config(shapes.PIPELINE, subfolder="scheduler"))
 
 
 class Phases:
-    """The UNet on fake tensors, and what is done with it.
+    """Counts the phases of a pair on a UNet of fake tensors.
 
     Args:
-        train: what is trained.
-        unet: configuration of the UNet.
+        train: what is trained: "lora" or "full".
+        unet: the UNet's configuration.
     """
 
     def __init__(self, train: Literal["lora", "full"], unet: Mapping[str, Any]) -> None:
@@ -183,7 +187,7 @@ class Phases:
         self._latent = meta.config.in_channels, meta.config.sample_size, meta.config.sample_size
         self._width = meta.config.cross_attention_dim
         self._coder = PictureVae(vae, self._device, torch.bfloat16).coder()
-        self._schedule = NoiseSchedule(_scheduler())  # which looks at its own numbers
+        self._schedule = NoiseSchedule(_scheduler())  # outside the fake mode, since it inspects its own values
         with self._mode:
             self._unet = fake_copy(meta)
             denoise = partial(StableDiffusion.denoise, cast(StableDiffusion, None))
@@ -191,23 +195,23 @@ class Phases:
             self._denoiser = Denoiser(cast(StableDiffusion, family), torch.bfloat16)
 
     def sampling(self) -> Count:
-        """A forward of the doubled batch of `SAMPLES` samples."""
+        """Counts a forward of `SAMPLES` samples, a batch that guidance doubles."""
         with self._mode, torch.no_grad(), self._denoiser.autocast():
             rows = 2 * SAMPLES
             inputs = torch.empty(rows, *self._latent), torch.empty(rows, dtype=torch.int64), self._embeds(rows)
             call = partial(self._denoiser.denoise, self._unet, *inputs)
-            call()  # casts the weights, for all steps
+            call()  # casts the weights, which happens once for all steps
             return count(call, self._device)
 
     def round_trip(self) -> tuple[Count, int]:
-        """Returns what decoding and encoding a batch does, and its size, which is the data cache's."""
+        """Returns the count of decoding and encoding a batch, and the batch's size, which is the data cache's."""
         rows = encoded_at_once(None)
         with self._mode, torch.no_grad(), self._denoiser.autocast():
             network, latents = fake_copy(self._coder.network), torch.empty(rows, *self._latent)
             return count(partial(self._coder.there_and_back, network, latents), self._device), rows
 
     def learning(self) -> dict[str, Count]:
-        """What is done with `PAIRS` pairs, and an update."""
+        """Counts the learner's phases for `PAIRS` pairs, including an update."""
         with self._mode, torch.enable_grad():
             pairs = self._pairs()
             shown = self._noised(pairs)
@@ -224,7 +228,7 @@ class Phases:
 
             def update() -> None:
                 weights = list(trainable(self._unet).values())
-                torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)  # as it is by itself on CUDA
+                torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)  # the default on CUDA
                 optimizer.step()
 
             made = {
@@ -233,7 +237,7 @@ class Phases:
                 POLICY: count(policy, self._device),
                 LOSS_PYTORCH: count(loss, self._device),
             }
-            update()  # makes the optimizer's state
+            update()  # creates the optimizer's state, which must not be counted
             return made | {UPDATE: count(update, self._device)}
 
     def _noised(self, pairs: Pairs) -> NoisedBatch:
@@ -249,7 +253,15 @@ class Phases:
 
 
 def census(train: Literal["lora", "full"], unet: Mapping[str, Any] = SD15) -> list[dict[str, Any]]:
-    """The phases of a pair: what a call does, for how many samples or pairs; of one of these the floor; the shares."""
+    """Returns one row per phase of a pair.
+
+    Each has the counts of a call, `units` (the samples or pairs in it), the floor of the time per unit in microseconds,
+    and the shares of a pair's time and launches by mode.
+
+    Args:
+        train: what is trained: "lora" or "full".
+        unet: the UNet's configuration.
+    """
     phases = Phases(train, unet)
     counts = {UNET: (phases.sampling(), SAMPLES)}
     for mode, (solver, steps, _) in MODES.items():
@@ -274,7 +286,7 @@ def census(train: Literal["lora", "full"], unet: Mapping[str, Any] = SD15) -> li
 
 
 def times(phase: str, mode: str) -> float:
-    """How often a phase comes for a pair: noising for the reference's forward and for the policy's."""
+    """Returns how often a pair needs a phase; noising twice, for the reference's forward and for the policy's."""
     _, steps, pairs = MODES[mode]
     if phase == ROUND_TRIP:
         return 1 / pairs
@@ -284,7 +296,7 @@ def times(phase: str, mode: str) -> float:
 
 
 def census_table(result: dict[str, Any]) -> str:
-    """The README's table, in markdown: the phases of a pair where a LoRA is trained."""
+    """Returns the Markdown table of a pair's phases when a LoRA is trained."""
     lines = [
         "| phase | launches | MB | GFLOP | floor, µs | share of time, exact | fast | share of launches, exact | fast |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -300,11 +312,11 @@ def census_table(result: dict[str, Any]) -> str:
     whole = [_percent(max(sum(row[key][mode] for row in rows) for rows in small for mode in MODES)) for key in _SHARES]
     lines += [
         "",
-        f"`{result['command']}`: a LoRA trained, {SAMPLES} samples or {PAIRS} pairs at once; MB, GFLOP and floor (at "
-        f"{FLOPS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e12:.1f} TB/s) of one; torch {result['torch']}, commit "
-        f"{result['commit']}. Guidance, a solver's step and noising take at most {most[0]} of a pair's time each and "
-        f"{whole[0]} together, {most[1]} of its launches each and {whole[1]} together, also where all weights are "
-        "trained.",
+        f"`{result['command']}`: LoRA training, {SAMPLES} samples or {PAIRS} pairs at once; MB, GFLOP and floor (at "
+        f"{FLOPS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e12:.1f} TB/s) per sample or pair; torch {result['torch']}, "
+        f"commit {result['commit']}. Guidance, a solver's step and noising take at most {most[0]} of a pair's time "
+        f"each and {whole[0]} together, and {most[1]} of its launches each and {whole[1]} together, even when all "
+        "weights are trained.",
     ]
     return "\n".join(lines)
 
@@ -316,7 +328,7 @@ def _percent(share: float) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table and writes the result to the requested file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.demos [--clips]`: gains of a demo under three training seeds, stills beside plain fine-tuning.
+"""`python -m benchmarks.demos [--clips]`: a demo's gains under three training seeds; stills also with SFT to compare.
 
-Each run writes a file when it is done, so the same command continues with what is missing. The picture that the README
-shows is that of the first seed.
+Each run writes a file when it is finished, so rerunning the command continues with the missing ones. The README shows
+the picture of the first seed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ TITLES = {"demo": "the demo", "sft": "SFT, same winners and updates"}
 
 
 def settings(recipe: str, kind: str, seed: int, folder: Path) -> Config:
-    """Returns the recipe under a training seed, or plain fine-tuning on the same winners, times and noises."""
+    """Returns a run's configuration: the demo recipe with a training seed, or SFT on the same winners, times and noise.
+
+    Args:
+        recipe: the demo's recipe.
+        kind: a key of `TITLES`.
+        seed: the training seed.
+        folder: folder for the runs and the data cache.
+    """
     tree = read_config(recipe).model_dump()
     tree |= {"seed": seed, "output": str(folder / f"{kind}-seed{seed}")}
     tree["data"]["cache"] = str(folder / "cache")
@@ -47,7 +54,7 @@ def settings(recipe: str, kind: str, seed: int, folder: Path) -> Config:
 
 
 def run(kind: str, config: Config) -> dict[str, Any]:
-    """Runs one of both from its beginning and returns its gains by guidance scale, and how long it took."""
+    """Trains and judges one run from its beginning; returns its gains by guidance scale and how long it took."""
     folder = Path(config.output)
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
@@ -66,7 +73,7 @@ def run(kind: str, config: Config) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], clips: bool) -> dict[str, Any]:
-    """Returns what is committed: all runs, those of the demo first."""
+    """Returns the result to commit: all runs, the demo's first."""
     first = next(iter(rows[0]["gains"].values()))
     return provenance("benchmarks.demos") | {
         "command": f"python -m benchmarks.demos{' --clips' * clips}",
@@ -74,14 +81,14 @@ def summary(rows: list[dict[str, Any]], clips: bool) -> dict[str, Any]:
         "clips": clips,
         "items": first["items"],
         "base": {scale: gain["base"] for scale, gain in rows[0]["gains"].items()},
-        "seconds": rows[0]["seconds"],  # of the first seed's demo
+        "seconds": rows[0]["seconds"],  # duration of the first seed's demo
         "cores": os.cpu_count(),
         "rows": sorted(rows, key=lambda row: (row["kind"] != "demo", row["seed"])),
     }
 
 
 def sft_lines(result: dict[str, Any]) -> tuple[str, ...]:
-    """Returns what a demo says of plain fine-tuning: its mean gain over the seeds, by guidance."""
+    """Returns the line about SFT that a demo prints: its mean gain over the seeds, by guidance scale."""
     rows = [row for row in result["rows"] if row["kind"] == "sft"]
     gains = {scale: statistics.fmean(row["gains"][scale]["difference"] for row in rows) for scale in result["base"]}
     told = ", ".join(f"{gain:+.3f} at guidance {scale}" for scale, gain in gains.items())
@@ -89,12 +96,12 @@ def sft_lines(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Continues with the runs that are missing, and writes the result once all are there."""
+    """Runs the missing runs, then writes the result; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", action="store_true", help="the demo that moves")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of training")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/demos"), help="folder of the runs and their files")
-    parser.add_argument("--json", type=Path, help="where to write the result; by default among the committed ones")
+    parser.add_argument("--clips", action="store_true", help="the demo on clips")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training seeds")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/demos"), help="folder for runs and their results")
+    parser.add_argument("--json", type=Path, help="file to write the result to; default: among the committed results")
     arguments = parser.parse_args(words)
     quiet_libraries()
     name = "demo-video" if arguments.clips else "demo"

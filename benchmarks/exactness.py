@@ -1,8 +1,8 @@
-"""What rounding does to the loss at beta 2000: `python -m benchmarks.exactness`, less than a minute on two cores.
+"""Measures what rounding does to the loss at beta 2000: `python -m benchmarks.exactness`, under a minute on two cores.
 
-Latents have SD-1.5's size and are synthetic: errors near 0.2; target and the reference's prediction in half precision,
-as the public Diffusion-DPO script holds them; the policy's prediction in float32, `apart` RMS from the reference's, or
-equal to it. Every recipe gets the same numbers, and the truth is those numbers' loss in float64.
+Latents are synthetic and have SD-1.5's size; denoising errors are near 0.2. Target and the reference's prediction are
+in half precision, as in the public Diffusion-DPO script. The policy's prediction is in float32, at an RMS distance of
+`apart` from the reference's, or equal to it. Every recipe gets the same numbers; the truth is their loss in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seppo_fast.loss import denoising_errors, preference_loss
 BETA = 2000.0
 LATENT = (4, 64, 64)
 APART = (1e-2, 1e-3, 0.0)
-TIE = 2e-7  # nearer to a tie than that, no sign is promised; equal predictions do tie, and a tie rejects
+TIE = 2e-7  # closer to a tie, no sign is promised; but equal predictions must tie exactly, and a tie rejects
 _BATCH = 16  # pairs
 
 Pairs = tuple[Tensor, Tensor, Tensor]
@@ -31,7 +31,15 @@ Recipe = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def pairs_apart(count: int, apart: float, dtype: torch.dtype, seed: int, latent: tuple[int, ...] = LATENT) -> Pairs:
-    """Policy predictions (2B, *latent) float32, targets and reference predictions of `dtype`."""
+    """Returns policy predictions (2B, *latent) in float32, and targets and reference predictions in `dtype`.
+
+    Args:
+        count: number of pairs B.
+        apart: RMS distance of the policy's predictions from the reference's.
+        dtype: dtype of the targets and the reference's predictions.
+        seed: seed of all random numbers.
+        latent: shape of a latent.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (2 * count, *latent)
     target = torch.randn(shape, generator=generator).to(dtype)
@@ -40,40 +48,40 @@ def pairs_apart(count: int, apart: float, dtype: torch.dtype, seed: int, latent:
 
 
 def anchor_and_logit(difference: Tensor) -> tuple[Tensor, Tensor]:
-    """`D_w <= 0` and `-(beta/2)(D_w - a D_l)` of each pair (SePPO, appendix B.2), in the dtype of D (2B,)."""
+    """Returns `D_w <= 0` and `-(beta/2)(D_w - a D_l)` of each pair (SePPO, appendix B.2), in the dtype of D (2B,)."""
     winner, loser = difference.chunk(2)
     reject = winner <= 0
     return reject, -0.5 * BETA * (winner - torch.where(reject, 1.0, -1.0) * loser)
 
 
 def truth(model_pred: Tensor, target: Tensor, ref_pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchor, logit and D of each pair's winner, in float64."""
+    """Returns anchor test, logit and D_w of each pair, computed in float64."""
     p, y, q = model_pred.double(), target.double(), ref_pred.double()
     difference = ((p - y).square() - (q - y).square()).flatten(1).mean(1)
     return *anchor_and_logit(difference), difference.chunk(2)[0]
 
 
 def public_recipe(model_pred: Tensor, target: Tensor, ref_pred: Tensor) -> tuple[Tensor, Tensor]:
-    """As the Diffusion-DPO script: policy errors float32, reference errors in the dtype of the reference."""
+    """Computes policy errors in float32 and reference errors in the reference's dtype, as the Diffusion-DPO script."""
     model_error = (model_pred - target).pow(2).mean(dim=[1, 2, 3])
     ref_error = (ref_pred - target).pow(2).mean(dim=[1, 2, 3])
     return anchor_and_logit(model_error - ref_error)
 
 
 def float32_means(model_pred: Tensor, target: Tensor, ref_pred: Tensor) -> tuple[Tensor, Tensor]:
-    """Both errors float32, one subtracted from the other: appendix B.2 as written."""
+    """Computes both errors in float32 and subtracts them: appendix B.2 as written."""
     return public_recipe(model_pred.float(), target.float(), ref_pred.float())
 
 
 def from_errors(model_pred: Tensor, target: Tensor, ref_pred: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours, with reference errors made ahead."""
+    """Computes ours, with reference errors made ahead."""
     ref_error = denoising_errors(ref_pred, target)
     result = preference_loss(model_pred, target, ref_error=ref_error, beta=BETA)
     return result.reject, result.logit
 
 
 def from_predictions(model_pred: Tensor, target: Tensor, ref_pred: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours, with the reference's predictions."""
+    """Computes ours, with the reference's predictions."""
     result = preference_loss(model_pred, target, ref_pred, beta=BETA)
     return result.reject, result.logit
 
@@ -88,7 +96,7 @@ RECIPES: dict[str, tuple[Recipe, torch.dtype]] = {
 
 
 def measure(name: str, apart: float, count: int, device: torch.device) -> dict[str, Any]:
-    """One row: a recipe's share of wrong anchor signs and errors of the logit, over `count` pairs in full batches."""
+    """Returns one row: a recipe's share of wrong signs and its logit errors, over `count` pairs in full batches."""
     recipe, dtype = RECIPES[name]
     wrong, errors = [], []
     for seed in range(count // _BATCH):
@@ -110,7 +118,7 @@ def measure(name: str, apart: float, count: int, device: torch.device) -> dict[s
 
 
 def exactness(count: int) -> dict[str, Any]:
-    """Every recipe at every distance, with provenance."""
+    """Returns the rows of every recipe at every distance, with provenance."""
     started = time.perf_counter()
     origin = provenance("benchmarks.exactness")
     rows = [measure(name, apart, count, device()) for name in RECIPES for apart in APART]
@@ -119,7 +127,7 @@ def exactness(count: int) -> dict[str, Any]:
 
 
 def exactness_table(result: dict[str, Any]) -> str:
-    """Markdown: a line for each recipe, wrong signs and errors of the logit at each distance."""
+    """Returns a Markdown table with one line per recipe: wrong signs and logit errors at each distance."""
     rows = {(row["recipe"], row["apart"]): row for row in result["rows"]}
     names = list(dict.fromkeys(row["recipe"] for row in result["rows"]))
     distances = [f"{apart:g} apart" if apart else "equal" for apart in APART]
@@ -132,8 +140,9 @@ def exactness_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Share of pairs whose anchor test comes out wrong, and RMS (worst) error of the logit, against float64; policy "
-        f"and reference predict {APART[0]:g} or {APART[1]:g} RMS apart, or alike. `{result['command']}`: "
+        "Share of pairs whose anchor test is wrong, and RMS (worst) error of the logit, compared with float64. The "
+        f"predictions of policy and reference are {APART[0]:g} or {APART[1]:g} RMS apart, or equal. "
+        f"`{result['command']}`: "
         f"{result['pairs']} pairs, latents of {' x '.join(map(str, result['latent']))}, beta {result['beta']:g}, "
         f"{result['device']}, torch {result['torch']}, commit {result['commit']}.",
     ]
@@ -141,7 +150,7 @@ def exactness_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, prints the table and writes the result where asked."""
+    """Measures, prints the table and writes the result to the requested file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A soak: training is killed again and again, and the same command goes on: `python -m benchmarks.faults --json FILE`.
+"""A soak test: training is killed and resumed again and again: `python -m benchmarks.faults --json FILE`.
 
-A small run (the embedded pipeline, full weights or a LoRA, a state after every update) goes through the command line in
-forked processes. It is killed at a time or a named point drawn at random, told to end by a signal, or its disk is full
-for a moment, and begun again, until it ends by itself. Then every byte of its weights, its last state, its references
-and its log (but for times) is compared with those of the run that nobody disturbed. A resume is corrupt where one of
-them differs, where a command ends with an error, or where a state that a kill left is found damaged.
+A small run (the embedded pipeline, full weights or a LoRA, a state saved after every update) is started through the
+command line in forked processes. At random it is killed at some time or at a named point, ended by a signal, or its
+disk is full for a moment; then it is restarted, until it finishes. Every byte of its weights, last state, references
+and log (except times) is compared with an undisturbed run. A resume counts as corrupt if any of these differ, if a
+command ends with an error, or if a kill left a damaged state.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ POINTS = (
     "sampling", "micro-batch", "save", "save-policy", "save-optimizer", "save-average", "save-references",
     "save-manifest", "save-rename", "save-done", "prune", "weights-write", "weights",
 )  # fmt: skip
-KINDS = {"lora": 1e-3, "full": 1e-4}  # what is trained, with its learning rate
+KINDS = {"lora": 1e-3, "full": 1e-4}  # what is trained: its learning rate
 TIMED, POINT, TERM, FULL = "SIGKILL at a time", "SIGKILL at a point", "SIGTERM", "full disk"
 WEIGHTS = {TIMED: 6, POINT: 4, TERM: 1, FULL: 0.5}
-_SPAN = 1.5  # seconds within which a command is killed, often before its first update
-TIMES = ("seconds", "memory_gib", "pairs_per_second")  # of the log, which no two runs share
-_GOES_ON = re.compile(r"going on after update (\d+)")
+_SPAN = 1.5  # a timed kill hits within this many seconds, often before the first update
+TIMES = ("seconds", "memory_gib", "pairs_per_second")  # endings of log keys whose values differ between equal runs
+_GOES_ON = re.compile(r"resuming after update (\d+)")
 
 
 @dataclass
 class Soak:
-    """What was seen.
+    """The counts of a soak.
 
     Attributes:
-        disturbed: commands that were killed or told to end, by how; a full disk counts though the run outlives it.
-        runs: brought to their end.
-        corrupt: what a corrupt resume looked like, a line each.
-        lost: updates that were finished and made again, one number a command that goes on.
-        first, resumed: seconds from the command to its first update, of a run that begins and of one that goes on.
+        disturbed: number of disturbed commands by kind; a full disk counts even if the run survives it.
+        runs: number of finished runs.
+        corrupt: one line per corrupt resume.
+        lost: for each command that resumed or started over, the number of finished updates that it had to repeat.
+        first, resumed: seconds from a command's start to its first update, for new and for resumed runs.
     """
 
     disturbed: Counter[str] = field(default_factory=Counter)
@@ -68,17 +68,21 @@ class Soak:
 
     @property
     def kills(self) -> int:
-        """SIGKILLs that hit."""
+        """Number of SIGKILLs that hit."""
         return self.disturbed[TIMED] + self.disturbed[POINT]
 
 
 class Command:
-    """One configuration of a run, its file, and what the undisturbed run left.
+    """The command that trains one configuration, and the results of its undisturbed run.
 
     Args:
-        forks: run it.
-        folder: for everything.
+        forks: where the command is run.
+        folder: folder for all files.
         train: "lora" or "full".
+
+    Attributes:
+        straight: the undisturbed run's `contents`.
+        stall: the share of its training time in which it waited for saving.
     """
 
     def __init__(self, forks: Forks, folder: Path, train: str) -> None:
@@ -98,7 +102,7 @@ class Command:
             "save": {"minutes": 0},
             "log": {"sample_every": 0},
         }  # fmt: skip
-        self._file.write_text(json.dumps(tree))  # YAML takes JSON
+        self._file.write_text(json.dumps(tree))  # JSON is valid YAML
         ended = self.run()
         if ended.code:
             raise RuntimeError(f"the undisturbed run failed: {ended.err}")
@@ -109,12 +113,12 @@ class Command:
         shutil.rmtree(self.output)
 
     def run(self, **how: Any) -> Ended:
-        """The command, disturbed as `Forks.run` takes it."""
+        """Runs the command, with a disturbance given as arguments of `Forks.run`."""
         return self.forks.run("train", self._file, **how)
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """All that a run computed: the bytes of the tensors of its weights, last state and references, and its log."""
+    """Returns all that a run computed: every tensor's bytes in weights, last state and references, and the log."""
     import torch
     from safetensors.torch import load_file
 
@@ -131,14 +135,14 @@ def contents(run: Path) -> dict[str, Any]:
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """The log of a run, as far as it got."""
+    """Returns the log of a run; empty if it has none yet."""
     from seppo_fast.runs.journal import read_journal
 
     return read_journal(run) if (run / "log.jsonl").exists() else []
 
 
 def worker(folder: Path, number: int, kills: int, seed: int) -> tuple[Soak, list[Command]]:
-    """A soak in a folder of its own, with a stream of disturbances of its own."""
+    """Runs one of several parallel soaks, in its own folder and with its own random disturbances."""
     place = folder / str(number)
     place.mkdir()
     with Forks(place) as forks:
@@ -147,7 +151,7 @@ def worker(folder: Path, number: int, kills: int, seed: int) -> tuple[Soak, list
 
 
 def soak(commands: list[Command], kills: int, choose: random.Random, report: Callable[[str], object] = print) -> Soak:
-    """Disturbs the runs in turn until `kills` SIGKILLs have hit, and brings the last one to its end."""
+    """Disturbs runs of the commands in turn until `kills` SIGKILLs have hit and the last run is finished."""
     seen = Soak()
     while seen.kills < kills:
         command = commands[seen.runs % len(commands)]
@@ -161,7 +165,7 @@ def soak(commands: list[Command], kills: int, choose: random.Random, report: Cal
 
 
 def finish(command: Command, seen: Soak, choose: random.Random) -> None:
-    """One run from its beginning to its end, disturbed at each start but where the fault comes too late."""
+    """Brings one run from its beginning to its end, with a disturbance at each start; some come too late to hit."""
     code = -1
     while code:
         before = len(logged(command.output))
@@ -170,7 +174,7 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
         code = ended.code
         count(ended, kind, before, seen)
         seen.corrupt += [line for line in ended.out.splitlines() if "looking for an older state" in line]
-        # The last state could not be written.
+        # Exit code 6 is allowed here: the full disk kept the last state from being written.
         full = kind == FULL and code == CheckpointError.exit_code and "no space left" in ended.err
         if code not in (0, EXIT_INTERRUPTED, -signal.SIGKILL) and not full:
             seen.corrupt.append(f"{command.train}, {kind}: ended with {code}: {ended.err.strip()[-500:]}")
@@ -184,7 +188,7 @@ def finish(command: Command, seen: Soak, choose: random.Random) -> None:
 
 
 def disturbance(kind: str, choose: random.Random) -> dict[str, Any]:
-    """Arguments of `Forks.run` for one that is drawn at random."""
+    """Draws a disturbance of a kind; returns the arguments of `Forks.run` for it."""
     if kind == TIMED:
         return {"seconds": choose.uniform(0, _SPAN)}
     if kind == TERM:
@@ -195,7 +199,14 @@ def disturbance(kind: str, choose: random.Random) -> dict[str, Any]:
 
 
 def count(ended: Ended, kind: str, before: int, seen: Soak) -> None:
-    """Adds what one command shows; `before`: updates that had been logged when it was started."""
+    """Adds one command's outcome to the counts.
+
+    Args:
+        ended: the command's outcome.
+        kind: kind of the disturbance.
+        before: number of updates that had been logged when the command was started.
+        seen: the counts.
+    """
     full = kind == FULL and "no space left" in (ended.out + ended.err).lower()
     code = {TIMED: -signal.SIGKILL, POINT: -signal.SIGKILL, TERM: EXIT_INTERRUPTED}
     seen.disturbed[kind] += full if kind == FULL else ended.code == code[kind]
@@ -209,13 +220,13 @@ def count(ended: Ended, kind: str, before: int, seen: Soak) -> None:
 
 
 def differences(straight: dict[str, Any], run: Path) -> list[str]:
-    """Names of what is not the same in a run as in the undisturbed one."""
+    """Returns the names of everything that differs between a run and the undisturbed one."""
     found = contents(run)
     return sorted(name for name in {*straight, *found} if straight.get(name) != found.get(name))
 
 
 def result(seen: Soak, commands: list[Command], began: float) -> dict[str, Any]:
-    """The numbers that the README quotes."""
+    """Returns the numbers that are committed and shown in docs/reliability.md."""
     from benchmarks.harness.provenance import provenance
 
     return {
@@ -236,17 +247,17 @@ def result(seen: Soak, commands: list[Command], began: float) -> dict[str, Any]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs the soak, prints its numbers and writes them where asked; 1 where a resume was corrupt."""
+    """Runs the soak, prints its numbers and writes them to the requested file; returns 1 if a resume was corrupt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=1000, help="SIGKILLs that must hit; 1000 without it")
-    parser.add_argument("--workers", type=int, default=1, help="soaks at the same time, which share the kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the disturbances")
+    parser.add_argument("--kills", type=int, default=1000, help="SIGKILLs that must hit; default: 1000")
+    parser.add_argument("--workers", type=int, default=1, help="parallel soaks, which share the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the disturbances")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args(words)
     if arguments.kills < 1 or arguments.workers < 1:
         parser.error(f"--kills and --workers must be at least 1, got {arguments.kills} and {arguments.workers}")
     began = time.monotonic()
-    # Not removed where a run ends with an error: it is what there is to look at.
+    # Kept if a run ends with an error, for inspection.
     folder = Path(tempfile.mkdtemp(prefix="seppo-soak-"))
     share = -(-arguments.kills // arguments.workers)
     with ThreadPoolExecutor(arguments.workers) as pool:
@@ -254,7 +265,7 @@ def main(words: list[str] | None = None) -> int:
     seen = sum((each for each, _ in ends), Soak())
     commands = ends[0][1]
     if seen.corrupt:
-        print(f"what is left of corrupt runs is in {folder}")
+        print(f"the files of corrupt runs are in {folder}")
     else:
         shutil.rmtree(folder)
     made = result(seen, commands, began)

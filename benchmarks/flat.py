@@ -1,7 +1,7 @@
-"""Does a long run grow? `python -m benchmarks.flat --json FILE`: memory, threads and files over 2000 updates.
+"""Checks a long run for leaks of memory, threads and files, over 2000 updates: `python -m benchmarks.flat --json FILE`.
 
-The embedded pipeline trains a LoRA, a state is saved every few seconds, past policies are bounded. Every so often the
-process is looked at. A leak shows as a slope; what a run takes once, it has taken by a quarter of its updates.
+The embedded pipeline trains a LoRA with a bounded number of past policies, and a state is saved every few seconds. The
+process is sampled 40 times. A leak shows as a slope; one-time allocations are done within the first quarter of a run.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from seppo_fast.config.schema import Config
     from seppo_fast.train.trainer import Trainer
 
-LOOKS = 40  # over a run
+LOOKS = 40  # number of samples over a run
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a process has at a moment.
+    """A sample of the resources that the process uses.
 
     Attributes:
-        update: finished.
-        memory: bytes that are its own.
-        threads: of Python.
-        handles: open files.
-        files: in the run's folder, and in that of the cache.
+        update: number of finished updates.
+        memory: memory unique to the process (USS), in bytes.
+        threads: number of Python threads.
+        handles: number of open file descriptors.
+        files: number of files in the run's folder and the cache's.
     """
 
     update: int
@@ -48,10 +48,10 @@ class Look:
 
 
 class Watch:
-    """Looks at this process now and then; give it to `seppo_fast.train.train` as `observe`.
+    """Samples this process during training; pass it to `seppo_fast.train.train` as `observe`.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
     """
 
     def __init__(self, config: Config) -> None:
@@ -63,7 +63,7 @@ class Watch:
     def __call__(self, trainer: Trainer, updates: int) -> None:
         if updates % self._every or not updates:
             return
-        trainer.saver.wait()  # a state that is just being written is a thread, and files
+        trainer.saver.wait()  # a state that is being written would count as a thread and files
         gc.collect()
         release_freed_memory()
         files = sum(path.is_file() for folder in self._folders for path in folder.rglob("*"))
@@ -72,14 +72,14 @@ class Watch:
 
 
 def release_freed_memory() -> None:
-    """Returns to the system what the C library keeps of freed memory: that is no leak, and differs from run to run."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    """Makes the C library return freed memory to the system: what it keeps is no leak, but varies from run to run."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
 
 
 def growth(looks: list[Look]) -> dict[str, float]:
-    """How much more there is in the last quarter than in the second, by the medians of the looks."""
+    """Returns how much each resource grew from the second quarter to the last, by the medians of their samples."""
     quarter = len(looks) // 4
     before, after = looks[quarter : 2 * quarter], looks[-quarter:]
 
@@ -90,7 +90,13 @@ def growth(looks: list[Look]) -> dict[str, float]:
 
 
 def long_run(folder: Path, updates: int, **sections: Any) -> list[Look]:
-    """Trains so many updates in this process, and gives what was seen."""
+    """Trains in this process and returns the samples.
+
+    Args:
+        folder: folder for the run and the data cache.
+        updates: number of updates.
+        **sections: settings that replace the defaults, by section.
+    """
     from seppo_fast.config.load import parse_config
     from seppo_fast.train import train
 
@@ -115,7 +121,7 @@ def long_run(folder: Path, updates: int, **sections: Any) -> list[Look]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs it, prints the growth and writes it where asked."""
+    """Runs the training, prints the growth and writes it to the requested file; returns the exit code."""
     from benchmarks.harness.provenance import provenance
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

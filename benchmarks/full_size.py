@@ -1,17 +1,18 @@
-"""One SePPO update at true size: the SD-1.5 architecture with random weights, at 512 x 512, through the ordinary path.
+"""Runs one SePPO update at true size: SD-1.5's architecture, random weights, 512 x 512, through the ordinary path.
 
     python -m benchmarks.full_size            # 859.5 M parameters, LoRA; minutes on a CPU with 24 GB, seconds on a GPU
     python -m benchmarks.full_size --clips    # AnimateDiff: 1312.7 M parameters, LoRA, 16 x 256 x 256
-    python -m benchmarks.full_size --quick    # either on a toy architecture, to see that it runs
+    python -m benchmarks.full_size --quick    # either on a toy architecture, as a smoke test
 
 Weights are written as a diffusers folder (4.3 GB in a temporary folder, motion modules 1.8 GB) and loaded from it,
-pictures are encoded by the full VAE, and the update is `seppo_fast.train` itself. Random weights are right for speed
-and memory alone.
+pictures are encoded by the full VAE, and the update is `seppo_fast.train` itself. Random weights are valid for
+measuring speed and memory only.
 
-A clip costs 4.11 TFLOP a forward and 8.30 forward and backward: a guided step of one 8.2, the reference's errors of a
-pair 8.2, its learning 24.8 with recomputed activations. In four steps that is 66 TFLOP, five minutes at the quarter of
-a TFLOP/s of two cores in bfloat16. Recomputing, a pair's activations take 1.8 GB, else 16.5, so clips recompute unless
-told not to; then loading is the peak, with the weights of the UNet twice in float32.
+A clip costs 4.11 TFLOP per forward and 8.30 per forward and backward. So a guided step of one clip takes 8.2 TFLOP, the
+reference's errors of a pair 8.2, and learning from a pair 24.8 with recomputed activations. With four steps this is 66
+TFLOP, five minutes at the quarter of a TFLOP/s that two cores reach in bfloat16. A pair's activations take 1.8 GB with
+recomputation and 16.5 GB without, so clips recompute by default. The peak is then loading, when the UNet's weights
+exist twice in float32.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ CLIPS = {"pairs": 1, "resolution": 256, "frames": 16, "gradient_checkpointing": 
 
 
 def write_weights(folder: Path, quick: bool, clips: bool) -> int:
-    """Writes a pipeline, and for clips motion modules that fit it; returns the number of parameters of the UNet."""
+    """Writes a pipeline, and for clips matching motion modules; returns the UNet's number of parameters."""
     parameters = write_pipeline(folder / "pipeline", quick)
     return parameters + (write_adapter(folder / "adapter", folder / "pipeline") if clips else 0)
 
 
 def update_config(folder: Path, arguments: argparse.Namespace) -> Config:
-    """One update of `sd15-lora.yaml`, or `animatediff.yaml`, in few pairs and few sampling steps."""
+    """Returns the configuration of one LoRA update with few pairs and few sampling steps."""
     model = {"motion_adapter": str(folder / "adapter")} if arguments.clips else {}
     data = {"frames": arguments.frames} if arguments.clips else {}
     world = "shapes-motion" if arguments.clips else "shapes"
@@ -70,21 +71,23 @@ def update_config(folder: Path, arguments: argparse.Namespace) -> Config:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with what it leaves out filled in."""
+    """Parses the command line and fills in defaults; a mistake in it ends the process with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a toy architecture at 64 x 64")
     parser.add_argument("--clips", action="store_true", help="AnimateDiff on clips")
-    parser.add_argument("--pairs", type=int, help="pairs in the update; 2, or 1 of clips")
-    parser.add_argument("--frames", type=int, help="of a clip; 16")
-    parser.add_argument("--resolution", type=int, help="pixels; 512, or 256 of clips, or 64 with --quick")
+    parser.add_argument("--pairs", type=int, help="pairs in the update; default: 2, with --clips 1")
+    parser.add_argument("--frames", type=int, help="frames per clip; default: 16")
+    parser.add_argument("--resolution", type=int, help="pixels; default: 512, with --clips 256, with --quick 64")
     parser.add_argument("--micro-batch", type=int, default=1, help="pairs in one forward")
     parser.add_argument("--steps", type=int, default=4, help="guided DDIM steps of each reference sample")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="of clips: it is on")
+    parser.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="default: on with --clips only"
+    )
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args(words)
     if arguments.frames is not None and not arguments.clips:
-        parser.error("--frames is of clips: give --clips, or leave it out")
+        parser.error("--frames applies to clips only: add --clips, or leave it out")
     left_out = (CLIPS if arguments.clips else PICTURES) | ({"resolution": 64} if arguments.quick else {})
     for name, value in left_out.items():
         if getattr(arguments, name) is None:
@@ -93,7 +96,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Prints seconds by phase and peak memory."""
+    """Runs the update; prints each phase's seconds and the peak memory, and writes them to the requested file."""
     arguments = parsed(words)
     ready: list[float] = []
 
@@ -103,7 +106,7 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        # In a process of its own: the peak memory of making the weights is not that of training.
+        # In a separate process, so that writing the weights does not count in training's peak memory.
         with get_context("spawn").Pool(1) as pool:
             parameters = pool.apply(write_weights, (folder, arguments.quick, arguments.clips))
         written = time.perf_counter()

@@ -1,16 +1,16 @@
-"""The first run on a GPU: does it compute what it should, and how fast is it? One page, one file of rows.
+"""The first run on a GPU: does it compute correctly, and how fast is it? Prints one page and writes one file of rows.
 
     python -m benchmarks.gpu_check                                # on any CUDA machine; nothing is downloaded
-    python -m benchmarks.gpu_check --output check --json FILE     # again: goes on where it ended, in this folder
+    python -m benchmarks.gpu_check --output check --json FILE     # keeps results in ./check; rerun it to continue
     python -m benchmarks.gpu_check --only loss --only temporal    # some steps
 
-Steps run one after another, each in a process of its own, so that one that crashes or hangs takes no other with it.
-What a step found is kept in the output folder, whole or not at all; the same command goes on with the steps that are
-missing, damaged, wrong, or of another commit, device or version of torch. On a GPU the model at true size is SD-1.5's
-architecture with random weights, written into that folder first (4.3 GB); on a CPU every step runs small, on the
-pipeline that ships with the package, to see that it runs.
+Steps run one after another, each in a separate process, so that one that crashes or hangs does not affect the others.
+Each step's result is written atomically to the output folder. Rerunning the command runs only the steps whose result is
+missing, damaged, wrong, or from another commit, device or version of torch. On a GPU the model at true size is SD-1.5's
+architecture with random weights, written into that folder first (4.3 GB). On a CPU every step runs at a small size, on
+the pipeline that ships with the package, as a smoke test.
 
-Exit codes: 0 all right, 1 a value is wrong, 2 the command line, 3 a step could not run or is missing.
+Exit codes: 0 all values are right, 1 a value is wrong, 2 invalid command line, 3 a step could not run or is missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from seppo_fast.utils.files import staged_folder  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 _CODE = ("seppo_fast", "kernels", "benchmarks")
-_HANGS = 4.0  # times its estimate, after which a step is killed; at least _PATIENCE seconds
+_HANGS = 4.0  # a step is killed after this many times its estimate, but not before _PATIENCE seconds
 _PATIENCE = 240.0
 _MOST_MINUTES = 24 * 60
 RIGHT, WRONG, FAILED = "right", "WRONG", "could not run"
@@ -53,12 +53,12 @@ RIGHT, WRONG, FAILED = "right", "WRONG", "could not run"
 
 @dataclass(frozen=True)
 class Step:
-    """One of the things that are looked at.
+    """One step of the check.
 
     Attributes:
-        run: does it; fills in what it found.
-        seconds: on an H200, assumed; it has not been measured.
-        true_size: whether it needs the pipeline at true size.
+        run: runs the step in a workplace and adds its findings.
+        seconds: assumed duration on an H200; it has not been measured.
+        true_size: whether the step needs the pipeline at true size.
     """
 
     run: Callable[[Workplace, value_checks.Found], None]
@@ -83,15 +83,15 @@ STEPS = {
 
 @dataclass
 class Result:
-    """What came of a step, as it is kept.
+    """The result of a step, as it is stored.
 
     Attributes:
-        step: its name.
+        step: the step's name.
         status: `RIGHT`, `WRONG` or `FAILED`.
-        lines: for the page.
-        rows: as `benchmarks.run --json` has them.
-        seconds: that it took.
-        place: device, version of torch, commit and a digest of the code; results of another place do not count.
+        lines: lines for the page.
+        rows: rows in the format of `benchmarks.run --json`.
+        seconds: duration of the step.
+        place: device, version of torch, commit and a digest of the code; a result from another place is not reused.
     """
 
     step: str
@@ -102,7 +102,7 @@ class Result:
     place: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Keeps it, whole or not at all."""
+        """Writes the result atomically, with a checksum."""
         body = json.dumps(asdict(self), indent=1)
         file = folder / f"{self.step}.json"
         beside = file.with_name(f".{file.name}")
@@ -111,7 +111,7 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path, step: str) -> Result | None:
-        """Returns what was kept of a step; None where nothing was, or it is damaged."""
+        """Returns the stored result of a step, or None if it is missing or damaged."""
         try:
             checksum, _, body = (folder / f"{step}.json").read_text(encoding="utf-8").partition("\n")
             whole = hashlib.sha256(body.rstrip("\n").encode()).hexdigest() == checksum
@@ -127,7 +127,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         place = isolated(_here, seconds=_PATIENCE)
     except Broken as problem:
-        print(f"the device cannot be asked: {problem}", file=sys.stderr)
+        print(f"the device cannot be queried: {problem}", file=sys.stderr)
         return 3
     results: dict[str, Result] = {}
     for name in arguments.only or STEPS:
@@ -139,7 +139,7 @@ def main(words: list[str] | None = None) -> int:
         left = 60 * arguments.minutes - (time.monotonic() - started)
         estimate = STEPS[name].seconds if place["size"] == "gpu" else 0.0  # a CPU may be busy with other work
         if left < max(estimate, 1.0):
-            reason = f"not begun: it takes about {estimate:.0f} s, and {max(0.0, left):.0f} s are left"
+            reason = f"not started: it takes about {estimate:.0f} s, but {max(0.0, left):.0f} s are left"
             results[name] = Result(name, FAILED, [reason], place=place)
             continue
         print(f"{name} ...", flush=True)
@@ -153,7 +153,7 @@ def main(words: list[str] | None = None) -> int:
         if arguments.json:
             _write_rows(arguments.json, results)
     except OSError as problem:
-        print(f"page or rows could not be written: {problem}", file=sys.stderr)
+        print(f"the page or the rows could not be written: {problem}", file=sys.stderr)
         return 3
     if {name for name in STEPS if name in results and results[name].status == RIGHT} == set(STEPS):
         shutil.rmtree(arguments.output / "pipeline", ignore_errors=True)
@@ -162,17 +162,17 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the command line; a mistake in it ends the process with code 2."""
+    """Parses the command line; a mistake in it ends the process with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu-check"), help="folder of what was found so far")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu-check"), help="folder for the steps' results")
     parser.add_argument("--json", type=Path, help="also write all rows to this file")
     parser.add_argument("--only", metavar="STEP", action="append", choices=STEPS, help=f"one of {', '.join(STEPS)}")
-    parser.add_argument("--minutes", type=float, default=10.0, help="begin no step that would end later; default: 10")
+    parser.add_argument("--minutes", type=float, default=10.0, help="start no step that would end later; default: 10")
     arguments = parser.parse_args(words)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: the folder {arguments.json.absolute().parent} does not exist")
     if arguments.json and arguments.json.exists() and not arguments.json.is_file():
-        parser.error(f"--json {arguments.json}: exists and is not a file")
+        parser.error(f"--json {arguments.json}: exists and is not a regular file")
     if not 0 < arguments.minutes <= _MOST_MINUTES:
         parser.error(f"--minutes {arguments.minutes}: must be more than 0 and at most {_MOST_MINUTES}")
     try:
@@ -183,13 +183,13 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _machine() -> Machine:
-    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
+    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is less precise
     where = device()
     return Machine(where, quick=where.type == "cpu")
 
 
 def _here() -> dict[str, str]:
-    """What results depend on; for a process of its own, since it may start CUDA."""
+    """Returns what results depend on; runs in a separate process, because it may initialize CUDA."""
     machine, code = _machine(), hashlib.sha256()
     for file in sorted(file for part in _CODE for file in (ROOT / part).rglob("*.py")):
         code.update(file.read_bytes())
@@ -198,24 +198,24 @@ def _here() -> dict[str, str]:
 
 
 def _run(name: str, folder: Path, place: dict[str, str], seconds: float) -> Result:
-    """One step in its process; what it prints goes into a file beside its result."""
+    """Runs a step in a separate process; its output goes into a file beside its result."""
     started = time.monotonic()
     log = folder / f"{name}.log"
     try:
         lines, rows, wrong = isolated(_found, name, folder, seconds=seconds, log=log)
         result = Result(name, WRONG if wrong else RIGHT, lines, rows)
     except Broken as problem:
-        result = Result(name, FAILED, [str(problem), f"all that it printed: {log}"])
+        result = Result(name, FAILED, [str(problem), f"its full output: {log}"])
     result.seconds, result.place = time.monotonic() - started, place
     result.write(folder)
     return result
 
 
 def _found(name: str, folder: Path) -> tuple[list[str], list[dict[str, Any]], bool]:
-    """What a step finds: lines, rows, and whether any value is wrong. For a process of its own."""
+    """Runs a step in this process; returns lines, rows, and whether any value is wrong."""
     machine, step = _machine(), STEPS[name]
     for left in folder.glob(f".{name}-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(left, ignore_errors=True)  # left by a process that was killed
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.absolute()))
     place = Workplace("shapes", 32, work, machine)
     try:
@@ -229,7 +229,7 @@ def _found(name: str, folder: Path) -> tuple[list[str], list[dict[str, Any]], bo
 
 
 def _pipeline(folder: Path) -> Path:
-    """The pipeline at true size, written where it does not exist yet."""
+    """Returns the folder of the pipeline at true size, writing it if it does not exist yet."""
     final = folder.absolute() / "pipeline"
     if not final.exists():
         torch.manual_seed(0)
@@ -246,7 +246,7 @@ def _write_rows(file: Path, results: dict[str, Result]) -> None:
 
 
 def _page(results: dict[str, Result], place: dict[str, str], seconds: float) -> str:
-    """What a person reads."""
+    """Returns the page, a summary for people."""
     lines = ["", f"{place['device']}, torch {place['torch']}, commit {place['commit']}: {seconds:.0f} s"]
     for name, result in results.items():
         checks = [row for row in result.rows if row["suite"] == value_checks.SUITE]
@@ -255,7 +255,7 @@ def _page(results: dict[str, Result], place: dict[str, str], seconds: float) -> 
         lines.append(f"{name:10}  {result.status}{count}, {result.seconds:.0f} s")
         lines += [f"            {line}" for line in result.lines]
     if any(result.status != RIGHT for result in results.values()):
-        lines.append("The same command goes on with what is not right.")
+        lines.append("Rerun the same command to repeat the steps that are not right.")
     return "\n".join(lines) + "\n"
 
 

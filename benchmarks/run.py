@@ -1,16 +1,16 @@
-"""The benchmark driver: one suite, every provider in one process, values checked first.
+"""The benchmark driver: runs one suite, with every provider in one process and values checked before timing.
 
     python -m benchmarks.run --suite sampling            # on the GPU, or at reduced sizes on a CPU
-    python -m benchmarks.run --suite endtoend --quick    # on a CPU, in seconds, to see that it runs
-    python -m benchmarks.run --suite step --json FILE    # also writes the rows, anew after each case
+    python -m benchmarks.run --suite endtoend --quick    # on a CPU, in seconds, as a smoke test
+    python -m benchmarks.run --suite step --json FILE    # also writes the rows, rewritten after each case
     python -m benchmarks.run --suite kernels             # the loss alone, up to 8192 pairs on a GPU
-    python -m benchmarks.run --suite cache --minutes 6   # begins no case that would end later, by counted estimates
+    python -m benchmarks.run --suite cache --minutes 6   # starts no case that would end later, by counted estimates
     python -m benchmarks.run --suite video --cases 256   # clips, only the cases whose title contains "256"
 
 On a GPU the model is SD-1.5's architecture with random weights (859.5 M parameters, bf16, 64 x 64 latents), on a CPU
-the pipeline that ships with the package, in float32; for clips both get random motion modules. Where a provider's
-values differ from the baseline's (in `kernels`, from float64's) it gets no ratio, and the exit code is 1, as it is
-where a case fails. Cases that were left out are named on stderr; they do not change the exit code.
+the pipeline that ships with the package, in float32; for clips both get random motion modules. A provider whose values
+differ from the baseline's (in `kernels`: from float64's) gets no ratio, and the exit code is 1, as it is if a case
+fails. Cases that were left out are listed on stderr and do not change the exit code.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ SUITES = ("sampling", "step", "endtoend", "kernels", "cache", "video")
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line; a mistake in it ends the process with code 2."""
+    """Parses the command line; a mistake in it ends the process with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--quick", action="store_true", help="smallest sizes, on a CPU")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file, anew after each case")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file, rewritten after each case")
     parser.add_argument(
         "--cases",
         metavar="SUBSTRING",
         action="append",
         default=[],
-        help="only cases whose title contains it, in upper or lower case; may be given several times",
+        help="only cases whose title contains this, ignoring case; may be given several times",
     )
-    parser.add_argument("--minutes", type=float, help="begin no case that would end later than this")
+    parser.add_argument("--minutes", type=float, help="start no case that would end later than this")
     arguments = parser.parse_args(words)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: the folder {arguments.json.absolute().parent} does not exist")
     if arguments.json and arguments.json.exists() and not arguments.json.is_file():
-        parser.error(f"--json {arguments.json}: exists and is not a file")
+        parser.error(f"--json {arguments.json}: exists and is not a regular file")
     if arguments.minutes is not None and not arguments.minutes > 0:
         parser.error(f"--minutes {arguments.minutes}: must be more than 0")
     return arguments
@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> int:
     started = time.perf_counter()
     arguments = parsed(words)
     if arguments.quick:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # read where the trainer chooses its device
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate reads it when the trainer chooses its device
 
     from benchmarks.harness.cases import chosen, listed, run_cases
     from benchmarks.harness.measure import Machine
@@ -87,12 +87,12 @@ def main(words: list[str] | None = None) -> int:
         print(f"missing: {title}: {reason}", file=sys.stderr)
     wrong = [row for row in outcome.rows if not row.value_ok]
     if wrong:
-        print(f"{len(wrong)} rows without a ratio: their values differ from what they should be", file=sys.stderr)
+        print(f"{len(wrong)} rows without a ratio: their values differ from the expected ones", file=sys.stderr)
     return 1 if wrong or outcome.failed else 0
 
 
 def write_rows(file: Path, rows: list[Row], machine: Machine) -> None:
-    """Writes rows as JSON; the file is the old one or the new one, whenever the process is killed."""
+    """Writes rows as JSON atomically: if the process is killed, the file is either the old one or the new one."""
     from benchmarks.harness.rows import records
 
     beside = file.with_name(f".{file.name}.{os.getpid()}")

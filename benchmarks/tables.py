@@ -36,7 +36,7 @@ def pages() -> list[Path]:
 
 
 def demo_table(result: dict[str, Any]) -> str:
-    """Returns a demo's gain under each training seed, and what plain fine-tuning gains by the same recipe."""
+    """Returns the table of a demo's gain under each training seed, and that of SFT on the same winners if measured."""
     base = result["base"]
     lines = [
         f"| | seed | {' | '.join(f'guidance {scale}: gain [95 %]' for scale in base)} |",
@@ -58,7 +58,7 @@ def demo_table(result: dict[str, Any]) -> str:
 
 
 def full_size_table(result: dict[str, Any]) -> str:
-    """Seconds by phase of one update at true size, of pictures or of clips."""
+    """Returns the seconds of each phase of one update at true size, for pictures or clips."""
     size = " x ".join(str(side) for side in (result.get("frames"), *2 * [result["resolution"]]) if side)
     recomputed = ", activations recomputed" * result.get("gradient_checkpointing", False)
     phases = ["write random weights", "load, encode", "roll out", "learn", "save"]
@@ -76,18 +76,18 @@ def full_size_table(result: dict[str, Any]) -> str:
 
 
 def soak_table(result: dict[str, Any]) -> str:
-    """What `benchmarks.faults` saw."""
+    """Returns the table of a soak by `benchmarks.faults`."""
     hits = ", ".join(f"{count} x {name}" for name, count in sorted(result["disturbed"].items()))
     stalls = ", ".join(f"{100 * share:.1f} % ({kind})" for kind, share in result["save_stall"].items())
     rows = {
         "kills (SIGKILL)": f"{result['kills']:,}",
         "all disturbances": hits,
-        "runs brought to their end": f"{result['runs']} of {result['updates']} updates, every byte compared",
+        "finished runs": f"{result['runs']} of {result['updates']} updates each, every byte compared",
         "**corrupt resumes**": f"**{len(result['corrupt'])}**",
-        "updates made again after one": f"{result['lost_mean']:.2f} on average, {result['lost_most']} at most",
-        "from the command to the first update": f"{result['seconds_to_first_update']:.2f} s of a run that begins, "
-        f"{result['seconds_to_resumed_update']:.2f} s of one that goes on (medians; imports, some 5 s, left out)",
-        "training waits for saving, a state after every update": stalls,
+        "updates repeated per resume": f"{result['lost_mean']:.2f} on average, {result['lost_most']} at most",
+        "from the command to the first update": f"{result['seconds_to_first_update']:.2f} s for a new run, "
+        f"{result['seconds_to_resumed_update']:.2f} s for a resumed one (medians, without some 5 s of imports)",
+        "share of training time spent waiting for a state after every update": stalls,
     }
     return "\n".join(
         [
@@ -102,7 +102,7 @@ def soak_table(result: dict[str, Any]) -> str:
 
 
 def flat_line(result: dict[str, Any]) -> str:
-    """What `benchmarks.flat` saw."""
+    """Returns the line with the growth that `benchmarks.flat` measured."""
     growth, last = result["growth"], result["last"]
     return (
         f"`{result['command']}`: over {result['updates']:,} updates, from the second quarter to the last, memory "
@@ -112,10 +112,11 @@ def flat_line(result: dict[str, Any]) -> str:
 
 
 def suite_rows(on_cpu: bool) -> list[dict[str, Any]]:
-    """Returns the committed rows of suites on a CPU, or on GPUs: of each case the newest of each device.
+    """Returns the newest committed rows of each case and device, measured on CPUs or on GPUs.
 
-    Files are called `cpu-YYYYMMDD-COMMIT-SUITE.json`, or begin with the GPU's name; `gpu-check` in place of a suite
-    holds rows of several, and comes before the suites of its day. A row gets `command`, what measured it.
+    Files are named `cpu-YYYYMMDD-COMMIT-SUITE.json`, or start with the GPU's name; a file with `gpu-check` instead of a
+    suite holds rows of several suites, and counts as older than the suites of its day. Each row gets `command`, the
+    command that measured it.
     """
     newest: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     files = RESULTS.glob("*-[0-9]*-*.json")
@@ -136,7 +137,7 @@ def _is_check(file: Path) -> bool:
 
 
 def configuration_table() -> str:
-    """Returns every configuration key with its default, its aliases and what it sets, section by section."""
+    """Returns the table of configuration keys with default, aliases and description, section by section."""
     aliases: dict[str, list[str]] = {}
     for alias, key in ALIASES.items():
         aliases.setdefault(key, []).append(f"`{alias}`")
@@ -161,7 +162,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def tables() -> dict[str, str]:
-    """Returns every table by name; one whose result is not committed says that it is not measured."""
+    """Returns every table by name; a table without a committed result is `NOT_MEASURED`."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "demo": demo_table,
         "demo-video": demo_table,
@@ -190,7 +191,7 @@ def tables() -> dict[str, str]:
 
 
 def _wrapped(table: str) -> str:
-    """Breaks lines of prose at 120 characters; rows of tables stay whole, since Markdown needs them so."""
+    """Breaks lines of prose at 120 characters; table rows must stay on one line in Markdown."""
     lines = []
     for line in table.splitlines():
         wrap = len(line) > _WIDTH and not line.startswith("|")
@@ -199,7 +200,7 @@ def _wrapped(table: str) -> str:
 
 
 def fill(text: str) -> str:
-    """Returns a page's text with every table made anew.
+    """Returns a page's text with every table regenerated.
 
     Raises:
         KeyError: the page names a table that does not exist.

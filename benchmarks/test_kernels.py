@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/test_kernels.py -k "1 pair" --benchmark-group-by=param:case
 
-A measured call is one call of the loss and the wait for the device; values are checked first. On a CPU the cases are
+A measured call is one call of the loss plus waiting for the device; values are checked first. On a CPU the cases are
 those of `--quick`.
 """
 

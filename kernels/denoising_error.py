@@ -1,12 +1,16 @@
-"""Denoising errors `m = mean_N (p - y)^2` of predictions p against targets y, N elements a latent, and their gradient.
+"""Triton kernels of denoising errors `m = mean_N (p - y)^2` and their gradient.
+
+p are predictions, y targets, and N is the number of elements per latent:
 
     dm/dp = c (p - y),   c = 2 / N
 
-How a mean is taken here holds for every kernel of the package, so that an error has the same bits wherever it is made:
-a latent is divided into chunks of FOLDS x LANES elements; in float32 four neighbours are added, and these sums over the
-folds of a chunk, first to last; all else is added in float64, chunks first to last; the mean is rounded once.
-Products and sums are not contracted (`EXACT`), which the compiler would do otherwise from one kernel to the next; the
-assembler of triton 3.6 does it all the same on sm_100, alike in the kernels that were looked at.
+Every kernel of the package takes means in the same way, so an error has the same bits whichever kernel computes it. A
+latent is divided into chunks of FOLDS x LANES elements. In float32, groups of four neighbours are added, and these sums
+are added over the folds of a chunk, first to last. Everything else is added in float64, chunks first to last, and the
+mean is rounded once. Products and sums are not contracted to fused multiply-adds (`EXACT`), since the compiler would
+choose differently from kernel to kernel. On sm_100 the assembler of triton 3.6 contracts them all the same, identically
+in the kernels that were examined.
+
 Shapes are named as in `eager.py`, the PyTorch twin.
 """
 
@@ -23,17 +27,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Fixed when the kernels below are defined: setting TRITON_INTERPRET later has no effect.
+# Whether kernels are interpreted. Fixed when they are defined below: setting TRITON_INTERPRET later has no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 EXACT = {"enable_fp_fusion": False}
 
-# Lanes and folds of a chunk, at most. A warp takes 256 lanes, so that a thread has eight neighbours: 16 bytes of
-# bfloat16. The residuals of a pair of chunks take half of a multiprocessor's registers, in one program of 8 warps with
-# 200 registers a thread, or of 16 warps with 128, which leave the scheduler twice as many warps to choose from.
+# The most lanes and folds of a chunk. A warp covers 256 lanes, so that a thread has eight neighbours: 16 bytes of
+# bfloat16. The residuals of a pair of chunks fill half of a multiprocessor's registers, in one program of 8 warps with
+# 200 registers per thread, or of 16 warps with 128, which gives the scheduler twice as many warps to choose from.
 DIVISIONS = {"8 warps": (2048, 8), "16 warps": (4096, 4)}
 DEFAULT = "8 warps"
-# By compute capability, where another division than the default has been measured to be faster.
+# By compute capability, the division to use where one other than the default has been measured to be faster.
 CHOSEN: dict[tuple[int, int] | None, str] = {}
 
 Layout = tuple[int, int, int, int, int]
@@ -41,13 +45,13 @@ Layout = tuple[int, int, int, int, int]
 
 @triton.jit
 def load(ptr, offsets, size):
-    """Elements of a latent as float32; zeros behind its end."""
+    """Loads elements of a latent as float32; zeros beyond its end."""
     return tl.load(ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_target(ptr, offsets, size, LAYOUT: tl.constexpr):
-    """Elements of a target, as float32, by their place in the prediction's memory; see `layout`."""
+    """Loads elements of a target as float32, given their offsets in the prediction's memory; see `layout`."""
     places = offsets
     if LAYOUT is not None:
         outer = offsets // LAYOUT[1]
@@ -57,7 +61,7 @@ def load_target(ptr, offsets, size, LAYOUT: tl.constexpr):
 
 @triton.jit
 def by_four(lanes):
-    """Sums of four neighbours, which lie in one thread: a quarter of the registers and of the float64 conversions."""
+    """Adds groups of four neighbours, which one thread holds. This quarters the registers and float64 conversions."""
     QUARTER: tl.constexpr = lanes.shape[0] // 4
     even, odd = tl.split(tl.reshape(lanes, (QUARTER, 2, 2)))
     first, second = tl.split(even + odd)
@@ -70,7 +74,7 @@ def _errors_fwd_kernel(
     size, target_rows, pred_stride, target_stride,
     LAYOUT: tl.constexpr, CHUNKS: tl.constexpr, FOLDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """m of the program's row."""
+    """Computes m of the program's row."""
     row = tl.program_id(0).to(tl.int64)
     pred_ptr += row * pred_stride
     target_ptr += row % target_rows * target_stride
@@ -91,7 +95,7 @@ def _errors_bwd_kernel(
     size, target_rows, pred_stride, target_stride, grad_stride, factor,
     LAYOUT: tl.constexpr, HALVES: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """grad = factor c (p - y) on one block of a target's row, for both halves that share it."""
+    """Writes grad = factor c (p - y) for one block of a target's row, for both halves if they share the target."""
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64)
     offsets = program % BLOCKS * LANES + tl.arange(0, LANES)
@@ -112,11 +116,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def division(size: int, device: torch.device) -> dict[str, int]:
-    """Returns chunks, folds and lanes of a latent of `size` elements, and the warps of a program, on a device."""
+    """Returns how a latent of `size` elements is divided on a device: chunks, folds, lanes, and warps per program."""
     return _division(size, *DIVISIONS[CHOSEN.get(capability(device), DEFAULT)])
 
 
-@cache  # Triton's own arithmetic takes 4 us a call, as long as a launch
+@cache  # Triton's helpers take 4 us per call, as long as a launch
 def _division(size: int, most_lanes: int, most_folds: int) -> dict[str, int]:
     lanes = min(most_lanes, max(16, triton.next_power_of_2(size)))
     chunks = triton.cdiv(size, most_folds * lanes)
@@ -129,10 +133,13 @@ def _division(size: int, most_lanes: int, most_folds: int) -> dict[str, int]:
 
 
 def layout(target: Tensor) -> tuple[Tensor, Layout | None]:
-    """A target `(S, *dims)`, dims in the order of the prediction's memory, and where its elements lie.
+    """Describes the memory layout of a target `(S, *dims)`, with dims in the order of the prediction's memory.
 
-    That is None where they lie side by side, else the two inner sizes and the three strides of a latent of three dims.
-    A target that still has more than three dims when neighbours are merged, or reaches beyond 2^31 elements, is copied.
+    A target that has more than three dims after adjacent dims are merged, or spans more than 2^31 elements, is copied.
+
+    Returns:
+        The target, and its layout: None if its latents are contiguous, else the two inner sizes and the three strides
+        of a latent of three dims.
     """
     if target.is_contiguous():
         return target, None
@@ -173,7 +180,7 @@ def _errors(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def write_gradient(pred: Tensor, target: Tensor, coefficient: Tensor, factor: float | Tensor, grad: Tensor) -> Tensor:
-    """`factor c (p - y)` of each row, written to `grad` (R, N), which may be `pred` itself."""
+    """Writes `factor c (p - y)` of each row to `grad` (R, N), which may be `pred` itself; returns `grad`."""
     rows, size = pred.shape
     target, places = layout(target)
     parts = division(size, pred.device)
@@ -203,15 +210,16 @@ class _DenoisingErrors(torch.autograd.Function):
 
 
 def dense_like(pred: Tensor) -> Tensor:
-    """New memory of a prediction's shape and dtype."""
+    """Returns new contiguous memory of a prediction's shape and dtype."""
     return torch.empty_like(pred, memory_format=torch.contiguous_format)
 
 
 def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
-    """`m = mean_N (p - y)^2` of each row: (R,) float32, differentiable in the prediction.
+    """Computes `m = mean_N (p - y)^2` of each row: (R,) float32, differentiable in the prediction.
 
     Args:
-        pred_RN: rows at any stride; the elements of a row lie side by side.
-        target: (S, *dims), S = R or R / 2, dims in the order of the prediction's memory, at any strides.
+        pred_RN: the predictions, at any stride between rows; each row must be contiguous.
+        target: the targets: (S, *dims) with S = R or R / 2 and dims in the order of the prediction's memory, at any
+            strides.
     """
     return _DenoisingErrors.apply(pred_RN, target)

@@ -1,8 +1,8 @@
-"""The PyTorch twin of every kernel: the path taken on a CPU, the tests' oracle and the benchmarks' baseline.
+"""The PyTorch twins of the kernels, in plain PyTorch: used on CPUs, as the tests' oracle and the benchmarks' baseline.
 
-Shapes: R rows (2B: the winners' half first), B pairs, S target rows (R, or R / 2 when both halves share the target),
-N elements of one latent; a target may also come as (S, *dims), its dims in the order of N. All of it is plain
-torch code; inputs of any float dtype are taken to float32 first.
+Shapes: R rows (2B, the winners' half first), B pairs, S target rows (R, or R / 2 if both halves share the target), N
+elements per latent. A target may also be (S, *dims), with its dims in the order of N. Inputs of any float dtype are
+converted to float32 first.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ PreferenceTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 class LossForm(NamedTuple):
-    """Which of the preference losses is computed.
+    """The options that select one of the preference losses.
 
     Attributes:
-        beta: multiplies a mean over latent elements.
-        learn_sign: `a` of the pairs that fail the anchor test: -1 adaptive, 0 indicator, +1 never flipped.
-        tie_tol: D_w up to this passes the anchor test.
-        sft_weight: of the term `(beta/4) m_w` that each pair adds.
-        safeguard: mu of the winner-preserving scale of the losers' gradients; None: not scaled.
+        beta: the strength of the pull towards the reference; it multiplies a mean over latent elements.
+        learn_sign: the value of `a` for pairs that fail the anchor test: -1 adaptive, 0 indicator, +1 never flipped.
+        tie_tol: the largest D_w that passes the anchor test.
+        sft_weight: the weight of the term `(beta/4) m_w` that is added for each pair.
+        safeguard: mu of the winner-preserving scale of the losers' gradients; None turns scaling off.
     """
 
     beta: float
@@ -35,24 +35,24 @@ class LossForm(NamedTuple):
 
     @property
     def sft_slope(self) -> float | None:
-        """Returns what multiplies m_w in a pair's loss beside the preference; None without that term."""
+        """Returns the factor of m_w in the term that `sft_weight` adds to a pair's loss; None without that term."""
         return 0.25 * self.beta * self.sft_weight if self.sft_weight else None
 
     @property
     def loser_room(self) -> float | None:
-        """Returns 1 - mu, the share of the winner's progress that its loser may undo; None without a safeguard."""
+        """Returns 1 - mu, the share of a winner's progress that its loser may undo; None without a safeguard."""
         return None if self.safeguard is None else 1 - self.safeguard
 
 
 def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
-    """`m = mean_N (p - y)^2` of each row: (R,) float32, differentiable."""
+    """Computes `m = mean_N (p - y)^2` of each row: (R,) float32, differentiable."""
     target_SN = target.flatten(1)
     residual = _by_target(pred_RN, target_SN) - target_SN.float()
     return _mean(residual.square()).flatten()
 
 
 def error_differences(pred_RN: Tensor, ref_pred_RN: Tensor, target: Tensor) -> Tensor:
-    """`D = mean_N (p - q)(p + q - 2y)`, equal to m - r without subtracting two nearly equal means: (R,) float32."""
+    """Computes `D = mean_N (p - q)(p + q - 2y)`: m - r, without subtracting two nearly equal means. (R,) float32."""
     target_SN = target.flatten(1)
     pred, ref_pred = _by_target(pred_RN, target_SN), _by_target(ref_pred_RN, target_SN)
     return _mean((pred - ref_pred) * (pred + ref_pred - 2 * target_SN.float())).flatten()
@@ -66,19 +66,21 @@ def preference(
     weights_B: Tensor | None,
     form: LossForm,
 ) -> PreferenceTensors:
-    """`mean_B [softplus((beta/2) omega (D_w - a D_l)) + sft_weight (beta/4) m_w]` (SePPO, eq. 8-10, appendix B.2).
+    """Computes `mean_B [softplus((beta/2) omega (D_w - a D_l)) + sft_weight (beta/4) m_w]`.
+
+    (SePPO, eq. 8-10 and appendix B.2.)
 
     Args:
-        pred_RN: policy predictions; the only input that a gradient is meant for.
-        target: training targets.
-        ref_pred_RN: reference predictions, or None when `ref_error_R` is given.
-        ref_error_R: float32 reference errors, or None when `ref_pred_RN` is given.
+        pred_RN: the policy's predictions, the only input that should require a gradient.
+        target: the training targets.
+        ref_pred_RN: the reference's predictions, or None if `ref_error_R` is given.
+        ref_error_R: the reference's float32 errors, or None if `ref_pred_RN` is given.
         weights_B: omega, or None for 1.
-        form: which loss.
+        form: the loss to compute.
 
     Returns:
         loss (), reject (B,), logit (B,), model_error (R,), ref_error (R,), aaf_rate (), implicit_acc (), and the two
-        parts of the loss (), the preference's and the winners'; only the loss carries a gradient.
+        parts of the loss (), preference_loss and sft_loss. Only the loss carries a gradient.
     """
     model_error = denoising_errors(pred_RN, target)
     if ref_pred_RN is not None:
@@ -94,7 +96,7 @@ def preference(
     flip = torch.where(reject, 1.0, form.learn_sign)
     if form.safeguard is not None and difference_l.requires_grad:
         difference_l = _ScaledGradient.apply(difference_l, loser_scale(pred_RN.detach(), target, flip, form))
-    # A product, not a choice: with a = 0 a NaN in D_l must still reach the loss.
+    # A product, not torch.where: with a = 0, a NaN in D_l must still reach the loss.
     logit = -0.5 * form.beta * (difference_w - flip * difference_l)
     if weights_B is not None:
         logit = weights_B * logit
@@ -123,16 +125,16 @@ def loss_and_grad(
     grad_scale: float | Tensor,
     grad_RN: Tensor | None,
 ) -> tuple[PreferenceTensors, Tensor]:
-    """`preference` and `grad_scale dloss/dp` by the formula; with `ref_error_R` the same bits as by autograd.
+    """Computes `preference`, and `grad_scale dloss/dp` by its formula. With `ref_error_R` the bits equal autograd's.
 
     Args:
-        grad_scale: a number, or a tensor of one float32.
-        grad_RN: where the gradient goes, possibly `pred_RN` itself; None: into new memory of its dtype.
+        grad_scale: a number, or a float32 tensor with one element.
+        grad_RN: where to write the gradient, possibly `pred_RN` itself; None for new memory of its dtype.
     """
     outputs = preference(pred_RN, target, ref_pred_RN, ref_error_R, weights_B, form)
     reject, logit = outputs[1], outputs[2]
     rows, size = pred_RN.shape
-    # Each line is a link of autograd's chain, with its dtype; a division by a count is one of float64, as in `_mean`.
+    # Each line is one step of autograd's chain, in the same dtype; divisions by a count are in float64, as in `_mean`.
     scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=pred_RN.device).reshape(())
     each = (scale.double() / len(logit)).float().expand_as(logit)
     margin = -torch.ops.aten.softplus_backward(each, -logit, 1.0, 20.0)
@@ -154,10 +156,11 @@ def loss_and_grad(
 
 
 def loser_scale(pred_RN: Tensor, target: Tensor, flip_B: Tensor, form: LossForm) -> Tensor:
-    """`lambda = min((1 - mu) |g_w|^2 / s, 1)` where `s = a <g_l, g_w> > 0`, else 1 (Diffusion-SDPO): (B,) float32.
+    """Computes `lambda = min((1 - mu) |g_w|^2 / s, 1)` where `s = a <g_l, g_w> > 0`, else 1: (B,) float32.
 
-    With g the gradient of each half's error in its prediction, `2 (p - y) / N`: a step against both halves' gradients
-    in output space, the loser's scaled by lambda, then leaves the winner at least mu of what its own would gain it.
+    g is the gradient of each half's error in its prediction, `2 (p - y) / N` (Diffusion-SDPO's scale). A step in output
+    space against both halves' gradients, the loser's scaled by lambda, then leaves the winner at least the share mu of
+    what its own gradient alone would gain it.
     """
     assert form.loser_room is not None
     target_SN = target.flatten(1)
@@ -184,29 +187,30 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def _by_target(x_RN: Tensor, target_SN: Tensor) -> Tensor:
-    """(R, N) to float32 (R / S, S, N), which broadcasts against the target; a view."""
+    """Returns (R, N) in float32, viewed as (R / S, S, N), which broadcasts against the target."""
     return x_RN.float().unflatten(0, (-1, target_SN.shape[0]))
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Mean over the last dim, summed in float64 and rounded once.
+    """Returns the mean over the last dim, summed in float64 and rounded once.
 
-    A float32 sum would err by three units of an error near 0.2, which beta multiplies; and the mean of B equal numbers
-    is now that number for every B: ln 2 where policy and reference agree, a rate of exactly 1.
+    A float32 sum would be off by three units in the last place of an error near 0.2, which beta multiplies. In float64,
+    the mean of B equal numbers is exactly that number for every B: ln 2 where policy and reference agree, a rate of
+    exactly 1.
     """
     return x.mean(-1, dtype=torch.float64).float()
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v` over F frames, for B clips, P positions and H heads of width D.
+    """Computes `softmax(q k^T / sqrt(D)) v` over F frames, for B clips, P positions and H heads of width D.
 
     Args:
-        q: (B, F, P, H, D), at any strides.
-        k: alike.
-        v: alike.
+        q: the queries: (B, F, P, H, D), at any strides.
+        k: the keys, like `q`.
+        v: the values, like `q`.
 
     Returns:
-        (B, F, P, H, D) of the inputs' dtype; sums and the softmax are in float32, for float64 inputs in float64.
+        (B, F, P, H, D) in the inputs' dtype; sums and the softmax are in float32, or float64 for float64 inputs.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bfphd,bgphd->bphfg", q.to(dtype), k.to(dtype)) * q.shape[-1] ** -0.5

@@ -1,6 +1,6 @@
-"""What follows from the sums over a pair's latents: flipper, logit, loss, coefficients; and their means over the pairs.
+"""From a pair's sums to its flipper, logit, loss and gradient coefficients, and to the means over all pairs.
 
-The parts of `preference.py`'s kernel that see numbers, not latents. Equations and names are given there.
+These are the parts of the kernel in `preference.py` that work on numbers, not latents. Equations and names are there.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SUMS = tl.constexpr(7)  # of m, r and D, on winner and loser each, and of the product of both residuals
-RATES = tl.constexpr(4)  # means over the pairs that come first in the statistics
+SUMS = tl.constexpr(7)  # per pair: m, r and D, each of winner and loser, and the product of the two residuals
+RATES = tl.constexpr(4)  # the number of means over the pairs, which are the first elements of the statistics
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 @triton.jit
 def _softplus_and_sigmoid(x):
     decay = tl.exp(-tl.abs(x))
-    # log1p(decay): log(u) carries the rounding of u = 1 + decay, and decay / (u - 1) takes it out again.
+    # log1p(decay): log(u) contains the rounding error of u = 1 + decay, which the factor decay / (u - 1) corrects.
     u = 1.0 + decay
     log1p = tl.where(u == 1.0, decay, tl.log(u) * tl.div_rn(decay, tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.maximum(x, 0.0) + log1p, tl.div_rn(tl.where(x >= 0.0, 1.0, decay), u)
@@ -30,7 +30,7 @@ def _softplus_and_sigmoid(x):
 
 @triton.jit
 def judge(pair, mask, sums, pairs, size, options, results, HAS_REF: tl.constexpr):
-    """Flipper, logit and coefficients of some pairs from their float64 sums; stored with the mean errors."""
+    """Computes and stores mean errors, flipper, logit and coefficients of a block of pairs from their float64 sums."""
     m_w, m_l, r_w, r_l, d_w, d_l, product = sums
     weights_ptr, scale_ptr, half_beta, learn_sign, tie_tol, scale, sft_slope, loser_room = options
     reject_ptr, logit_ptr, model_error_ptr, ref_error_ptr, coefficient_ptr = results
@@ -73,11 +73,11 @@ def judge(pair, mask, sums, pairs, size, options, results, HAS_REF: tl.constexpr
 
 @triton.jit
 def _chunk_sums(partials_ptr, pair, mask, HAS_REF: tl.constexpr, HAS_PRODUCT: tl.constexpr, CHUNKS: tl.constexpr):
-    """The sums of some pairs over their chunks, first to last."""
+    """Adds up the sums of a block of pairs over their chunks, first to last."""
     zeros = tl.zeros_like(pair).to(tl.float64)
     m_w, m_l, r_w, r_l, d_w, d_l, product = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for chunk in tl.range(CHUNKS, loop_unroll_factor=2):
-        # Past the L1 cache, since other programs wrote them.
+        # Bypasses the L1 cache, since other programs wrote these values.
         place = partials_ptr + (pair * CHUNKS + chunk) * SUMS
         m_w += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
         m_l += tl.load(place + 1, mask=mask, other=0.0, cache_modifier=".cg")
@@ -96,9 +96,10 @@ def means(
     loss_ptr, rates_ptr, partials_ptr, pairs, size, options, results,
     HAS_REF: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Loss, its two parts, aaf_rate and implicit_acc over all pairs, judged here where they came in chunks.
+    """Computes the loss, its two parts, aaf_rate and implicit_acc over all pairs.
 
-    In float64: the mean of B equal numbers is then that number for every B.
+    Pairs whose latents have several chunks are judged here first. The means are taken in float64, so that the mean of B
+    equal numbers is exactly that number for every B.
     """
     sft_slope = options[6]
     loss_sum = tl.zeros([LANES], tl.float64)

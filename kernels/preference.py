@@ -1,6 +1,6 @@
-"""The preference loss over denoising errors, with its gradient in the same pass.
+"""Triton kernel of the preference loss, which can write the loss's gradient in the same pass.
 
-With predictions p (policy) and q (reference), target y, N elements a latent, winners' half first:
+With predictions p (policy) and q (reference), target y, N elements per latent, the winners' half first:
 
     m = mean_N (p - y)^2    r = mean_N (q - y)^2    D = mean_N (p - q)((p - y) + (q - y)), or m - r if only r is given
     a = +1 where D_w <= tie_tol, else learn_sign
@@ -9,14 +9,17 @@ With predictions p (policy) and q (reference), target y, N elements a latent, wi
                             c_l = -a lambda (beta/2) omega sigmoid(-logit) 2 / (N B)
 
 lambda is 1, or with a safeguard min((1 - mu) S_w / s, 1) where s = a sum_N (p_w - y_w)(p_l - y_l) > 0 and
-S_w = sum_N (p_w - y_w)^2 (Diffusion-SDPO's winner-preserving scale): one sum more, of what is in registers anyway.
+S_w = sum_N (p_w - y_w)^2 (Diffusion-SDPO's winner-preserving scale). This needs one more sum, over values that are in
+registers anyway.
 
-A program reads both halves of a pair, so a target that they share is read once. A latent of one chunk (see `errors.py`;
-16,384 elements) stays in registers until its gradient is written: one launch. A larger one is divided into chunks, one
-a program, and the gradient is a launch of its own. The program that finishes last takes the means over the pairs. (A
-step that is compiled or captured in a graph also sets the four bytes that count the programs to zero.)
+A program reads both halves of a pair, so a target that they share is read once. If a latent fits in one chunk (up to
+16,384 elements; see `denoising_error.py`), it stays in registers until its gradient is written: one launch. A larger
+latent is divided into chunks, one per program, and a second launch writes the gradient. The program that finishes last
+computes the means over the pairs. (A compiled step, or one captured in a graph, also zeroes the four bytes that count
+the finished programs.)
 
-Latents moved a pair, where the target is shared (if not, one more each time it is read); N x element size bytes each:
+Byte model: latents moved per pair if the target is shared (if not, add one for each time it is read), each of N x
+element size bytes:
 
                                        with ref_pred                             with ref_error
     loss_and_grad, one chunk           p_w p_l q_w q_l y  ->  g_w g_l      7     p_w p_l y  ->  g_w g_l            5
@@ -54,7 +57,7 @@ from seppo_fast.kernels.pair_loss import RATES, SUMS, judge, means
 
 __all__ = ["denoising_errors", "loss_and_grad", "preference"]
 
-PAIR_LANES = 1024  # at most, in the means over the pairs; where pairs come in chunks, one a thread
+PAIR_LANES = 1024  # the most pairs per block in the means over the pairs; with several chunks, one pair per thread
 
 
 @triton.jit
@@ -64,7 +67,7 @@ def _add6(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
 
 @triton.jit
 def _add_fold(sums, offsets, size, rows, HAS_REF: tl.constexpr, SHARED: tl.constexpr, LAYOUT: tl.constexpr):
-    """Adds some elements of a pair to its sums of m, r and D; also returns the policy's residuals p - y."""
+    """Adds one fold of a pair's elements to its sums of m, r and D; also returns the policy's residuals p - y."""
     m_w, m_l, r_w, r_l, d_w, d_l = sums
     target_w = load_target(rows[2], offsets, size, LAYOUT)
     target_l = target_w if SHARED else load_target(rows[3], offsets, size, LAYOUT)
@@ -82,7 +85,7 @@ def _add_fold(sums, offsets, size, rows, HAS_REF: tl.constexpr, SHARED: tl.const
     return (m_w, m_l, r_w, r_l, d_w, d_l), residual_w, residual_l
 
 
-# Not compiled anew for each number of pairs, nor where a vector happens to begin.
+# do_not_specialize: no recompilation for another number of pairs or another alignment of these vectors.
 @triton.jit(do_not_specialize=["pairs", "ref_error_ptr", "weights_ptr", "scale_ptr"])
 def _preference_fwd_kernel(
     pred_ptr, target_ptr, ref_pred_ptr, ref_error_ptr, weights_ptr, scale_ptr,
@@ -92,7 +95,10 @@ def _preference_fwd_kernel(
     LAYOUT: tl.constexpr, SHARED: tl.constexpr, CHUNKS: tl.constexpr, FOLDS: tl.constexpr, LANES: tl.constexpr,
     PAIR_BLOCKS: tl.constexpr, PAIR_LANES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one pair; with `grad`, for which a pair must be one chunk, the gradient; the last one the means."""
+    """Reduces one chunk of one pair. With `grad_ptr`, which requires one chunk per latent, it also writes the gradient.
+
+    The program that finishes last computes the means over the pairs.
+    """
     HAS_REF: tl.constexpr = ref_pred_ptr is not None
     program = tl.program_id(0)
     winner = (program // CHUNKS).to(tl.int64)
@@ -159,7 +165,8 @@ def _preference_fwd_kernel(
         if loser_room is not None:
             tl.store(mine + 6, product)
 
-    tl.debug_barrier()  # all that this program's threads stored comes before its ticket, which releases and acquires
+    # All stores of this program's threads come before its ticket, whose atomic add releases and acquires.
+    tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1:
         tl.store(ticket_ptr, 0)  # for the next launch
         means(
@@ -172,18 +179,19 @@ _tickets: dict[tuple[int, int], Tensor] = {}
 
 
 def _ticket(device: torch.device, own: bool) -> Tensor:
-    """A counter that is zero and is left at zero: one for each stream, within which launches never overlap.
+    """Returns the counter of finished programs for the current stream. It is zero before and after each launch.
 
-    With `own` it is new: a compiled step may run on memory that is its graphs' own.
+    There is one counter per stream, since launches in a stream never overlap. With `own` a new one is made, because a
+    compiled step may run on memory that belongs to its own CUDA graphs.
     """
     if own or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        # A graph's own, since it may be replayed beside this stream; zeroed at each replay.
+        # A captured graph gets its own counter, zeroed at each replay: replays may run in parallel with this stream.
         return torch.zeros(1, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, torch._C._cuda_getCurrentRawStream(index))  # `current_stream` makes an object at each launch
+    key = (index, torch._C._cuda_getCurrentRawStream(index))  # `current_stream` would make an object per launch
     if key not in _tickets:
         ticket = torch.zeros(1, dtype=torch.int32, device=device)
-        if type(ticket) is not Tensor:  # a fake one, of a run without data
+        if type(ticket) is not Tensor:  # a fake tensor, which must not be kept
             return ticket
         _tickets[key] = ticket
     return _tickets[key]
@@ -201,10 +209,11 @@ def forward(
     *,
     own_ticket: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), reject (B,) and statistics; writes `grad_scale dloss/dp` to `grad`, where it is given.
+    """Computes loss (), reject (B,) and statistics; writes `grad_scale dloss/dp` to `grad` if that is given.
 
-    Statistics are aaf_rate, implicit_acc, the two parts of the loss, B logits, 2B errors of the policy, 2B coefficients
-    of the gradient and, where `ref_pred` is given, 2B errors of the reference: one piece of memory, one argument.
+    The statistics are one tensor, to allocate and pass once: aaf_rate, implicit_acc, the two parts of the loss, B
+    logits, 2B errors of the policy, 2B coefficients of the gradient and, if `ref_pred` is given, 2B errors of the
+    reference.
     """
     rows, size = pred.shape
     pairs = rows // 2
@@ -212,7 +221,7 @@ def forward(
     device = pred.device
     target, places = layout(target)
     parts = division(size, device)
-    # Offsets are of 32 bits, also those behind the end.
+    # Offsets have 32 bits, including those beyond the end, which are masked.
     assert parts["CHUNKS"] * parts["FOLDS"] * parts["LANES"] < 2**31
     programs = pairs * parts["CHUNKS"]
     loss = torch.empty((), dtype=torch.float32, device=device)
@@ -223,7 +232,8 @@ def forward(
         partials = torch.empty(SUMS.value * programs, dtype=torch.float64, device=device)
     written = grad if programs == pairs else None
     scale, on_device = 2 / (size * pairs), isinstance(grad_scale, Tensor)
-    # In chunks a pair has seven sums: one pair a thread leaves registers for several programs at a time.
+    # With several chunks, the means also add up seven sums per pair. One pair per thread then needs few enough
+    # registers for several programs to run at a time.
     most = min(PAIR_LANES, (256 if programs == pairs else 32) * parts["num_warps"])
     pair_lanes = min(most, max(16, 1 << (pairs - 1).bit_length()))
     with torch.cuda.device_of(pred):
@@ -244,12 +254,12 @@ def forward(
 
 
 def statistics_size(pairs: int, has_ref: bool) -> int:
-    """Elements of `statistics`, see `forward`."""
+    """Returns the number of elements of `statistics`; see `forward`."""
     return RATES.value + (7 if has_ref else 5) * pairs
 
 
 def coefficients(statistics: Tensor, pairs: int) -> Tensor:
-    """The part of `statistics` that holds c, (2B,)."""
+    """Returns the part of `statistics` that holds the coefficients c, (2B,)."""
     return statistics[RATES.value + 3 * pairs : RATES.value + 5 * pairs]
 
 
@@ -257,10 +267,10 @@ class _Preference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, reject, statistics = forward(pred, target, *rest)
-        # `.data`: what a caller does to a statistic in place is nothing to the gradient.
+        # `.data`: in-place changes of a statistic by the caller must not invalidate the saved coefficients.
         ctx.save_for_backward(pred, target, coefficients(statistics.data, len(reject)))
         ctx.mark_non_differentiable(reject, statistics)
-        ctx.set_materialize_grads(False)  # else each output without a gradient costs a launch for its zeros
+        ctx.set_materialize_grads(False)  # else each output without a gradient costs a launch to make zeros
         return loss, reject, statistics
 
     @staticmethod
@@ -272,7 +282,7 @@ class _Preference(torch.autograd.Function):
 
 
 def named(loss: Tensor, reject: Tensor, statistics: Tensor, ref_error: Tensor | None) -> PreferenceTensors:
-    """As `eager.preference` returns them."""
+    """Splits the statistics; returns the tensors that `eager.preference` returns."""
     pairs = reject.shape[0]
     sizes = [RATES.value, pairs, 2 * pairs, 2 * pairs] + ([2 * pairs] if ref_error is None else [])
     rates, logit, model_error, _, *made = statistics.detach().split(sizes)
@@ -288,9 +298,10 @@ def preference(
     weights_B: Tensor | None,
     form: LossForm,
 ) -> PreferenceTensors:
-    """The loss with arguments and results as `eager.preference`; `weights_B` and `ref_error_R` are dense float32.
+    """Computes the loss; arguments and results are those of `eager.preference`.
 
-    Rows of predictions may lie at any stride; the elements of a row lie side by side.
+    `weights_B` and `ref_error_R` must be dense float32. Predictions may have any stride between rows, but each row must
+    be contiguous.
     """
     inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, form)
     tracked = torch.is_grad_enabled() and pred_RN.requires_grad
@@ -308,7 +319,7 @@ def loss_and_grad(
     grad_scale: float | Tensor,
     grad_RN: Tensor | None,
 ) -> tuple[PreferenceTensors, Tensor]:
-    """Loss and gradient, as `eager.loss_and_grad`."""
+    """Computes loss and gradient; arguments and results are those of `eager.loss_and_grad`."""
     inputs = (pred_RN, target, ref_pred_RN, ref_error_R, weights_B, form)
     grad = dense_like(pred_RN) if grad_RN is None else grad_RN
     return named(*forward(*inputs, grad_scale, grad), ref_error_R), grad

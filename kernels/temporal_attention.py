@@ -1,26 +1,27 @@
-"""Attention of each position of a clip over its frames, `softmax(q k^T / sqrt(D)) v`, and its gradient.
+"""Triton kernels of attention over frames at each position of a clip, `softmax(q k^T / sqrt(D)) v`, and its gradient.
 
     S = q k^T / sqrt(D)    P = softmax(S)    o = P v
     dv = P^T do    dP = do v^T    dS = P (dP - rowsum(P dP)) / sqrt(D)    dq = dS k    dk = dS^T q
 
-A clip has at most 32 frames, so the scores of a position and a head are one small tile, which in half precision a warp
-has to itself; no barrier stands between its loads, so that they wait for memory together. Items are counted along one
-side of the grid, so there may be nearly 2^31 of them, and q, k, v are read where they lie, by strides: frames may stand
-outside of the positions, as in the features of a UNet, or inside, as motion modules transpose them.
+A clip has at most 32 frames, so the scores of one position and head are one small tile. In half precision each warp
+computes a tile alone. No barrier separates its loads, so their memory latencies overlap. Items are counted along one
+axis of the grid, so there may be nearly 2^31 of them. q, k and v are read in place by their strides: frames may be an
+outer dim of the positions, as in the features of a UNet, or an inner one, as motion modules transpose them.
 
-Bytes moved, in units of B F P H D times the element size, one launch each; no number of a row is kept in between:
+Bytes moved, in units of B F P H D times the element size. Each pass is one launch, and no statistics of the softmax are
+stored in between:
 
     forward    q k v     ->  o           4
     backward   q k v do  ->  dq dk dv    7
 
-The backward takes the softmax anew from q and k, which it reads anyway: kept log-sums would add bytes and save nothing,
-as S has to be made all the same; rowsum(P dP) stands in for rowsum(do o), so o is not read either.
+The backward recomputes the softmax from q and k, which it reads anyway. Stored log-sums would add bytes and save
+nothing, since S must be recomputed all the same. rowsum(P dP) replaces rowsum(do o), so o is not read either.
 
-Operands of the products are in the inputs' dtype, sums and the softmax in float32; P and dS are rounded to that dtype
-as in other fused attention. float32 is not taken to TF32. Under the interpreter, whose arithmetic on bfloat16 is wrong,
-operands are float32 whatever the inputs are.
+Operands of the products have the inputs' dtype; sums and the softmax are in float32. P and dS are rounded to the
+inputs' dtype, as in other fused attention. float32 inputs are not rounded to TF32. Under the interpreter, whose
+bfloat16 arithmetic is wrong, operands are float32 whatever the inputs are.
 
-Shapes: B clips, F frames, P positions, H heads, D width of a head; an item is a head of a position of a clip.
+Shapes: B clips, F frames, P positions, H heads, D width of a head. An item is one head at one position of one clip.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -44,9 +45,10 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tile(tensor, items, positions, SIZES: tl.constexpr, TURNED: tl.constexpr):
-    """A program's items in a tensor: pointers to the first neighbours of each head, which items and frames there are.
+    """Locates a program's items in a tensor.
 
-    (ITEMS, PADDED, CHUNK), or turned (ITEMS, CHUNK, PADDED); and the neighbours' numbers.
+    Returns pointers to the first CHUNK elements of each head, (ITEMS, PADDED, CHUNK), or transposed (ITEMS, CHUNK,
+    PADDED) if TURNED; a mask of the items and frames that exist; and the elements' indices.
     """
     ptr, strides, HEAD_STRIDE = tensor
     HEADS: tl.constexpr = SIZES[0]
@@ -72,7 +74,7 @@ def _tile(tensor, items, positions, SIZES: tl.constexpr, TURNED: tl.constexpr):
 
 @triton.jit
 def _load(tile, chunk: tl.constexpr, SIZES: tl.constexpr, OPERAND: tl.constexpr):
-    """The neighbours of one chunk; zeros where there is nothing."""
+    """Loads one chunk of the heads' elements; zeros where the mask is off."""
     pointers, there, element = tile
     first = chunk * SIZES[5]
     return tl.load(pointers + first, mask=there & (first + element < SIZES[2]), other=0.0).to(OPERAND)
@@ -88,7 +90,7 @@ def _store(tile, chunk: tl.constexpr, x, SIZES: tl.constexpr):
 
 @triton.jit
 def _softmax(scores, scale, SIZES: tl.constexpr):
-    """Over the frames that are there."""
+    """Computes the softmax over the existing frames, without the padding."""
     FRAMES: tl.constexpr = SIZES[1]
     PADDED: tl.constexpr = SIZES[4]
     shown = (tl.arange(0, PADDED) < FRAMES)[None, None, :]
@@ -97,13 +99,16 @@ def _softmax(scores, scale, SIZES: tl.constexpr):
     return weights / tl.sum(weights, 2)[:, :, None]
 
 
-# k, and in the backward v, are loaded turned: a turn of what is loaded already would go through shared memory, and with
-# a barrier between two loads the second waits for the first.
+# k, and in the backward v, are loaded transposed. Transposing loaded data would go through shared memory, whose barrier
+# between two loads would make the second wait for the first.
 @triton.jit(do_not_specialize=["items", "positions"])
 def _temporal_fwd_kernel(
     q, k, v, out, items, positions, scale, SIZES: tl.constexpr, CHUNKS: tl.constexpr, OPERAND: tl.constexpr
 ):
-    """o of a program's items. A tensor comes as its pointer, its strides of clip, frame, position, and of a head."""
+    """Computes o of a program's items.
+
+    Each tensor is a tuple: its pointer, its strides of clip, frame and position, and its stride of heads.
+    """
     ITEMS: tl.constexpr = SIZES[3]
     PADDED: tl.constexpr = SIZES[4]
     q, k = _tile(q, items, positions, SIZES, False), _tile(k, items, positions, SIZES, True)
@@ -126,7 +131,7 @@ def _temporal_bwd_kernel(
     q, k, v, grad_out, grad_q, grad_k, grad_v, items, positions, scale,
     SIZES: tl.constexpr, CHUNKS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of a program's items, from q, k, v and do."""
+    """Computes dq, dk and dv of a program's items from q, k, v and do."""
     ITEMS: tl.constexpr = SIZES[3]
     PADDED: tl.constexpr = SIZES[4]
     q, grad_out = _tile(q, items, positions, SIZES, False), _tile(grad_out, items, positions, SIZES, False)
@@ -156,12 +161,13 @@ def _temporal_bwd_kernel(
 
 @cache
 def division(heads: int, frames: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How the work is divided: the sizes of a tile, and warps, by what an item takes of registers and shared memory.
+    """Returns the sizes of a program's tile and its number of warps, chosen by an item's registers and shared memory.
 
-    Half precision: a warp an item, as many items a program as leave it 40 KiB of shared memory or less. float32, whose
-    products run outside the tensor cores: an item a program, and as many warps as give a thread 16 bytes of a tile.
+    In half precision: one warp per item, and as many items per program as fit in 40 KiB of shared memory. In float32,
+    whose products do not run on tensor cores: one item per program, and so many warps that a thread has 16 bytes of a
+    tile.
     """
-    padded = 16 if frames <= 16 else 32  # products of tiles take 16 or more
+    padded = 16 if frames <= 16 else 32  # `tl.dot` needs sides of at least 16
     chunk = 32 if width % 32 == 0 else 16
     elements = padded * width
     if dtype == torch.float32:
@@ -173,7 +179,7 @@ def division(heads: int, frames: int, width: int, dtype: torch.dtype) -> dict[st
 
 
 def _launch(kernel: Any, *tensors: Tensor) -> None:
-    """One launch over all items of (B, F, P, H, D) tensors."""
+    """Launches a kernel once, over all items of (B, F, P, H, D) tensors."""
     clips, frames, positions, heads, width = tensors[0].shape
     items = clips * positions * heads
     assert frames <= 32 and width <= 160 and items < 2**31 - 4
@@ -184,27 +190,27 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
         kernel[(-(-items // parts["SIZES"][3]),)](
             *((x, x.stride()[:3], tl.constexpr(x.stride(3))) for x in tensors),
             items, positions, width**-0.5, OPERAND=operand, **parts,
-            enable_fp_fusion=True,  # stated, since triton 3.10 changes the default
+            enable_fp_fusion=True,  # explicit, since triton 3.10 changes the default
         )  # fmt: skip
 
 
 def _like(x: Tensor) -> Tensor:
-    """New memory in the layout of `x`, without its gaps."""
+    """Returns new memory in the layout of `x`, without its gaps."""
     made = torch.empty_like(x)
-    # Where positions share memory, the order of dims is not what it was.
+    # If elements of `x` share memory (expanded dims), `empty_like` can choose another order of dims.
     return made if made.stride(4) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """o, in the layout of `q`."""
+    """Returns o in the memory layout of `q`."""
     out = _like(q)
     _launch(_temporal_fwd_kernel, q, k, v, out)
     return out
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, in the layouts of `q`, `k`, `v`."""
-    if grad_out.stride(4) != 1:  # that of a sum: one number for all
+    """Returns dq, dk and dv in the memory layouts of `q`, `k` and `v`."""
+    if grad_out.stride(4) != 1:  # for example the gradient of a sum, which is one expanded number
         grad_out = grad_out.contiguous()
     grads = _like(q), _like(k), _like(v)
     _launch(_temporal_bwd_kernel, q, k, v, grad_out, *grads)
@@ -224,7 +230,7 @@ class _TemporalAttention(torch.autograd.Function):
         return backward(q, k, v, grad_out)
 
 
-# What a compiled step calls, as in `operators.py`: torch.compile sees nothing of a kernel.
+# Custom operators for compiled steps, as in `torch_ops.py`: torch.compile does not look inside a kernel.
 _operator = torch.library.custom_op("seppo_fast::temporal_attention", forward, mutates_args=())
 _gradient = torch.library.custom_op("seppo_fast::temporal_attention_gradient", backward, mutates_args=())
 
@@ -251,13 +257,16 @@ _operator.register_autograd(_operator_backward, setup_context=_save)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v` over the frames: (B, F, P, H, D), of the inputs' dtype and in the layout of `q`.
+    """Computes `softmax(q k^T / sqrt(D)) v` over the frames, differentiable in all three inputs.
 
     Args:
-        q: (B, F, P, H, D) float32, bfloat16 or float16, F up to 32 and D up to 160, at any strides but for the last
-            dim, whose elements lie side by side.
-        k: alike, at strides of its own.
-        v: alike, at strides of its own.
+        q: the queries: (B, F, P, H, D) float32, bfloat16 or float16, with F up to 32 and D up to 160, at any strides
+            except that the last dim must have stride 1.
+        k: the keys, like `q`, at their own strides.
+        v: the values, like `q`, at their own strides.
+
+    Returns:
+        (B, F, P, H, D) in the inputs' dtype and in the memory layout of `q`.
     """
     if torch.compiler.is_compiling():
         return _operator(q, k, v)

@@ -1,7 +1,7 @@
-"""The kernels as operators of torch.library: what a compiled step calls, since torch.compile sees nothing of a kernel.
+"""The kernels as torch.library operators, for compiled steps: torch.compile does not look inside a Triton kernel.
 
-Eager code goes around these, because their dispatch takes longer than the kernels run. The functions are those of
-`preference.py` and of `eager.py`, the PyTorch twin.
+Eager code bypasses these operators, because their dispatch takes longer than the kernels run. The functions are the
+same as in `preference.py` and in `eager.py`, the PyTorch twin.
 """
 
 from __future__ import annotations
@@ -115,18 +115,18 @@ def _(pred: Tensor, target: Tensor, ref_pred: Tensor | None, *_: Any) -> tuple[T
 
 
 def denoising_errors(pred_RN: Tensor, target: Tensor) -> Tensor:
-    """See `errors.denoising_errors`."""
+    """Computes denoising errors; see `denoising_error.denoising_errors`."""
     return _denoising_errors(pred_RN, target)
 
 
 def preference(*inputs: Any) -> PreferenceTensors:
-    """See `preference.preference`, whose arguments these are."""
+    """Computes the loss, with the arguments of `preference.preference`."""
     *tensors, form = inputs
     return kernels.named(*_preference(*tensors, *form), ref_error=inputs[3])
 
 
 def loss_and_grad(*inputs: Any) -> tuple[PreferenceTensors, Tensor]:
-    """See `preference.loss_and_grad`, whose arguments these are."""
+    """Computes loss and gradient, with the arguments of `preference.loss_and_grad`."""
     *tensors, form, grad_scale, grad_RN = inputs
     scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
     loss, reject, statistics, grad = _loss_and_grad(*tensors, *form, *scale)

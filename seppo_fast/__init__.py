@@ -1,13 +1,13 @@
 """SePPO for diffusion models: preference fine-tuning from winners alone, without pairs and without a reward model.
 
-`seppo_fast.loss` is the drop-in loss, `seppo_fast.train` the trainer, `ReferencePool` keeps past policies for other
-trainers. Nothing is imported before it is asked for, so that the version or one room never costs torch, triton or a
-model library.
+`seppo_fast.loss` is the drop-in loss, `seppo_fast.train` the trainer, and `ReferencePool` stores past policies for
+other trainers. Imports are lazy, so that reading the version or using one subpackage does not load torch, triton or a
+model library that it does not need.
 """
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would be an import
+TYPE_CHECKING = False  # type checkers assume it is true; taking it from `typing` would cost an import
 if TYPE_CHECKING:
     from seppo_fast.references import ReferencePool as ReferencePool
 

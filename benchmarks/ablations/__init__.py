@@ -1,1 +1,1 @@
-"""What `python -m benchmarks.ablation` trains and compares: rows, regimes, pieces of work, tables."""
+"""What `python -m benchmarks.ablation` trains and compares: rows (methods), regimes, pieces of work, tables."""

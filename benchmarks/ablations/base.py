@@ -1,4 +1,4 @@
-"""The base's own scores, which every piece is compared with."""
+"""Scores the base model, with which every piece is compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASE = "base"
 
 
 def run_base(results: str, size: Size = FULL) -> None:
-    """Judges the base in this process, on one thread, on the report prompts, and writes its result."""
+    """Judges the base on the report prompts, in this process and on one thread, and writes the result."""
     began = time.perf_counter()
     prepare()
     config, prompts = read_config("demo.yaml"), held_out(selecting=False)[: size.prompts]

@@ -1,4 +1,4 @@
-"""The ablation's tables as Markdown."""
+"""Formats the ablation's tables as Markdown."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _REGIMES = {
 
 
 def ablation_tables(result: dict[str, Any]) -> str:
-    """Returns the tables of rendered winners: at equal updates and samples, and at equal compute."""
+    """Returns the tables for rendered winners: at equal updates and samples, and at equal compute."""
     rows = result["rows"]
     if not rows:
         return "Not measured yet."
     seppo = next((row for row in rows if row["row"] == SEPPO), None)
     parts = [
-        f"Equal updates and pairs ({UPDATES} x 128), and of all rows that generate equal samples ({UPDATES} x 32):",
+        f"Equal updates and pairs ({UPDATES} x 128), and equal samples ({UPDATES} x 32) for all rows that generate:",
         _table((row for row in rows if row["update"] == UPDATES), seppo),
     ]
     if seppo is not None:
         cost = seppo["row_forwards"]
         near = [row for row in rows if abs(row["row_forwards"] / cost - 1) < 0.05]
         parts += [
-            f"Equal compute ({cost:,} rows through the network within 5 %, a backward as two):",
+            f"Equal compute ({cost:,} rows through the network within 5 %, a backward counted as two):",
             _table(near, seppo),
         ]
     return "\n\n".join([*parts, _origin(result)])
@@ -48,7 +48,7 @@ def regime_tables(result: dict[str, Any]) -> str:
 
 
 def _table(rows: Iterable[dict[str, Any]], seppo: dict[str, Any] | None) -> str:
-    """One table, best first by the gain at the first guidance scale."""
+    """Returns one table, sorted by the gain at the first guidance scale, best first."""
     heads = [f"guidance {scale}: gain over the base [95 %], over SePPO" for scale in _SCALES]
     lines = [f"| method | lr | seeds | cost | winner error | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|"]
     first = f"guidance {_SCALES[0]}"
@@ -75,5 +75,5 @@ def _origin(result: dict[str, Any]) -> str:
     base = ", ".join(f"{score:.3f} at guidance {scale}" for scale, score in result["base"].items())
     return (
         f"`{result['command']}`: {result['prompts']} held-out prompts, the same for each training seed. "
-        f"Base {base}. Cost: rows through the net, over SePPO's; commits {', '.join(result['commits'])}."
+        f"Base {base}. Cost: rows through the network, relative to SePPO's; commits {', '.join(result['commits'])}."
     )

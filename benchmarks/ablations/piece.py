@@ -1,4 +1,4 @@
-"""One run of the ablation: trained once, judged where its row says, counted."""
+"""Runs one piece of the ablation: trains it, judges it after the updates that its row names, and counts its cost."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.logging import quiet_libraries
 from seppo_fast.utils.random import keyed_noise, keyed_rng
 
-WINNERS, MADE = "shapes:2048:11", "shapes-made:1024"  # whose captions no held-out prompt shares, whatever is trained on
+WINNERS, MADE = "shapes:2048:11", "shapes-made:1024"  # no held-out prompt is a caption of either
 HELD_OUT_STREAM, ERROR_DRAWS = 13, 4
 WRONG_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a run does; smaller to see that it runs.
+    """How much work each run does; a smaller size serves as a smoke test.
 
     Attributes:
-        prompts: judged at each stop, at most; of the development prompts fewer are left.
-        pictures: on which the held-out error is taken.
-        settings: over those of every piece.
-        stops: replaces the stops of every piece; None: each has its own.
+        prompts: maximum number of prompts judged at each stop; there are fewer development prompts than this.
+        pictures: number of pictures on which the held-out error is computed.
+        settings: settings that override those of every piece.
+        stops: updates after which every piece is judged, instead of its own; None: each piece's own.
     """
 
     prompts: int = 600
@@ -78,7 +78,13 @@ QUICK = Size(
 
 
 class Rows:
-    """Counts rows that go through a network, forward and backward."""
+    """Counts the rows that pass through a network in forwards and backwards.
+
+    Attributes:
+        forward: rows counted in forwards.
+        backward: rows counted in backwards.
+        paused: set it to True to stop counting forwards.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         self.forward, self.backward, self.paused = 0, 0, False
@@ -98,18 +104,18 @@ class Rows:
 
     @property
     def equivalent(self) -> int:
-        """Forwards of a row; a backward counts as two."""
+        """The count in forwards of one row; a backward counts as two."""
         return self.forward + 2 * self.backward
 
 
 class Stops:
-    """Judges a run where it should be judged; an observer of `train`.
+    """Judges a run at its stops; pass it to `train` as `observe`.
 
     Args:
-        stops: the updates after which it does.
-        prompts: held out.
-        seed: of the starting noise.
-        pictures: on which the held-out error is taken.
+        stops: the updates after which the run is judged.
+        prompts: held-out prompts.
+        seed: seed of the starting noise.
+        pictures: number of pictures on which the held-out error is computed.
 
     Attributes:
         found: one entry per stop.
@@ -151,7 +157,7 @@ class Stops:
 
 @torch.no_grad()
 def held_out_error(trainer: Trainer, pictures: int) -> float:
-    """Returns the policy's mean denoising error on so many rendered pictures that no run sees."""
+    """Returns the policy's mean denoising error on `pictures` rendered pictures that no run trains on."""
     family, schedule = trainer.family, trainer.family.schedule
     scenes = [scene(HELD_OUT_STREAM, index) for index in range(pictures)]
     latents = family.encode_images(torch.from_numpy(np.stack([render(one) for one in scenes])))
@@ -171,13 +177,13 @@ def held_out_error(trainer: Trainer, pictures: int) -> float:
 
 
 def run_piece(piece: Piece, folder: str, results: str, size: Size = FULL) -> None:
-    """Trains and judges a piece in this process, on one thread, from its beginning, and writes its result.
+    """Trains and judges a piece from its beginning, in this process and on one thread, and writes its result.
 
     Args:
-        piece: what is trained.
-        folder: of runs, caches and written data; the run's own is cleared first and removed after.
-        results: folder of the results' files; each appears whole.
-        size: how much of it.
+        piece: the piece of work.
+        folder: folder for runs, caches and written data; the run's own subfolder is removed before and afterwards.
+        results: folder for the result files; each is written atomically.
+        size: how much work the piece does.
     """
     began = time.perf_counter()
     prepare()
@@ -196,14 +202,14 @@ def run_piece(piece: Piece, folder: str, results: str, size: Size = FULL) -> Non
 
 
 def write_result(folder: Path, name: str, content: dict[str, Any]) -> None:
-    """Writes a result's file, which appears whole or not at all."""
+    """Writes a result file atomically."""
     staging = folder / f".tmp-{name}"
     staging.write_text(json.dumps(content) + "\n", encoding="utf-8")
     os.replace(staging, folder / f"{name}.json")
 
 
 def prepare() -> None:
-    """Makes this process fit for a run."""
+    """Prepares this process for a run: quiet libraries, one thread, and the ablation's own objectives registered."""
     quiet_libraries()
     torch.set_num_threads(1)
     if "random-sign" not in OBJECTIVES:
@@ -211,13 +217,13 @@ def prepare() -> None:
 
 
 def held_out(selecting: bool) -> list[str]:
-    """Returns the prompts on which settings are chosen, or those that are reported on."""
+    """Returns held-out prompts: those for choosing settings if `selecting`, else those for reporting."""
     made = {example.prompt for example in open_source(MADE)}
     return [prompt for prompt in prompt_sets(open_source(WINNERS))[0 if selecting else 1] if prompt not in made]
 
 
 def config_of(piece: Piece, folder: Path, place: Path, size: Size) -> Config:
-    """The configuration of a piece; writes what its regime needs first."""
+    """Returns the configuration of a piece, after preparing the weights or data that its regime needs."""
     settings = piece.settings()
     if piece.regime == AFTER_SFT:
         settings["model.path"] = str(first_stage(piece.seed, folder, size))
@@ -228,7 +234,14 @@ def config_of(piece: Piece, folder: Path, place: Path, size: Size) -> Config:
 
 
 def changed(recipe: str, settings: dict[str, Any], output: Path, cache: Path) -> Config:
-    """A recipe with other settings, and without what would take time and rows on the way."""
+    """Returns a recipe with other settings, and with logging and saving off that would cost time or extra rows.
+
+    Args:
+        recipe: name of the recipe.
+        settings: settings to change, `section.key` to value.
+        output: the run's folder.
+        cache: folder of data caches.
+    """
     tree = read_config(recipe).model_dump()
     quiet = {
         "output": str(output), "data.cache": str(cache),
@@ -241,7 +254,7 @@ def changed(recipe: str, settings: dict[str, Any], output: Path, cache: Path) ->
 
 
 def first_stage(seed: int, folder: Path, size: Size) -> Path:
-    """The weights of plain fine-tuning that a second stage begins from, trained where they do not exist yet."""
+    """Returns the folder of the SFT weights from which the second stage starts, training them if they do not exist."""
     place = folder / f"first-stage-seed{seed}"
     with alone(folder):
         if not (place / "weights").exists():
@@ -254,14 +267,17 @@ def first_stage(seed: int, folder: Path, size: Size) -> Path:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Lets one process at a time prepare what several need."""
+    """Lets one process at a time run the block, which prepares files that several processes need."""
     with (folder / ".preparing").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def wrong_captions(folder: Path) -> Path:
-    """The recipe's winners as files, a fifth of them with another winner's caption; written where they do not exist."""
+    """Returns a folder with the recipe's winners, a fifth of them with wrong captions, writing it if it is missing.
+
+    The wrong captions are those of other winners.
+    """
     if folder.exists():
         return folder
     staging = folder.with_name(f"{folder.name}-unfinished")

@@ -1,7 +1,7 @@
-"""The rows and regimes of the ablation, and the runs that they take: each a piece of work that can wait.
+"""The rows and regimes of the ablation, and the training runs they need, each an independent piece of work.
 
-Everything trains from `demo.yaml` with `sft_weight` 0, and with what the row or the regime names. Learning rates are
-chosen on development prompts and a training seed of their own; what is reported comes from other prompts and seeds.
+Every run uses `demo.yaml` with `sft_weight` 0 and the settings of its row and regime. Learning rates are chosen on
+development prompts and a separate training seed; the reported results come from other prompts and seeds.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any
 from benchmarks.ablations.signs import LOSER_SIGN, RANDOM_SIGN
 
 UPDATES = 40
-FIRST_STAGE_SEED = 1000  # added to a run's seed, so that both stages draw other examples, times and noises
+FIRST_STAGE_SEED = 1000  # added to a run's seed, so that the two stages draw different examples, times and noise
 EQUAL_COMPUTE = 187  # updates of SFT that run as many rows through the network as 40 of SePPO; `row_forwards` shows it
 RATES = (3e-5, 1e-4)
 DEVELOPMENT_SEED, REPORT_SEEDS, REGIME_SEEDS = 100, (1, 2, 3), (1, 2)
 GUIDANCE = (3.0, 1.5)
 SEPPO, SFT = "seppo", "sft"
-FIRST_STAGE_UPDATES = 120  # of SFT, before the regime that begins with it
+FIRST_STAGE_UPDATES = 120  # SFT updates before the regime that starts from SFT
 
 STUDIES = ("rates", "table", "regimes")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method of the tables.
+    """A method in the tables.
 
     Attributes:
-        title: for people.
-        objective: what it trains by.
-        settings: that differ from the recipe's, `section.key` to value.
+        title: the title in the tables.
+        objective: the training objective.
+        settings: settings that differ from the recipe's, `section.key` to value.
         stops: updates after which it is judged.
     """
 
@@ -59,13 +59,13 @@ ROWS = {
 AFTER_SFT = "after-sft"
 MADE = {"data.source": "shapes-made:1024"}
 REGIMES: dict[str, dict[str, Any]] = {
-    AFTER_SFT: {},  # its base is what the first stage wrote
+    AFTER_SFT: {},  # starts from the weights of the first stage, see `piece.first_stage`
     "64-winners": {"data.source": "shapes:64:11"},
-    "wrong-captions": {},  # its data are written first
+    "wrong-captions": {},  # its data is written first, see `piece.wrong_captions`
     "model-made": MADE,
 }
 REGIME_ROWS = (SFT, SEPPO, "random-sign", "seppo-sft-4")
-# Where winners are model-made: labels exist, and SFT on any one of the model's pictures is the control.
+# Further rows for model-made winners: labelled losers exist there, and SFT on a random picture is the control.
 MADE_ROWS = {
     "diffusion-dpo": Row("Diffusion-DPO on the labels", "diffusion-dpo"),
     "sft-random": Row("SFT on a random picture", SFT, {"data.source": "shapes-made:1024:random"}),
@@ -81,7 +81,7 @@ class Piece:
         study: one of `STUDIES`.
         row: a key of `ALL_ROWS`.
         rate: the learning rate.
-        seed: of the training.
+        seed: the training seed.
         regime: a key of `REGIMES`; empty for rendered winners.
     """
 
@@ -93,22 +93,23 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """Returns the name of its result."""
+        """The name of the piece's result file, without suffix."""
         where = f"{self.regime}-" if self.regime else ""
         return f"{self.study}-{where}{self.row}-{self.rate:g}-seed{self.seed}"
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Returns the updates after which it is judged: but for the table, all at equal updates alone.
+        """The updates after which the run is judged.
 
-        A second stage is judged at its beginning too, which is what it is compared with.
+        In the study `table` these are its row's, elsewhere only `UPDATES`. A run that starts from SFT is also judged
+        before its first update, as its gain is measured from there.
         """
         if self.study == "table":
             return ALL_ROWS[self.row].stops
         return (0, UPDATES) if self.regime == AFTER_SFT else (UPDATES,)
 
     def settings(self) -> dict[str, Any]:
-        """Returns what differs from the recipe, `section.key` to value."""
+        """Returns the settings that differ from the recipe's, `section.key` to value."""
         row = ALL_ROWS[self.row]
         regime = REGIMES[self.regime] if self.regime else {}
         trip = {"sampler.round_trip": True} if self.regime == "model-made" and row.objective in _GENERATE else {}
@@ -128,11 +129,11 @@ _GENERATE = {SEPPO, RANDOM_SIGN}
 
 
 def pieces(study: str, rates: Mapping[str, float]) -> Iterator[Piece]:
-    """Yields the pieces of a study, seed by seed, so that whatever is finished can be read.
+    """Yields the pieces of a study, seed by seed, so that partial results cover all rows.
 
     Args:
         study: one of `STUDIES`.
-        rates: the learning rate of each row; not needed for the study that finds them.
+        rates: the learning rate of each row; not needed for the study `rates`, which finds them.
     """
     if study == "rates":
         for row in ROWS:

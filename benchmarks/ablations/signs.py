@@ -1,4 +1,4 @@
-"""Two anchors that are not the product's: SePPO's signs dealt at random, and a sign that looks at the policy alone."""
+"""Two anchor tests for the ablation only: SePPO's signs in random order, and a sign from the policy's errors alone."""
 
 from __future__ import annotations
 
@@ -20,14 +20,23 @@ RANDOM_SIGN, LOSER_SIGN = "random-sign", "loser-sign"
 
 
 class SignedMethod(PreferenceMethod):
-    """SePPO with another rule for which pairs reject."""
+    """SePPO with another rule for which pairs to reject."""
 
     @abstractmethod
     def rejected(self, errors: Tensor, ref_errors: Tensor, pairs: Pairs) -> Tensor:
-        """Returns which of b pairs reject, `(b,)` bool, by errors `(2b,)`, winner half first."""
+        """Returns which of b pairs to reject.
+
+        Args:
+            errors: the policy's denoising errors, `(2b,)`, winners first.
+            ref_errors: the reference's denoising errors, `(2b,)`, winners first.
+            pairs: the pairs.
+
+        Returns:
+            `(b,)` bool.
+        """
 
     def loss(self, policy: nn.Module, micro_batch: Pairs, grad_scale: Tensor) -> StepLoss:
-        """See `Method`: `mean softplus((beta/2)(D_w - a D_l))` with the rule's `a`."""
+        """Returns the loss `mean softplus((beta/2)(D_w - a D_l))` with the rule's sign `a`; see `Method`."""
         made = self.strategy.predictions(policy, micro_batch)
         assert made.ref_error is not None
         leaf = made.policy.detach().requires_grad_()
@@ -46,12 +55,12 @@ class SignedMethod(PreferenceMethod):
         return StepLoss(made.policy, grad, sums)
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
-        """Returns the means."""
+        """Returns the means over rows."""
         return {name: value / rows for name, value in sums.items()}
 
 
 class RandomSign(SignedMethod):
-    """As many pairs of each micro-batch reject as SePPO would reject, but which ones is a matter of chance."""
+    """Rejects as many pairs of each micro-batch as SePPO would, but chooses them at random."""
 
     def rejected(self, errors: Tensor, ref_errors: Tensor, pairs: Pairs) -> Tensor:
         """See `SignedMethod`."""
@@ -61,7 +70,7 @@ class RandomSign(SignedMethod):
 
 
 class LoserSign(SignedMethod):
-    """A pair rejects where the policy fits the loser worse than the winner at the same time and noise."""
+    """Rejects a pair if the policy's error on the loser is larger than on the winner, at the same time and noise."""
 
     def rejected(self, errors: Tensor, ref_errors: Tensor, pairs: Pairs) -> Tensor:
         """See `SignedMethod`."""
@@ -70,6 +79,6 @@ class LoserSign(SignedMethod):
 
 
 def register_signs() -> None:
-    """Makes both known as objectives, once a process."""
+    """Registers both as objectives; call it once per process."""
     for name, method in {RANDOM_SIGN: RandomSign, LOSER_SIGN: LoserSign}.items():
         register(name, Objective("adaptive", "uniform", "generated", "preferred", "benchmarks.ablation"), method)

@@ -1,4 +1,4 @@
-"""What the finished runs of the ablation say: each row against the base and against SePPO, with intervals."""
+"""Evaluates the finished runs of the ablation: each row against the base and against SePPO, with intervals."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _SCALES = [f"{scale:g}" for scale in GUIDANCE]
 
 
 def best_rates(finished: Finished, rows: Iterable[str] = ROWS) -> dict[str, float] | None:
-    """Returns the better learning rate of each row; None where one of the rows has not been tried at both.
+    """Returns each row's learning rate with the higher mean score on development prompts, over both guidance scales.
 
-    Better by the mean score on development prompts, over both guidance scales.
+    Returns:
+        Row to learning rate, or None if any of the rows has not been tried at both rates.
     """
     tried: dict[str, dict[float, float]] = defaultdict(dict)
     for piece in finished.values():
@@ -32,10 +33,10 @@ def best_rates(finished: Finished, rows: Iterable[str] = ROWS) -> dict[str, floa
 
 
 def tables(finished: Finished) -> dict[str, Any]:
-    """Returns all tables as they are so far.
+    """Returns all tables, computed from the runs that are finished.
 
-    `rows`: one entry per row and stop of the study `table`; `regimes`: one per regime and row; both over the seeds that
-    are finished, whose number stands with them. One item of an interval is a prompt, its score the mean over seeds.
+    `rows` has one entry per row and stop of the study `table`, `regimes` one per regime and row; each entry lists the
+    training seeds that it averages over. The items of an interval are prompts, each scored by its mean over seeds.
     """
     base = finished["base"]
     table = _groups(finished, "table")
@@ -55,7 +56,7 @@ Key = tuple[str, str, int]  # regime, row, update
 
 
 def _groups(finished: Finished, study: str) -> dict[Key, list[dict[str, Any]]]:
-    """The stops of all seeds, by regime, row and update, in the order of the tables."""
+    """Returns the stops of all seeds by regime, row and update, in the order of the tables."""
     groups: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for piece in finished.values():
         if piece.get("study") == study and piece["row"] in ALL_ROWS:
@@ -85,7 +86,7 @@ def _entry(
     common = {stop["seed"] for stop in found} & {stop["seed"] for stop in seppo}
     begun = {stop["seed"]: stop for stop in groups.get((regime, row, 0), [])}
     for scale in _SCALES:
-        # What a second stage began with, else the base.
+        # The gain is over the starting point: a run after SFT starts from its own stop 0, all others from the base.
         against = [begun.get(stop["seed"], base)["scores"][scale] for stop in found]
         compared: dict[str, Any] = asdict(paired_difference(np.mean(against, axis=0), _mean(found, scale)))
         seeds = [paired_difference(own, stop["scores"][scale]) for own, stop in zip(against, found, strict=True)]
@@ -99,7 +100,7 @@ def _entry(
 
 
 def _mean(found: list[dict[str, Any]], scale: str) -> np.ndarray:
-    """The mean score of each prompt over seeds: these share prompts and starting noise, so they are not items."""
+    """Returns each prompt's mean score over seeds; seeds share prompts and starting noise, so they are not items."""
     return np.mean([stop["scores"][scale] for stop in found], axis=0)
 
 

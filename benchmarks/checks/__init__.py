@@ -1,1 +1,1 @@
-"""What `python -m benchmarks.gpu_check` and `python -m benchmarks.anchor` look at."""
+"""The checks and measurements behind `python -m benchmarks.gpu_check` and `python -m benchmarks.anchor`."""

@@ -1,7 +1,8 @@
-"""How two mean gradients compare, and how much of that is noise: each is measured on two disjoint halves of the pairs.
+"""Compares two mean gradients and estimates how much of each is noise, by measuring each on two halves of the pairs.
 
-With g = (a + b) / 2, where a and b are the same gradient on pairs of their own, |g|^2 holds the variance of the mean
-over draws and pairs, and a . b does not: its expectation is the square of the expected gradient.
+Let g = (a + b) / 2, where a and b are the mean gradients on two disjoint halves of the pairs. Then |g|^2 includes the
+variance of the mean over draws and pairs, but a . b does not: its expectation is the squared norm of the expected
+gradient.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ Gradient = list[Tensor]
 
 
 class Halves(NamedTuple):
-    """A gradient, on every second pair and on the others."""
+    """A mean gradient on the pairs at even positions and on those at odd positions."""
 
     first: Gradient
     second: Gradient
 
 
 def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Returns the inner product of two lists of tensors, added up in float64."""
+    """Returns the inner product of two lists of tensors, summed in float64."""
     return sum(float((first.double() * second.double()).sum()) for first, second in zip(one, other, strict=True))
 
 
 def size(gradient: Halves) -> dict[str, Any]:
-    """Returns the norm of a gradient over all pairs, and how far its two halves agree.
+    """Returns the norm of a gradient over all pairs, and how well its two halves agree.
 
     Returns:
-        `norm`; `norm_without_noise`, sqrt(a . b), None where that is not positive; `cosine_of_halves`, near 1 where
-        noise does not dominate.
+        `norm`; `norm_without_noise`, which is sqrt(a . b), or None if a . b is not positive; `cosine_of_halves`, which
+        is near 1 if noise does not dominate.
     """
     a, b = gradient
     aa, bb, ab = dot(a, a), dot(b, b), dot(a, b)
@@ -44,12 +45,12 @@ def size(gradient: Halves) -> dict[str, Any]:
 
 
 def comparison(winners: Halves, others: Halves) -> dict[str, Any]:
-    """Returns ratio |others| / |winners| and cosine of two gradients.
+    """Returns the ratio |others| / |winners| and the cosine of two gradients.
 
     Returns:
-        `ratio` and `cosine` over all pairs; `ratio_of_halves` and `cosine_of_halves`, the same in each half alone;
-        `ratio_without_noise` and `cosine_without_noise`, from products across the halves only (so that draws which
-        both gradients share do not count either), None where noise leaves no estimate.
+        `ratio` and `cosine` over all pairs; `ratio_of_halves` and `cosine_of_halves`, the same for each half alone;
+        `ratio_without_noise` and `cosine_without_noise`, computed from products across the halves only (which also
+        removes the noise of draws that both gradients share), or None if noise is too large for an estimate.
     """
     same = [(dot(w, w), dot(o, o), dot(w, o)) for w, o in zip(winners, others, strict=True)]
     crossed = dot(winners.first, winners.second), dot(others.first, others.second)

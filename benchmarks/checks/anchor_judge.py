@@ -1,4 +1,4 @@
-"""Who judges pictures in `python -m benchmarks.anchor`, and what follows for a sample: the verdicts.
+"""The judges of `python -m benchmarks.anchor`, and the verdicts on samples that follow from their scores.
 
 Shape legend: N pairs.
 """
@@ -15,16 +15,16 @@ from seppo_fast.scorers.shapes import ShapesScorer
 from seppo_fast.utils.errors import ConfigError
 
 Judge = Callable[[Sequence[str], np.ndarray], np.ndarray]
-"""(N prompts, N pictures or clips uint8) -> N scores, higher is better, NaN where it has none; see `scorers.Scorer`"""
+"""(N prompts, N pictures or clips, uint8) -> N scores, higher is better, NaN for no score; see `scorers.Scorer`."""
 SHAPES = "shapes"
 
 
 class Verdict(NamedTuple):
-    """A yes or no on each pair.
+    """A yes-or-no verdict on each pair.
 
     Attributes:
         positive: `(N,)` bool.
-        known: `(N,)` bool; False where the judge gave no score.
+        known: `(N,)` bool; False if the judge gave no score.
     """
 
     positive: np.ndarray
@@ -32,10 +32,10 @@ class Verdict(NamedTuple):
 
 
 def judge_of(name: str) -> Judge:
-    """Returns the judge of a name: `shapes`, or `module:function`.
+    """Returns a judge by name: `shapes`, or `module:function`.
 
     Raises:
-        ConfigError: no such judge.
+        ConfigError: the name is unknown, or cannot be imported or called.
     """
     if name == SHAPES:
         return ShapesScorer()
@@ -44,7 +44,7 @@ def judge_of(name: str) -> Judge:
         raise ConfigError(f"--judge {name!r} is unknown; give {SHAPES}, or module:function")
     try:
         judge = getattr(importlib.import_module(module), function)
-    except Exception as problem:  # a module runs as it is imported, and can raise anything
+    except Exception as problem:  # importing a module runs it, so it can raise anything
         raise ConfigError(f"--judge {name!r} cannot be imported: {type(problem).__name__}: {problem}") from problem
     if not callable(judge):
         raise ConfigError(f"--judge {name!r} is a {type(judge).__name__} and cannot be called")
@@ -55,24 +55,24 @@ def scores_of(judge: Judge, prompts: Sequence[str], pictures: np.ndarray) -> np.
     """Returns a judge's scores `(N,)` float64.
 
     Raises:
-        ConfigError: it does not take these prompts or pictures, or gives anything but a number for each.
+        ConfigError: the judge rejects these prompts or pictures, or does not return one number for each.
     """
     try:
         scores = np.asarray(judge(prompts, pictures), dtype=np.float64)
     except (ValueError, TypeError) as problem:
-        raise ConfigError(f"--judge does not score these prompts and pictures: {problem}") from problem
+        raise ConfigError(f"--judge cannot score these prompts and pictures: {problem}") from problem
     if scores.shape != (len(prompts),):
-        raise ConfigError(f"--judge must give {len(prompts)} scores for as many pictures, got shape {scores.shape}")
+        raise ConfigError(f"--judge must return {len(prompts)} scores for as many pictures, got shape {scores.shape}")
     return scores
 
 
 def wrong(scores: np.ndarray, name: str) -> Verdict:
-    """Returns whether samples are wrong: less than everything right for `shapes`, else worse than their median."""
+    """Returns whether samples are wrong: below 1 for `shapes` (not everything is right), else below their median."""
     known = np.isfinite(scores)
     bound = 1.0 if name == SHAPES or not known.any() else float(np.median(scores[known]))
     return Verdict(scores < bound, known)
 
 
 def worse(scores: np.ndarray, than: np.ndarray) -> Verdict:
-    """Returns whether samples have lower scores than others of the same pairs; equal is not worse."""
+    """Returns whether samples have lower scores than other samples of the same pairs; equal scores are not worse."""
     return Verdict(scores < than, np.isfinite(scores) & np.isfinite(than))

@@ -1,6 +1,6 @@
-"""The model's part of `python -m benchmarks.anchor`: samples, denoising errors and gradients of one set of pairs.
+"""The model's part of `python -m benchmarks.anchor`: samples, denoising errors and gradients for one set of pairs.
 
-Shape legend: N pairs, K draws of (time, noise) of each.
+Shape legend: N pairs, K draws of (time, noise) per pair.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from seppo_fast.utils.random import keyed_noise, keyed_rng
 
 
 class Examples:
-    """Winners, prompts and the randomness of N pairs; each draw is a function of (seed, example, draw) alone.
+    """Winners, prompts and random numbers of N pairs; each draw is a function of (seed, example, draw) alone.
 
     Attributes:
-        prompts: N.
+        prompts: the N prompts.
         winners: `(N, *latent)` float32.
-        position: `(N, K)`, of each draw's time: 0 at clean data, 1 at the end of the forward process.
+        position: `(N, K)`, the position of each draw's time: 0 at clean data, 1 at the end of the forward process.
 
     Args:
         setup: model and data.
-        pairs: N, at most as many as the data hold.
-        draws: K.
-        seed: of which examples, and of all draws.
+        pairs: number of pairs N, at most the number of examples in the data.
+        draws: number of draws per pair, K.
+        seed: seed of the choice of examples and of all draws.
     """
 
     def __init__(self, setup: Setup, pairs: int, draws: int, seed: int) -> None:
@@ -58,14 +58,14 @@ class Examples:
     def sampled(self, model: nn.Module) -> Tensor:
         """Returns guided samples `(N, *latent)` of the pairs' own prompts, as a rollout makes them.
 
-        Two models start from the same noise.
+        All models start from the same noise.
         """
         noise = keyed_noise(self._seed, "anchor sample", [(index,) for index in self._chosen], self._shape)
         with torch.no_grad():
             return self._setup.denoiser.sample(model, self._setup.sampler, noise, self._own, self._uncond)
 
     def errors(self, model: nn.Module, latents: Tensor) -> np.ndarray:
-        """Returns denoising errors `(N, K)` float64 of latents `(N, *latent)`, at the draws that all latents share."""
+        """Returns denoising errors `(N, K)`, float64, of latents `(N, *latent)`; all latents share the same draws."""
         with torch.no_grad():
             columns = [torch.cat([errors.cpu() for errors in self._batches(model, latents, d)]) for d in self._range]
         made = torch.stack(columns, dim=1).double()
@@ -74,7 +74,7 @@ class Examples:
         return made.numpy()
 
     def gradients(self, model: nn.Module, latents: Tensor) -> Halves:
-        """Returns the gradients of the mean denoising error over all draws, of every second pair and of the others."""
+        """Returns the gradients of the mean denoising error over all draws, for each half of the pairs."""
         return Halves(*(self._gradient(model, latents, slice(half, None, 2)) for half in (0, 1)))
 
     def _gradient(self, model: nn.Module, latents: Tensor, half: slice) -> Gradient:
@@ -82,7 +82,7 @@ class Examples:
         with torch.enable_grad():
             for draw in self._range:
                 for errors in self._batches(model, latents, draw, half):
-                    errors.sum().backward()  # the sum, since gradients of a mean would vanish in fp16
+                    errors.sum().backward()  # the sum, because the gradients of a mean would underflow in fp16
         rows = len(latents[half]) * self._draws
         made = [torch.zeros(w.shape) if w.grad is None else w.grad.float().cpu().contiguous() / rows for w in weights]
         for weight in weights:
@@ -96,9 +96,9 @@ class Examples:
         return range(self._draws)
 
     def _batches(self, model: nn.Module, latents: Tensor, draw: int, of: slice = slice(None)) -> Iterator[Tensor]:
-        """Errors of the chosen latents at one draw, on the device, as many at a time as the learner's forward has."""
+        """Yields the errors of latents at one draw, on the device, in batches as large as the learner's forward."""
         config, denoiser = self._setup.config.train, self._setup.denoiser
-        assert config.micro_batch is not None, "the micro-batch is chosen before"
+        assert config.micro_batch is not None, "set_up chooses the micro-batch"
         keys = [(index, draw) for index in self._chosen[of]]
         noise = keyed_noise(self._seed, "anchor noise", keys, self._shape)
         numbers, times = tuple(self._chosen[of]), self._times[of, draw]
@@ -111,10 +111,11 @@ class Examples:
 
 @contextmanager
 def weights_of(model: nn.Module, saved: SavedState) -> Iterator[float]:
-    """Holds a run's policy in the model (raw weights, no moving average), and gives its distance from the base.
+    """Loads a run's policy into the model inside the block (raw weights, not the moving average).
 
-    That is |policy - base| / |base|, L2, over the trained weights; with a LoRA the change is its product, and the base
-    the weights that it lies on.
+    Yields:
+        The policy's distance from the base: |policy - base| / |base|, L2, over the trained weights. For a LoRA the
+        difference is the product of its factors, and the base is the weights of the layers that it adapts.
 
     Raises:
         CheckpointError: the run trained other weights.

@@ -1,6 +1,6 @@
-"""What `python -m benchmarks.anchor` counts: agreement of signs, areas under ROC curves, means by band of time.
+"""The statistics of `python -m benchmarks.anchor`: agreement of signs, areas under ROC curves, means by band of time.
 
-Shape legend: N pairs, K draws of (timestep, noise) of each.
+Shape legend: N pairs, K draws of (timestep, noise) per pair.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from numpy.typing import ArrayLike
 
 from seppo_fast.utils.random import keyed_rng
 
-RESAMPLES = 1000  # of the pairs, for an interval
+RESAMPLES = 1000  # bootstrap resamples of the pairs per interval
 
 
 def bands(position: np.ndarray, count: int) -> np.ndarray:
-    """Returns which of `count` equal bands of the forward process each position lies in.
+    """Returns the index of the band of the forward process that contains each position; bands have equal width.
 
     Args:
-        position: 0 at clean data, 1 at the end of the forward process, any shape.
+        position: 0 at clean data, 1 at the end of the forward process; any shape.
         count: number of bands.
     """
     return np.clip((position * count).astype(int), 0, count - 1)
 
 
 def agreement(differences: ArrayLike, chosen: ArrayLike | None = None) -> dict[str, Any]:
-    """Returns how often the sign of one draw is the sign of the mean over the pair's other draws.
+    """Returns how often the sign of one draw equals the sign of the mean over the pair's other draws.
 
     Args:
         differences: D_w `(N, K)`, K at least 2.
-        chosen: `(N, K)` bool, the draws that are tested; None: all. The mean is over all others in any case.
+        chosen: `(N, K)` bool, the draws to test; None: all. The mean is always over all other draws.
 
     Returns:
-        `agree`, the share of agreeing draws; `majority`, the share that always guessing the commoner sign of the
-        mean would reach; both None without a draw; `draws`, of which they are shares; `ties`, draws left out since
-        their difference, or the mean of the others, is exactly 0.
+        `agree`, the share of agreeing draws, and `majority`, the share reached by always guessing the mean's more
+        frequent sign; both are None without draws. `draws`, the number of draws counted, and `ties`, the number of
+        draws left out because their difference or the mean of the others is exactly 0.
     """
     one = np.asarray(differences, dtype=np.float64)
     others = (one.sum(axis=1, keepdims=True) - one) / (one.shape[1] - 1)
@@ -51,12 +51,12 @@ def agreement(differences: ArrayLike, chosen: ArrayLike | None = None) -> dict[s
 
 
 def auc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None) -> float | None:
-    """Returns the chance that a positive scores above a negative, a tie counting half; None where a class is empty.
+    """Returns the probability that a positive scores above a negative (ties count half), or None if a class is empty.
 
     Args:
         scores: `(M,)`.
         positive: `(M,)` bool.
-        weights: `(M,)`, how often each counts; None: once.
+        weights: `(M,)`, how often each score counts; None: once.
     """
     values, places = np.unique(np.asarray(scores), return_inverse=True)
     which = np.asarray(positive, dtype=bool)
@@ -64,7 +64,7 @@ def auc(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None = None
 
 
 def _area(places: np.ndarray, values: int, positive: np.ndarray, weights: np.ndarray) -> float | None:
-    """As `auc`, from the place of each score among the sorted distinct ones."""
+    """Computes `auc` from the index of each score among the sorted distinct scores."""
     above = np.bincount(places, weights * positive, values)
     below = np.bincount(places, weights * ~positive, values)
     whole = above.sum() * below.sum()
@@ -74,17 +74,17 @@ def _area(places: np.ndarray, values: int, positive: np.ndarray, weights: np.nda
 def auc_of_pairs(scores: ArrayLike, positive: ArrayLike, known: ArrayLike, seed: int) -> dict[str, Any]:
     """Returns the AUC of scores against a verdict on each pair, with a percentile bootstrap over pairs.
 
-    A pair is drawn with all its draws, which share its verdict and are no observations of their own.
+    A pair is resampled together with all its draws, since these share its verdict and are not independent observations.
 
     Args:
-        scores: `(N, K)`, each a score of its pair.
+        scores: `(N, K)`, K scores per pair.
         positive: `(N,)` bool, the verdict.
-        known: `(N,)` bool, pairs that have a verdict; the others are left out.
-        seed: of the bootstrap: equal for every score of the same pairs.
+        known: `(N,)` bool, whether a pair has a verdict; the others are left out.
+        seed: seed of the bootstrap, the same for all scores of the same pairs.
 
     Returns:
-        `auc` and its 95 % interval `low`, `high`, None where a class is empty; numbers of `positives` and `negatives`
-        (pairs), of `scores` for each, of pairs `left_out`, and of the `resamples` that held both classes.
+        `auc` and its 95 % interval `low`, `high`, all None if a class is empty; the numbers of pairs that are
+        `positives`, `negatives` and `left_out`, of `scores` per pair, and of `resamples` that had both classes.
     """
     kept, known = np.asarray(scores, dtype=np.float64), np.asarray(known, dtype=bool)
     kept, verdict = kept[known], np.asarray(positive, dtype=bool)[known]
@@ -113,7 +113,7 @@ def auc_of_pairs(scores: ArrayLike, positive: ArrayLike, known: ArrayLike, seed:
 
 
 def mean_by_band(values: ArrayLike, position: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """Returns mean and number of the values `(N, K)` in each of `count` bands of `position`; the mean of none is None.
+    """Returns mean and number of the values in each of `count` bands of `position`; the mean is None in an empty band.
 
     Args:
         values: `(N, K)`.

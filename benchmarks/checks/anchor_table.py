@@ -1,4 +1,4 @@
-"""The result of `python -m benchmarks.anchor` as tables in Markdown, which are read in a terminal too."""
+"""Formats the result of `python -m benchmarks.anchor` as Markdown tables that are also readable in a terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def anchor_table(result: dict[str, Any]) -> str:
-    """Returns the tables of a result, those first that it was made for, and the line that says how it was made."""
+    """Returns the tables of a result, the anchor test's own first, and a line that says how it was measured."""
     parts = [_agreement(result), _judged(result), _gradients(result), _errors(result)]
     judged = f", judge {result['judge']}" if result["judge"] else ""
     told = (
-        f"`{result['command']}`: {result['pairs']} pairs, {result['draws']} draws of (timestep, noise) of each, seed "
+        f"`{result['command']}`: {result['pairs']} pairs, {result['draws']} draws of (timestep, noise) per pair, seed "
         f"{result['seed']}{judged}; {result['trained_weights']:,} trained weights ({result['trained']}), "
         f"{result['precision']}; samples by {result['sampler']}; {result['seconds']:.0f} s on {result['device']}, "
         f"torch {result['torch']}, commit {result['commit']}."
@@ -20,7 +20,7 @@ def anchor_table(result: dict[str, Any]) -> str:
 
 
 def _agreement(result: dict[str, Any]) -> str:
-    """Sign of one draw of D_w against the mean of the others; empty without a checkpoint."""
+    """Returns the table of how the sign of one draw of D_w agrees with the others' mean; empty without a checkpoint."""
     if not result["checkpoints"]:
         return ""
     head = ["policy", "weights moved", "mean D_w", "mean abs D_w", "time", "one draw agrees", "majority"]
@@ -37,7 +37,7 @@ def _agreement(result: dict[str, Any]) -> str:
 
 
 def _judged(result: dict[str, Any]) -> str:
-    """Areas under ROC curves; empty without a judge."""
+    """Returns the table of areas under ROC curves; empty without a judge."""
     if not result["judge"]:
         return ""
     head = ["policy", "x_l is", "score", "AUC, one draw [95 %]", f"mean of {result['draws']} draws [95 %]", "yes / no"]
@@ -56,7 +56,7 @@ def _judged(result: dict[str, Any]) -> str:
 
 
 def _gradients(result: dict[str, Any]) -> str:
-    """Norms of the mean gradients at the base, and how the samples' compare with the winners'."""
+    """Returns the table of the mean gradients at the base: norms, and how the samples' compare with the winners'."""
     found = result["base"]["gradients"]
     against = [one.get("against_winners") for one in found.values()]
     rows = [
@@ -103,7 +103,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up as plain text too."""
+    """Returns a Markdown table whose columns are padded so that they line up as plain text."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, rule, *rows)]

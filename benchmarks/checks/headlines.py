@@ -1,6 +1,6 @@
-"""What `gpu_check` measures: the machine itself, and of each suite the one figure that is asked for first.
+"""The speed measurements of `gpu_check`: the machine itself, and one headline figure per benchmark suite.
 
-Each function is a step, as in `value_checks`; cases, providers and what must agree are those of the suites.
+Each function is a step, as in `value_checks`. Cases, providers and value checks are those of the suites.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PINNED_BYTES = 2**30
 
 
 def machine(place: Workplace, found: Found) -> None:
-    """What the machine is, and its rates: a matrix product, a copy, and from pinned host memory to the device."""
+    """Describes the machine and measures its rates: a matrix product, a copy, and pinned host memory to device."""
     here = place.machine
     found.lines.append(f"{here.name}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     found.lines.append(", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
@@ -78,10 +78,10 @@ def _pinned(here: Machine) -> Row:
 
 
 def _run(cases: Sequence[suites.Case], found: Found) -> list[Row]:
-    """The rows of some cases.
+    """Runs some cases of a suite and returns their rows.
 
     Raises:
-        RuntimeError: a case has none.
+        RuntimeError: a case produced no row.
     """
     outcome = suites.run_cases(cases)
     found.rows += outcome.rows
@@ -92,7 +92,7 @@ def _run(cases: Sequence[suites.Case], found: Found) -> list[Row]:
 
 
 def loss_rate(place: Workplace, found: Found) -> None:
-    """Share of a copy's rate that the loss kernels reach, for every division of a latent; and the host's time."""
+    """Measures the loss kernels for every division of a latent: time (also in a CUDA graph), share of a copy's rate."""
     here = place.machine
     gpu = here.device.type == "cuda"
     wanted = [Case(1024, SD), Case(16, SD)] if gpu else list(kernels.SIZES["quick"].cases[:1])
@@ -106,7 +106,7 @@ def loss_rate(place: Workplace, found: Found) -> None:
 
 
 def sampling_rate(place: Workplace, found: Found) -> None:
-    """Guided samples a second, and MFU, beside diffusers' own pipeline."""
+    """Measures guided samples per second and MFU, compared with diffusers' own pipeline."""
     here = place.machine
     sizes = [sampling.Case(16, 20, 2)] if here.device.type == "cuda" else list(sampling.SIZES["quick"][-1:])
     bench, shared = Shared(lambda _: Bench(here, "sampling")), _shared(place)
@@ -115,7 +115,7 @@ def sampling_rate(place: Workplace, found: Found) -> None:
 
 
 def learning_rate_of_pairs(place: Workplace, found: Found) -> None:
-    """Pairs a second in a training step of a LoRA, the reference's errors ahead, beside the Diffusion-DPO script."""
+    """Measures pairs per second in a LoRA training step, reference errors ahead, against the Diffusion-DPO script."""
     here = place.machine
     size = replace(step.SIZES[here.size], ways=("ahead",))
     size = replace(size, pairs={"lora": (16,)}) if here.device.type == "cuda" else size
@@ -126,7 +126,7 @@ def learning_rate_of_pairs(place: Workplace, found: Found) -> None:
 
 
 def whole_updates(place: Workplace, found: Found) -> None:
-    """Whole updates beside the naive loop, exact mode."""
+    """Measures whole updates in exact mode, compared with the naive loop."""
     here = place.machine
     size = endtoend.SIZES[here.size][0]
     checked = endtoend.CHECKED

@@ -1,6 +1,6 @@
-"""What `gpu_check` runs through the trainer: equal weights, references in every tier, SD-1.5 at true size.
+"""The checks of `gpu_check` that use the trainer: equal weights, references in every tier, SD-1.5 at true size.
 
-Each function is a step, as in `value_checks`. Runs are those of `seppo_fast.train`, a few updates long.
+Each function is a step, as in `value_checks`. The runs are by `seppo_fast.train` and a few updates long.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _LN2 = math.log(2.0)
 
 
 def small(place: Workplace) -> Workplace:
-    """Returns the embedded pipeline on the same machine."""
+    """Returns a workplace with the embedded pipeline on the same machine."""
     return replace(place, model="shapes", resolution=32)
 
 
 def run_config(place: Workplace, name: str, **sections: dict[str, Any]) -> Config:
-    """Returns a run of two updates of a few pairs in a folder of its own."""
+    """Returns the configuration of a run with two updates of a few pairs, in the folder `name`."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"compile": False, "gradient_checkpointing": False, "attention": "sdpa"},
         "data": {"source": place.source(8)},
-        # A beta at which the first scale of half precision overflows nothing.
+        # A beta so small that nothing overflows at fp16's initial loss scale.
         "train": {"updates": 2, "updates_per_iteration": 2, "pairs_per_update": 4, "micro_batch": 2, "beta": 20.0}
         | {"learning_rate": 1e-4},
         "sampler": {"steps": 2, "guidance": 3.0, "batch": 4},
@@ -62,7 +62,7 @@ _ON_A_CPU = ("full, fp32", "lora, bf16")
 
 
 def equal_weights(place: Workplace, found: Found) -> None:
-    """In a run's first update policy and reference are equal: each difference of errors must be exactly zero."""
+    """Checks that error differences are exactly zero in a run's first update, where policy and reference are equal."""
     gpu = place.machine.device.type == "cuda"
     for kind, (model, errors) in KINDS.items():
         if gpu or kind in _ON_A_CPU:
@@ -81,9 +81,9 @@ def _first_update_is_zero(name: str, config: Config, found: Found) -> None:
 
 
 def tiers(place: Workplace, found: Found) -> None:
-    """The same run with its references on the GPU, in host memory and in files, and again: the same bits.
+    """Checks that a run gives the same bits with references on the GPU, in host memory and in files, and when repeated.
 
-    On a GPU with `model.deterministic`, without which PyTorch's attention adds in any order.
+    On a GPU it uses `model.deterministic`, without which PyTorch's attention adds in any order.
     """
     gpu = place.machine.device.type == "cuda"
     places = {"host": {"gpu_gib": 0.0}, "files": {"gpu_gib": 0.0, "host_gib": 0.0}}
@@ -124,9 +124,9 @@ def digest(folder: Path) -> str:
 
 
 def true_size(place: Workplace, found: Found) -> None:
-    """SD-1.5's architecture at 512 px through the trainer, LoRA and all weights: zero at first, memory, seconds.
+    """Trains SD-1.5's architecture at 512 px, as LoRA and with all weights: checks values, measures memory and seconds.
 
-    On a CPU it is the embedded pipeline. Of all weights no state is saved, which would write 18 GB.
+    On a CPU it uses the embedded pipeline. With all weights no state is saved, since that would write 18 GB.
     """
     runs: dict[Literal["lora", "full"], Callable[[Config], object]] = {"lora": train, "full": _updates}
     for kind, run in runs.items():
@@ -156,7 +156,7 @@ def true_size(place: Workplace, found: Found) -> None:
 
 
 def _updates(config: Config) -> None:
-    """A run's updates, and nothing written but its log."""
+    """Runs the updates of a run, writing only its log."""
     trainer = Trainer(config)
     with trainer.running():
         for update in range(config.train.updates):

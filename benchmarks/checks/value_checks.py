@@ -1,7 +1,7 @@
-"""What `gpu_check` compares before anything is timed: kernels with float64, equal weights with zero, bits with bits.
+"""The checks of `gpu_check` that compare values before anything is timed: kernels with float64, bits with bits.
 
-Each function is a step. It is given a workplace and fills in what it found; on a CPU it runs small, and the loss and
-temporal attention run PyTorch's code there.
+Each function is a step: it gets a workplace and adds its findings. On a CPU it runs at a small size, and loss and
+temporal attention use PyTorch's code instead of the kernels.
 """
 
 from __future__ import annotations
@@ -34,25 +34,32 @@ from seppo_fast.utils.memory import host_bytes, page_locked
 SUITE = CHECK
 BETA = 2000.0
 _LN2 = float(torch.tensor(math.log(2.0)))
-# Of a gradient, or an output, that is rounded once to the dtype: a relative RMS.
+# Relative RMS error allowed for a gradient or an output that is rounded once to the dtype.
 _ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 _ATTENTION = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @dataclass
 class Found:
-    """What a step found.
+    """The findings of a step.
 
     Attributes:
-        rows: of the results' table; a value that is wrong has a row with `value_ok` false.
-        lines: for the page.
+        rows: rows for the results file; a wrong value has a row with `value_ok` false.
+        lines: lines for the page.
     """
 
     rows: list[Row] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
     def value(self, case: str, ok: bool, baseline: str, detail: str = "") -> None:
-        """Notes whether a value is right; one that is wrong gets a line on the page."""
+        """Records whether a value is right; a wrong value also gets a line on the page.
+
+        Args:
+            case: what was checked.
+            ok: whether the value is right.
+            baseline: what the value was compared with.
+            detail: further text for the line.
+        """
         self.rows.append(Row(SUITE, case, "ours", baseline, ok))
         text = f"{case}: {'right' if ok else 'WRONG'}{', ' * bool(detail)}{detail}"
         print(text, flush=True)
@@ -61,16 +68,16 @@ class Found:
 
     @property
     def wrong(self) -> list[str]:
-        """Cases whose values are wrong."""
+        """The cases with wrong values."""
         return [row.case for row in self.rows if not row.value_ok]
 
 
-_SFT_WEIGHT, _MU = 0.01, 0.5  # so that the winners' term is of the size of the preference's, and some losers are scaled
+_SFT_WEIGHT, _MU = 0.01, 0.5  # make both loss terms similar in size, and scale some losers
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """Inputs of the loss: latents, dtypes and layouts as trainers have them, and as they need not have them."""
+    """One combination of the loss's inputs: shapes, dtypes and layouts that trainers use, and unusual ones."""
 
     pairs: int
     latent: tuple[int, ...]
@@ -102,7 +109,7 @@ def _losses(small: bool) -> Iterator[_Loss]:
 
 
 def loss(place: Workplace, found: Found) -> None:
-    """Loss, statistics and gradient against float64; ties exactly; the same bits again, and from a CUDA graph."""
+    """Checks loss, statistics and gradient against float64, exact ties, and equal bits in repeats and a CUDA graph."""
     device = place.machine.device
     for case in _losses(small=device.type == "cpu"):
         inputs = _loss_inputs(case, device)
@@ -132,7 +139,7 @@ def _loss_inputs(case: _Loss, device: torch.device) -> dict[str, Any]:
 
 
 def _exact(case: _Loss, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """SePPO, eq. 8-10, in float64, with the gradient written out."""
+    """Computes SePPO, eq. 8-10, in float64, with the gradient written out."""
     pred, target = inputs["model_pred"].double(), inputs["target"].double()
     both = torch.cat([target, target]) if case.shared else target
     residual = (pred - both).flatten(1)
@@ -158,9 +165,11 @@ def _exact(case: _Loss, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _compare_loss(name: str, case: _Loss, inputs: dict[str, Any], found: Found) -> None:
-    """Bars: logit within 1e-6 from predictions and 5e-5 from errors, beside 2e-6 of it; signs outside |D| < 2e-7.
+    """Compares loss, logit, signs and gradient with float64.
 
-    The gradient may be off by its rounding and by what the logit may be: the sigmoid's relative slope is 1 at most.
+    The logit may be off by 1e-6 (from reference predictions) or 5e-5 (from reference errors) plus 2e-6 of its value;
+    signs are compared unless |D_w| < 2e-7. The gradient may be off by its rounding plus the logit's absolute tolerance,
+    as the sigmoid's relative slope is at most 1.
     """
     options = {**inputs, "beta": BETA, "flipper": case.flipper}
     if case.guarded:
@@ -184,13 +193,13 @@ def _compare_loss(name: str, case: _Loss, inputs: dict[str, Any], found: Found) 
     }
     clear = right["winner"].abs() > 2e-7
     signs = bool(((through.reject == (right["winner"] <= 0)) | ~clear).all())
-    ok = signs and all(gap <= 1 for gap in gaps.values())  # a NaN is wrong
+    ok = signs and all(gap <= 1 for gap in gaps.values())  # False for NaN
     shown = ", ".join(f"{part} {gap:.2g}" for part, gap in gaps.items())
     found.value(name, ok, "float64", f"of what is allowed: {shown}{'' if signs else ', signs differ'}")
 
 
 def _ties(device: torch.device, found: Found) -> None:
-    """Equal predictions: D is 0, the loss ln 2, and all reject."""
+    """Checks equal predictions: D is exactly 0, the loss is ln 2, and all pairs reject."""
     for latent in ((4, 64, 64), (4, 128, 128)):
         pred = torch.randn(6, *latent, device=device).bfloat16()
         target = torch.randn(3, *latent, device=device)
@@ -202,7 +211,7 @@ def _ties(device: torch.device, found: Found) -> None:
 
 
 def _repeats(device: torch.device, found: Found) -> None:
-    """The same bits at each call, and from a graph."""
+    """Checks that repeated calls and a CUDA graph give the same bits."""
     pred, ref_pred = (torch.randn(32, 4, 64, 64, device=device).bfloat16() for _ in range(2))
     target = torch.randn(16, 4, 64, 64, device=device)
 
@@ -222,7 +231,7 @@ def _repeats(device: torch.device, found: Found) -> None:
 
 
 def temporal(place: Workplace, found: Found) -> None:
-    """Attention over frames and its gradients against float64, in both layouts, at odd and at most frames."""
+    """Checks attention over frames and its gradients against float64, in both layouts, up to the maximum of frames."""
     device = place.machine.device
     small = device.type == "cpu"
     sizes = [(16, 64, 40), (16, 16, 80), (16, 9, 160), (5, 37, 40), (32, 37, 80)]
@@ -252,7 +261,7 @@ def _exact_attention(*inputs: Tensor) -> list[Tensor]:
 
 
 def pool(place: Workplace, found: Found) -> None:
-    """Past policies from every tier predict as they did, bit for bit, and from a captured graph after each switch."""
+    """Checks that past policies from every tier predict the same bits as before, on a GPU also in a captured graph."""
     device, dtype = place.machine.device, DTYPES[place.machine.precision]
     unet = UNet2DConditionModel.from_pretrained(shapes.PIPELINE, subfolder="unet").eval()
     unet.to(device, memory_format=torch.channels_last)
@@ -291,7 +300,7 @@ def _nudge(unet: torch.nn.Module, seed: int) -> None:
 
 
 def _predictions(unet: torch.nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """With autograd and without, whose kernels may differ."""
+    """Returns predictions with autograd and without, as the two may use different kernels."""
     device = next(unet.parameters()).device
     generator = torch.Generator().manual_seed(0)
     latents, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 96, generator=generator)
@@ -304,7 +313,7 @@ def _predictions(unet: torch.nn.Module, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _switches_under_a_graph(folder: Path, found: Found) -> None:
-    """A replay right after a switch computes with the weights of that switch, whatever comes up beside it."""
+    """Checks that a replay right after a switch uses the weights switched to, while a prefetch may be running."""
     module = torch.nn.Linear(257, 129, device="cuda")
     size, expected = PackedLayout.of(module).size, []
     with ReferencePool(0, budget=Budget(device=size, host=2 * size, disk=2 * size), folder=folder) as pool:
@@ -328,11 +337,11 @@ def _switches_under_a_graph(folder: Path, found: Found) -> None:
 
 
 def _refused_memory(found: Found) -> None:
-    """Memory that the driver does not pin leaves no error to the next kernel."""
+    """Checks that a failed attempt to pin memory leaves no pending error for the next kernel."""
     host = host_bytes(1 << 20)
     pinned = page_locked(host)
     try:
-        page_locked(host)  # registered already
+        page_locked(host)  # already registered, so the driver refuses
         refused = False
     except RuntimeError:
         refused = True

@@ -1,1 +1,1 @@
-"""What the suites measure with, and what they compare."""
+"""Shared code of the benchmark suites: timing, counting, test models, and the implementations that they compare."""

@@ -1,8 +1,8 @@
-"""A suite is a list of cases; here they are chosen, run one after another, kept, and stopped when the time is over.
+"""Selects and runs the cases of a suite, keeps their rows, and stops when the time budget is used up.
 
-A suite's module offers `cases(machine)`, the most important first. Listing them makes nothing: what several cases
-share, such as a pipeline on disk or a trainer, is a `Shared`, made when the first of them runs and ended when none of
-those that are left needs it. Without the driver:
+A suite is a module whose function `cases(machine)` lists its cases, the most important first. Listing creates nothing:
+what several cases share, such as a pipeline on disk or a trainer, is a `Shared`. It is created when the first case that
+needs it runs, and ended once no remaining case needs it. Without the driver:
 
     cases = chosen(listed("kernels", Machine(device(), quick=False)), ["16 pairs, SD-1.5"])
     outcome = run_cases(cases, seconds=60)
@@ -28,15 +28,15 @@ T = TypeVar("T")
 
 
 class LeftOut(Exception):
-    """A case cannot be run here; the message says why."""
+    """Raised when a case cannot run on this machine; the message says why."""
 
 
 class Shared(Generic[T]):
-    """Set-up that cases share; calling it makes it where it does not exist yet, and returns it.
+    """A set-up that cases share. Calling it creates the set-up on first use, and returns it.
 
     Args:
-        make: makes it; what it enters on the stack is left when the set-up ends.
-        seconds: estimate on an H200, see `benchmarks.harness.estimates`.
+        make: creates the set-up; contexts that it enters on the stack are exited when the set-up ends.
+        seconds: estimated time to create it on an H200, see `benchmarks.harness.estimates`.
         needs: the set-ups that `make` calls.
     """
 
@@ -49,10 +49,10 @@ class Shared(Generic[T]):
         self._failure = ""
 
     def __call__(self) -> T:
-        """Returns the set-up.
+        """Returns the set-up, and creates it if necessary.
 
         Raises:
-            LeftOut: an earlier attempt to make it failed.
+            LeftOut: an earlier attempt to create it failed.
         """
         if self._failure:
             raise LeftOut(self._failure)
@@ -61,22 +61,22 @@ class Shared(Generic[T]):
                 self._made = [self._make(self._stack)]
             except Exception as error:
                 known = isinstance(error, LeftOut)
-                self._failure = str(error) if known else f"its set-up failed, {type(error).__name__}: {error}"
+                self._failure = str(error) if known else f"its set-up failed with {type(error).__name__}: {error}"
                 self.end()
                 raise
         return self._made[0]
 
     @property
     def exists(self) -> bool:
-        """Whether it is made and has not ended."""
+        """Whether it has been created and has not ended."""
         return bool(self._made)
 
     def chain(self) -> list[Shared[Any]]:
-        """Returns the set-ups that it needs, and itself, each after those that it needs."""
+        """Returns this set-up and all that it depends on, each after its own dependencies."""
         return _unique([*(one for need in self._needs for one in need.chain()), self])
 
     def end(self) -> None:
-        """Ends it and frees what it holds; nothing happens where it does not exist."""
+        """Ends the set-up, if it exists, and frees its memory."""
         self._made = []
         self._stack.close()
         free_memory()
@@ -84,12 +84,12 @@ class Shared(Generic[T]):
 
 @dataclass(frozen=True)
 class Case:
-    """What a suite runs, filters, and loses at most when it is killed.
+    """The unit in which a suite is selected and run; a killed run loses at most one case.
 
     Attributes:
-        title: unique within the suite.
+        title: a title that is unique within the suite.
         run: measures and returns the case's rows.
-        seconds: estimate on an H200 without set-up, see `benchmarks.harness.estimates`.
+        seconds: estimated time on an H200 without set-up, see `benchmarks.harness.estimates`.
         needs: the set-ups that `run` calls.
     """
 
@@ -99,22 +99,22 @@ class Case:
     needs: tuple[Shared[Any], ...] = ()
 
     def chain(self) -> list[Shared[Any]]:
-        """Returns all set-ups behind it, each after those that it needs."""
+        """Returns all set-ups that it depends on, each after its own dependencies."""
         return _unique([one for need in self.needs for one in need.chain()])
 
     def cost(self) -> float:
-        """Returns the estimate with the set-up that does not exist yet."""
+        """Returns the estimated seconds, including the set-ups that do not exist yet."""
         return self.seconds + sum(one.seconds for one in self.chain() if not one.exists)
 
 
 @dataclass
 class Outcome:
-    """What came of a suite.
+    """The result of running cases.
 
     Attributes:
-        rows: of all cases that ran to their end.
-        missing: of the other chosen cases the titles, and why each has no rows.
-        failed: titles of the missing cases that raised an error.
+        rows: rows of all cases that completed.
+        missing: titles of the other cases, each with the reason why it has no rows.
+        failed: titles of the missing cases that failed with an error other than `LeftOut` or lack of memory.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -123,20 +123,20 @@ class Outcome:
 
 
 def limit_case(name: str, bench: Shared[Bench]) -> Case:
-    """Returns the case whose one row is the limit that a bench compares with."""
+    """Returns a case whose only row is the limit that the bench compares with."""
     return Case(f"limit: {name}", lambda: [bench().limit_row], needs=(bench,))
 
 
 def listed(suite: str, machine: Machine) -> list[Case]:
-    """Returns all cases of a suite, the most important first; nothing is made."""
+    """Returns all cases of a suite, the most important first, without creating any set-up."""
     return importlib.import_module(f"benchmarks.suites.{suite}").cases(machine)
 
 
 def chosen(cases: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
-    """Returns the cases whose title contains one of `wanted`, in upper or lower case; without `wanted`, all.
+    """Returns the cases whose title contains any of `wanted`, ignoring case; all of them if `wanted` is empty.
 
     Raises:
-        ValueError: a wanted part that no title contains; the message lists the titles.
+        ValueError: no title contains one of the wanted parts; the message lists the titles.
     """
     for part in wanted:
         if not any(part.lower() in case.title.lower() for case in cases):
@@ -153,17 +153,18 @@ def run_cases(
     estimated: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Runs cases in their order, prints the rows of each as it ends, and returns what came of all.
+    """Runs cases in order, prints the rows of each as it ends, and returns the outcome.
 
     Args:
-        cases: of one suite.
-        seconds: in which to end. A case begins only where its estimate, times as much as the cases before it took
-            longer than theirs, fits into what is left; a later and shorter one may still fit. None: no limit.
+        cases: cases of one suite.
+        seconds: the time budget; None: no limit. A case starts only if its estimate fits into the time that is left. If
+            the earlier cases took longer than estimated, the estimate is scaled up by that factor. A later, shorter
+            case may still fit.
         keep: called after each case with all rows so far.
-        estimated: whether the estimates hold: on a GPU; else a case begins as long as time is left.
-        clock: in seconds.
+        estimated: whether the estimates apply, as on a GPU; if not, a case starts as long as any time is left.
+        clock: returns the time in seconds.
     """
-    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, and TF32 is not that
+    torch.backends.cudnn.allow_tf32 = False  # values are checked in float32, for which TF32 is too coarse
     outcome, started, expected = Outcome(), clock(), 0.0
     shared = _unique([one for case in cases for one in case.chain()])
     try:
@@ -184,11 +185,11 @@ def run_cases(
 
 
 def _not_begun(left: float, cost: float) -> str:
-    return f"takes about {cost:.0f} s, and {left:.0f} s are left" if left > 0 else "the time is over"
+    return f"needs about {cost:.0f} s, but only {left:.0f} s are left" if left > 0 else "no time is left"
 
 
 def _attempt(case: Case, outcome: Outcome, keep: Callable[[list[Row]], None]) -> None:
-    """Adds a case's rows to the outcome, or why it has none; one that fails does not take the others with it."""
+    """Adds a case's rows, or the reason why it has none, to the outcome; errors do not stop the other cases."""
     try:
         rows = case.run()
     except LeftOut as reason:
@@ -197,19 +198,19 @@ def _attempt(case: Case, outcome: Outcome, keep: Callable[[list[Row]], None]) ->
         outcome.missing[case.title] = "does not fit into memory"
     except Exception as error:
         traceback.print_exc()
-        outcome.missing[case.title] = f"failed, {type(error).__name__}: {error}"
+        outcome.missing[case.title] = f"failed with {type(error).__name__}: {error}"
         outcome.failed.append(case.title)
     else:
         outcome.rows += rows
         keep(outcome.rows)
         print(table(rows), flush=True)
         return
-    print(f"{case.title}: left out, {outcome.missing[case.title]}", flush=True)
+    print(f"{case.title}: left out: {outcome.missing[case.title]}", flush=True)
     free_memory()
 
 
 def _end_all(shared: Sequence[Shared[Any]], but_for: Sequence[Case]) -> None:
-    """Ends the set-ups that none of some cases needs, each before those that it needs."""
+    """Ends the set-ups that no case of `but_for` needs, each before its own dependencies."""
     needed = {id(one) for case in but_for for one in case.chain()}
     for one in reversed(shared):
         if one.exists and id(one) not in needed:
@@ -217,7 +218,7 @@ def _end_all(shared: Sequence[Shared[Any]], but_for: Sequence[Case]) -> None:
 
 
 def free_memory() -> None:
-    """Frees what nothing refers to any more, and gives a GPU's unused memory back to the driver."""
+    """Collects garbage, and returns a GPU's cached memory to the driver."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What is counted rather than timed: FLOP, kernel launches, waits for the device, device memory."""
+"""Counts what needs no timing: FLOP, kernel launches, host synchronizations, device memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seppo_fast.config.schema import ModelConfig
 from seppo_fast.models.trainable import make_trainable
 from seppo_fast.models.unet import UNetFamily
 
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # its UNet; all else is diffusers' default
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # SD-1.5's UNet; all other settings are diffusers' defaults
 SD15_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -27,11 +27,11 @@ SD15_VAE = {
     "layers_per_block": 2,
 }
 
-_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # the CUDA calls' own names, in the profiler's list
+_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")  # how the names of launching CUDA calls begin in the profiler
 
 
 def count_flops(call: Callable[[], object]) -> float:
-    """FLOP of matrix products, convolutions and attention, two a multiply-add, forward and backward."""
+    """Returns the FLOP of matrix products, convolutions and attention, forward and backward; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
@@ -44,19 +44,19 @@ def unet_flops(
     frames: int | None = None,
     resolution: int | None = None,
 ) -> float:
-    """FLOP of a pipeline's UNet for one latent: forward, or with `train` forward and backward of what that trains.
+    """Returns the FLOP of a pipeline's UNet for one latent: forward, or with `train` forward and backward.
 
-    Counted on a copy without memory (device `meta`), so any size costs nothing, and no attention backend hides
-    its products. Recomputed activations are not counted: MFU is about useful work.
+    Counted on the device `meta`, so that any size costs nothing and no attention backend hides its products.
+    Recomputed activations are not counted: MFU is about useful work.
 
     Args:
         model: folder of the pipeline, or `shapes`.
-        train: what is trained.
-        motion_adapter: folder of the motion modules that the UNet gets.
-        frames: of the latent, with motion modules; None: it is a picture's.
-        resolution: of its pictures in pixels; None: what the UNet was made for.
+        train: configuration that says which weights are trained; None: only the forward is counted.
+        motion_adapter: folder of the motion modules to add to the UNet; empty: none.
+        frames: number of frames of the latent, with motion modules; None: the latent is a picture's.
+        resolution: size of its pictures in pixels; None: the size that the UNet was made for.
     """
-    if train is not None:  # of what changes nothing here one value, so that equal work is counted once
+    if train is not None:  # unify settings that do not affect the count, so that equal work is counted once
         plain = {"precision": "fp32", "gradient_checkpointing": False, "compile": None, "attention": "auto"}
         train = train.model_copy(update=plain)
     return _counted(model, train, motion_adapter, frames, resolution)
@@ -89,17 +89,17 @@ def _counted(
 
 
 def launches(machine: Machine, call: Callable[[], object]) -> int | None:
-    """Kernels and CUDA graphs that the host launched, by the profiler; None without a GPU."""
+    """Returns how many kernels and CUDA graphs the host launched, by the profiler; None without a GPU."""
     if machine.device.type != "cuda":
         return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:  # the CPU's operators would fill gigabytes
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:  # recording CPU operators too would take gigabytes
         call()
         machine.synchronize()
     return sum(event.name.startswith(_LAUNCHES) for event in profiler.events())
 
 
 def host_syncs(machine: Machine, call: Callable[[], object]) -> int | None:
-    """How often the host waited for the device (a copy to the host, `.item()`, ...); None without a GPU."""
+    """Returns how often the host waited for the device (copies to the host, `.item()`, ...); None without a GPU."""
     if machine.device.type != "cuda":
         return None
     with warnings.catch_warnings(record=True) as caught:
@@ -113,7 +113,7 @@ def host_syncs(machine: Machine, call: Callable[[], object]) -> int | None:
 
 
 def allocated(machine: Machine) -> int:
-    """Bytes of device memory in use; 0 without a GPU."""
+    """Returns the bytes of device memory in use; 0 without a GPU."""
     if machine.device.type != "cuda":
         return 0
     gc.collect()
@@ -121,7 +121,7 @@ def allocated(machine: Machine) -> int:
 
 
 def peak_bytes(machine: Machine, call: Callable[[], object], others: int) -> int | None:
-    """Peak of device memory during a call, less what `others` hold; None without a GPU."""
+    """Returns the peak bytes of device memory during a call, minus those that `others` hold; None without a GPU."""
     if machine.device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(machine.device)

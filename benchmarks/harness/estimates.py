@@ -1,35 +1,35 @@
-"""What cases take on an H200, estimated by count: what `--minutes` plans with. Nothing here is measured.
+"""Estimates how long cases take on an H200, which `--minutes` plans with. Nothing here is measured.
 
-Work is counted (`benchmarks.census`, `benchmarks.harness.counters`) and divided by rates that are assumed, below the
-device's limits; a call takes at least as long as the host needs to launch its operations. Set-up is assumed in seconds.
+Work is counted (`benchmarks.census`, `benchmarks.harness.counters`) and divided by assumed rates, which are below the
+device's limits. A call takes at least as long as the host needs to launch its operations. Set-up times are assumed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BF16, FP32 = 250.0, 35.0  # TFLOP/s, of UNets in eager mode
+BF16, FP32 = 250.0, 35.0  # assumed TFLOP/s of UNets in eager mode
 MEMORY = 4300.0  # GB/s
-LAUNCH = 15e-6  # seconds of the host for an operation, with the Python code around it
+LAUNCH = 15e-6  # host seconds per operation, including the Python code around it
 
-# Seconds of set-up, assumed.
-WRITE_PIPELINE = 20.0  # 4.3 GB of random weights, made and written
+# Assumed set-up times in seconds.
+WRITE_PIPELINE = 20.0  # 4.3 GB of random weights, generated and written
 WRITE_ADAPTER = 8.0  # 1.8 GB
-PIPELINE, CLIP_PIPELINE = 4.0, 6.0  # read from the system's cache, or copied, and brought to the device
-TRAINER, CLIP_TRAINER = 14.0, 20.0  # the same, with a digest of its files, and with the data encoded
-COMPILED_GRAPH = 10.0  # a transformer block of one shape, with its backward where it has one
+PIPELINE, CLIP_PIPELINE = 4.0, 6.0  # read from the page cache, or copied, and moved to the device
+TRAINER, CLIP_TRAINER = 14.0, 20.0  # the same, plus hashing its files and encoding the data
+COMPILED_GRAPH = 10.0  # a transformer block at one shape, including its backward if it has one
 COMPILED_UNET = 60.0
 
 
 @dataclass(frozen=True)
 class Unet:
-    """Counted work of one latent.
+    """Counted work for one latent, and assumed loading times.
 
     Attributes:
         forward: TFLOP of a forward.
-        trained: TFLOP of forward and backward, by what is trained.
-        pipeline: seconds until a pipeline is loaded.
-        trainer: seconds until a trainer is.
+        trained: TFLOP of forward and backward, by `model.train`.
+        pipeline: seconds to load a pipeline.
+        trainer: seconds to create a trainer.
     """
 
     forward: float
@@ -44,19 +44,19 @@ CLIPS = {  # with motion modules, 16 frames, by resolution
     512: Unet(17.75, {"lora": 37.45}, CLIP_PIPELINE, CLIP_TRAINER),
 }
 
-# Operations that launch, of SD-1.5's UNet, whatever the batch: forward, and with backward by what is trained.
+# Operations of SD-1.5's UNet that launch kernels, at any batch size: forward; forward and backward by `model.train`.
 FORWARD_LAUNCHES = 732
 STEP_LAUNCHES = {"lora": 3536, "full": 2750}
 
 
 def h200(*, bf16: float = 0.0, fp32: float = 0.0, gb: float = 0.0, launches: float = 0.0, setup: float = 0.0) -> float:
-    """Returns seconds on an H200.
+    """Returns the estimated seconds on an H200.
 
     Args:
         bf16: TFLOP in bfloat16.
         fp32: TFLOP in float32.
-        gb: 10^9 bytes that are read or written in the device's memory.
+        gb: 10^9 bytes read from or written to device memory.
         launches: operations that the host launches.
-        setup: seconds in which the device waits.
+        setup: seconds of set-up, which overlap with nothing.
     """
     return setup + max(bf16 / BF16 + fp32 / FP32 + gb / MEMORY, launches * LAUNCH)

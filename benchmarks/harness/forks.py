@@ -1,4 +1,4 @@
-"""The command line in forked processes: real exits and real kills, without importing everything again each time."""
+"""Runs the command line in forked processes: with real exits and kills, but without repeating the imports each time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Ended:
 
     Attributes:
         code: its exit code; negative: the signal that killed it.
-        out: what it printed.
-        err: what it printed as errors.
-        seconds: it took, from the fork on.
-        times: when each line of `out` came, in seconds from the fork on.
+        out: what it printed to stdout.
+        err: what it printed to stderr.
+        seconds: how long it took from the fork on.
+        times: when each line of `out` arrived, in seconds after the fork.
     """
 
     code: int
@@ -42,11 +42,11 @@ class Ended:
 
 
 class Server:
-    """A process that has imported everything, on one thread, and is given orders; a context manager.
+    """A single-threaded helper process that keeps its imports and answers requests; a context manager.
 
     Args:
-        module: that is run; it answers each line of JSON with one.
-        environment: its own variables.
+        module: the module to run, which answers each line of JSON on stdin with one on stdout.
+        environment: additional environment variables of the process.
     """
 
     def __init__(self, module: str, environment: Mapping[str, str] | None = None) -> None:
@@ -66,7 +66,7 @@ class Server:
         self._server.wait()
 
     def ask(self, order: Any) -> Any:
-        """What it answers."""
+        """Sends a request and returns the answer."""
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
@@ -74,11 +74,11 @@ class Server:
 
 
 class Forks(Server):
-    """Forks for each command.
+    """Runs each command in a fork of a helper process.
 
     Args:
-        folder: for what the commands print.
-        environment: variables of theirs.
+        folder: a folder for the commands' stderr.
+        environment: additional environment variables of the commands.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -93,14 +93,14 @@ class Forks(Server):
         lines: int | None = None,
         out: str | None = None,
     ) -> Ended:
-        """Runs `seppo-fast ARGV` with `SEPPO_FAULT`.
+        """Runs `seppo-fast ARGV` with the environment variable `SEPPO_FAULT` set to `fault`.
 
         Args:
-            argv: its words.
-            fault: see `seppo_fast.utils.fault_injection`.
-            seconds: after which it is killed.
-            lines: after which the pipe of its stdout is closed.
-            out: a file that is its stdout instead.
+            argv: the arguments of the command.
+            fault: the fault to inject, see `seppo_fast.utils.fault_injection`.
+            seconds: time after which it is killed; None: never.
+            lines: number of lines on its stdout after which the pipe is closed; None: all are read.
+            out: a file to use as its stdout; None: a pipe.
         """
         err = self._folder / "err.txt"
         words = [str(word) for word in argv]
@@ -113,7 +113,7 @@ def _serve() -> None:
     from seppo_fast.utils.logging import quiet_libraries
 
     quiet_libraries()
-    import seppo_fast.train.trainer  # noqa: F401 - what takes the time
+    import seppo_fast.train.trainer  # noqa: F401 - the slow import
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -143,12 +143,12 @@ def _serve() -> None:
 
 
 def _run(argv: list[str]) -> NoReturn:
-    """The command line in this process, which ends with it."""
+    """Runs the command line in this process, and ends the process with its exit code."""
     from seppo_fast.cli import main
 
     code = 70
     try:
-        code = main([os.fsdecode(word.encode()) for word in argv])  # as the interpreter reads them in this locale
+        code = main([os.fsdecode(word.encode()) for word in argv])  # decoded as by the interpreter in this locale
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except Exception:
@@ -161,7 +161,7 @@ def _run(argv: list[str]) -> NoReturn:
 
 @contextmanager
 def _killed_after(child: int, seconds: float | None) -> Iterator[None]:
-    """Kills a child after `seconds`, unless the block, which waits for it, has ended before."""
+    """Kills a child after `seconds`, unless the block, which waits for the child, has ended by then."""
     done = threading.Event()
 
     def kill() -> None:

@@ -1,4 +1,4 @@
-"""A call in a process of its own, which may crash, hang or break a GPU's context without harm to the caller."""
+"""Runs a call in a process of its own, so that crashes, hangs and broken GPU contexts do not harm the caller."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any
 
 import torch
 
-# A fork has everything imported already. But importing diffusers asks whether there is a GPU, which starts CUDA's
-# driver in builds for CUDA, and a driver does not survive a fork.
+# Forking avoids repeating the imports. But importing diffusers checks for a GPU, which initializes the CUDA driver in
+# CUDA builds, and an initialized driver does not survive a fork.
 METHOD = "fork" if torch.version.cuda is None else "spawn"
-_GOODBYE = 5.0  # seconds that a process has to end once it has answered
+_GOODBYE = 5.0  # seconds that a process has to exit after its answer
 
 
 class Broken(Exception):
-    """The call did not return; the message says why, in one line."""
+    """Raised when the call did not return; the one-line message says why."""
 
 
 def isolated(call: Callable[..., Any], *arguments: Any, seconds: float, log: Path | None = None) -> Any:
-    """Returns what a call returns.
+    """Runs a call in a process of its own and returns its result.
 
     Args:
-        call: a function of a module.
-        arguments: of the call; they and what it returns can be pickled.
-        seconds: after which its process is killed.
-        log: a file for what it prints; None: it prints where the caller does.
+        call: a module-level function.
+        arguments: the call's arguments; they and the result must be picklable.
+        seconds: the time limit, after which the process is killed.
+        log: a file for the process's output; None: the output goes where the caller's goes.
 
     Raises:
-        Broken: it raised an error, its process ended, or the time is over.
+        Broken: the call raised an error, its process ended, or the time limit was reached.
     """
     context = multiprocessing.get_context(METHOD)
     reading, writing = context.Pipe(duplex=False)
@@ -61,7 +61,7 @@ def _answer(writing: Connection, call: Callable[..., Any], arguments: tuple[Any,
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        # A fork may have put others in their place.
+        # In a fork they may be objects that the parent had put in their place.
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     try:
         writing.send((call(*arguments), None))

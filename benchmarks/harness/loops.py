@@ -1,4 +1,4 @@
-"""What the suite `endtoend` compares: the trainer and the naive loop, an update at a time, and what they train."""
+"""What suite `endtoend` compares: the trainer and the naive loop, one update at a time, and their changed weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from seppo_fast.methods.reference_errors import REFERENCE_STRATEGIES
 from seppo_fast.models.trainable import trainable
 from seppo_fast.train.trainer import Trainer
 
-_ENCODED_AT_ONCE = 8  # pictures, as the cache does
+_ENCODED_AT_ONCE = 8  # pictures per batch, as in the cache
 
 
 class Ours:
-    """The trainer, an update at a time, from checkpoint 0 as the only reference.
+    """The trainer, run one update at a time, with checkpoint 0 as its only reference.
 
     Args:
-        config: of the run.
-        machine: where.
+        config: the run's configuration.
+        machine: the machine that it runs on.
 
     Attributes:
-        pairs: in an update.
+        pairs: pairs per update.
     """
 
     def __init__(self, config: Config, machine: Machine) -> None:
@@ -45,7 +45,7 @@ class Ours:
         self.source = open_source(config.data.source)
         family, denoiser = self.trainer.family, self.trainer.denoiser
         self.maker = PairMaker(config, self.trainer.cache, family.schedule)
-        # One more of the kind that the rollout calls, so that the errors can be timed by themselves.
+        # A second instance of what the rollout calls, so that the reference's errors can be timed separately.
         self._errors = REFERENCE_STRATEGIES["ahead"](
             family, denoiser, self.trainer.sampler, self.trainer.policy, config
         )
@@ -56,15 +56,15 @@ class Ours:
         return self.trainer.policy
 
     def close(self) -> None:
-        """Closes its past policies."""
+        """Closes the pool of past policies."""
         assert self.trainer.references is not None
         self.trainer.references.close()
 
     def update(self, number: int) -> Stopwatch:
-        """Encodes the update's examples, rolls out, learns; seconds by phase."""
+        """Encodes the update's examples, rolls out and learns; returns the seconds by phase."""
         family, watch = self.trainer.family, Stopwatch(self._machine)
         examples = [self.source[row] for row in self.maker.examples(self.maker.sample_ids(number))]
-        family.encode_prompts([""])  # brings the encoders to the device
+        family.encode_prompts([""])  # moves the encoders to the device
         at_once = max(1, _ENCODED_AT_ONCE // (family.frames or 1))
         with watch.phase(ENCODING):
             for start in range(0, len(examples), at_once):
@@ -83,7 +83,7 @@ class Ours:
         return watch
 
     def _seconds_of_errors(self, pairs: Pairs) -> float:
-        """What the reference's errors took within the rollout, found by making them once more."""
+        """Returns the seconds that the reference's errors took within the rollout, by computing them once more."""
         references, watch = self.trainer.references, Stopwatch(self._machine)
         assert references is not None
         with self._errors.load_reference(references, 0) as reference:
@@ -93,16 +93,16 @@ class Ours:
 
 
 class Naive:
-    """The naive loop on the pairs of a run of ours.
+    """The naive loop on the pairs of one of our runs.
 
     Args:
-        ours: whose examples, order, noises and timesteps are taken.
-        loop: trains, with the settings of that run.
-        pairs: of each update, from its first; None: all.
-        batch: pairs at a time.
+        ours: the run whose examples, order, noises and timesteps are used.
+        loop: the training loop, with the settings of that run.
+        pairs: how many pairs of each update to train on, counted from its first; None: all.
+        batch: pairs processed at a time.
 
     Attributes:
-        pairs: in an update.
+        pairs: pairs per update.
     """
 
     def __init__(self, ours: Ours, loop: NaiveLoop, pairs: int | None = None, batch: int = 1) -> None:
@@ -117,7 +117,7 @@ class Naive:
         return self._loop.unet
 
     def update(self, number: int) -> Stopwatch:
-        """One update; seconds by phase."""
+        """Runs one update and returns the seconds by phase."""
         maker = self._ours.maker
         ids = maker.sample_ids(number)[: self.pairs // self._ours.config.reference.uses]
         examples = [self._ours.source[row] for row in maker.examples(ids)]
@@ -127,7 +127,7 @@ class Naive:
 
 @contextmanager
 def _optimizer_timed(watch: Stopwatch) -> Iterator[None]:
-    """Adds the time of every optimizer's step inside the block to the watch."""
+    """Adds the time of every optimizer step inside the block to the watch."""
     started: list[float] = []
     handles = (
         register_optimizer_step_pre_hook(lambda *_: started.append(watch.now())),
@@ -141,7 +141,7 @@ def _optimizer_timed(watch: Stopwatch) -> Iterator[None]:
 
 
 def weight_changes(config: Config, machine: Machine) -> dict[str, list[Tensor]]:
-    """Returns by how much all updates of a run change the trained weights: ours, the naive loop's, in batches too."""
+    """Returns the total weight changes of a run: by ours, by the naive loop, and by the naive loop in batches."""
     ours = Ours(config, machine)
     loops: dict[str, Ours | Naive] = {
         OURS: ours,

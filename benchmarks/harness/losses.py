@@ -1,6 +1,6 @@
-"""What the suite `kernels` compares: cases, random inputs, the truth about them in float64, and the ways to the loss.
+"""What suite `kernels` compares: cases, random inputs, their exact results in float64, and implementations of the loss.
 
-Shapes: B pairs, `(2B, *latent)` winners first; N elements of a latent.
+Shapes: B pairs; tensors `(2B, *latent)` hold the winners first; N elements per latent.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ LATENTS = {
     "video 16 x 512 px": (4, 16, 64, 64),
 }
 
-# How tensors lie in memory: all contiguous; predictions as the trainer's UNet gives them, beside a contiguous target;
-# the target so too. Where it is not the first, a case's name says it.
+# Memory formats: all tensors contiguous; predictions channels_last, as the trainer's UNet returns them, and the target
+# contiguous; both channels_last. A case's name mentions the format unless it is the first.
 LAYOUTS = ("contiguous", "channels_last predictions", "channels_last")
 
-OTHER_DIVISIONS = 1  # ways to divide a latent beside the one in force, each a provider of its own on a GPU
+OTHER_DIVISIONS = 1  # divisions of a latent besides the one in use; on a GPU each is a provider of its own
 
 _MOST_SETS = 1024
-_AT_ONCE = 2**24  # elements that are made, or checked in float64
+_AT_ONCE = 2**24  # elements generated, or checked in float64, at a time
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed.
+    """One computation to compare.
 
     Attributes:
-        pairs: B.
-        latent: of `LATENTS`.
-        ahead: whether the reference's errors are given, rather than its predictions.
-        layout: of `LAYOUTS`; another than the first only for latents of pictures.
+        pairs: B, the number of pairs.
+        latent: a key of `LATENTS`.
+        ahead: whether the reference's errors are given instead of its predictions.
+        layout: one of `LAYOUTS`; only latents of pictures can have another than the first.
     """
 
     pairs: int
@@ -65,21 +65,21 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Of the prediction."""
+        """The number of elements of the prediction."""
         return 2 * self.pairs * math.prod(LATENTS[self.latent])
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set; bfloat16 but for the errors.
+    """One set of inputs, in bfloat16 except for the errors.
 
     Attributes:
-        pred: (2B, *latent), a leaf that wants a gradient.
+        pred: (2B, *latent), a leaf that requires a gradient.
         target: (B, *latent).
-        repeated: (2B, *latent), the target for each half.
-        ref_pred: (2B, *latent); None with `ref_error`.
-        ref_error: (2B,) float32; None with `ref_pred`.
-        scratch: a copy of `pred` to write over.
+        repeated: (2B, *latent), the target repeated for each half.
+        ref_pred: (2B, *latent); None if `ref_error` is given.
+        ref_error: (2B,) float32; None if `ref_pred` is given.
+        scratch: a copy of `pred` that may be overwritten.
     """
 
     pred: Tensor
@@ -90,14 +90,15 @@ class Inputs:
     scratch: Tensor
 
     def nbytes(self, names: tuple[str, ...]) -> int:
-        """Of some of them."""
+        """Returns the total bytes of the named tensors."""
         return sum(x.nbytes for x in (getattr(self, name) for name in names) if x is not None)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
-    """Errors near 0.2, logits up to about 1, and no winner near a tie, where rounding would choose between two losses.
+    """Returns random inputs with errors near 0.2, logits up to about 1, and no winner near a tie.
 
-    The policy's residuals are the reference's, 0.05 to 0.15 % smaller or larger: pairs to reject and to learn in turn.
+    Near a tie, rounding would choose between two losses. The policy's residuals are the reference's, made 0.05 to
+    0.15 % smaller or larger, so that pairs to reject and pairs to learn alternate.
     """
     pairs, latent = case.pairs, LATENTS[case.latent]
     generator = torch.Generator(device).manual_seed(seed)
@@ -133,27 +134,27 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def _pieces(case: Case) -> Iterator[slice]:
-    """Pairs that are computed at once in float64."""
+    """Returns slices of the pairs, each small enough to be computed at once in float64."""
     step = max(1, _AT_ONCE // math.prod(LATENTS[case.latent]))
     return (slice(start, min(start + step, case.pairs)) for start in range(0, case.pairs, step))
 
 
 def set_bytes(case: Case) -> int:
-    """Of one set of inputs."""
+    """Returns the bytes of one set of inputs."""
     return case.elements * (7 if case.ahead else 9)
 
 
 def input_sets(case: Case, machine: Machine) -> list[Inputs]:
-    """As many as take turns over twice the cache; two at most where nothing is measured."""
+    """Returns so many sets that cycling through them covers twice the cache; at most two in quick mode."""
     count = math.ceil(2 * machine.cache_bytes / set_bytes(case))
     return [make_inputs(case, machine.device, seed) for seed in range(min(2 if machine.quick else _MOST_SETS, count))]
 
 
 class Truth:
-    """Loss and gradient of a set of inputs in float64.
+    """Exact loss and gradient for a set of inputs, in float64.
 
     Attributes:
-        loss: of all pairs.
+        loss: the loss, averaged over all pairs.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -170,7 +171,7 @@ class Truth:
         return rows, slice(rows.start + self._case.pairs, rows.stop + self._case.pairs)
 
     def _residual(self, pred: Tensor, half: slice) -> Tensor:
-        """(rows, N) float64."""
+        """Returns prediction minus target for some rows, (rows, N) float64."""
         first = half.start % self._case.pairs
         target = self._inputs.target[first : first + half.stop - half.start]
         return (pred[half].detach().double() - target.double()).flatten(1)
@@ -184,7 +185,7 @@ class Truth:
         return ((residual - reference) * (residual + reference)).mean(1)
 
     def gaps(self, loss: Tensor, grad: Tensor) -> dict[str, float]:
-        """How far a loss is from the true one, relative, and a gradient `(2B, *latent)`, as a relative RMS."""
+        """Returns the relative error of a loss, and the relative RMS error of a gradient `(2B, *latent)`."""
         apart = whole = 0.0
         for rows in _pieces(self._case):
             for half in self._halves(rows):
@@ -196,13 +197,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Way:
-    """One of the ways to loss and gradient.
+    """An implementation of loss and gradient.
 
     Attributes:
-        run: does it, once.
-        reads: which of the inputs.
-        exact: whether it sums as ours does.
-        transfers: latents that it moves a pair, by the kernels' byte model; None: there is none.
+        run: computes both once.
+        reads: names of the inputs that it reads.
+        exact: whether it sums as precisely as ours, and must meet the same tolerance.
+        transfers: latents that it moves per pair, by the kernels' byte model; None: no model applies.
     """
 
     run: Callable[[Inputs], tuple[Tensor, Tensor]]
@@ -214,7 +215,7 @@ class Way:
 def appendix_b2(
     model_pred: Tensor, target: Tensor, ref_pred: Tensor | None, ref_error: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and implicit accuracy, as the paper's appendix B.2 writes them; `ref_error` stands in for its reference."""
+    """Returns loss and implicit accuracy as written in the paper's appendix B.2; `ref_error` can replace `ref_pred`."""
     dims = list(range(1, model_pred.dim()))
     model_losses = (model_pred.float() - target.float()).pow(2).mean(dim=dims)
     model_losses_w, model_losses_l = model_losses.chunk(2)
@@ -251,7 +252,7 @@ def _ours(inputs: Inputs, overwrite: bool) -> tuple[Tensor, Tensor]:
 
 
 def ways(case: Case, machine: Machine, compiled: bool) -> dict[str, Way]:
-    """All of them by name; the compiled ones are compiled anew, for the shapes that come next."""
+    """Returns all implementations by name. The compiled ones are compiled anew, for the shapes of their next call."""
     torch._dynamo.reset()
 
     def b2(block: Callable[..., tuple[Tensor, Tensor]]) -> Way:
@@ -279,7 +280,7 @@ def ways(case: Case, machine: Machine, compiled: bool) -> dict[str, Way]:
 
 
 def other_divisions(device: torch.device) -> list[str]:
-    """Returns the ways to divide a latent among programs beside the one in force on a GPU; none for a CPU."""
+    """Returns the names of the divisions of a latent that are not in use on a GPU; for a CPU, none."""
     if device.type != "cuda":
         return []
     from seppo_fast.kernels import denoising_error as errors
@@ -295,7 +296,7 @@ def _divided(name: str, device: torch.device, inputs: Inputs) -> tuple[Tensor, T
 
 @contextmanager
 def dividing(name: str, device: torch.device) -> Iterator[None]:
-    """Inside the block the kernels divide latents on GPUs of this kind as the table's row `name` says."""
+    """Makes the kernels use the division `name` on GPUs of this kind inside the block."""
     from seppo_fast.kernels import denoising_error as errors
 
     kind, before = errors.capability(device), dict(errors.CHOSEN)
@@ -308,7 +309,7 @@ def dividing(name: str, device: torch.device) -> Iterator[None]:
 
 
 def transfers(case: Case) -> tuple[int, int]:
-    """Latents that the kernels move a pair, through autograd and by `loss_and_grad`: their byte model."""
+    """Returns the latents moved per pair, by the kernels' byte model: through autograd, and by `loss_and_grad`."""
     from seppo_fast.kernels.denoising_error import division
 
     fewest = 5 if case.ahead else 7
@@ -317,18 +318,18 @@ def transfers(case: Case) -> tuple[int, int]:
 
 
 def is_right(what: str, case: Case, way: Way, inputs: Inputs, truth: Truth) -> bool:
-    """Whether loss and gradient are within what the module's docstring allows; where not, a line says so."""
+    """Returns whether loss and gradient are within the tolerances that suite `kernels` documents; prints if not."""
     allowed = (1e-4 if case.ahead else 1e-5) if way.exact else 2e-3
     allowances = {"loss": allowed, "gradient": allowed + 2**-9}
     gaps = truth.gaps(*way.run(inputs))
     wrong = {part: gap for part, gap in gaps.items() if not gap <= allowances[part]}  # a NaN is wrong
     for part, gap in wrong.items():
-        print(f"{case}, {what}: the {part} is off by {gap:.3g} from float64's; {allowances[part]:.3g} is allowed")
+        print(f"{case}, {what}: the {part} is off by {gap:.3g} relative to float64; {allowances[part]:.3g} is allowed")
     return not wrong
 
 
 def compiles(machine: Machine) -> bool:
-    """Whether torch.compile works here; where it does not, a line says why."""
+    """Returns whether torch.compile works here; if not, prints why."""
     try:
         torch.compile(lambda x: 2 * x, backend=COMPILER)(torch.ones(8, device=machine.device))
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -1,4 +1,4 @@
-"""How time is taken: the providers of a case in turn, in one process, the device synchronised around each call."""
+"""Times the providers of a case in turn, in one process, with the device synchronised around each call."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from benchmarks.harness.rows import Row, with_ratios
 
 T = TypeVar("T")
 
-# Nominal dense bf16 peak in FLOP/s, by what the device's name holds; NVIDIA's data sheets.
+# Nominal dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets.
 _NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 _LIMIT_ROUNDS = 20
 _COPIED_BYTES = 2**30  # on a GPU: many times its L2 cache
-_COPIES = 4  # in a call, so that on a GPU the two waits for the host are under 1 % of it
+_COPIES = 4  # copies per call, so that on a GPU its two synchronizations take under 1 % of its time
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a suite runs.
+    """The machine that a suite runs on.
 
     Attributes:
-        device: of all providers.
-        quick: whether only to show that everything works: a CPU, seconds.
+        device: the device of all providers.
+        quick: whether to run only for seconds on a CPU, to show that everything works.
     """
 
     device: torch.device
@@ -38,49 +38,49 @@ class Machine:
 
     @property
     def size(self) -> str:
-        """The row of a suite's table of sizes: `quick`, `cpu` or `gpu`."""
+        """The key for a suite's table of sizes: `quick`, `cpu` or `gpu`."""
         return "quick" if self.quick else ("gpu" if self.device.type == "cuda" else "cpu")
 
     @property
     def name(self) -> str:
-        """The GPU's, or the number of threads of the CPU."""
+        """The GPU's name, or the CPU's number of threads."""
         return device_name(self.device)
 
     @property
     def precision(self) -> str:
-        """In which training is timed: `bf16` on a GPU, `fp32` on a CPU."""
+        """The precision in which training is timed: `bf16` on a GPU, `fp32` on a CPU."""
         return "bf16" if self.device.type == "cuda" else "fp32"
 
     @property
     def cache_bytes(self) -> int:
-        """Of the GPU's L2 cache; for a CPU, which does not say, 32 MiB."""
+        """The size of the GPU's L2 cache; 32 MiB for a CPU, whose cache size is not known."""
         gpu = self.device.type == "cuda"
         return torch.cuda.get_device_properties(self.device).L2_cache_size if gpu else 2**25
 
     def nominal_peak(self) -> float | None:
-        """FLOP/s of the data sheet; None for a device that is not in the table."""
+        """Returns the data sheet's FLOP/s; None for a device that is not in the table."""
         return next((peak for part, peak in _NOMINAL.items() if part in self.name), None)
 
     def synchronize(self) -> None:
-        """Waits until the device has done all that it was given."""
+        """Waits until the device has finished all work submitted to it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One of the ways to do what a case asks for.
+    """One of the implementations that a case compares.
 
     Attributes:
-        name: in the row.
-        call: does it, once or some times.
-        units: that a call makes.
-        pairs: samples or pairs of a unit.
-        replay: does it from a CUDA graph; None where there is none.
-        replayed: units of a replay.
-        flops: of a call, counted; None: not counted.
-        moved_bytes: of a unit, read and written, by a model that stands beside the code; None: there is none.
-        value_ok: whether its values were found right.
+        name: its name in the row.
+        call: does the work once or several times.
+        units: units of work per call.
+        pairs: samples or pairs per unit.
+        replay: does the work from a CUDA graph; None: it has no graph.
+        replayed: units of work per replay.
+        flops: counted FLOP per call; None: not counted.
+        moved_bytes: bytes read and written per unit, by a documented byte model; None: no model applies.
+        value_ok: whether its values were found to be right.
         launches: see `Row`.
         host_syncs: see `Row`.
         peak_bytes: see `Row`.
@@ -101,7 +101,7 @@ class Provider:
 
 
 def interleaved(machine: Machine, calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Seconds of each call in each round, the calls in turn within a round: A B A B. Each must have run before."""
+    """Returns the seconds of each call in each round; the calls alternate: A B A B. Each must have run before."""
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, taken in zip(calls, seconds, strict=True):
@@ -115,14 +115,14 @@ def interleaved(machine: Machine, calls: Sequence[Callable[[], object]], rounds:
 
 @dataclass(frozen=True)
 class Limit:
-    """What the device does at best; rates of the providers are given as shares of it.
+    """An operation whose rate is taken as the device's best; providers' rates are reported as fractions of it.
 
     Attributes:
         name: `matmul` or `copy`.
-        case: of its row.
-        call: does it `units` times.
-        work: of a call: FLOP, or bytes that are read and written.
-        units: that a call makes.
+        case: the case in its row.
+        call: runs the operation `units` times.
+        work: work per call: FLOP, or bytes read and written.
+        units: units of work per call.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Limit:
 
 
 def matmul_limit(machine: Machine) -> Limit:
-    """A plain matrix product, in bfloat16 on a GPU."""
+    """Returns the limit of a plain matrix product, in bfloat16 on a GPU and in float32 on a CPU."""
     gpu = machine.device.type == "cuda"
     size, dtype, name = (8192, torch.bfloat16, "bf16") if gpu else (1024, torch.float32, "fp32")
     one, other = (torch.randn(size, size, device=machine.device).to(dtype) for _ in range(2))
@@ -141,7 +141,7 @@ def matmul_limit(machine: Machine) -> Limit:
 
 
 def copy_limit(machine: Machine) -> Limit:
-    """A plain copy of random numbers within the device's memory, some times a call."""
+    """Returns the limit of copying random numbers within the device's memory, several times per call."""
     size = _COPIED_BYTES if machine.device.type == "cuda" else 2 * machine.cache_bytes
     source = torch.randn(size // 4, device=machine.device)
     copied = torch.empty_like(source)
@@ -154,12 +154,12 @@ def copy_limit(machine: Machine) -> Limit:
 
 
 class Bench:
-    """Times the cases of a suite, and beside them a limit, with whose rate `limit_fraction` compares.
+    """Times the cases of a suite, and with them a limit, to whose rate `limit_fraction` is relative.
 
     Args:
-        machine: where.
-        suite: of the rows.
-        limit: what providers are bound by; None: a matrix product.
+        machine: the machine that it runs on.
+        suite: the suite's name in the rows.
+        limit: what bounds the providers; None: a matrix product.
 
     Attributes:
         limit_row: the limit's own row.
@@ -181,11 +181,11 @@ class Bench:
         (self.limit_row,) = with_ratios([self.row(self._limit.case, provider, name, self._limit_seconds)])
 
     def measure_limit(self, rounds: int) -> None:
-        """Takes the limit's rate anew: other work on the machine, or its clock, may have changed it."""
+        """Measures the limit's rate again, since other work on the machine or its clock may have changed it."""
         (self._limit_seconds,) = interleaved(self.machine, [self._limit.call], rounds)
 
     def case(self, case: str, providers: Sequence[Provider], rounds: int) -> list[Row]:
-        """Returns the rows of one case: its providers' calls, which have run once, are timed, then their graphs.
+        """Times the providers' calls, each of which must have run before, then their graphs; returns the case's rows.
 
         The first provider is the baseline.
         """
@@ -207,9 +207,9 @@ class Bench:
         seconds: Sequence[float],
         graph_seconds: Sequence[float] | None = None,
     ) -> Row:
-        """A provider's row from the seconds of its calls and of its graph's replays; `ratio` is not known yet.
+        """Returns a provider's row from the seconds of its calls and of its graph's replays; `ratio` is not set yet.
 
-        Bytes a second are those of the graph, where there is one: the device's own, without the host's.
+        `gb_per_s` is that of the graph, if there is one: the device's own rate, without the host's time.
         """
         fast, middle, slow = (float(value) for value in np.quantile(seconds, (0.2, 0.5, 0.8)) / provider.units)
         graph = None if graph_seconds is None else float(np.median(graph_seconds)) / provider.replayed
@@ -242,35 +242,37 @@ class Bench:
 def captured(
     what: str, run: Callable[[T], object], sets: Sequence[T], count: int, pool: Any
 ) -> Callable[[], None] | None:
-    """Replays `count` runs, on one set of inputs after another; None, and a line, where they cannot be captured.
+    """Captures `count` runs, cycling through sets of inputs, in a CUDA graph and returns its replay.
+
+    If they cannot be captured, prints why and returns None.
 
     Args:
-        what: for that line.
-        run: of a set of inputs; it has run before.
-        sets: the result of each is kept until its next turn, so that results too take turns in memory.
-        count: runs in the graph.
-        pool: `torch.cuda.graph_pool_handle()`, which graphs that are never replayed at once may share.
+        what: name to print in that case.
+        run: does the work on a set of inputs; it must have run before.
+        sets: sets of inputs. The result of each is kept until its next turn, so results cycle through memory too.
+        count: number of runs in the graph.
+        pool: `torch.cuda.graph_pool_handle()`, which graphs that are never replayed at the same time may share.
     """
     graph = torch.cuda.CUDAGraph()
     results: list[object] = [None] * len(sets)
     try:
-        # The outer block gives the stream back where the inner one fails.
+        # The outer block restores the stream if the inner one fails.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             for turn in range(count):
                 results[turn % len(sets)] = None
                 results[turn % len(sets)] = run(sets[turn % len(sets)])
     except RuntimeError as error:
-        print(f"{what}: no CUDA graph, {str(error).splitlines()[0]}")
+        print(f"{what}: no CUDA graph: {str(error).splitlines()[0]}")
         return None
-    graph.replay()  # the first also brings it to the device
+    graph.replay()  # the first replay also uploads the graph to the device
     return graph.replay
 
 
 class Stopwatch:
-    """Seconds by phase; the device is synchronised at the end of each, so phases never overlap.
+    """Measures the seconds of phases. The device is synchronised at the end of each, so phases never overlap.
 
     Args:
-        machine: whose device.
+        machine: the machine whose device is synchronised.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -278,7 +280,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
 
     def now(self) -> float:
-        """Seconds, once the device has done all that it was given."""
+        """Waits for the device, then returns the time in seconds."""
         self._machine.synchronize()
         return time.perf_counter()
 
@@ -295,9 +297,9 @@ class Stopwatch:
 
 
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Relative RMS distance `||actual - expected|| / ||expected||` over all tensors together, in float64.
+    """Returns the relative RMS distance `||actual - expected|| / ||expected||` over all tensors, in float64.
 
-    A value that is not finite counts as infinitely far.
+    A non-finite value makes the distance infinite.
     """
     pairs = [(a.detach().double().cpu(), e.detach().double().cpu()) for a, e in zip(actual, expected, strict=True)]
     apart = sum(float((a - e).square().sum()) for a, e in pairs)
@@ -307,7 +309,7 @@ def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def agrees(what: str, actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether `distance` is within the tolerance; where it is not, a line says so."""
+    """Returns whether `distance` is within the tolerance; if not, prints a line."""
     far = distance(actual, expected)
     if far > tolerance:
         print(f"{what}: values differ from the baseline's by {far:.3g} (relative RMS); {tolerance:.3g} is allowed")

@@ -1,6 +1,6 @@
-"""What benchmarks run: SD-1.5's architecture with random weights on a GPU, the embedded pipeline on a CPU.
+"""The models that benchmarks run: SD-1.5's architecture with random weights on a GPU, the embedded pipeline on a CPU.
 
-For clips random motion modules are added to either; on a GPU they have the shape of AnimateDiff's for SD-1.5.
+For clips, random motion modules are added to either; on a GPU they have the shape of AnimateDiff's for SD-1.5.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _SCHEDULE = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
     "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
 }  # fmt: skip
-# What diffusers' documentation of AnimateDiff sets; said here again, so that the family's own would be found wrong.
+# As in diffusers' documentation of AnimateDiff; repeated here to detect a mistake in the family's own schedule.
 _CLIP_SCHEDULE = {
     "beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "linspace", "steps_offset": 1,
 }  # fmt: skip
 
 
 def write_pipeline(folder: Path, toy: bool) -> int:
-    """Writes a pipeline of random weights in the SD-1.5 format; returns the number of parameters of its UNet.
+    """Writes a pipeline with random weights in the SD-1.5 format; returns the number of parameters of its UNet.
 
-    The tokenizer is that of the embedded pipeline with 77 tokens: any whose ids fit serves.
+    The tokenizer is the embedded pipeline's with 77 tokens; any tokenizer would do whose ids fit the vocabulary.
     """
     widths, text_width, layers = ((32, 64, 64, 64), 64, 1) if toy else ((320, 640, 1280, 1280), 768, 12)
     vae_widths = (8, 16, 16, 16) if toy else (128, 256, 512, 512)
@@ -84,9 +84,9 @@ def write_pipeline(folder: Path, toy: bool) -> int:
 
 
 def write_adapter(folder: Path, pipeline: Path) -> int:
-    """Writes motion modules of random weights that fit a pipeline folder's UNet; returns the number of parameters.
+    """Writes motion modules with random weights that fit a pipeline folder's UNet; returns the number of parameters.
 
-    For SD-1.5 they have the shape of AnimateDiff's, v1-5-2: 8 heads, 32 frames at most, in the middle too.
+    For SD-1.5 they have the shape of AnimateDiff's v1-5-2: 8 heads, at most 32 frames, also in the UNet's middle block.
     """
     unet = UNet2DConditionModel.load_config(pipeline, subfolder="unet")
     torch.manual_seed(1)
@@ -100,13 +100,13 @@ def write_adapter(folder: Path, pipeline: Path) -> int:
     )
     for name, weight in adapter.named_parameters():
         if name.endswith("proj_out.weight"):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # it starts at zero, and then nothing would move
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # zero by default, which would change nothing
     adapter.save_pretrained(folder)
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def load_pipeline(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """What a configuration trains, from its folders, as diffusers loads it; every part on the device in this dtype."""
+    """Loads the pipeline that a configuration trains, with diffusers alone; all parts in `dtype` on `device`."""
     folder = str(shapes.PIPELINE) if model.path == "shapes" else model.path
     if model.motion_adapter:
         parts = _clip_pipeline(folder, model.motion_adapter).components
@@ -121,7 +121,7 @@ def load_pipeline(model: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 @lru_cache(maxsize=1)
 def _clip_pipeline(folder: str, adapter: str) -> AnimateDiffPipeline:
-    """In float32 on the CPU; kept, since putting 1.3 billion parameters together takes seconds."""
+    """Loads it in float32 on the CPU; cached, since assembling 1.3 billion parameters takes seconds."""
     pipe = AnimateDiffPipeline.from_pretrained(
         folder,
         motion_adapter=MotionAdapter.from_pretrained(adapter),
@@ -132,7 +132,7 @@ def _clip_pipeline(folder: str, adapter: str) -> AnimateDiffPipeline:
 
 
 def load_pixels(example: Example, config: Config) -> np.ndarray:
-    """A winner as the cache sees it: uint8 (H, W, 3), or of a clip (F, H, W, 3)."""
+    """Returns a winner as the cache sees it: uint8 (H, W, 3), or (F, H, W, 3) for a clip."""
     image, data = example.image, config.data
     if not config.model.motion_adapter:
         return load_image(image, data.resolution)
@@ -145,11 +145,11 @@ class Workplace:
 
     Attributes:
         model: folder of the pipeline, or `shapes`.
-        resolution: of its pictures, in pixels.
-        folder: for caches and runs; temporary.
-        machine: where it runs.
-        motion_adapter: folder of its motion modules; empty where it makes pictures.
-        frames: of a clip; None where it makes pictures.
+        resolution: size of its pictures in pixels.
+        folder: temporary folder for caches and runs.
+        machine: the machine that it runs on.
+        motion_adapter: folder of its motion modules; empty for pictures.
+        frames: number of frames per clip; None for pictures.
     """
 
     model: str
@@ -160,22 +160,22 @@ class Workplace:
     frames: int | None = None
 
     def source(self, count: int) -> str:
-        """`data.source` of so many examples of the embedded world, clips where the model makes clips."""
+        """Returns the `data.source` for `count` pictures, or clips if the model makes clips, of the embedded world."""
         return f"shapes{'' if self.frames is None else '-motion'}:{count}:11"
 
     def flops(self, train: ModelConfig | None = None) -> float:
-        """FLOP of the UNet for one latent; see `unet_flops`."""
+        """Returns the FLOP of the UNet for one latent; see `unet_flops`."""
         return unet_flops(self.model, train, self.motion_adapter, self.frames, self.resolution)
 
     def config(self, *, memory: str = "balanced", **sections: dict[str, Any]) -> Config:
-        """A training configuration of this model; `sections` go over what stands here.
+        """Returns a training configuration for this model; `sections` override the settings made here.
 
-        Prompts are not dropped, since which are is nothing that two loops need share.
+        Prompts are not dropped, so that compared loops need not drop the same ones.
         """
         tree: dict[str, dict[str, Any]] = {
             "model": {"path": self.model, "precision": self.machine.precision},
             "data": {"resolution": self.resolution, "prompt_dropout": 0.0, "cache": str(self.folder / "cache")},
-            "train": {"warmup_updates": 0},  # the naive loop has none
+            "train": {"warmup_updates": 0},  # the naive loop has no warmup
             "log": {"sample_every": 0, "health_every": 0},
         }
         if self.frames is not None:
@@ -187,9 +187,10 @@ class Workplace:
 
 @contextmanager
 def workplace(machine: Machine, frames: int | None = None) -> Iterator[Workplace]:
-    """The model for a machine, of clips of so many frames or of pictures.
+    """Provides the model for a machine: for clips with `frames` frames, or for pictures if it is None.
 
-    On a GPU 859.5 M random parameters are written first, 4.3 GB in a temporary folder; for clips 453.2 M more, 1.8 GB.
+    On a GPU, random weights are first written to a temporary folder: 4.3 GB, of which the UNet has 859.5 M parameters;
+    for clips, another 453.2 M parameters, 1.8 GB.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -212,6 +213,6 @@ def shared_workplace(machine: Machine, frames: int | None = None) -> Shared[Work
 
 
 def second(module: Module) -> Module:
-    """Returns a copy with trained weights of its own; the frozen ones, and what they take, are shared."""
+    """Returns a copy with its own trained weights; the frozen weights and their memory are shared."""
     frozen = {id(weight): weight for weight in module.parameters() if not weight.requires_grad}
     return copy.deepcopy(module, frozen)

@@ -1,16 +1,16 @@
-"""The baseline of all speed: SePPO as one writes it into the Diffusion-DPO training script.
+"""The baseline for all speed comparisons: SePPO as one would write it into the Diffusion-DPO training script.
 
-Two UNets are resident and the local batch is one pair. For each pair the winner's picture and its prompt are encoded
-online, the reference's sample comes from one call of the diffusers pipeline, policy and reference make a forward each,
-the loss is that of the paper's appendix B.2 as written there, and AdamW steps once the pairs of an update are
-accumulated. As in that script, the reference is kept in the compute dtype and the policy runs under autocast. A larger
-local batch does all of that for its pairs at once, which the script leaves to its user.
+Two UNets are resident and the local batch is one pair. For each pair, the winner's picture and prompt are encoded
+online, the reference's sample comes from one call of the diffusers pipeline, policy and reference run one forward each,
+and the loss is written as in the paper's appendix B.2. AdamW steps once the pairs of an update are accumulated. As in
+that script, the reference is kept in the compute dtype and the policy runs under autocast. With a larger local batch,
+which the script leaves to its user, all of this is done for several pairs at once.
 
-Two things are cheaper here than in the script, so no part of what is measured is bought by them: the sample stays in
+Two things are cheaper here than in the script, so they cannot exaggerate the measured speed-up: the sample stays in
 latent space (no VAE decode and encode), and noises and timesteps are given. The winner's latent is the mode of the
-VAE's posterior, as in the cache that it is compared with; the script draws from it.
+VAE's posterior, as in the cache of the trainer that it is compared with; the script samples from the posterior.
 
-Clips go the same way, through diffusers' AnimateDiff pipeline: a latent is then `(C, F, H, W)`, F frames.
+Clips are handled alike, through diffusers' AnimateDiff pipeline; a latent is then `(C, F, H, W)` with F frames.
 
 Shape legend: b pairs of a local batch, C channels, H x W latent size, L tokens, D embedding width.
 """
@@ -36,11 +36,12 @@ from seppo_fast.models.unet import UNetFamily
 
 
 class NaiveLoop:
-    """Trains a local batch of pairs at a time.
+    """A training loop that processes one local batch of pairs at a time.
 
     Args:
-        config: what the library would train from; its batches and whatever else is the library's is not read.
-        machine: where.
+        config: the configuration that the library would train from; batch sizes and the library's own options are not
+            used.
+        machine: the machine that it runs on.
 
     Attributes:
         unet: the policy.
@@ -65,17 +66,17 @@ class NaiveLoop:
         )
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The trained weights."""
+        """Returns the trained weights."""
         return list(trainable(self.unet).values())
 
     def update(self, examples: Sequence[Example], start_noise: Tensor, pairs: Pairs, batch: int = 1) -> Stopwatch:
-        """One optimizer update.
+        """Runs one optimizer update.
 
         Args:
             examples: prompt and winner of each sample.
             start_noise: `(samples, C, H, W)`, x_T of each sample.
-            pairs: their timesteps and noises, `reference.uses` in a row for each sample; nothing else of them is read.
-            batch: pairs of a forward, and as many samples as they need of a call of the pipeline.
+            pairs: timesteps and noises, `reference.uses` consecutive rows per sample; nothing else of it is read.
+            batch: pairs per forward; a call of the pipeline generates as many samples as they need.
 
         Returns:
             Seconds by phase.
@@ -102,7 +103,7 @@ class NaiveLoop:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], noise: Tensor) -> Tensor:
-        """The reference's samples `(b, C, H, W)`: a call of the pipeline, which encodes the prompts itself."""
+        """Returns the reference's samples `(b, C, H, W)` from one pipeline call, which also encodes the prompts."""
         sampler = self.config.sampler
         return self.pipe(
             prompts,
@@ -116,16 +117,16 @@ class NaiveLoop:
 
     @torch.no_grad()
     def encode_images(self, examples: Sequence[Example]) -> Tensor:
-        """The winners' latents `(b, C, H, W)`."""
+        """Returns the winners' latents `(b, C, H, W)`."""
         pixels = torch.from_numpy(np.stack([load_pixels(example, self.config) for example in examples]))
-        frames = pixels.flatten(0, -4)  # of a picture: itself
+        frames = pixels.flatten(0, -4)  # changes nothing for pictures
         frames = frames.to(self.machine.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = self.pipe.vae.encode(frames.to(self.dtype)).latent_dist.mode() * self.pipe.vae.config.scaling_factor
         return latents.unflatten(0, (len(examples), -1)).transpose(1, 2) if self._clip else latents
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """The prompts' embeddings `(b, L, D)`."""
+        """Returns the prompt embeddings `(b, L, D)`."""
         tokenizer = self.pipe.tokenizer
         tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
@@ -135,14 +136,14 @@ class NaiveLoop:
     def loss(
         self, winners: Tensor, losers: Tensor, embeds: Tensor, noise: Tensor, timesteps: Tensor, watch: Stopwatch
     ) -> Tensor:
-        """Appendix B.2's mean over b pairs; latents and noise `(b, C, H, W)`, embeds `(b, L, D)`, timesteps `(b,)`."""
+        """Returns the mean loss of b pairs; latents and noise `(b, C, H, W)`, embeds `(b, L, D)`, timesteps `(b,)`."""
         device = self.machine.device
         latents = torch.cat([winners, losers])
         noise = noise.to(device, latents.dtype).repeat(2, *[1] * (latents.dim() - 1))
         timesteps = timesteps.to(device).repeat(2)
         noised = self.schedule.add_noise(latents, noise, timesteps)
         embeds = embeds.repeat(2, 1, 1)
-        if self._clip:  # whose UNet wants an embedding a frame
+        if self._clip:  # AnimateDiff's UNet expects one embedding per frame
             embeds = embeds.repeat_interleave(self._clip["num_frames"], 0)
         target = noise
         if self.schedule.config.prediction_type == "v_prediction":
@@ -155,7 +156,7 @@ class NaiveLoop:
             return self.preference(model_pred, ref_pred, target)
 
     def preference(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> Tensor:
-        """Appendix B.2 of the paper: predictions and target `(2b, C, H, W)`, winners first."""
+        """Returns the loss of the paper's appendix B.2; predictions and target `(2b, C, H, W)`, winners first."""
         latent = list(range(1, target.dim()))
         model_error = (model_pred.float() - target.float()).pow(2).mean(dim=latent)
         ref_error = (ref_pred.float() - target.float()).pow(2).mean(dim=latent)
@@ -164,7 +165,7 @@ class NaiveLoop:
         return -F.logsigmoid(-0.5 * self.config.train.beta * (winner_gap + sign * loser_gap)).mean()
 
     def step(self, watch: Stopwatch) -> Tensor:
-        """Clip, AdamW, zero; returns the norm of the gradient before clipping."""
+        """Clips, steps AdamW and clears the gradients; returns the gradient norm before clipping."""
         with watch.phase(POLICY):
             norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.train.max_grad_norm)
         with watch.phase(OPTIMIZER):

@@ -1,4 +1,4 @@
-"""What stands beside every number: commit, torch, device, command."""
+"""Records how a result was made: command, commit, torch version and device."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from accelerate.utils import parse_flag_from_env
 
 
 def device() -> torch.device:
-    """Returns where benchmarks run: a GPU where one exists, unless ACCELERATE_USE_CPU sends the trainer to the CPU."""
+    """Returns the device to run on: a GPU if one exists, unless ACCELERATE_USE_CPU sends the trainer to the CPU."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return torch.device("cpu" if cpu else "cuda")
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name of a GPU, or the number of threads of the CPU."""
+    """Returns a GPU's name, or the CPU's number of threads."""
     gpu = device.type == "cuda"
     return torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
 
 
 def provenance(module: str) -> dict[str, str]:
-    """Returns how a result came about; `module` is the one that was started with `python -m`."""
+    """Returns the origin of a result; `module` is the module that was started with `python -m`."""
     return {
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "commit": commit(),
@@ -35,9 +35,9 @@ def provenance(module: str) -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Returns the checkout's short hash, with a plus where tracked files have changed since; empty without a checkout.
+    """Returns the checkout's short commit hash, with a plus if tracked files differ from it; empty without a checkout.
 
-    It is read once, since the code that runs is the code that was loaded.
+    It is read once per process: later commits do not change the code that is already loaded.
     """
     here = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)

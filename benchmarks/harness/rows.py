@@ -1,4 +1,4 @@
-"""What every suite reports: one row for each provider of each case, baselines too."""
+"""What every suite reports: one row for each provider of each case, baselines included."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ SEPARATOR = " / "
 
 @dataclass(frozen=True)
 class Row:
-    """One provider of one case. Times are per unit: a sample, a pair, or a call on all pairs. None: not measured.
+    """The result of one provider in one case. None: not measured.
+
+    Times are per unit: a sample, a pair, or a call on all pairs.
 
     Attributes:
-        suite: of the driver.
+        suite: the suite's name.
         case: what was done, with its sizes; a phase of a case is `CASE / PHASE`.
-        provider: who did it.
+        provider: the implementation that was measured.
         baseline: the provider that `ratio` compares with.
         value_ok: whether the values agree with the baseline's.
-        p20_ms: milliseconds a unit, quantiles over the rounds.
-        p50_ms: the median.
-        p80_ms: the slow end.
-        graph_p50_ms: the median of a unit when replayed in a CUDA graph.
-        ratio: the baseline's p50 over this one's; None where the values differ.
-        launches: of kernels, by the profiler: in a solver step, a training step, or a call.
-        host_syncs: waits for the device, counted alike.
-        peak_allocated_bytes: of device memory, with all that the provider holds.
+        p20_ms: milliseconds per unit, the 20 % quantile over the rounds.
+        p50_ms: the same, median.
+        p80_ms: the same, 80 % quantile.
+        graph_p50_ms: the median milliseconds per unit when replayed from a CUDA graph.
+        ratio: the baseline's p50 divided by this one's; None if the values differ.
+        launches: kernel launches, by the profiler, per solver step, training step or call.
+        host_syncs: how often the host waits for the device, per the same.
+        peak_allocated_bytes: peak device memory, including all that the provider holds.
         limit: the name of the limit: `matmul` or `copy`.
-        limit_fraction: share of the limit that was reached.
-        mfu: counted FLOP over time and the nominal dense peak of the device.
-        pairs_per_s: samples or pairs a second.
-        gb_per_s: 10^9 bytes moved a second, by a model of them, for what is bound by memory.
-        share_of_step: of the provider's own time for a whole unit; of a loss, that its time is of
-            a training step's; of a switch, of the learning between two draws.
+        limit_fraction: fraction of the limit's rate that was reached.
+        mfu: counted FLOP per second divided by the device's nominal dense peak.
+        pairs_per_s: samples or pairs per second.
+        gb_per_s: 10^9 bytes moved per second, by a byte model, for memory-bound work.
+        share_of_step: a phase's share of the provider's time for a whole unit; for a loss, its time relative to a
+            training step's; for a switch, relative to the learning between two draws.
     """
 
     suite: str
@@ -72,7 +74,7 @@ _PACKAGES = ("torch", "diffusers", "peft", "accelerate", "transformers")
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """The rows of one case with `ratio` filled in, and left None where the values differ from the baseline's."""
+    """Returns the rows of one case with `ratio` set; it stays None if the values differ from the baseline's."""
     times = {row.provider: row.p50_ms for row in rows}
 
     def ratio(row: Row) -> float | None:
@@ -83,7 +85,7 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 
 
 def records(rows: list[Row], device: str) -> list[dict[str, Any]]:
-    """The rows as they are written to JSON: `KEYS`, with the device, the versions and the commit."""
+    """Returns the rows as written to JSON, with `KEYS`, including device, versions and commit."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     return [asdict(row) | {"device": device, "versions": versions, "commit": commit()} for row in rows]
 
@@ -95,7 +97,7 @@ _HEADINGS = (
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for a terminal, a line each under a line for their case; a column without a value is left out."""
+    """Returns a table for a terminal: one line per row, under a line for its case; empty columns are omitted."""
     limits = dict.fromkeys(row.limit for row in rows if row.limit)
     headings = tuple(f"of {', '.join(limits)}" if name == "of limit" else name for name in _HEADINGS)
     cells = [headings, *[_cells(row) for row in rows]]

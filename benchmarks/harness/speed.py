@@ -1,6 +1,6 @@
-"""What the README says of speed, from the rows that `benchmarks.run --json` wrote: a table, a picture, a projection.
+"""Makes the documentation's speed tables, chart and projection from the rows that `benchmarks.run --json` wrote.
 
-Rows may come from several suites and devices. A value that was not measured stays empty.
+Rows may come from several suites and devices. Values that were not measured stay empty.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ PAPER_UPDATES, PAPER_PAIRS = 210, 2048
 CHECK = "gpu_check"
 SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
 _LIMIT, _SHARE = "of limit", "share"
-_SHARES = {"kernels": "of a step", "cache": "of the learning"}  # in `endtoend` those of phases: they are in the picture
+_SHARES = {"kernels": "of a step", "cache": "of the learning"}  # `endtoend` has shares of phases, which the chart shows
 _HEADINGS = (
     "ms", "in a graph", "x baseline", "per second", "MFU", "GB/s", _LIMIT, _SHARE, "peak GB", "launches", "host syncs",
 )  # fmt: skip
 
-# Providers of `endtoend` in the picture, where the mode says their settings.
+# Names of `endtoend`'s providers in the chart, where the mode already tells their settings.
 _BARS = {OURS: OURS, NAIVE_FAST: NAIVE, NAIVE_BATCH: f"{NAIVE} in batches", NAIVE_FAST_BATCH: f"{NAIVE} in batches"}
 
 Rows = Sequence[dict[str, Any]]
 
 
 def speed_table(rows: Rows) -> str:
-    """A table for each suite in markdown: every case and provider, phases left out, with the command of the numbers.
+    """Returns one Markdown table per suite, with every case and provider but not their phases, and the commands used.
 
-    A column in which nothing was measured is left out, and so is a case's name where the line above has it.
+    Columns without a measured value are omitted, and so is a case's name if the line above has it.
     """
     parts = [_checked([row for row in rows if row["suite"] == CHECK])]
     parts += [_suite_table(suite, [row for row in rows if row["suite"] == suite]) for suite in SUITES]
@@ -41,13 +41,13 @@ def _origin(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _checked(rows: Rows) -> str:
-    """How many of the values that `gpu_check` compares are right, by where it ran, and which are not."""
+    """Returns how many of the values that `gpu_check` compares are right, and which are not, for each place it ran."""
     lines = []
     for origin in dict.fromkeys(map(_origin, rows)):
         here = [row for row in rows if _origin(row) == origin]
         wrong = [row["case"] for row in here if not row["value_ok"]]
         lines.append(
-            f"{len(here) - len(wrong)} of {len(here)} values right{', not: ' * bool(wrong)}{'; '.join(wrong)}. "
+            f"{len(here) - len(wrong)} of {len(here)} values right{'; wrong: ' * bool(wrong)}{'; '.join(wrong)}. "
             f"`python -m benchmarks.gpu_check`: {origin[0]}, torch {origin[1]}, commit {origin[2]}."
         )
     return "\n\n".join(lines)
@@ -77,7 +77,7 @@ def _suite_table(suite: str, rows: Rows) -> str:
 
 
 def three_digits(value: float) -> str:
-    """A number to three significant digits, never as a power of ten."""
+    """Formats a number to three significant digits, never in exponent notation."""
     return f"{float(f'{value:.3g}'):,.10g}"
 
 
@@ -109,10 +109,10 @@ def _share(value: float | None) -> str:
 
 
 def phase_chart(rows: Rows, file: Path) -> None:
-    """Draws the time of a pair by phase, naive against ours, from the rows of `endtoend`.
+    """Draws the time per pair by phase, naive loop against ours, from the rows of `endtoend`.
 
     Raises:
-        ValueError: rows of `endtoend` are missing, not measured, or of values that differ.
+        ValueError: rows of `endtoend` are missing, not measured, or have values that differ from the baseline's.
     """
     import matplotlib
 
@@ -135,15 +135,15 @@ def phase_chart(rows: Rows, file: Path) -> None:
     axes[0].invert_yaxis()
     axes[0].margins(x=0.1)
     devices = dict.fromkeys(row["device"] for row in rows if row["suite"] == "endtoend")
-    axes[0].set_xlabel(f"milliseconds a pair ({'; '.join(devices)})")
-    axes[1].set_xlabel("share of a pair")
+    axes[0].set_xlabel(f"milliseconds per pair ({'; '.join(devices)})")
+    axes[1].set_xlabel("share of the time per pair")
     figure.legend(loc="outside upper center", ncols=len(PHASES), frameon=False)
     figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
 def _bars(rows: Rows) -> dict[str, dict[str, float]]:
-    """Milliseconds by phase for each bar; the naive loop stands in both modes and is drawn once."""
+    """Returns milliseconds by phase for each bar; the naive loop occurs in both modes and is drawn once."""
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
         case, separator, phase = row["case"].partition(SEPARATOR)
@@ -160,7 +160,7 @@ def _bars(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def projection(rows: Rows) -> str:
-    """The paper's whole run in GPU-hours at the measured pairs per second: a projection, and it says so."""
+    """Returns the paper's whole run in GPU-hours at the measured pairs per second, labelled as a projection."""
     rates: dict[str, float] = {}
     for row in rows:
         whole = row["suite"] == "endtoend" and SEPARATOR not in row["case"]

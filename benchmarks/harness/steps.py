@@ -1,4 +1,4 @@
-"""What the suite `step` compares: ways to make a training step, ours and the Diffusion-DPO script's, on given pairs."""
+"""What suite `step` compares: training steps on given pairs, in our ways and in the Diffusion-DPO script's."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ NAIVE, NAIVE_BATCH = "Diffusion-DPO script", "Diffusion-DPO script, same micro-b
 
 @dataclass(frozen=True)
 class Way:
-    """One of our ways to make a step.
+    """One of our ways to run a step.
 
     Attributes:
-        errors: `reference.errors`.
-        trains: for which it exists: `lora`, `full`.
+        errors: the value of `reference.errors`.
+        trains: the values of `model.train` that it supports: `lora`, `full`.
         compiled: whether the repeated blocks are compiled; on a GPU only.
-        channels_last: memory format of the UNet; the trainer's own is channels last.
+        channels_last: whether the UNet is in channels_last format, as in the trainer.
     """
 
     errors: str
@@ -56,11 +56,11 @@ class Ours:
     """The trainer's learner in one of our ways, on a policy of its own.
 
     Args:
-        trainer: whose policy it begins as, whose forward and settings it takes; it is left as it is.
-        way: how a step is made.
-        pairs: to train on; their reference is the trainer's policy.
-        moved: whether the policy has moved away from that.
-        stack: on which what it holds is closed.
+        trainer: a trainer, whose policy is copied and whose forward and settings are used; it is not changed.
+        way: how a step is run.
+        pairs: the pairs to train on; their reference is the trainer's policy.
+        moved: whether the policy is first moved away from its reference.
+        stack: closes what this object opens.
 
     Attributes:
         unet: the policy.
@@ -69,7 +69,7 @@ class Ours:
     def __init__(self, trainer: Trainer, way: Way, pairs: Pairs, moved: bool, stack: ExitStack) -> None:
         config = trainer.config
         self.unet = second(trainer.policy)
-        if not way.channels_last:  # `to` would turn the weights that `second` shares
+        if not way.channels_last:  # `to` on a copy by `second` would convert the shared weights
             self.unet = copy.deepcopy(trainer.policy).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         settings = config.reference.model_copy(update={"errors": way.errors})
         parts = replace(trainer.parts, config=config.model_copy(update={"reference": settings}), model=self.unet)
@@ -91,16 +91,16 @@ class Ours:
         self._update = 0
 
     def _with_errors(self, pairs: Pairs) -> Pairs:
-        """The pairs with the errors of the reference, as the rollout makes them."""
+        """Returns the pairs with the reference's errors, computed as in the rollout."""
         with self._ahead.load_reference(self._references, 0) as reference:
             return replace(pairs, ref_error=self._ahead.ahead(reference, lambda: pairs))
 
     def step(self, count: int) -> list[Tensor]:
-        """One update on the first `count` pairs; loss and gradient norm."""
+        """Runs one update on the first `count` pairs; returns loss and gradient norm."""
         return self._step(next(self._pairs.micro_batches(count)))
 
     def step_with_errors(self, count: int) -> list[Tensor]:
-        """The same, after the reference's errors on these pairs are made."""
+        """Computes the reference's errors on these pairs, then does the same."""
         return self._step(self._with_errors(next(self._pairs.micro_batches(count))))
 
     def _step(self, pairs: Pairs) -> list[Tensor]:
@@ -110,12 +110,12 @@ class Ours:
 
 
 class Naive:
-    """The script's step.
+    """The Diffusion-DPO script's step.
 
     Args:
-        config: of a step.
-        machine: where.
-        pairs: what ours trains on.
+        config: the configuration of a step.
+        machine: the machine that it runs on.
+        pairs: the pairs that ours trains on.
         moved: as for `Ours`.
 
     Attributes:
@@ -134,7 +134,7 @@ class Naive:
         self._pairs = pairs
 
     def step(self, count: int, batch: int = 1) -> list[Tensor]:
-        """One update on the first `count` pairs, `batch` at a time; loss and gradient norm."""
+        """Runs one update on the first `count` pairs, `batch` at a time; returns loss and gradient norm."""
         total = 0.0
         for start in range(0, count, batch):
             rows = slice(start, min(start + batch, count))
@@ -143,16 +143,16 @@ class Naive:
             loss = self._loop.loss(winners, losers, self._embeds[rows], noise, timesteps, self._watch)
             loss = loss * (len(noise) / count)
             loss.backward()
-            total += loss.item()  # as the script logs it
+            total += loss.item()  # as in the script, which logs it
         return [torch.tensor(total), self._loop.step(self._watch)]
 
     def step_at_once(self, count: int) -> list[Tensor]:
-        """The same, all pairs at once."""
+        """Runs the same update on all pairs at once."""
         return self.step(count, count)
 
 
 def given_pairs(trainer: Trainer) -> Pairs:
-    """The pairs of update 0; the loser of each is the winner of the one before it, with some noise."""
+    """Returns the pairs of update 0; each loser is the winner of the preceding pair, with some noise."""
     maker = PairMaker(trainer.config, trainer.cache, trainer.family.schedule)
     ids = maker.sample_ids(0)
     winners = maker.pairs(0, ids).winners
@@ -162,7 +162,7 @@ def given_pairs(trainer: Trainer) -> Pairs:
 
 @torch.no_grad()
 def move(unet: nn.Module) -> None:
-    """Moves the trained weights by 2 % of their size, and those that are zero by 0.01, alike for equal names."""
+    """Moves trained tensors by 2 % of their RMS, or 0.01 if they are zero; the same for modules of equal structure."""
     generator = torch.Generator().manual_seed(1)
     for weight in trainable(unet).values():
         size = 0.02 * weight.square().mean().sqrt() if weight.any() else 0.01

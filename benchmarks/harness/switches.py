@@ -1,4 +1,4 @@
-"""What the suite `cache` compares: the ways in which a module becomes another past policy, and if they are right."""
+"""What suite `cache` compares: ways to switch a module to another past policy, with checks of their results."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ ALONE, AHEAD = "no switch", "switch, prefetched"
 
 
 class Subject:
-    """A policy, a second module for its past selves, and random weights for both.
+    """A policy, a second module for past policies, and random weights for both.
 
     Args:
-        machine: where; on a GPU they are SD-1.5's UNet.
+        machine: the machine that it runs on; on a GPU the modules are SD-1.5's UNet, else the embedded pipeline's.
         train: `full` or `lora`.
-        precision: of the computation.
-        pairs: of a training step; halved until one fits into memory.
+        precision: the compute precision.
+        pairs: pairs per training step; halved until a step fits into memory.
 
     Attributes:
-        policy: float32 where it is trained.
-        reference: the second module; of a LoRA it shares the frozen weights.
-        table: of a checkpoint.
-        nbytes: of its tensors in float32.
+        policy: the policy, with trained weights in float32.
+        reference: the second module; with a LoRA it shares the policy's frozen weights.
+        table: the layout of a checkpoint.
+        nbytes: bytes of a checkpoint's tensors in float32.
     """
 
     def __init__(self, machine: Machine, train: str, precision: str, pairs: int) -> None:
@@ -67,11 +67,11 @@ class Subject:
         self._inputs = self._random_inputs()
         while not self._fits():
             self.pairs //= 2
-            print(f"{self.name}: more than {self.pairs} pairs a step do not fit into memory")
+            print(f"{self.name}: more than {self.pairs} pairs per step do not fit into memory")
             self._inputs = self._random_inputs()
 
     def weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and float32 tensors of checkpoint `index`, a function of it; sized as an initialisation sizes them."""
+        """Yields names and float32 tensors of checkpoint `index`: reproducibly random, scaled like initial weights."""
         generator = torch.Generator(self.machine.device).manual_seed(index)
         for name, tensor in trainable_state_dict(self.policy).items():
             drawn = torch.randn(tensor.shape, generator=generator, device=tensor.device)
@@ -79,23 +79,23 @@ class Subject:
 
     @torch.no_grad()
     def become(self, index: int) -> None:
-        """The policy is checkpoint `index`."""
+        """Turns the policy into checkpoint `index`."""
         own = trainable_state_dict(self.policy)
         for name, tensor in self.weights(index):
             own[name].copy_(tensor)
 
     def holds(self, module: nn.Module, index: int) -> bool:
-        """Whether a module is checkpoint `index`, bit for bit in the dtypes that its tensors have."""
+        """Returns whether a module is checkpoint `index`, bit for bit in the dtypes of its tensors."""
         own = trainable_state_dict(module)
         return all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in self.weights(index))
 
     def prediction(self, index: int) -> Tensor:
-        """What checkpoint `index` predicts of two latents; the policy is it from now on."""
+        """Turns the policy into checkpoint `index` and returns its prediction for two latents."""
         self.become(index)
         return self._predicted(self.policy)
 
     def is_right(self, way: str, module: nn.Module, index: int, prediction: Tensor) -> bool:
-        """Whether a module is checkpoint `index` and predicts so, bit for bit; where not, a line says what differs."""
+        """Returns whether a module is checkpoint `index` and predicts `prediction`, bit for bit; if not, prints why."""
         same = {
             "tensors": self.holds(module, index),
             "predictions": torch.equal(self._predicted(module), prediction),
@@ -106,7 +106,7 @@ class Subject:
         return not wrong
 
     def step(self) -> None:
-        """The policy's forward and backward; its weights stay."""
+        """Runs the policy's forward and backward; its weights do not change."""
         *inputs, grad = self._inputs
         self._predict(self.policy, *inputs).backward(grad)
         self.policy.zero_grad(set_to_none=True)
@@ -120,7 +120,7 @@ class Subject:
             return module(latents, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
 
     def _random_inputs(self) -> tuple[Tensor, ...]:
-        """Latents, timesteps, embeddings and the gradient of the prediction."""
+        """Returns random latents, timesteps, embeddings and a gradient of the prediction."""
         config, device, rows = self.policy.config, self.machine.device, 2 * self.pairs
         shape = rows, config.in_channels, config.sample_size, config.sample_size
         latents, grad = (torch.randn(shape, device=device) for _ in range(2))
@@ -138,15 +138,15 @@ class Subject:
 
 
 class StateDicts:
-    """The baselines: checkpoints as a user keeps them, in host memory and in files, float32.
+    """The baselines: checkpoints as a user would keep them, float32 state dicts in host memory and in files.
 
     Args:
-        subject: whose.
-        count: how many; they take turns.
-        folder: of the files.
+        subject: the modules whose checkpoints they are.
+        count: number of checkpoints to cycle through.
+        folder: a folder for the files.
 
     Attributes:
-        right: whether each way gives what was kept.
+        right: whether each way restores what was saved.
     """
 
     def __init__(self, subject: Subject, count: int, folder: Path) -> None:
@@ -163,31 +163,31 @@ class StateDicts:
         for way, load in ((LOAD, self.load), (READ, self.read)):
             prediction = subject.prediction(0)
             subject.become(count)
-            load()  # the first of them
+            load()  # loads checkpoint 0
             self.right[way] = subject.is_right(way, self._module, 0, prediction)
 
     def load(self) -> None:
-        """The next one from host memory."""
-        self._module.load_state_dict(next(self._states), strict=False)  # a LoRA's frozen weights are not in it
+        """Loads the next checkpoint from host memory."""
+        self._module.load_state_dict(next(self._states), strict=False)  # a LoRA's checkpoint lacks the frozen weights
 
     def read(self) -> None:
-        """The next one from a file."""
+        """Loads the next checkpoint from a file."""
         self._module.load_state_dict(load_file(next(self._files)), strict=False)
 
 
 class Kept:
-    """A pool whose checkpoints are all in one tier, and the module that becomes one after another.
+    """A pool whose checkpoints are all in one tier, and the module that switches between them.
 
     Args:
-        subject: whose past selves they are.
-        tier: where they are.
-        room: for how many.
-        folder: for files.
+        subject: the modules whose checkpoints they are.
+        tier: the tier that holds them.
+        room: how many the tier may hold.
+        folder: a folder for files.
 
     Attributes:
-        pool: open until it is closed.
-        index: of the checkpoint that was asked for last.
-        host_bytes: by which this process's own memory has grown.
+        pool: the pool, which the caller closes.
+        index: number of the checkpoint that was used last.
+        host_bytes: bytes by which the process's own memory grew while checkpoints were added.
     """
 
     def __init__(self, subject: Subject, tier: Tier, room: int, folder: Path) -> None:
@@ -199,8 +199,8 @@ class Kept:
         self._tier = tier
 
     def grow(self, count: int) -> None:
-        """More checkpoints, up to `count`."""
-        gc.collect()  # what is freed in between would be missing from the growth
+        """Adds checkpoints until there are `count`."""
+        gc.collect()  # memory freed while adding would reduce the measured growth
         for index in range(len(self.pool), count):
             self._subject.become(index)
             before = host_memory()
@@ -210,20 +210,20 @@ class Kept:
         self.pool.bind(self._subject.reference)
 
     def switch(self) -> None:
-        """The bound module becomes the next checkpoint, which it never is already."""
+        """Switches the bound module to the next checkpoint, which is never the current one."""
         self.pool.load_into(self._subject.reference, self._following())
 
     def switch_in_place(self) -> None:
-        """The policy becomes the next checkpoint, and itself again."""
+        """Switches the policy to the next checkpoint and back."""
         with self.pool.resident(self._subject.policy, self._following()):
             pass
 
     def prefetch(self) -> None:
-        """The next checkpoint starts to come up."""
+        """Starts to prefetch the next checkpoint."""
         self.pool.prefetch((self.index + 1) % len(self.pool))
 
     def are_right(self) -> dict[str, bool]:
-        """Whether the next switch of each kind is right, and leaves the policy alone."""
+        """Returns whether the next switch of each kind gives the right module, and leaves the policy unchanged."""
         subject, right = self._subject, {}
         prediction = subject.prediction((self.index + 1) % len(self.pool))
         self.switch()
@@ -242,7 +242,7 @@ class Kept:
 
 
 def host_memory() -> int:
-    """Bytes of this process's own memory, private and shared, that are there; the system's cache of files is not."""
+    """Returns the resident bytes of this process's own memory, private and shared, but not of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":") for line in lines)
     return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))

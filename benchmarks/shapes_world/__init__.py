@@ -1,1 +1,1 @@
-"""Makes the embedded worlds' pipelines, which ship in `seppo_fast/shapes/`."""
+"""Scripts that make the pipelines and pictures shipped in `seppo_fast/shapes/`."""

@@ -2,12 +2,12 @@
 
 The embedded pipeline makes four pictures of each prompt, sampled as in `demo.yaml`, and the exact judge scores them as
 they will be decoded. The latents of the best of the four are kept, and those of one of the other three. So winners and
-losers come from one model, as those of Pick-a-Pic do. Prompts are held out from those that
-`prompt_sets` gives for these pictures; of those for `shapes:2048:11` they hold 17 that settings are chosen on and 28
-that are reported on, which the ablation leaves out. Everything follows from the seed, up to the machine's rounding.
+losers come from one model, as in Pick-a-Pic. None of the prompts is among those that `prompt_sets` returns for these
+pictures. Of those that it returns for `shapes:2048:11`, 17 for choosing settings and 28 for reporting are among them;
+the ablation leaves these out. Everything is determined by the seed, up to the machine's rounding.
 
 The shipped file was made with torch 2.13.0+cpu on one thread. Mean scores: 0.8205 of all 4096 pictures, 0.9745 of the
-best, 0.7789 of the others; both tie for 342 prompts.
+best, 0.7789 of the others. For 342 prompts both kept pictures have the same score.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from seppo_fast.shapes import MADE
 from seppo_fast.shapes.world import SIZE
 from seppo_fast.utils.random import keyed_noise, keyed_rng
 
-STREAM = 4004  # of the prompts
+STREAM = 4004  # random stream of the prompts
 PROMPTS, TAKES = 1024, 4
 SEED = 0
 
 
 def prompts_apart(count: int) -> list[str]:
-    """Returns different captions of a stream of their own, none of them among those of `evaluation.judged`."""
+    """Returns `count` distinct captions from a separate stream, none of them held out by `evaluation.judged`."""
     development = held_out_prompts(DEVELOPMENT, DEVELOPMENT_PROMPTS, ())
     report = held_out_prompts(REPORT, REPORT_PROMPTS, set(development))
     return held_out_prompts(STREAM, count, {*development, *report})
 
 
 def make_latents(config: Config, family: Family, prompts: Sequence[str]) -> Tensor:
-    """Returns latents `(len(prompts), TAKES, *latent)` float16 of the embedded pipeline's pictures.
+    """Returns latents of the embedded pipeline's pictures, `(len(prompts), TAKES, *latent)` float16.
 
     Args:
-        config: its sampler is used.
+        config: a configuration, of which the sampler is used.
         family: the pipeline.
         prompts: captions.
     """
@@ -72,9 +72,9 @@ def make_latents(config: Config, family: Family, prompts: Sequence[str]) -> Tens
 
 
 def choose(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Returns which takes are kept `(2, N)`, by their scores `(N, TAKES)`: the best one and another.
+    """Returns which takes to keep, `(2, N)`, by their scores `(N, TAKES)`: the best one and another.
 
-    Where several are best it is the first in a random order; the other is any of the rest, whatever their scores.
+    If several are best, the first of them in a random order is kept. The other is any of the rest, whatever its score.
     """
     chosen = []
     for row, own in enumerate(scores):
@@ -86,7 +86,7 @@ def choose(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def make(output: Path) -> None:
-    """Writes the file and prints what is in it."""
+    """Writes the file and prints a summary of its contents."""
     began = time.monotonic()
     config = read_config("demo.yaml")
     family = load_family(config, torch.device("cpu"))
@@ -115,7 +115,7 @@ def make(output: Path) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=MADE, help="the file to write; by default the shipped one")
     make(parser.parse_args().output)

@@ -1,8 +1,8 @@
 """Makes the shipped pipeline: `python -m benchmarks.shapes_world.pretrain --output DIR`.
 
-A small Stable Diffusion in the diffusers format, from nothing: a BPE vocabulary, an autoencoder trained on clean
+Trains a small Stable Diffusion in the diffusers format from scratch: a BPE vocabulary, an autoencoder on clean
 pictures, then text encoder and UNet jointly on its latents. The captions are deliberately noisy, as web data is, so
-that there is something left to align. Everything follows from `Settings.seed` (up to the machine's rounding).
+that there is something left to align. Everything is determined by `Settings.seed` (up to the machine's rounding).
 """
 
 import math
@@ -41,19 +41,19 @@ class Settings:
 
     Attributes:
         output: Folder to write.
-        pictures: Scenes to train on; picture i is `scene(seed, i)`.
+        pictures: Number of scenes to train on; picture i is `scene(seed, i)`.
         wrong: Share of captions that describe another scene.
         vae_steps: Updates of the autoencoder.
-        vae_batch: Pictures in one of them.
-        vae_lr: Its peak learning rate.
+        vae_batch: Pictures per autoencoder update.
+        vae_lr: Peak learning rate of the autoencoder.
         kl: Weight of the autoencoder's KL term, per latent element.
         steps: Updates of UNet and text encoder.
-        batch: Pictures in one of them.
-        lr: Their peak learning rate.
-        ema: Decay of the weights' moving average, which is what is saved.
-        dropout: Share of prompts replaced by the empty one.
-        judged: Held-out prompts that the result is judged on.
-        seed: Of the scenes, captions, weights, order and noise. Held-out scenes are those of `seed + 1`.
+        batch: Pictures per update of UNet and text encoder.
+        lr: Peak learning rate of UNet and text encoder.
+        ema: Decay of the moving average of the weights, which is what is saved.
+        dropout: Share of prompts that are replaced by the empty prompt.
+        judged: Number of held-out prompts that the result is judged on.
+        seed: Seed of the scenes, captions, weights, order and noise. Held-out scenes are those of `seed + 1`.
     """
 
     output: Path
@@ -73,7 +73,7 @@ class Settings:
 
 
 class Report:
-    """Prints lines with the seconds since the start and keeps them for the model card."""
+    """Prints lines, each with the seconds since the start, and keeps them for the model card."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -85,7 +85,7 @@ class Report:
 
 
 def pretrain(settings: Settings) -> Report:
-    """Trains everything, writes the pipeline and its card to `settings.output`, returns what was printed."""
+    """Trains everything, writes the pipeline and its card to `settings.output`, and returns the printed lines."""
     report = Report()
     torch.manual_seed(settings.seed)
     scenes = [scene(settings.seed, index) for index in range(settings.pictures)]
@@ -122,7 +122,7 @@ def pretrain(settings: Settings) -> Report:
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder from 32x32 pictures to 4x8x8 latents."""
+    """Returns an autoencoder from 32x32 pictures to 4x8x8 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -135,7 +135,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A UNet on 4x8x8 latents that attends to the prompt at 4x4 only, where it is cheap."""
+    """Returns a UNet on 4x8x8 latents that attends to the prompt only at 4x4, where it is cheap."""
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
         block_out_channels=(64, 80),
@@ -149,7 +149,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text model for `tokenizer`."""
+    """Returns a two-layer CLIP text model for `tokenizer`."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -167,7 +167,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def train_vae(settings: Settings, pictures: NDArray[np.uint8], report: Report) -> AutoencoderKL:
-    """Trains the autoencoder on clean pictures: L1 and squared error, and a small KL term."""
+    """Trains the autoencoder on clean pictures, with L1 and squared error and a small KL term."""
     vae = make_vae().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, weight_decay=0.0)
     for step, rows in enumerate(_batches(len(pictures), settings.vae_batch, settings.vae_steps, settings.seed)):
@@ -186,7 +186,7 @@ def train_vae(settings: Settings, pictures: NDArray[np.uint8], report: Report) -
 def train_denoiser(
     settings: Settings, pipeline: StableDiffusionPipeline, latents: Tensor, captions: list[str], report: Report
 ) -> None:
-    """Trains the pipeline's UNet and text encoder to predict the noise; leaves the averaged weights in them."""
+    """Trains the pipeline's UNet and text encoder to predict the noise; they end with the averaged weights."""
     unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
     unet.to(memory_format=torch.channels_last).train()
     text_encoder.train()
@@ -220,14 +220,14 @@ def train_denoiser(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: NDArray[np.uint8]) -> Tensor:
-    """Means of the latents of n pictures, unscaled: float32 (n, 4, 8, 8)."""
+    """Returns the unscaled latent means of n pictures, float32 (n, 4, 8, 8)."""
     parts = np.array_split(pictures, len(pictures) // 256 + 1)
     return torch.cat([vae.encode(_to_float(part)).latent_dist.mean for part in parts]).contiguous()
 
 
 @torch.no_grad()
 def report_round_trip(settings: Settings, vae: AutoencoderKL, report: Report) -> None:
-    """Reports the judge's verdict on held-out pictures after encoding and decoding: the ceiling of any sample."""
+    """Reports the judge's verdict on held-out pictures after encoding and decoding, an upper bound for any sample."""
     scenes = [scene(settings.seed + 1, index) for index in range(settings.judged)]
     pictures = np.stack([render(one) for one in scenes])
     decoded = vae.decode(encode(vae, pictures)).sample.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
@@ -264,7 +264,7 @@ def report_scores(
 
 
 def write_card(settings: Settings, lines: list[str]) -> None:
-    """Writes the model card: what this is, the command, and the `lines` that it printed."""
+    """Writes the model card: a description, the command, and the `lines` that it printed."""
     options = [
         f"--{field.name.replace('_', '-')} {getattr(settings, field.name)}"
         for field in fields(settings)
@@ -313,7 +313,7 @@ def _warm_cosine(step: int, steps: int, warm: int = 100) -> float:
 
 
 def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """`steps` batches of `size` row numbers, epoch after epoch in a fresh order."""
+    """Yields `steps` batches of `size` row numbers, with a new order for each epoch."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(count)
     for _ in range(steps):

@@ -1,16 +1,17 @@
 """Makes the shipped motion adapter: `python -m benchmarks.shapes_world.pretrain_motion --output DIR`.
 
-A tiny MotionAdapter in the diffusers format, and the pipeline that it goes with: the shipped one, trained further. That
-pipeline alone cannot carry it: at the high noise where a motion is decided, the noise that it predicts says nearly
-nothing of the picture, and it has never read a word for a motion. So this one predicts v, which at high noise is the
-picture itself (Salimans and Ho 2022).
+Trains a tiny MotionAdapter in the diffusers format, and the pipeline that it belongs to, starting from the shipped
+pipeline. That pipeline is not enough as it is: at the high noise levels where a motion is decided, the noise that it
+predicts says nearly nothing about the picture, and it has never seen a word for a motion. So the new pipeline predicts
+v, which at high noise is the picture itself (Salimans and Ho 2022).
 
-It is trained twice. First on stills, by itself: a word for a motion says where a thing is at the end of its way, and
-how large it is there. Then on clips, together with the adapter, which learns when. With clips alone it learns that a
-thing which "moves left" is left or right of the middle, and never more: of word, order and place no two say anything
-of each other there, only all three together. As with the pipeline's, the captions are deliberately noisy: some name
-another motion, so that there is something left to align. It is all trained on the linear schedule, as AnimateDiff is.
-Everything follows from `Settings.seed` (up to the machine's rounding).
+The pipeline is trained twice. First on stills, alone: it learns from the word for a motion where the object is at the
+end of its path, and how large it is there. Then on clips, together with the adapter, which learns when. With clips
+alone it only learns that an object which "moves left" is left or right of the middle: among the word, the frame's
+position in time and the object's place, no two tell anything about each other, only all three together do. As with the
+shipped pipeline, the captions are deliberately noisy: some name another motion, so that there is something left to
+align. All training uses the linear schedule, as AnimateDiff's does. Everything is determined by `Settings.seed` (up to
+the machine's rounding).
 """
 
 import shutil
@@ -49,7 +50,7 @@ from seppo_fast.shapes.motion import FRAMES, MOTIONS, all_captions, caption, mov
 from seppo_fast.shapes.motion_judge import judge_all
 from seppo_fast.shapes.world import SIZE
 
-SCHEDULE: dict[str, Any] = {  # AnimateDiff's, but for the prediction type
+SCHEDULE: dict[str, Any] = {  # AnimateDiff's, except for the prediction type
     "num_train_timesteps": TIMESTEPS,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -65,22 +66,22 @@ MAX_FRAMES = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the shipped adapter depends on, beside the shipped pipeline.
+    """Everything that the shipped adapter depends on, besides the shipped pipeline.
 
     Attributes:
         output: Where to write the folders `motion_adapter` and `motion_pipeline`.
-        clips: Scenes to train on; clip i is `moving_scene(seed, i)`.
+        clips: Number of scenes to train on; clip i is `moving_scene(seed, i)`.
         wrong: Share of captions that name another motion.
-        stills: Updates on single frames, of the last half of a clip.
+        stills: Updates on single frames from the second half of a clip.
         steps: Updates on clips.
-        batch: Clips in one of them; of stills as many as these have frames.
+        batch: Clips per update; an update on stills has as many stills as these clips have frames.
         lr: Peak learning rate.
-        gently: Share of it for the pipeline, while the adapter is trained: else it forgets the words first.
-        ema: Decay of the weights' moving average, which is what is saved.
-        dropout: Share of prompts replaced by the empty one.
-        judged: Captions that the result is judged on, 288 at most, each from a noise of its own.
-        sampler_steps: DDIM steps for that.
-        seed: Of the scenes, captions, weights, order and noise.
+        gently: Factor on the pipeline's learning rate while the adapter is trained; at 1 it would forget the words.
+        ema: Decay of the moving average of the weights, which is what is saved.
+        dropout: Share of prompts that are replaced by the empty prompt.
+        judged: Number of captions that the result is judged on, at most 288, each with its own noise.
+        sampler_steps: DDIM steps of the judged samples.
+        seed: Seed of the scenes, captions, weights, order and noise.
     """
 
     output: Path
@@ -99,7 +100,7 @@ class Settings:
 
 
 def pretrain(settings: Settings) -> Report:
-    """Trains the adapter, writes it and its card to `settings.output`, returns what was printed."""
+    """Trains adapter and pipeline, writes them with their cards to `settings.output`, and returns the printed lines."""
     report = Report()
     torch.manual_seed(settings.seed)
     base = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None, local_files_only=True)
@@ -132,11 +133,11 @@ def pretrain(settings: Settings) -> Report:
 
 
 def save(folder: Path, base: StableDiffusionPipeline, unet: UNetMotionModel) -> None:
-    """Writes the adapter, and the pipeline with what it has learned; the other parts are copied as they are."""
+    """Writes the adapter and the further trained pipeline, whose untrained parts are copied unchanged."""
     unet.save_motion_modules(folder / ADAPTER)
     pipeline_folder(folder / BASE)
     base.unet.save_pretrained(folder / BASE / "unet")
-    # The one that was just written names the folder on this machine that the UNet came from.
+    # The config that was just written contains the local path that the UNet was loaded from.
     shutil.copyfile(PIPELINE / "unet" / "config.json", folder / BASE / "unet" / "config.json")
     base.text_encoder.save_pretrained(folder / BASE / "text_encoder")
     base.scheduler.register_to_config(prediction_type=SCHEDULE["prediction_type"])
@@ -144,7 +145,7 @@ def save(folder: Path, base: StableDiffusionPipeline, unet: UNetMotionModel) -> 
 
 
 def make_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
-    """A fresh adapter with one motion module after every resnet of `unet`, which at first changes nothing."""
+    """Returns a new adapter with a motion module after every resnet of `unet`; initially it changes nothing."""
     adapter = MotionAdapter(
         block_out_channels=unet.config.block_out_channels,
         motion_layers_per_block=unet.config.layers_per_block,
@@ -161,12 +162,12 @@ def make_adapter(unet: UNet2DConditionModel) -> MotionAdapter:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on.
+    """Training data.
 
     Attributes:
-        latents: Of n clips, float32 (n, 4, F, 8, 8).
-        ids: Their captions' tokens (n, 16).
-        empty: Those of the empty caption (1, 16).
+        latents: Latents of n clips, float32 (n, 4, F, 8, 8).
+        ids: Token ids of their captions (n, 16).
+        empty: Token ids of the empty caption (1, 16).
     """
 
     latents: Tensor
@@ -175,7 +176,7 @@ class Data:
 
 
 def train(settings: Settings, what: str, unet: nn.Module, text_encoder: nn.Module, data: Data, report: Report) -> None:
-    """Trains both to predict v of "clips" or "stills"; leaves the averaged weights in them."""
+    """Trains UNet and text encoder to predict v of "clips" or "stills"; they end with the averaged weights."""
     modules = nn.ModuleList([unet.train(), text_encoder.train()])
     trained = list(modules.parameters())
     clips = what == "clips"
@@ -197,7 +198,7 @@ def train(settings: Settings, what: str, unet: nn.Module, text_encoder: nn.Modul
         else:
             latents = data.latents[rows, :, torch.randint(FRAMES // 2, FRAMES, (batch,))]
         noise = torch.randn_like(latents)
-        # More of the high noise, where places, sizes and motions are decided.
+        # Favours high noise, where places, sizes and motions are decided.
         timesteps = (TIMESTEPS * torch.rand(batch).sqrt()).long()
         predicted = unet(noising.add_noise(latents, noise, timesteps), timesteps, embeds).sample
         loss = F.mse_loss(predicted, noising.get_velocity(latents, noise, timesteps))
@@ -217,14 +218,14 @@ def train(settings: Settings, what: str, unet: nn.Module, text_encoder: nn.Modul
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKL, clips: NDArray[np.uint8]) -> Tensor:
-    """Scaled latents of n clips (n, F, SIZE, SIZE, 3), the posteriors' means: float32 (n, 4, F, 8, 8)."""
+    """Returns the scaled latent means of n clips (n, F, SIZE, SIZE, 3), float32 (n, 4, F, 8, 8)."""
     latents = encode(vae, clips.reshape(-1, SIZE, SIZE, 3)) * vae.config.scaling_factor
     return latents.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
 
 
 @torch.no_grad()
 def decode_clips(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
-    """Clips (n, F, SIZE, SIZE, 3) from scaled latents (n, 4, F, 8, 8)."""
+    """Returns clips (n, F, SIZE, SIZE, 3) from scaled latents (n, 4, F, 8, 8)."""
     parts = (latents.transpose(1, 2).flatten(0, 1) / vae.config.scaling_factor).split(256)
     images = torch.cat([vae.decode(part).sample.add(1).mul(127.5).round().clamp(0, 255) for part in parts])
     clips = images.to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(latents), -1))
@@ -232,7 +233,7 @@ def decode_clips(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
 
 
 def report_round_trip(settings: Settings, vae: AutoencoderKL, report: Report) -> None:
-    """Reports the judge's verdict on unseen clips after encoding and decoding: the ceiling of any sample."""
+    """Reports the judge's verdict on unseen clips after encoding and decoding, an upper bound for any sample."""
     scenes = [moving_scene(settings.seed + 1, index) for index in range(settings.judged)]
     rebuilt = decode_clips(vae, encode_clips(vae, np.stack([render(one) for one in scenes])))
     summary = _summary(judge_all([caption(one) for one in scenes], rebuilt))
@@ -264,7 +265,7 @@ def report_scores(settings: Settings, pipeline: AnimateDiffPipeline, guidance: f
 
 
 def write_cards(settings: Settings, lines: list[str]) -> None:
-    """Writes the model cards: what this is, the command, and the `lines` that it printed."""
+    """Writes the model cards: a description, the command, and the `lines` that it printed."""
     options = [
         f"--{field.name.replace('_', '-')} {getattr(settings, field.name)}"
         for field in fields(settings)
@@ -316,7 +317,7 @@ It predicts v, as its scheduler says. Autoencoder and tokenizer are the same fil
 
 
 def _summary(entries: list[dict[str, bool]]) -> str:
-    """Mean share of right attributes, share of clips with all right, and with the right motion (the last entry)."""
+    """Formats the mean share of right attributes, and the shares of clips with all right and with the right motion."""
     values = [list(entry.values()) for entry in entries]
     shares = np.array([np.mean(value) for value in values])
     motion = np.mean([value[-1] for value in values])

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer with a vocabulary of its own, in the files that Stable Diffusion pipelines hold."""
+"""Trains a CLIP tokenizer with its own vocabulary and writes it in the format of Stable Diffusion pipelines."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-MAX_LENGTH = 16  # the longest caption has 12 tokens with both ends
+MAX_LENGTH = 16  # the longest caption has 12 tokens, including start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 _PIECES = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -16,8 +16,8 @@ _PIECES = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 def train_tokenizer(captions: list[str], merges: int = 512) -> CLIPTokenizer:
     """Learns at most `merges` BPE merges from `captions`.
 
-    The vocabulary is laid out as CLIP's: every byte, every byte that ends a word, the merges in their order, then the
-    start and end tokens; so any text has ids.
+    The vocabulary has the layout of CLIP's: every byte, every byte at the end of a word, the merges in order, then the
+    start and end tokens. So every text can be encoded.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trained = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
@@ -43,7 +43,7 @@ def train_tokenizer(captions: list[str], merges: int = 512) -> CLIPTokenizer:
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes `folder` with vocab.json and merges.txt, which every version of transformers reads, and nothing else."""
+    """Writes `folder` anew with vocab.json, merges.txt and two configs, which all transformers versions read."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     for file in folder.glob("*"):
         file.unlink()

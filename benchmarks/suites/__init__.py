@@ -1,1 +1,1 @@
-"""The suites of `python -m benchmarks.run`."""
+"""The benchmark suites that `python -m benchmarks.run` runs."""

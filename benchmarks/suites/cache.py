@@ -1,22 +1,24 @@
-"""Suite `cache`: a reference becomes another past policy, from the device's memory, the host's, or mapped files.
+"""Suite `cache`: switches of a reference to another past policy, from device memory, host memory or mapped files.
 
-`switch` is `ReferencePool.load_into` of a bound module; `switch, in place` enters and leaves `ReferencePool.resident`,
+`switch` is `ReferencePool.load_into` for a bound module; `switch, in place` enters and leaves `ReferencePool.resident`,
 as the trainer does. The baseline is `load_state_dict` from host memory, in float32 and with the module's own strides;
-`from a file` has safetensors read it first. A `plain copy` moves as many bytes as a switch does: on a GPU from pinned
-memory, or within its own where the checkpoints lie there. Its rate in the same rounds is the limit. GB/s count a
-checkpoint's bytes once. All take turns over random checkpoints; files are in the system's cache, a LoRA's in a GPU's.
+`from a file` first reads a file with safetensors. `plain copy` moves as many bytes as a switch: on a GPU from pinned
+host memory, or within GPU memory if the checkpoints are there. Its rate in the same rounds is the limit. GB/s count a
+checkpoint's bytes once. All providers cycle through random checkpoints; files are in the page cache, and those of a
+LoRA in a GPU's cache.
 
-Checked before anything is timed, bit for bit: the tensors, rounded to the dtypes in which they are kept, and the
-predictions against those of the policy with the same weights in float32.
+Checked bit for bit before anything is timed: the tensors, rounded to the dtypes in which they are kept, and the
+predictions, against those of the policy with the same weights in float32.
 
-`share_of_step` is the time of a switch over that of the learner's forward and backward, measured in the same run, on
-all pairs between two draws: 2048 an update on one GPU, and 30 updates where a reference is drawn per iteration. The
-reference's samples and errors come on top, so that of a whole run the share is less.
+`share_of_step` is the time of a switch relative to the learner's forward and backward, measured in the same run, on
+all pairs between two draws: 2048 per update on one GPU, and those of 30 updates if a reference is drawn per iteration.
+The reference's samples and errors take additional time, so the share of a whole run is smaller.
 
-The last case of a tier is training steps with a switch after each, and with the next checkpoint coming up during each:
-what they take beyond `no switch` is what is seen of draws as frequent as that. `launches` counts copies too.
+The last case of a tier times training steps: alone (`no switch`), with a switch after each, and with the next
+checkpoint also prefetched during each. The time beyond `no switch` is the visible cost of drawing that often.
+`launches` counts copies too.
 
-Without a GPU all copies are within the host's memory; only ratios mean something then.
+Without a GPU all copies stay within host memory, and only the ratios are meaningful.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ from seppo_fast.references.storage import Tier
 from seppo_fast.utils.memory import free_bytes
 
 _PLACES: dict[Tier, str] = {"host": "host memory", "device": "GPU memory", "disk": "files"}
-_ROOM = 0.8  # of what is free, for the checkpoints of a tier
-_CALL_BYTES = 2**26  # that a timed call of switches copies, or all checkpoints once
+_ROOM = 0.8  # share of the free space that a tier's checkpoints may use
+_CALL_BYTES = 2**26  # copied per timed call, unless all checkpoints have fewer
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ class Size:
     """What is measured.
 
     Attributes:
-        models: `model.train` and `model.precision`.
-        kept: checkpoints, by `reference.redraw`.
-        rounds: of timing.
-        pairs: of a training step.
-        steps: in a call; fewer than checkpoints, so that no switch finds what an earlier one has brought up.
+        models: values of `model.train` and `model.precision`.
+        kept: number of checkpoints, by `reference.redraw`.
+        rounds: rounds of timing.
+        pairs: pairs per training step.
+        steps: steps per call; fewer than checkpoints, so that no switch finds one that an earlier switch has loaded.
     """
 
     models: tuple[tuple[str, str], ...]
@@ -72,28 +74,29 @@ class Size:
 
 _KEPT = {"iteration": 7, "update": 20}
 _CPU_MODELS = (("full", "fp32"), ("full", "bf16"), ("lora", "fp32"))
-# Seconds on an H200 by `estimate`: of all weights 19 to 51 a case and 45 for what they share, of a LoRA 5 to 16 and 10.
+# Estimated seconds on an H200 (see `estimate`): for all weights 19 to 51 per case and 45 for their shared set-up, for a
+# LoRA 5 to 16 and 10.
 SIZES = {
     "gpu": Size((("full", "bf16"), ("lora", "bf16")), _KEPT, rounds=5, pairs=16, steps=4),
     "cpu": Size(_CPU_MODELS, _KEPT, rounds=15, pairs=4, steps=4),
     "quick": Size(_CPU_MODELS, _KEPT, rounds=3, pairs=1, steps=2),
 }
 
-# What an H200 and its host are assumed to take, in seconds: a checkpoint of all weights to each tier; a round of both
-# baselines, of which one reads a file; and what is made once. Of a LoRA, 3 MB, only the host's work is left.
+# Assumed seconds on an H200 and its host: to add a checkpoint of all weights to each tier; for a round of both
+# baselines, one of which reads a file; and for one-time set-up. A LoRA has 3 MB, so only the host's work counts.
 _ADDED: dict[Tier, float] = {"device": 0.2, "host": 1.0, "disk": 2.5}
 _BASELINES, _LORA_BASELINES = 3.0, 0.2
 _SUBJECT, _STATES = 5.0, 40.0
 
 
 def estimate(train: str, tier: Tier, added: int) -> float:
-    """Returns seconds on an H200 for a case that adds so many checkpoints, see `benchmarks.harness.estimates`."""
+    """Returns estimated seconds on an H200 for a case that adds `added` checkpoints."""
     full, rounds = train == "full", SIZES["gpu"].rounds
     return 3.0 + rounds * (_BASELINES if full else _LORA_BASELINES) + added * (_ADDED[tier] if full else 0.1)
 
 
 def estimate_steps(train: str) -> float:
-    """Returns seconds on an H200 for the case of training steps."""
+    """Returns estimated seconds on an H200 for the case of training steps."""
     size = SIZES["gpu"]
     step = h200(bf16=2 * size.pairs * PICTURE.trained[train], launches=STEP_LAUNCHES[train])
     return 3 * (1 + size.rounds) * size.steps * step
@@ -101,7 +104,7 @@ def estimate_steps(train: str) -> float:
 
 @dataclass(frozen=True)
 class _Compared:
-    """What the cases of one kind of checkpoints share: the subject, seconds of its step, baselines, a folder."""
+    """What the cases of one kind of checkpoint share: the subject, the seconds of its step, baselines, a folder."""
 
     subject: Subject
     step_seconds: float
@@ -114,11 +117,11 @@ class _InTier:
     """What the cases of one tier share.
 
     Attributes:
-        bench: whose limit is `plain`.
+        bench: the bench, with `plain` as its limit.
         kept: the checkpoints.
-        room: for how many.
-        plain: copies as much as `calls` switches do.
-        calls: switches of a timed call.
+        room: how many checkpoints fit.
+        plain: copies as many bytes as `calls` switches.
+        calls: switches per timed call.
     """
 
     bench: Bench
@@ -129,7 +132,7 @@ class _InTier:
 
 
 def cases(machine: Machine) -> list[suites.Case]:
-    """Returns the suite's cases: the host's memory first, since past policies come to lie there."""
+    """Returns the suite's cases: host memory first, since that is where past policies end up."""
     size, gpu, made = SIZES[machine.size], machine.device.type == "cuda", []
     for train, precision in size.models:
         full = train == "full"
@@ -148,7 +151,7 @@ def cases(machine: Machine) -> list[suites.Case]:
                     )
                 )
                 before = count
-            if tier == "disk" or (tier == "host" and gpu):  # else nothing needs to come up
+            if tier == "disk" or (tier == "host" and gpu):  # elsewhere there is nothing to prefetch
                 title = f"{where}, steps of {size.pairs} pairs"
                 run = partial(_step_rows, compared, in_tier, where)
                 made.append(suites.Case(title, run, estimate_steps(train), (compared, in_tier)))
@@ -164,7 +167,7 @@ def _compared(machine: Machine, train: str, precision: str, stack: ExitStack) ->
 
 
 def _in_tier(compared: Shared[_Compared], tier: Tier, where: str, stack: ExitStack) -> _InTier:
-    """The tier's empty pool, and the copy beside it.
+    """Creates the tier's empty pool, and the plain copy to compare with.
 
     Raises:
         LeftOut: there is room for too few checkpoints.
@@ -172,7 +175,7 @@ def _in_tier(compared: Shared[_Compared], tier: Tier, where: str, stack: ExitSta
     subject, folder = compared().subject, compared().folder
     size, room = SIZES[subject.machine.size], room_for(subject, tier, folder)
     if room <= size.steps:
-        raise suites.LeftOut(f"there is room for {room} checkpoints")
+        raise suites.LeftOut(f"there is room for {room} checkpoints; at least {size.steps + 1} are needed")
     calls = min(room, *size.kept.values(), math.ceil(_CALL_BYTES / subject.table.size))
     plain = repeated(plain_copy(subject, tier), calls)
     bench = Bench(subject.machine, "cache", Limit("copy", where, plain, calls * subject.table.size))
@@ -184,12 +187,12 @@ def _in_tier(compared: Shared[_Compared], tier: Tier, where: str, stack: ExitSta
 def _switch_rows(
     compared: Shared[_Compared], in_tier: Shared[_InTier], tier: Tier, where: str, redraw: str
 ) -> list[Row]:
-    """The rows of switches among as many checkpoints as a way to draw keeps."""
+    """Returns the rows of switches among as many checkpoints as `redraw` keeps."""
     subject, place = compared().subject, in_tier()
     size = SIZES[subject.machine.size]
     count = min(size.kept[redraw], place.room)
     if count < size.kept[redraw]:
-        print(f"{where}: {count} checkpoints instead of {size.kept[redraw]}, there is no room for more")
+        print(f"{where}: {count} checkpoints instead of {size.kept[redraw]}; there is no room for more")
     place.kept.grow(count)
     copied = Provider(COPY, place.plain, place.calls, moved_bytes=subject.table.size)
     providers = [*compared().loads, copied, *_switches(subject, place.kept, tier, place.calls)]
@@ -202,7 +205,7 @@ def _switch_rows(
 
 
 def _step_rows(compared: Shared[_Compared], in_tier: Shared[_InTier], where: str) -> list[Row]:
-    """The rows of training steps with a switch after each, among as many checkpoints as there are, or the fewest."""
+    """Returns the rows of training steps with a switch after each, among the checkpoints that exist or the fewest."""
     subject, place = compared().subject, in_tier()
     size = SIZES[subject.machine.size]
     place.kept.grow(min(place.room, *size.kept.values()))
@@ -211,21 +214,21 @@ def _step_rows(compared: Shared[_Compared], in_tier: Shared[_InTier], where: str
 
 
 def with_shares(rows: list[Row], learning: float) -> list[Row]:
-    """Rows whose `share_of_step` is their time's share of so many seconds of learning."""
+    """Returns the rows with `share_of_step` set to their time relative to `learning` seconds."""
     return [replace(row, share_of_step=None if row.p50_ms is None else row.p50_ms / 1e3 / learning) for row in rows]
 
 
 def _in_words(subject: Subject, kept: Kept, switch: Row) -> str:
-    """What the table does not show."""
+    """Returns a line on what the table does not show."""
     payload = len(kept.pool) * subject.table.payload
     return (
-        f"{payload / 1e6:.4g} MB of tensors, host memory grew by {kept.host_bytes / payload:.4f} of that; "
+        f"{payload / 1e6:.4g} MB of tensors; host memory grew by {kept.host_bytes / payload:.4f} times that; "
         f"a switch takes {switch.share_of_step:.2g} of the learning's time"
     )
 
 
 def room_for(subject: Subject, tier: Tier, folder: Path) -> int:
-    """How many checkpoints a tier may hold here, the most that are asked for."""
+    """Returns how many checkpoints fit into a tier here, at most as many as the suite needs."""
     if tier == "disk":
         free = shutil.disk_usage(folder).free
     else:
@@ -234,13 +237,13 @@ def room_for(subject: Subject, tier: Tier, folder: Path) -> int:
 
 
 def pairs_between(redraw: str) -> int:
-    """Pairs that the learner takes between two draws in the paper's setting, on one device."""
+    """Returns the pairs that the learner processes between two draws in the paper's setting, on one device."""
     paper = TrainConfig()
     return paper.pairs_per_update * (paper.updates_per_iteration if redraw == "iteration" else 1)
 
 
 def plain_copy(subject: Subject, tier: Tier) -> Callable[[], object]:
-    """Copies one after another of some random slabs, as large as a checkpoint, to the device."""
+    """Returns a call that copies random bytes, as many as a checkpoint has, to the device, cycling through sources."""
     size, device = subject.table.size, subject.machine.device
     sources = [torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(_turns(subject, size))]
     if device.type == "cuda" and tier != "device":
@@ -250,7 +253,7 @@ def plain_copy(subject: Subject, tier: Tier) -> Callable[[], object]:
 
 
 def repeated(once: Callable[[], object], calls: int) -> Callable[[], None]:
-    """A call that makes some."""
+    """Returns a call that makes `calls` calls of `once`."""
 
     def call() -> None:
         for _ in range(calls):
@@ -260,13 +263,13 @@ def repeated(once: Callable[[], object], calls: int) -> Callable[[], None]:
 
 
 def _turns(subject: Subject, nbytes: int) -> int:
-    """How many sources of so many bytes take turns: as many as leave none in the cache, or as checkpoints."""
+    """Returns how many sources of `nbytes` to cycle through: enough to exceed the cache, at most one per checkpoint."""
     most = max(SIZES[subject.machine.size].kept.values())
     return min(most, max(2, math.ceil(2 * subject.machine.cache_bytes / nbytes)))
 
 
 def _baselines(subject: Subject, folder: Path) -> list[Provider]:
-    """The usual ways, the same beside all tiers; counted once, since at true size that takes seconds."""
+    """Returns the usual ways to load, for all tiers; counted only once, since that takes seconds at true size."""
     states = StateDicts(subject, _turns(subject, subject.nbytes), folder)
     ways = {LOAD: states.load, READ: states.read}
     nbytes = subject.nbytes
@@ -274,7 +277,7 @@ def _baselines(subject: Subject, folder: Path) -> list[Provider]:
 
 
 def _switches(subject: Subject, kept: Kept, tier: Tier, calls: int) -> list[Provider]:
-    """Both kinds of switch, `calls` of them at a time."""
+    """Returns both kinds of switch, with `calls` switches per call."""
     size, right = subject.table.size, kept.are_right()
     held = size + (len(kept.pool) * size if tier == "device" else 0)
     ways = {SWITCH: kept.switch, IN_PLACE: kept.switch_in_place}
@@ -284,16 +287,16 @@ def _switches(subject: Subject, kept: Kept, tier: Tier, calls: int) -> list[Prov
 def _provider(
     subject: Subject, way: str, once: Callable[[], object], calls: int, moved: int, held: int, right: bool
 ) -> Provider:
-    """A way to switch, counted.
+    """Returns a provider for a way to switch, with its launches, synchronizations and memory counted.
 
     Args:
         subject: what is switched.
-        way: its name.
-        once: one switch.
-        calls: of it, in a timed call.
-        moved: bytes that it copies.
-        held: bytes of device memory that it needs all the time.
-        right: whether its values are.
+        way: the provider's name.
+        once: makes one switch.
+        calls: switches per timed call.
+        moved: bytes that a switch copies.
+        held: bytes of device memory that it occupies permanently.
+        right: whether its values are right.
     """
     machine = subject.machine
     once()
@@ -311,7 +314,7 @@ def _provider(
 
 
 def copies(call: Callable[[], object]) -> int:
-    """Copies to, from or within a GPU's memory, by the profiler."""
+    """Returns the number of copies to, from or within a GPU's memory, by the profiler."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
@@ -319,7 +322,7 @@ def copies(call: Callable[[], object]) -> int:
 
 
 def _steps(subject: Subject, kept: Kept) -> list[Provider]:
-    """Training steps: alone, with a switch after each, with the next checkpoint coming up during each."""
+    """Returns training steps: alone, with a switch after each, and with the next checkpoint also prefetched."""
 
     def with_switch() -> None:
         subject.step()

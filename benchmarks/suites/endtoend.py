@@ -1,17 +1,17 @@
 """Suite `endtoend`: whole updates, from pictures and prompts to new weights; the naive loop against the trainer.
 
-A unit is a pair. The naive loop takes one pair at a time; beside it stands the same loop with as many at a time as
-ours, which generates and encodes in batches too: the ratio that is left there is the library's. All loops train a LoRA
-on the same examples in the same order, with the same noises and timesteps, and drop no prompt, so their weights must
-agree. That is checked first, in float32 at few steps, over two updates: the change of the weights may differ by 0.1
-(relative RMS; AdamW's first steps are nearly the sign of the gradient, so elements whose gradient is near zero do
-differ). Ours counts the encoding of each example in full, as in a run that visits each once; the naive loop encodes it
-when it comes. Loading the models counts for neither.
+A unit is a pair. The naive loop processes one pair at a time. A second provider is the same loop with as many pairs at
+a time as ours, which it also generates and encodes in batches: the ratio that remains there is due to the library. All
+loops train a LoRA on the same examples in the same order, with the same noises and timesteps, and drop no prompt, so
+their weights must agree. That is checked first, in float32 with few solver steps, over two updates: the changes of the
+weights may differ by 0.1 (relative RMS; AdamW's first steps are nearly the sign of the gradient, so elements whose
+gradient is near zero do differ). Ours counts the encoding of every example in full, as in a run that visits each once;
+the naive loop encodes each example when it reaches it. Loading the models counts for neither.
 
-`exact` is the same sampler in both. `fast` (DPM-Solver++ in 20 steps, four draws of (timestep, noise) a sample) is
-another distribution: its values are checked against the naive loop with those settings, and its time is compared with
-the naive loop as it is. On a GPU each mode is timed without compiling first, since that takes minutes of its own, and
-then as the trainer's `memory: fast` has it, compiled. FLOP are those of the UNet.
+`exact` uses the same sampler in both. `fast` (DPM-Solver++ in 20 steps, four draws of (timestep, noise) per sample)
+samples from another distribution: its values are checked against the naive loop with those settings, and its time is
+compared with the naive loop of the exact mode. On a GPU each mode is first timed without compilation, which takes
+minutes by itself, and then compiled, as with the trainer's `memory: fast`. FLOP are those of the UNet.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ from benchmarks.harness.rows import (
 )
 from seppo_fast.config.schema import Config
 
-_TOLERANCE = 0.1  # another flipper moves the change of the weights by 0.4 to 0.9
+_TOLERANCE = 0.1  # with another flipper the changes of the weights differ by 0.4 to 0.9
 _MATMUL_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done.
+    """How much is done. None: the trainer chooses.
 
     Attributes:
-        pairs: in an update of ours.
-        naive_pairs: of these, on which the naive loop is timed: it makes them one after another.
-        rounds: of timing, an update each.
-        steps: of the solver in the exact mode.
-        fast_steps: of the solver in the fast mode.
-        uses: draws of (timestep, noise) a sample in the fast mode.
-        micro_batch: pairs in our forward; None: what the trainer chooses.
-        samples: that ours generates at once; None: what the trainer chooses.
-        recomputed: whether both loops recompute activations; None: what the trainer chooses.
-        compiled: whether ours compiles the repeated blocks; None: what the trainer chooses.
+        pairs: pairs per update of ours.
+        naive_pairs: how many of these the naive loop is timed on, one after another.
+        rounds: rounds of timing, with one update each.
+        steps: solver steps in the exact mode.
+        fast_steps: solver steps in the fast mode.
+        uses: draws of (timestep, noise) per sample in the fast mode.
+        micro_batch: pairs per forward of ours.
+        samples: how many samples ours generates at once.
+        recomputed: whether both loops recompute activations.
+        compiled: whether ours compiles the repeated blocks.
     """
 
     pairs: int
@@ -82,7 +82,7 @@ class Size:
     compiled: bool | None = None
 
 
-# Seconds on an H200 by `estimate`, the set-up of each in brackets; the second size is beyond six minutes.
+# Estimated seconds on an H200 (see `estimate`), with set-up in brackets; the second size exceeds six minutes.
 SIZES: dict[str, tuple[Size, ...]] = {
     "gpu": (
         Size(pairs=64, naive_pairs=8, rounds=2, compiled=False),  # exact 75 (125), fast 22 (69)
@@ -92,37 +92,37 @@ SIZES: dict[str, tuple[Size, ...]] = {
     "quick": (Size(pairs=8, naive_pairs=8, rounds=2, steps=4, fast_steps=2, uses=2, micro_batch=8, samples=8),),
 }
 CHECKED = Size(pairs=8, naive_pairs=8, rounds=1, steps=4, fast_steps=4, uses=2, micro_batch=3, samples=5)
-_BATCH = 32  # pairs that the trainer's `memory: fast` takes at once on an H200
-_GRAPHS = 3 * 4  # that are compiled of a mode: the policy, the reference and the sampler, at the UNet's four widths
+_BATCH = 32  # pairs that the trainer's `memory: fast` processes at once on an H200
+_GRAPHS = 3 * 4  # compiled per mode: policy, reference and sampler, at the UNet's four widths
 
 
 def estimate(size: Size, fast: bool, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 for the rounds of a mode, see `benchmarks.harness.estimates`."""
+    """Returns estimated seconds on an H200 for the rounds of a mode."""
     ours, naive, batch = _update_seconds(size, fast, unet)
     alone = _update_seconds(size, False, unet)[1]
     return size.rounds * (ours + naive + batch + (alone if fast else 0.0))
 
 
 def estimate_set_up(size: Size, fast: bool, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 until the loops of a mode have made their first update."""
+    """Returns estimated seconds on an H200 until the loops of a mode have finished their first update."""
     compiling = _GRAPHS * COMPILED_GRAPH if size.compiled else 0.0
     return unet.trainer + 2 * unet.pipeline + compiling + sum(_update_seconds(size, fast, unet))
 
 
 def estimate_check(checked: Size, fast: bool, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 for the comparison in float32 of three loops."""
+    """Returns estimated seconds on an H200 to compare three loops in float32."""
     pairs = 3 * (checked.rounds + 1) * checked.pairs
     return unet.trainer + 2 * 2 * unet.pipeline + h200(fp32=pairs * _pair(checked, fast, unet))
 
 
 def _pair(size: Size, fast: bool, unet: Unet) -> float:
-    """TFLOP of a pair: the guided sample, or its share of one, the reference, the policy."""
+    """Returns the TFLOP per pair: its guided sample, or its share of one, the reference and the policy."""
     sample = 2 * unet.forward * (size.fast_steps / size.uses if fast else size.steps)
     return sample + 2 * unet.forward + 2 * unet.trained["lora"]
 
 
 def _update_seconds(size: Size, fast: bool, unet: Unet) -> tuple[float, float, float]:
-    """Of an update: ours, the naive loop's, and the naive loop's in batches."""
+    """Returns the estimated seconds of an update: ours, the naive loop's, and the naive loop's in batches."""
     pair, at_once = _pair(size, fast, unet), size.micro_batch or _BATCH
     steps = size.fast_steps / size.uses if fast else size.steps
     launches = steps * FORWARD_LAUNCHES + FORWARD_LAUNCHES + STEP_LAUNCHES["lora"]
@@ -131,7 +131,7 @@ def _update_seconds(size: Size, fast: bool, unet: Unet) -> tuple[float, float, f
 
 
 def update_config(place: Workplace, size: Size, fast: bool, memory: str, precision: str) -> Config:
-    """LoRA updates of `size.pairs` pairs: one for each round and one before them. No example comes twice."""
+    """Returns a configuration for LoRA updates: one per round and one before them. No example occurs twice."""
     updates, uses = size.rounds + 1, size.uses if fast else 1
     solver = {"name": "dpmsolver++", "steps": size.fast_steps} if fast else {"name": "ddim", "steps": size.steps}
     return place.config(
@@ -147,7 +147,7 @@ def update_config(place: Workplace, size: Size, fast: bool, memory: str, precisi
 
 @dataclass(frozen=True)
 class RightLoops:
-    """Which loops change the weights as the naive one does: ours, and the naive one in batches."""
+    """Whether our loop, and the naive loop in batches, change the weights as the naive loop does."""
 
     ours: bool
     in_batches: bool
@@ -155,7 +155,7 @@ class RightLoops:
 
 @dataclass(frozen=True)
 class _Runner:
-    """A loop that has made its first update: whether its values are right, peak memory, FLOP of a pair by phase."""
+    """A loop after its first update: whether its values are right, its peak memory, FLOP per pair by phase."""
 
     loop: Ours | Naive
     value_ok: bool
@@ -176,7 +176,7 @@ def cases(machine: Machine) -> list[suites.Case]:
 def shared_right(
     place: Shared[Workplace], fast: bool, checked: Size = CHECKED, unet: Unet = PICTURE
 ) -> Shared[RightLoops]:
-    """Returns what cases share of the comparison in float32."""
+    """Returns the comparison in float32, which cases share."""
     seconds = estimate_check(checked, fast, unet)
     return Shared(lambda _: weights_agree(place(), fast, checked), seconds, (place,))
 
@@ -192,12 +192,12 @@ def cases_of(
     """Returns the cases of a size.
 
     Args:
-        bench: what takes their rows.
+        bench: makes their rows.
         place: the model.
         size: how much is done.
-        right: by mode, fast or not, which loops were found right; one that is missing is left out, never the exact one.
-        unet: what estimates count.
-        prefix: of the titles, where other suites' stand beside them.
+        right: which loops were found right, by mode (whether fast). The fast mode may be missing, and then has no case.
+        unet: the UNet whose work the estimates count.
+        prefix: beginning of the titles, to tell them from those of other suites.
     """
     loops = {
         fast: Shared(partial(_runners, place, size, fast, agreed), estimate_set_up(size, fast, unet), (place, agreed))
@@ -219,7 +219,7 @@ def cases_of(
 def _runners(
     shared_place: Shared[Workplace], size: Size, fast: bool, agreed: Shared[RightLoops], stack: ExitStack
 ) -> dict[str, _Runner]:
-    """The loops of a mode, each after its first update: ours, the naive one, and that in batches as large as ours."""
+    """Returns a mode's loops, each after its first update: ours, the naive one, and the naive one in equal batches."""
     place, right = shared_place(), agreed()
     machine = place.machine
     config = update_config(place, size, fast, "fast", machine.precision)
@@ -238,17 +238,17 @@ def _runners(
         name = NAIVE_FAST_BATCH if fast else NAIVE_BATCH
         made[name] = _first_update(place, config, in_batches, right.in_batches, before)
     except torch.OutOfMemoryError:
-        print(f"{NAIVE_BATCH}: {batch} pairs at once do not fit into memory beside ours, and are left out")
-        loop.optimizer.zero_grad(set_to_none=True)  # of a backward that broke off
+        print(f"{NAIVE_BATCH}: {batch} pairs at once do not fit into memory beside ours; they are left out")
+        loop.optimizer.zero_grad(set_to_none=True)  # drops the gradients of the interrupted backward
     return made
 
 
 def _first_update(place: Workplace, config: Config, loop: Ours | Naive, value_ok: bool, others: int) -> _Runner:
-    """Runs a loop's first update, in which what it compiles and measures is made; `others` hold so many bytes."""
+    """Runs a loop's first update, with its one-time work; `others` is the bytes that other loops hold."""
     peak = peak_bytes(place.machine, lambda: loop.update(0), others)
     if peak is None:
         loop.update(0)
-    forward = 2 * place.flops()  # of a pair
+    forward = 2 * place.flops()  # per pair
     flops = {
         GENERATION: forward * config.sampler.steps / config.reference.uses,
         REFERENCE: forward,
@@ -260,7 +260,7 @@ def _first_update(place: Workplace, config: Config, loop: Ours | Naive, value_ok
 def _case_rows(
     bench: Shared[Bench], loops: Mapping[bool, Shared[dict[str, _Runner]]], fast: bool, title: str, rounds: int
 ) -> list[Row]:
-    """The rows of a mode, its loops in turn; in the fast mode beside the naive loop of the exact one."""
+    """Returns the rows of a mode, timing its loops in turn; the fast mode also has the exact mode's naive loop."""
     exact = loops[False]()
     names = [NAIVE_FAST, NAIVE_FAST_BATCH, OURS] if fast else [NAIVE_BATCH, OURS]
     own = loops[True]() if fast else exact
@@ -274,7 +274,7 @@ def _case_rows(
 
 
 def _report(bench: Bench, case: str, members: dict[str, tuple[_Runner, list[Stopwatch]]]) -> list[Row]:
-    """The rows of a case: the whole, and each phase."""
+    """Returns the rows of a case: for the whole, then for each phase."""
     rows: list[Row] = []
     for phase in (None, *PHASES):
         made = []
@@ -298,7 +298,7 @@ def _report(bench: Bench, case: str, members: dict[str, tuple[_Runner, list[Stop
 
 
 def weights_agree(place: Workplace, fast: bool, checked: Size = CHECKED) -> RightLoops:
-    """Returns which loops, in two updates in float32 and few steps, change the weights as the naive one does."""
+    """Returns which loops change the weights as the naive one does, in two updates in float32 with few solver steps."""
     config = update_config(place, checked, fast, "balanced", "fp32")
     changes = weight_changes(config, place.machine)
     what = f"change of the weights, {'fast' if fast else 'exact'} mode, float32"

@@ -1,22 +1,22 @@
-"""Suite `kernels`: the loss and its gradient, from predictions in bfloat16 to the gradient that the UNet is given.
+"""Suite `kernels`: the loss and its gradient, from predictions in bfloat16 to the gradient that the UNet receives.
 
-The baseline is the loss of the paper's appendix B.2 as it is written there, in float32, on a target in 2B rows as the
-Diffusion-DPO script makes it; ours read one target for both halves. A unit is one call for all pairs of a case; the
-gradient is asked of autograd for the prediction alone, since in a trainer it goes on into the UNet. Without a GPU
-ours is PyTorch code, and nothing of this tells how fast the kernels are.
+The baseline is the loss of the paper's appendix B.2 as written there, in float32, on a target that is repeated to 2B
+rows as in the Diffusion-DPO script; ours read one target for both halves. A unit is one call for all pairs of a case.
+The gradient is computed with respect to the prediction only, since in a trainer backpropagation continues from there
+through the UNet. Without a GPU, ours is PyTorch code, and the numbers say nothing about the speed of the kernels.
 
-Checked before anything is timed, against float64 on the same inputs. Of the loss, relative, 1e-5 is allowed with
-`ref_pred`, whose differences ours factors, and 1e-4 with `ref_error`, whose own rounding to float32 beta multiplies by
-1000 (the exactness that `preference_loss` promises is ten times and twice that); 2e-3 for B.2, which subtracts float32
-means. Of the gradient, as a relative RMS, that and 2^-9, a rounding to bfloat16.
+Values are checked against float64 on the same inputs before anything is timed. Allowed relative errors of the loss are
+1e-5 with `ref_pred`, where ours factors the differences, and 1e-4 with `ref_error`, whose own rounding to float32 is
+multiplied by beta/2 = 1000 (ten times and twice the errors that `preference_loss` promises), and 2e-3 for B.2, which
+subtracts float32 means. The relative RMS error of the gradient may be larger by 2^-9, its rounding to bfloat16.
 
-What is timed: `p50_ms` from the first of many calls to the moment when the device has done the last, so that at few
-pairs it is the host's work, at many the device's; `graph_p50_ms` the same calls replayed from a CUDA graph, the
-device's work alone. Inputs are random and take turns over twice the size of the L2 cache. `gb_per_s` is that of the
-kernels' byte model (`kernels/preference.py`) over the graph's time, `limit_fraction` its share of a plain copy's in the
-same rounds. `share_of_step` is the time of a call over that of the policy's forward and backward on as many pairs of
-that latent, with a LoRA, measured once in the same run: less than a step takes, so that the share is rather more than
-the true one.
+`p50_ms` is measured from the first of many calls until the device has finished the last, so it shows the host's work
+at few pairs and the device's at many. `graph_p50_ms` is for the same calls replayed from a CUDA graph: the device's
+work alone. Inputs are random, and calls cycle through sets of twice the size of the L2 cache. `gb_per_s` is the bytes
+of the kernels' byte model (`kernels/preference.py`) divided by the graph's time; `limit_fraction` is its ratio to a
+plain copy's rate in the same rounds. `share_of_step` is the time of a call relative to the policy's forward and
+backward on as many pairs of that latent, with a LoRA, measured once in the same run. A full step takes longer than
+that, so the true share is somewhat smaller.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ from seppo_fast.models.trainable import DTYPES, make_trainable
 from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.memory import free_bytes
 
-# Bytes that a call takes at its peak beside its inputs, for each element of the prediction: on a GPU that of B.2, on a
-# CPU that of ours, counted on fake tensors; and two for the gradient that a graph keeps.
+# Peak bytes of a call besides its inputs, per element of the prediction, counted on fake tensors: on a GPU those of
+# B.2, plus two for the gradient that a graph keeps; on a CPU those of ours.
 _TEMPORARY_BYTES = {"cuda": 20 + 2, "cpu": 26}
-_GRAPH_SECONDS = 2e-3  # a replay takes at least about this, and starting it a hundredth
-_LEAST_SECONDS, _LEAST_SECONDS_EACH = 4e-6, 5 / 4e12  # of a call, and of each element of the prediction
+_GRAPH_SECONDS = 2e-3  # about the least duration of a replay; starting one takes a hundredth of it
+_LEAST_SECONDS, _LEAST_SECONDS_EACH = 4e-6, 5 / 4e12  # lower bounds, per call and per element of the prediction
 
 
 @dataclass(frozen=True)
 class Size:
-    """Cases, rounds of timing, and about how long a provider is called in a round."""
+    """Cases, rounds of timing, and about how many seconds a provider is called per round."""
 
     cases: tuple[Case, ...]
     rounds: int
     seconds: float
 
 
-# The trainer's predictions are channels_last; its target is contiguous, or could be made channels_last once.
+# The trainer's predictions are channels_last; its target is contiguous, but could be converted once.
 _TRAINERS = tuple(Case(pairs, SD, True, layout) for pairs in (16, 1024) for layout in LAYOUTS[1:])
-# Seconds on an H200 by `estimate`: 11 to 13 each, 23 for the last; 17 for what they share.
+# Estimated seconds on an H200 (see `estimate`): 11 to 13 per case, 23 for the last, 17 for their shared set-up.
 SIZES = {
     "gpu": Size(
         (
@@ -110,20 +110,20 @@ SIZES = {
     ),
     "quick": Size((Case(1, EMBEDDED), Case(4, SD, True, LAYOUTS[1])), rounds=3, seconds=0.01),
 }
-_TRIED = 5  # runs from which the number of them in a round is taken
+_TRIED = 5  # trial runs, which determine how many runs a round has
 _STEP_PAIRS = (1, 4, 16)
 _STEP_ROUNDS = 5
 
-# Estimated seconds on an H200: until the compiler works, and of `step_seconds`.
+# Estimated seconds on an H200, for checking that the compiler works, and for `step_seconds`.
 _COMPILER_SECONDS = 5.0
 _STEP_SECONDS = h200(bf16=(1 + _STEP_ROUNDS) * sum(_STEP_PAIRS) * 2 * PICTURE.trained["lora"], setup=10.0)
-_COMPILING_SECONDS = 10.0  # both compiled ways of a case, forward and backward
-_MOVED_BYTES = 100  # of an element of the prediction, by a call: at most, B.2 in eager mode
-_MADE_BYTES = 1500  # of an element, by making inputs and comparing them with float64
+_COMPILING_SECONDS = 10.0  # for both compiled ways of a case, forward and backward
+_MOVED_BYTES = 100  # per element of the prediction and call, at most: those of B.2 in eager mode
+_MADE_BYTES = 1500  # per element, for making inputs and comparing results with float64
 
 
 def estimate(case: Case) -> float:
-    """Returns seconds on an H200, see `benchmarks.harness.estimates`: in a round a provider is called, and replayed."""
+    """Returns estimated seconds on an H200. Each round calls every provider and replays its graph."""
     size = SIZES["gpu"]
     call = max(size.seconds, h200(gb=_MOVED_BYTES * case.elements / 1e9))
     timed = (6 + OTHER_DIVISIONS) * (4 + size.rounds) * (call + _GRAPH_SECONDS)
@@ -131,9 +131,9 @@ def estimate(case: Case) -> float:
 
 
 def step_seconds(machine: Machine) -> dict[int, float]:
-    """Seconds that the policy's forward and backward take by number of its pairs; a LoRA is trained.
+    """Returns the seconds of the policy's forward and backward, with a LoRA, by number of pairs.
 
-    On a GPU the latent is SD-1.5's, else that of the embedded pipeline.
+    The latent is SD-1.5's on a GPU, else the embedded pipeline's.
     """
     torch.manual_seed(0)
     gpu = machine.device.type == "cuda"
@@ -182,39 +182,39 @@ def cases(machine: Machine) -> list[suites.Case]:
 
 
 def with_shares(rows: list[Row], step: float) -> list[Row]:
-    """Rows whose `share_of_step` is their time's share of so many seconds of a step."""
+    """Returns the rows with `share_of_step` set to their time relative to a step of `step` seconds."""
     return [replace(row, share_of_step=None if row.p50_ms is None else row.p50_ms / 1e3 / step) for row in rows]
 
 
 def missing(case: Case, machine: Machine) -> str | None:
-    """What a case lacks of memory, by counted bytes, without graphs; None where it fits."""
+    """Returns how much memory a case needs and has, if it does not fit without graphs; None if it fits."""
     return _lack(set_bytes(case) + _TEMPORARY_BYTES[machine.device.type] * case.elements, machine)
 
 
 def graph_pool(case: Case, machine: Machine) -> Any:
-    """The memory pool of a case's graphs; None where it has none: on a CPU, and where they do not fit into memory.
+    """Returns a memory pool for a case's graphs; None for no graphs: on a CPU, or if they do not fit into memory.
 
-    A graph keeps what its calls take for as long as it lives, and calls without it take as much once more. Where that
-    does not fit, a call is nearly all the device's work anyway.
+    A graph keeps the memory of its calls for as long as it lives, and calls outside the graph need as much again. When
+    that does not fit, nearly all of a call's time is the device's anyway.
     """
     if machine.device.type != "cuda":
         return None
     if lack := _lack(set_bytes(case) + 2 * _TEMPORARY_BYTES["cuda"] * case.elements, machine):
-        print(f"{case}: no CUDA graphs, {lack}")
+        print(f"{case}: no CUDA graphs: {lack}")
         return None
     return torch.cuda.graph_pool_handle()
 
 
 def _lack(needed: int, machine: Machine) -> str | None:
     free = free_bytes(machine.device)
-    return f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free" if needed > free else None
+    return f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free" if needed > free else None
 
 
 def case_rows(bench: Bench, case: Case, compiled: bool) -> list[Row]:
-    """Returns the rows of a case: values first, then counts, then time.
+    """Returns the rows of a case: checks values first, then counts, then measures time.
 
     Raises:
-        LeftOut: memory is not enough.
+        LeftOut: there is not enough memory.
     """
     machine, size = bench.machine, SIZES[bench.machine.size]
     if lack := missing(case, machine):
@@ -226,7 +226,7 @@ def case_rows(bench: Bench, case: Case, compiled: bool) -> list[Row]:
     for name, way in ways(case, machine, compiled).items():
         right = is_right(name, case, way, sets[0], truth)
         once = partial(way.run, sets[0])
-        moved = None if way.transfers is None else way.transfers * case.elements  # 2 bytes, and 2B rows for B pairs
+        moved = None if way.transfers is None else way.transfers * case.elements  # 2 bytes each, in 2B rows
         count = max(len(sets), math.ceil(_GRAPH_SECONDS / max(_LEAST_SECONDS, case.elements * _LEAST_SECONDS_EACH)))
         replay = None if pool is None else captured(f"{case}, {name}", way.run, sets, count, pool)
         call, calls = in_turn(machine, way.run, sets, size.seconds)
@@ -246,14 +246,14 @@ def case_rows(bench: Bench, case: Case, compiled: bool) -> list[Row]:
             )
         )
     for provider in providers:
-        provider.call()  # again, since making graphs gives all unused memory back
+        provider.call()  # again, since capturing graphs returns all cached memory
     return bench.case(str(case), providers, size.rounds)
 
 
 def in_turn(
     machine: Machine, run: Callable[[Inputs], object], sets: list[Inputs], seconds: float
 ) -> tuple[Callable[[], None], int]:
-    """A call that runs as often as takes about so many seconds, on one set after another, and how often that is."""
+    """Returns a call that runs for about `seconds`, cycling through the sets, and how many runs it makes."""
     run(sets[0])
     machine.synchronize()
     started = time.perf_counter()

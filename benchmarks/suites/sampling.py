@@ -1,11 +1,11 @@
 """Suite `sampling`: guided DDIM samples of a frozen UNet in latent space; diffusers' own pipeline against ours.
 
 The pipeline and our sampler run the same weights in the same dtype from the same noise and prompt embeddings. The
-pipeline runs as it is loaded, one sample at a time and in one batch, and as diffusers' own guide to speed has it: its
-UNet channels_last and, where ours is compiled too, compiled whole. A unit is a sample; launches and host syncs are
-those of one solver step. Our samples must equal the pipeline's: within 1e-3 (relative RMS) in float32, which is checked
-whatever is timed, and where half precision is timed, also within twice the distance that the pipeline's own samples
-have from its samples in float32.
+pipeline runs as it is loaded, one sample at a time and in one batch, and as in diffusers' own guide to speed: with its
+UNet in channels_last and, where ours is compiled too, compiled as a whole. A unit is a sample; launches and host syncs
+are those of one solver step. Our samples must equal the pipeline's: within 1e-3 (relative RMS) in float32, which is
+always checked, and if half precision is timed, also within twice the distance between the pipeline's own samples in
+that precision and in float32.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from seppo_fast.shapes.world import caption, scene
 GUIDANCE = 7.5
 PIPELINE_ALONE, PIPELINE, OURS, COMPILED = "diffusers, batch 1", "diffusers, same batch", "ours", "ours, compiled"
 CHANNELS_LAST, CHANNELS_LAST_COMPILED = "diffusers, channels_last", "diffusers, channels_last, compiled"
-# As diffusers times Stable Diffusion itself. Its guide also names max-autotune, which compiles for many minutes.
+# As in diffusers' own timings of Stable Diffusion. Its guide also suggests max-autotune, which takes many minutes.
 _COMPILE: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True}
 _TOLERANCE = 1e-3
 _EXACT_STEPS = 4
-_LARGEST_TOLERANCE = 0.25  # rounding that moves a sample further leaves nothing to compare
+_LARGEST_TOLERANCE = 0.25  # if rounding moves samples further, a comparison means nothing
 
 Sample = Callable[[int, int], Tensor]
 """(number of samples, solver steps) -> latents (samples, C, H, W)"""
@@ -51,7 +51,7 @@ Sample = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of samples: how many, solver steps, rounds of timing, whether diffusers and ours are compiled too."""
+    """A batch of samples: its size, solver steps, rounds of timing, and whether compiled providers are also timed."""
 
     batch: int
     steps: int
@@ -62,8 +62,8 @@ class Case:
         return f"{self.batch} sample{'s' * (self.batch > 1)}, {self.steps} DDIM steps"
 
 
-# Seconds on an H200 by `estimate` stand beside the cases; the set-up takes 33. Steps are alike in 20 and in 50, so the
-# large batch takes 20. The last two are beyond six minutes.
+# Estimated seconds on an H200 (see `estimate`) follow each case; the set-up takes 33. A step costs the same whether
+# there are 20 or 50, so the large batch has 20. The last two cases exceed six minutes.
 SIZES = {
     "gpu": (
         Case(1, 50, 3),  # 12
@@ -76,27 +76,27 @@ SIZES = {
     "cpu": (Case(1, 20, 10), Case(8, 20, 5), Case(32, 20, 5), Case(64, 20, 5)),
     "quick": (Case(1, 4, 3), Case(8, 4, 3)),
 }
-_COUNTED_STEPS = 14  # of a provider beside those that are timed: launches and waits in two and four, memory in two
+_COUNTED_STEPS = 14  # untimed, per provider: 2 + 4 each to count launches and syncs, 2 for memory
 
 
 def estimate(case: Case, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200, see `harness.estimates`: each provider's samples once, counted, and in rounds."""
+    """Returns estimated seconds on an H200: each provider samples once, is counted, and is timed in rounds."""
     steps = (1 + case.rounds) * case.steps + _COUNTED_STEPS
     alone, batch = (h200(bf16=2 * rows * unet.forward, launches=FORWARD_LAUNCHES) for rows in (1, case.batch))
-    exact = h200(fp32=4 * case.steps * unet.forward)  # two samples, which say what rounding does
+    exact = h200(fp32=4 * case.steps * unet.forward)  # two samples, to measure the effect of rounding
     compiling = (COMPILED_UNET + 4 * COMPILED_GRAPH) if case.compiled else 0.0  # ours at the UNet's four widths
     return exact + compiling + steps * (alone + (2 + (case.batch > 1) + case.compiled) * batch)
 
 
 class Samplers:
-    """The same samples by the pipeline and by ours.
+    """Generates the same samples with diffusers' pipeline and with ours.
 
     Args:
         place: the model.
-        samples: the most of a batch.
+        samples: the largest number of samples in a batch.
 
     Attributes:
-        place: the model, and how large its samples are.
+        place: the model, and the size of its samples.
     """
 
     def __init__(self, place: Workplace, samples: int) -> None:
@@ -116,7 +116,7 @@ class Samplers:
         self._make(place)
 
     def at(self, resolution: int) -> Samplers:
-        """Returns the same models, for samples of another size; float32 is compared at the first size."""
+        """Returns the same models for samples of another size; float32 is compared only at the first size."""
         other = copy.copy(self)
         other.right = self.right
         other._make(replace(self.place, resolution=resolution))
@@ -130,11 +130,11 @@ class Samplers:
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.machine.device)
 
     def pipeline(self, count: int, steps: int) -> Tensor:
-        """The pipeline's samples, in one call of that batch."""
+        """Returns the pipeline's samples, from one call with the whole batch."""
         return self._call(self.pipe, count, steps)
 
     def channels_last(self, compiled: bool) -> Sample:
-        """The pipeline's samples with its UNet channels_last, and compiled whole for the shapes that come next."""
+        """Returns a sampler: the pipeline with its UNet in channels_last and, with `compiled`, compiled as a whole."""
         pipe = type(self.pipe)(**self.pipe.components | {"unet": self.unet})
         pipe.set_progress_bar_config(disable=True)
         if compiled:
@@ -142,23 +142,23 @@ class Samplers:
         return partial(self._call, pipe)
 
     def ours(self, count: int, steps: int, unet: nn.Module | None = None) -> Tensor:
-        """Our samples, in one batch."""
+        """Returns our samples, generated in one batch."""
         return self._ours(count, steps, self.unet if unet is None else unet, self.dtype)
 
     def compiled(self) -> Sample:
-        """Our samples with the repeated blocks of the UNet compiled for the shapes that come next."""
+        """Returns our sampler with the UNet's repeated blocks compiled, for the shapes of its next call."""
         unet = copy.deepcopy(self.unet)
         compile_blocks(unet, "sdpa", UNetFamily)
         return lambda count, steps: self.ours(count, steps, unet)
 
     @cached_property
     def right(self) -> bool:
-        """Whether two of our samples are the pipeline's in float32, in few steps."""
+        """Whether two of our samples equal the pipeline's in float32, with few steps."""
         exact = self._ours(2, _EXACT_STEPS, self.exact.unet, torch.float32)
         return agrees("ours, float32", [exact], [self._call(self.exact, 2, _EXACT_STEPS)], _TOLERANCE)
 
     def tolerance(self, steps: int) -> float:
-        """Twice what rounding does to the pipeline's own samples, at least 1e-3 and at most 0.25."""
+        """Returns twice the effect of rounding on the pipeline's own samples, at least 1e-3 and at most 0.25."""
         if self.dtype == torch.float32:
             return _TOLERANCE
         if steps not in self._tolerances:
@@ -204,7 +204,7 @@ def shared_samplers(place: Shared[Workplace], sizes: Sequence[Case], unet: Unet)
 def cases_of(
     bench: Shared[Bench], samplers: Shared[Samplers], sizes: Sequence[Case], unet: Unet, prefix: str = ""
 ) -> list[suites.Case]:
-    """Returns the cases of some sizes; `prefix` begins their titles where other suites' stand beside them."""
+    """Returns the cases of some sizes; `prefix` begins their titles, to tell them from those of other suites."""
 
     def one(case: Case) -> suites.Case:
         title = f"{prefix}{case}"
@@ -216,7 +216,7 @@ def cases_of(
 
 
 def case_rows(bench: Bench, samplers: Samplers, case: Case, title: str) -> list[Row]:
-    """Returns the rows of a case: values first, then counts, then time."""
+    """Returns the rows of a case: checks values first, then counts, then measures time."""
     exact, tolerance = samplers.right, samplers.tolerance(case.steps)
     flops = samplers.place.flops()
     held = sum(weight.nbytes for weight in samplers.pipe.unet.parameters())
@@ -241,7 +241,7 @@ def case_rows(bench: Bench, samplers: Samplers, case: Case, title: str) -> list[
             peak_bytes=peak_bytes(bench.machine, lambda: call(2), allocated(bench.machine) - held),
         )
 
-    known: list[Tensor] = []  # each provider must agree with all before it, on the samples that both made
+    known: list[Tensor] = []  # each provider must agree with all earlier ones, on the samples that both made
     providers = [provider(PIPELINE_ALONE, samplers.pipeline, 1, known)]
     if case.batch > 1:
         providers.append(provider(PIPELINE, samplers.pipeline, case.batch, known))
@@ -254,6 +254,6 @@ def case_rows(bench: Bench, samplers: Samplers, case: Case, title: str) -> list[
 
 
 def _per_step(count: Callable[[int], int | None]) -> float | None:
-    """Counts of one solver step: what two more steps add, so that what happens once a call is left out."""
+    """Returns the count per solver step: half of what two more steps add, which excludes one-time work of a call."""
     few, more = count(2), count(4)
     return None if few is None or more is None else (more - few) / 2

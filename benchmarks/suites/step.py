@@ -1,13 +1,14 @@
 """Suite `step`: one training step on given latents; the Diffusion-DPO script's against ours, over micro-batches.
 
-The baseline holds two UNets and takes a pair at a time, two forwards each, with the loss of the paper's appendix B.2
-(see `naive`); beside it stands the same script with all pairs of a step at once, as ours takes them: the ratio that is
-left there is the library's. Ours makes the reference's errors `ahead` (the step alone, and with making them),
-`together` with the policy's forward, or `apart`. A step of n pairs ends with clipping and AdamW for all providers; a
-unit is a pair; launches and host syncs are those of a step.
+The baseline holds two UNets and processes one pair at a time, with two forwards each and the loss of the paper's
+appendix B.2 (see `naive`). A second provider is the same script with all pairs of a step at once, as in ours: the ratio
+that remains there is due to the library. Ours computes the reference's errors `ahead` (timed without and with computing
+them), `together` with the policy's forward, or `apart`. For all providers a step of n pairs ends with clipping and
+AdamW. A unit is a pair; launches and host syncs are those of a step.
 
-Loss and gradient norm must agree with the baseline's in float32: on a policy that has moved away from its reference,
-within 1e-3; and, as the step is timed, on a policy that has not, within 1e-3, or 5e-2 in half precision.
+Loss and gradient norm must agree with the baseline's in float32. In float32, on a policy that has moved away from its
+reference, they may differ by 1e-3; as the step is timed, on a policy that has not moved, by 1e-3, or by 5e-2 in half
+precision.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Size:
     """How much is done.
 
     Attributes:
-        pairs: of a step, by what is trained. At the first number values are compared as they are timed, and compiled
-            code is timed at it alone, since each number is compiled for itself.
-        rounds: of timing.
-        ways: of ours, by name.
-        checked: pairs on which values are compared in float32: enough for both kinds, rejected and learned.
-        micro_batch: of these.
+        pairs: numbers of pairs per step, by `model.train`. At the first number, values are compared as they are timed.
+            Compiled code is timed only there, since each number of pairs would need a compilation of its own.
+        rounds: rounds of timing.
+        ways: names of our ways to time.
+        checked: pairs on which values are compared in float32: enough to include rejected and learned pairs.
+        micro_batch: pairs per forward in that comparison.
         recomputed: whether all providers recompute activations (gradient checkpointing).
     """
 
@@ -58,8 +59,8 @@ class Size:
     recomputed: bool = False
 
 
-# Seconds on an H200 by `estimate`: of a LoRA 63, 3, 5 and 41, of all weights 46, 20 and 2. What cases share takes 20
-# for the pipeline, and 59 for each kind: to compare in float32, and until all ways are made.
+# Estimated seconds on an H200 (see `estimate`): for a LoRA 63, 3, 5 and 41, for all weights 46, 20 and 2. Shared set-up
+# takes 20 for the pipeline, and 59 for each of the two: to compare in float32, and to create all ways.
 SIZES = {
     "gpu": Size({"lora": (16, 1, 4, 32), "full": (4, 16, 1)}, rounds=3),
     "cpu": Size({"lora": (8, 1, 32), "full": (8, 1, 32)}, rounds=7),
@@ -67,13 +68,13 @@ SIZES = {
 }
 RightWays = dict[str, bool]
 """Whether each way agrees with the baseline, by name."""
-_CALLS = 4  # of a provider in a case beside those that are timed: once, memory, launches, waits
+_CALLS = 4  # untimed, per provider and case: memory, launches, syncs, and one more
 
 
 def estimate(size: Size, train: str, count: int, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 for a number of pairs, see `benchmarks.harness.estimates`."""
+    """Returns estimated seconds on an H200 for `count` pairs per step."""
     policy, reference, launches = 2 * unet.trained[train], 2 * unet.forward, STEP_LAUNCHES[train]
-    pair, host = policy + reference, launches + FORWARD_LAUNCHES  # the script's, and most of ours
+    pair, host = policy + reference, launches + FORWARD_LAUNCHES  # the script's, and those of most of our ways
     ways = [way for name, way in WAYS_TO_STEP.items() if name in size.ways and train in way.trains]
     first = count == size.pairs[train][0]
     ours = (1 + len(ways) - (0 if first else sum(way.compiled for way in ways))) * h200(
@@ -85,19 +86,19 @@ def estimate(size: Size, train: str, count: int, unet: Unet = PICTURE) -> float:
 
 
 def estimate_set_up(size: Size, train: str, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 until all ways to step are made and compared once, as they are timed."""
+    """Returns estimated seconds on an H200 until all ways are created and compared once, as they are timed."""
     pair = 2 * (unet.trained[train] + unet.forward)
     return unet.trainer + 2 * unet.pipeline + 2 * unet.pipeline + h200(fp32=size.pairs[train][0] * pair)
 
 
 def estimate_check(size: Size, train: str, unet: Unet = PICTURE) -> float:
-    """Returns seconds on an H200 for the comparison in float32."""
+    """Returns estimated seconds on an H200 for the comparison in float32."""
     pair = 2 * (unet.trained[train] + unet.forward)
     return unet.trainer + 2 * unet.pipeline + h200(fp32=4 * size.checked * pair)
 
 
 def step_config(place: Workplace, train: str, pairs: int, micro_batch: int, **model: Any) -> Config:
-    """The configuration of a step of `pairs` pairs; its reference's errors are made ahead."""
+    """Returns the configuration of a step of `pairs` pairs, with the reference's errors computed ahead."""
     return place.config(
         model={"train": train, "compile": False, "gradient_checkpointing": False, **model},
         data={"source": place.source(pairs)},
@@ -116,7 +117,7 @@ def cases(machine: Machine) -> list[suites.Case]:
 
 
 def shared_right(place: Shared[Workplace], size: Size, train: str, unet: Unet = PICTURE) -> Shared[RightWays]:
-    """Returns what cases share of the comparison in float32."""
+    """Returns the comparison in float32, which cases share."""
     return Shared(lambda _: exact_values(place(), size, train), estimate_check(size, train, unet), (place,))
 
 
@@ -131,12 +132,12 @@ def cases_of(
     """Returns the cases of a size.
 
     Args:
-        bench: what times them.
+        bench: times them.
         place: the model.
         size: how much is done.
-        right: which ways were found right in float32, by what is trained.
-        unet: what estimates count.
-        prefix: of the titles, where other suites' stand beside them.
+        right: which ways were found right in float32, by `model.train`.
+        unet: the UNet whose work the estimates count.
+        prefix: beginning of the titles, to tell them from those of other suites.
     """
     made = []
     for train, counts in size.pairs.items():
@@ -155,14 +156,14 @@ def cases_of(
 
 @dataclass
 class _Contender:
-    """A provider before its rows.
+    """A provider before it is timed.
 
     Attributes:
-        step: makes a step of so many pairs.
+        step: runs a step on the given number of pairs.
         value_ok: whether its values are right.
         held: bytes of device memory that it holds.
-        flops: of a pair.
-        at: the only number of pairs at which it is timed; None: each.
+        flops: FLOP per pair.
+        at: the only number of pairs at which it is timed; None: all.
     """
 
     step: Callable[[int], list[Tensor]]
@@ -173,7 +174,7 @@ class _Contender:
 
 
 def _ways(machine: Machine, size: Size, train: str) -> dict[str, Way]:
-    """Those that are compared where these weights are trained."""
+    """Returns our ways that support `train`, on this machine, at this size."""
     return {
         name: way
         for name, way in WAYS_TO_STEP.items()
@@ -184,12 +185,12 @@ def _ways(machine: Machine, size: Size, train: str) -> dict[str, Way]:
 def _contenders(
     shared_place: Shared[Workplace], size: Size, train: str, exact: Shared[RightWays], stack: ExitStack
 ) -> dict[str, _Contender]:
-    """All ways to train one kind of weights, compared as they are timed; the baselines come first."""
+    """Returns all providers for one `train`, compared as they are timed; the baselines come first."""
     place, right, first, most = shared_place(), exact(), size.pairs[train][0], max(size.pairs[train])
     machine = place.machine
     config = step_config(place, train, most, most, gradient_checkpointing=size.recomputed)
     tolerance = _TOLERANCE if machine.precision == "fp32" else _HALF_TOLERANCE
-    policy, reference = 2 * place.flops(config.model), 2 * place.flops()  # of a pair
+    policy, reference = 2 * place.flops(config.model), 2 * place.flops()  # per pair
     trainer = Trainer(config)
     pairs = given_pairs(trainer)
     in_float32 = config.model_copy(update={"model": config.model.model_copy(update={"precision": "fp32"})})
@@ -206,7 +207,7 @@ def _contenders(
         before = allocated(machine)
         ours = Ours(trainer, way, pairs, False, stack)
         ok = right[name] and _agree(f"{train}, {name}, {machine.precision}", ours.step(first), expected, tolerance)
-        held = allocated(machine) - before + (frozen if way.channels_last else 0)  # it shares the trainer's
+        held = allocated(machine) - before + (frozen if way.channels_last else 0)  # shared with the trainer
         flops = policy + (0 if way.errors == "ahead" else reference)
         made[name] = _Contender(ours.step, ok, held, flops, first if way.compiled else None)
         if name == "ahead":
@@ -228,7 +229,7 @@ def exact_values(place: Workplace, size: Size, train: str) -> RightWays:
     batches = naive.step(size.checked, size.micro_batch)
     right = {NAIVE_BATCH: _agree(f"{train}, {NAIVE_BATCH}, float32", batches, expected, _TOLERANCE)}
     for name, way in _ways(place.machine, size, train).items():
-        if way.compiled or not way.channels_last:  # checked as they are timed; the arithmetic is that of `ahead`
+        if way.compiled or not way.channels_last:  # checked only as they are timed; the arithmetic is that of `ahead`
             right[name] = right["ahead"]
             continue
         with ExitStack() as stack:
@@ -238,7 +239,7 @@ def exact_values(place: Workplace, size: Size, train: str) -> RightWays:
 
 
 def _agree(what: str, actual: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    """Whether loss and gradient norm agree, each for itself."""
+    """Returns whether loss and gradient norm agree, each compared separately."""
     parts = zip(("loss", "gradient norm"), actual, expected, strict=True)
     return all(agrees(f"{what}, {part}", [ours], [theirs], tolerance) for part, ours, theirs in parts)
 
@@ -246,7 +247,7 @@ def _agree(what: str, actual: list[Tensor], expected: list[Tensor], tolerance: f
 def _case_rows(
     bench: Shared[Bench], contenders: Shared[dict[str, _Contender]], title: str, train: str, count: int, size: Size
 ) -> list[Row]:
-    """The rows of a number of pairs: counts, then time."""
+    """Returns the rows for one number of pairs: counts first, then measures time."""
     machine, providers = bench().machine, []
     for name, contender in contenders().items():
         if (contender.at not in (None, count)) or (name == NAIVE_BATCH and count == 1):

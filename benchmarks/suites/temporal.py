@@ -1,17 +1,19 @@
 """Part of suite `video`: attention over 16 frames at the sizes of AnimateDiff, alone and in its motion modules.
 
-Sizes are those of SD-1.5's four levels at 256 and 512 px, 8 heads, for 2B clips (B pairs), forward, and forward with
-backward. In `attention` q, k and v are given as projected, by each provider's own layout, so nothing is transposed; in
-`motion module` a whole module runs from features (2B F, C, H, W), channels_last, to features, in training's precision
-and with frozen weights, so that what diffusers transposes counts, beside linear layers that all providers share.
+Sizes are those of SD-1.5's four levels at 256 and 512 px, with 8 heads, for 2B clips (B pairs): forward, and forward
+with backward. In `attention`, q, k and v are given in each provider's own layout, as after their projections, so
+nothing is transposed. In `motion module`, a whole module with frozen weights maps features (2B F, C, H, W),
+channels_last, to features, in training precision. That includes what diffusers transposes, and linear layers, which all
+providers share.
 
-The baseline is PyTorch's attention as diffusers calls it; `ours, their layout` is the processor alone, `ours, in place`
-also leaves frames where they lie. Beyond 65,535 rows the others are called in pieces. Without a GPU ours is PyTorch
-code, and nothing of this tells how fast the kernels are.
+The baseline is PyTorch's attention as diffusers calls it. `ours, their layout` replaces only the attention processor;
+`ours, in place` also leaves the frames where they are in memory. Beyond 65,535 rows the other providers are called in
+pieces. Without a GPU, ours is PyTorch code, and the numbers say nothing about the speed of the kernels.
 
-Checked before anything is timed, for the first clip and the last: output and gradients of the inputs against float64,
-as a relative RMS; 2^-7 is allowed for attention in bfloat16 and 1e-5 in float32, for a module four times and ten times
-that. `gb_per_s` is that of the kernels' byte model over the graph's time, `limit_fraction` its share of a plain copy's.
+Checked before anything is timed, for the first and the last clip: output and gradients of the inputs against float64,
+as a relative RMS. Allowed are 2^-7 for attention in bfloat16 and 1e-5 in float32; for a module four times and ten times
+that. `gb_per_s` is the bytes of the kernels' byte model divided by the graph's time; `limit_fraction` is its ratio to a
+plain copy's rate.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from seppo_fast.models.trainable import DTYPES
 SDPA, XFORMERS = "SDPA", "xformers"
 THEIR_LAYOUT, IN_PLACE = "ours, their layout", "ours, in place"
 FRAMES, HEADS = 16, 8
-WIDTHS = (40, 80, 160, 160)  # of a head, by level
+WIDTHS = (40, 80, 160, 160)  # width of a head, by level
 POSITIONS = {256: (1024, 256, 64, 16), 512: (4096, 1024, 256, 64)}
 
 # Transfers of the kernels, in units of q's bytes: forward, and forward with backward; see their byte model.
@@ -57,22 +59,22 @@ _TOLERANCE = {
     ("motion module", torch.float32): 1e-4,
 }
 _MOST_SETS = 64
-_GRAPH_SECONDS = 2e-3  # a replay takes at least about this
-_BYTES_A_SECOND = 4e12  # at most, of any provider
-_MOST_TRANSFERS, _PROVIDERS = 60, 4  # for the estimate; of a motion module with its backward, in units of q's bytes
+_GRAPH_SECONDS = 2e-3  # about the least duration of a replay
+_BYTES_A_SECOND = 4e12  # an upper bound for all providers
+_MOST_TRANSFERS, _PROVIDERS = 60, 4  # for the estimate; transfers of a motion module with backward, in q's bytes
 
 Run = Callable[["Inputs"], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed.
+    """One computation to compare.
 
     Attributes:
         what: attention alone, or a motion module.
-        pairs: B; there are 2B clips.
-        positions: of a clip's features, H W.
-        width: of a head.
+        pairs: B, the number of pairs; there are 2B clips.
+        positions: positions in a frame's features, H W.
+        width: width of a head.
         backward: whether gradients are computed too.
     """
 
@@ -89,18 +91,18 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(2B, F, P, H, D) of q."""
+        """The shape of q, (2B, F, P, H, D)."""
         return 2 * self.pairs, FRAMES, self.positions, HEADS, self.width
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set, the same numbers in each layout; what is differentiated wants a gradient.
+    """One set of inputs, with the same numbers in each layout; inputs to differentiate require a gradient.
 
     Attributes:
-        outside: q, k, v and a gradient of the output, (2B, F, P, H, D); of a module features and a gradient,
-            (2B F, C, H, W) channels_last.
-        inside: of attention the same with frames inside of positions in memory, as motion modules transpose them.
+        outside: for attention q, k, v and a gradient of the output, (2B, F, P, H, D); for a module features and a
+            gradient, (2B F, C, H, W) channels_last.
+        inside: for attention the same, but with frames inside positions in memory, as motion modules transpose them.
     """
 
     outside: list[Tensor]
@@ -109,7 +111,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Size:
-    """Cases, rounds of timing, and about how long a provider is called in a round."""
+    """Cases, rounds of timing, and about how many seconds a provider is called per round."""
 
     cases: tuple[Case, ...]
     rounds: int
@@ -121,8 +123,8 @@ def _levels(what: Literal["attention", "motion module"], pairs: tuple[int, ...],
     return tuple(Case(what, b, p, d, backward) for p, d in levels for b in pairs for backward in (False, True))
 
 
-# Seconds on an H200 by `estimate`: 1.4 each. Forward and backward of four pairs first, as a micro-batch has them, at
-# the larger sizes; then all else, beyond six minutes of the suite.
+# Estimated 1.4 seconds per case on an H200 (see `estimate`). The first cases are forward and backward of four pairs, as
+# in a micro-batch, at the larger sizes; the rest exceeds the suite's six minutes.
 FIRST = tuple(
     case
     for what in ("attention", "motion module")
@@ -165,14 +167,14 @@ def cases(machine: Machine) -> list[suites.Case]:
 
 
 def estimate(case: Case) -> float:
-    """Returns seconds on an H200, see `benchmarks.harness.estimates`: in a round a provider is called, and replayed."""
+    """Returns estimated seconds on an H200. Each round calls every provider and replays its graph."""
     size = SIZES["gpu"]
     gb = _MOST_TRANSFERS * math.prod(case.shape) * 2 / 1e9
     return 0.5 + _PROVIDERS * (4 + size.rounds) * (max(size.seconds, h200(gb=gb)) + _GRAPH_SECONDS)
 
 
 def _case_rows(bench: Bench, case: Case) -> list[Row]:
-    """One case: values first, then counts, then time."""
+    """Returns the rows of a case: checks values first, then counts, then measures time."""
     machine, size = bench.machine, SIZES[bench.machine.size]
     sets = _input_sets(case, machine)
     ways, truth = _ways(case, machine)
@@ -201,12 +203,12 @@ def _case_rows(bench: Bench, case: Case) -> list[Row]:
             )
         )
     for provider in providers:
-        provider.call()  # again, since making graphs gives all unused memory back
+        provider.call()  # again, since capturing graphs returns all cached memory
     return bench.case(str(case), providers, size.rounds)
 
 
 def _input_sets(case: Case, machine: Machine) -> list[Inputs]:
-    """As many as take turns over twice the cache; two at most where nothing is measured."""
+    """Returns so many sets that cycling through them covers twice the cache; at most two in quick mode."""
     first = _inputs(case, machine, 0)
     count = math.ceil(2 * machine.cache_bytes / sum(x.nbytes for x in first.outside))
     return [first, *(_inputs(case, machine, seed) for seed in range(1, min(2 if machine.quick else _MOST_SETS, count)))]
@@ -230,7 +232,7 @@ def _inputs(case: Case, machine: Machine, seed: int) -> Inputs:
 
 
 def _ways(case: Case, machine: Machine) -> tuple[dict[str, tuple[Run, int | None]], Run]:
-    """By name how a case is done and the transfers that a byte model gives it; and how in float64, which is no row."""
+    """Returns by name each way to run a case, with its transfers by the byte model; and one for float64, the truth."""
     backend: Backend = "triton" if machine.device.type == "cuda" else "torch"
     has_xformers = attention_processor.xformers is not None and machine.device.type == "cuda"
     if case.what == "motion module":
@@ -250,7 +252,7 @@ def _ways(case: Case, machine: Machine) -> tuple[dict[str, tuple[Run, int | None
 
 
 def _modules(case: Case, machine: Machine, backend: Backend, has_xformers: bool) -> dict[str, AnimateDiffTransformer3D]:
-    """By provider a frozen motion module of random weights, the same in all."""
+    """Returns a frozen motion module per provider, all with the same random weights."""
     torch.manual_seed(0)
     with machine.device:
         module = AnimateDiffTransformer3D(
@@ -278,7 +280,7 @@ def _set_processors(module: AnimateDiffTransformer3D, processor: Callable[..., T
 
 
 def _through_module(module: AnimateDiffTransformer3D, backward: bool, inputs: Inputs) -> list[Tensor]:
-    """Features, and with `backward` their gradient, (2B F, C, H, W)."""
+    """Returns the output features, and with `backward` the gradient of the input features, (2B F, C, H, W)."""
     features, grad = inputs.outside
     with torch.autocast(features.device.type, features.dtype, enabled=features.dtype == torch.bfloat16):
         out = module(features, num_frames=FRAMES)
@@ -286,7 +288,7 @@ def _through_module(module: AnimateDiffTransformer3D, backward: bool, inputs: In
 
 
 def _attention(call: Callable[..., Tensor], layout: str, backward: bool, inputs: Inputs) -> list[Tensor]:
-    """Output, and with `backward` the gradients of q, k, v, each (2B, F, P, H, D)."""
+    """Returns the output, and with `backward` the gradients of q, k, v, each (2B, F, P, H, D)."""
     q, k, v, grad = getattr(inputs, layout)
     out = call(q, k, v)
     return [out, *(torch.autograd.grad(out, (q, k, v), grad) if backward else ())]
@@ -311,7 +313,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _by_rows(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`call` on rows (2B P, F, H, D), a view where frames lie inside of positions, as many at once as it takes."""
+    """Applies `call` to rows (2B P, F, H, D), views if frames are inside positions, as many at once as it accepts."""
     rows = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
     parts = [x.split((GRID_LIMIT - 1) // HEADS) for x in rows]
     made = [call(*part) for part in zip(*parts, strict=True)]
@@ -320,7 +322,7 @@ def _by_rows(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def _is_right(what: str, case: Case, results: list[Tensor], inputs: Inputs, truth: Run) -> bool:
-    """Whether output and gradients of the first clip and the last are within what the module's docstring allows."""
+    """Returns whether output and gradients of the first and last clip are within the tolerances documented above."""
     tolerance = _TOLERANCE[case.what, inputs.outside[0].dtype]
     of_a_clip = FRAMES if case.what == "motion module" else 1
     right = True

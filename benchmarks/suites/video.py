@@ -1,17 +1,18 @@
-"""Suite `video`: clips of AnimateDiff. Sampling, a training step and whole updates, and attention over frames.
+"""Suite `video`: AnimateDiff clips. Measures sampling, training steps, whole updates, and attention over frames.
 
-The first three are the suites `sampling`, `step` and `endtoend` on a UNet with motion modules, where their providers
-and what must agree are written; a sample is a clip. The baselines are diffusers' AnimateDiff pipeline and the naive
-loop around it, both told AnimateDiff's linear schedule by themselves. `temporal` makes the rest of the rows.
+The first three are the suites `sampling`, `step` and `endtoend` on a UNet with motion modules; their docstrings
+describe the providers and what must agree. A sample is a clip. The baselines are diffusers' AnimateDiff pipeline and
+the naive loop around it; both set AnimateDiff's linear schedule independently of the library. `temporal` makes the
+remaining rows.
 
-On a GPU it is SD-1.5's architecture with motion modules in the shape of v1-5-2, 1312.7 M random parameters together, at
-16 x 256 x 256 and 16 x 512 x 512; without one the embedded pipeline and a small random adapter at 8 x 32 x 32. Values
-in float32 are compared at the smaller size, and as they are timed at each. At 512 px a step recomputes activations, in
-all providers: else a pair takes 65 GB.
+On a GPU the model is SD-1.5's architecture with motion modules in the shape of v1-5-2, 1312.7 M random parameters in
+total, at 16 x 256 x 256 and 16 x 512 x 512; without a GPU, the embedded pipeline and a small random adapter at
+8 x 32 x 32. Values are compared in float32 at the smaller size, and as they are timed at each size. At 512 px all
+providers recompute activations in a step, since a pair would take 65 GB otherwise.
 
-What it costs, counted: a forward is 4.11 TFLOP at 256 px and 17.7 at 512, forward and backward of a LoRA 8.30 and 37.4.
-By that and by what loading is assumed to take (`harness.estimates`), the clips of 256 px and the first cases of
-attention fit into six minutes of an H200; all together takes ten.
+Counted cost: a forward is 4.11 TFLOP at 256 px and 17.7 at 512, forward and backward of a LoRA 8.30 and 37.4. By these
+counts and the assumed loading times (`harness.estimates`), the clips of 256 px and the first cases of attention fit
+into six minutes on an H200; the whole suite takes ten.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Size:
     """What is done with clips of one size.
 
     Attributes:
-        resolution: of their frames.
-        sampling: cases of suite `sampling`.
-        step: of suite `step`.
-        update: of suite `endtoend`, exact mode.
+        resolution: size of their frames in pixels.
+        sampling: cases for suite `sampling`.
+        step: the size for suite `step`.
+        update: the size for suite `endtoend`, exact mode.
     """
 
     resolution: int
@@ -49,9 +50,9 @@ class Sizes:
     """All that is done on a machine; values are compared in float32 at the first of `clips`.
 
     Attributes:
-        frames: of every clip.
-        clips: by resolution.
-        checked: what is compared in float32 of whole updates.
+        frames: number of frames per clip.
+        clips: what is done at each resolution.
+        checked: the size at which whole updates are compared in float32.
     """
 
     frames: int
@@ -60,8 +61,8 @@ class Sizes:
 
 
 _WAYS = ("ahead", "together", "apart")
-# Seconds on an H200 by the suites' estimates, the set-up in brackets. At 256 px: updates 14 (125), samples 10 (22) and
-# 24, steps 17 (87) and 4. At 512 px, beyond six minutes: updates 16 (48), samples 23 and 39, steps 17 (47).
+# Seconds on an H200 by the suites' estimates, with set-up in brackets. At 256 px: updates 14 (125), samples 10 (22) and
+# 24, steps 17 (87) and 4. At 512 px, which exceeds six minutes: updates 16 (48), samples 23 and 39, steps 17 (47).
 _CHECKED = endtoend.Size(pairs=2, naive_pairs=2, rounds=1, steps=2, micro_batch=2, samples=2, recomputed=True)
 _SMALL = Size(
     256,
@@ -109,7 +110,7 @@ SIZES = {
 
 
 def cases(machine: Machine) -> list[suites.Case]:
-    """Returns the suite's cases: updates, samples and steps of the first clips, attention, then those of the others.
+    """Returns the suite's cases: updates, samples and steps at the first size, attention, then the other sizes.
 
     Values in float32 are compared at the first size.
     """
@@ -137,7 +138,7 @@ def cases(machine: Machine) -> list[suites.Case]:
 
 
 def _unet(size: Size) -> Unet:
-    return CLIPS.get(size.resolution, PICTURE)  # without a GPU, where nothing is estimated, any
+    return CLIPS.get(size.resolution, PICTURE)  # without a GPU nothing is estimated, so any will do
 
 
 def _resized(place: Shared[Workplace], size: Size) -> Shared[Workplace]:

@@ -1,1 +1,1 @@
-"""What fits into memory, and how long it takes."""
+"""Estimates how much memory a run needs and how long it takes, and chooses batch sizes that fit."""

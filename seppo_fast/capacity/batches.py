@@ -1,4 +1,4 @@
-"""The rule by which batches and parking are chosen: for a run, for `check`, and for what an error message suggests."""
+"""The rule that chooses batch sizes and parking; runs, `check` and the suggestions in error messages all use it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from seppo_fast.capacity.footprint import Footprint
 from seppo_fast.config.schema import Config
 
-# Beside the optimizer's state at least so many samples should fit, or the state is parked.
+# The optimizer's state is parked if fewer samples than this fit beside it.
 FEW_SAMPLES = 16
-# A CPU is busy with a few rows; more only leave its caches.
+# A few rows keep a CPU busy; more only overflow its caches.
 CPU_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What one value of `memory` stands for.
+    """What one value of the key `memory` means.
 
     Attributes:
-        share: of the free memory that a batch may fill.
-        micro_batch: pairs, at most.
-        batch: samples, at most.
-        park: optimizer and policy wait in host memory during a rollout, whether or not memory asks for it.
-        checkpointing: recompute activations.
-        compile: the repeated blocks, on a GPU.
+        share: the share of free memory that a batch may fill.
+        micro_batch: the largest micro-batch, in pairs.
+        batch: the largest sampling batch, in samples.
+        park: whether to move optimizer state and policy to host memory during every rollout, even if memory suffices.
+        checkpointing: whether to recompute activations.
+        compile: whether to compile the repeated blocks on a GPU.
     """
 
     share: float
@@ -42,22 +42,22 @@ MEMORY_PRESETS = {
 
 
 def measures_halves(config: Config) -> bool:
-    """Whether a run measures the gradients of winners and losers now and then."""
+    """Returns whether a run measures the gradients of winners and losers separately (`log.health_every`)."""
     return bool(config.log.health_every) and config.row.negatives is not None
 
 
 @dataclass(frozen=True)
 class BatchRoom:
-    """Bytes of a device that batches may fill, and what is beside them.
+    """The memory of a device that batches may fill, and what else occupies it.
 
     Attributes:
-        budget: bytes for batches and for what follows here; the network's weights are not in it.
-        moments: of the optimizer, in this process.
-        average: of the moving average.
-        references: of the past policies that stay on the device.
+        budget: bytes for batches and for the items below; it excludes the network's weights.
+        moments: bytes of the optimizer's moments in this process.
+        average: bytes of the moving average.
+        references: bytes of the past policies that stay on the device.
         cpu: whether the device is a CPU.
-        world: processes that share an update's pairs.
-        aside: of the gradient that `log.health_every` puts aside while learning.
+        world: number of processes that share an update's pairs.
+        aside: bytes of the winners' gradient that `log.health_every` stores while learning.
     """
 
     budget: int
@@ -69,17 +69,17 @@ class BatchRoom:
     aside: int = 0
 
     def micro_batch(self, config: Config, pair: Footprint) -> int:
-        """Returns the largest micro-batch that fits, as large as the preset allows."""
+        """Returns the largest micro-batch that fits and that the preset allows."""
         most = min(MEMORY_PRESETS[config.memory].micro_batch, -(-config.train.pairs_per_update // self.world))
         return self._fitting(pair, most, parked=False, more=self.aside)
 
     def parks(self, config: Config, sample: Footprint) -> bool:
-        """Returns whether the optimizer's state has to wait in host memory: too few samples fit beside it."""
+        """Returns whether to park the optimizer's state: the preset says so, or too few samples fit beside it."""
         most = self._most_samples(config)
         return MEMORY_PRESETS[config.memory].park or self._fitting(sample, most, False) < min(most, FEW_SAMPLES)
 
     def batch(self, config: Config, sample: Footprint, parked: bool) -> int:
-        """Returns the largest batch of samples that fits, as large as the preset allows."""
+        """Returns the largest batch of samples that fits and that the preset allows."""
         return self._fitting(sample, self._most_samples(config), parked)
 
     def _most_samples(self, config: Config) -> int:
@@ -87,6 +87,6 @@ class BatchRoom:
         return min(most, CPU_ROWS) if self.cpu else most
 
     def _fitting(self, footprint: Footprint, most: int, parked: bool, more: int = 0) -> int:
-        """At least 1: whether one row fits is better found out by trying than refused on an estimate."""
+        """Returns how many rows fit, but at least 1: trying one row beats refusing it because of an estimate."""
         beside = self.average + self.references + more + (0 if parked else self.moments)
         return max(1, footprint.largest(self.budget - beside, min(most, CPU_ROWS) if self.cpu else most))

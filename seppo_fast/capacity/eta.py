@@ -1,4 +1,4 @@
-"""How long a run will take, from the time of one forward."""
+"""Estimates how long a run takes from timed forwards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from seppo_fast.config.schema import Config
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 
-_LONG = 0.5  # seconds of a forward that are enough to go by
-_BACKWARD = 2  # times the FLOP of a forward
+_LONG = 0.5  # seconds; a forward that takes this long is representative
+_BACKWARD = 2  # FLOP of a backward, relative to a forward
 
 
 def forwards_per_pair(config: Config) -> float:
-    """Rows of the network that a run takes per learned pair, a backward counted as two: rollout, reference, policy."""
+    """Returns how many rows pass through the network per trained pair, over rollout, reference and policy.
+
+    A backward counts as two forwards.
+    """
     objective = config.row
     guided = 2 if config.sampler.guidance > 1 else 1
     rolled_out = config.sampler.steps * guided / config.reference.uses if objective.negatives == "generated" else 0
@@ -29,15 +32,15 @@ def forwards_per_pair(config: Config) -> float:
 
 
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:
-    """Seconds of all updates on one device, without saving and the cache.
+    """Estimates the seconds of all updates on one device, without saving states and filling the cache.
 
-    Forwards of ever more rows are timed and, where samples go through pixels, their decoding and encoding.
+    It times forwards with growing batches and, with `sampler.round_trip`, also decoding and encoding samples.
 
     Args:
-        config: of the run.
-        need: what it takes; no forward is larger than its batch.
-        family: its model, whose network moves to the denoiser's device.
-        denoiser: how it is called.
+        config: the run's configuration.
+        need: the run's memory; no timed forward is larger than its sampling batch.
+        family: the model family, whose network is moved to the denoiser's device.
+        denoiser: computes the forwards.
     """
     device = denoiser.device
     family.model.to(device)
@@ -46,7 +49,7 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
     def forward(rows: int) -> Callable[[], object]:
         shown = inputs(rows)
         latents, times, conditioning = shown[0].to(device), shown[1].to(device), shown[2].to(device)
-        # To the host, so that a GPU's work is waited for.
+        # The copy to the host waits until a GPU has finished.
         return lambda: denoiser.denoise(family.model, latents, times, conditioning).cpu()
 
     def round_trip(rows: int) -> Callable[[], object]:
@@ -61,7 +64,7 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
 
 
 def _seconds_a_row(call: Callable[[int], Callable[[], object]], most: int) -> float:
-    """Times a call of ever more rows, up to `most`, until it takes long enough to go by."""
+    """Returns seconds per row of a call; its rows are doubled, up to `most`, until it takes long enough."""
     rows, took = 1, _seconds(call(1))
     while took < _LONG and 2 * rows <= most:
         rows *= 2
@@ -71,7 +74,7 @@ def _seconds_a_row(call: Callable[[int], Callable[[], object]], most: int) -> fl
 
 def _seconds(call: Callable[[], object]) -> float:
     took = 0.0
-    for _ in range(2):  # the first one loads and chooses kernels
+    for _ in range(2):  # the first call loads and selects kernels
         began = time.perf_counter()
         with torch.no_grad():
             call()

@@ -1,8 +1,8 @@
-"""How much memory a batch takes: what batch sizes are chosen from.
+"""Counts how much memory a batch takes; batch sizes are chosen from these counts.
 
-A batch's bytes are counted, not guessed: a copy of the model runs forward (and backward) on fake tensors, which have
-shapes and storages but no data, while the storages that come and go are added up. That takes seconds, next to no
-memory, and no GPU, and it leaves the model alone. What an allocator wastes and a kernel's scratch space are not seen.
+A copy of the model runs forward (and backward) on fake tensors, which have shapes and storages but no data, while the
+bytes of all live storages are added up. This takes seconds, hardly any memory and no GPU, and does not change the
+model. It does not see an allocator's fragmentation or a kernel's scratch space.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.models.fake import fake_copy, follow_cuda
 from seppo_fast.models.family import Coder, Inputs
 
-# A footprint is counted at these two numbers of rows.
+# The two numbers of rows at which a footprint is counted.
 _FEW, _MANY = 1, 256
 
 FamilyDenoise = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
@@ -32,22 +32,22 @@ FamilyDenoise = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that the tensors made in a call take at their peak: `fixed + rows * per_row`.
+    """The peak memory of the tensors made in a call, as a function of its rows: `fixed + rows * per_row` bytes.
 
-    Each moment of a call holds some bytes that do not depend on the rows and some that grow with them, and the peak is
-    the greatest of these lines. So it is convex in the rows, and the line through the peaks at 1 and at 256 rows is
-    exact there and nowhere too low between.
+    At each moment of a call, live memory is a constant plus a part proportional to the rows; the peak is the maximum of
+    these lines. So it is convex in the rows, and the line through the peaks at 1 and at 256 rows is exact at both ends
+    and never too low in between.
 
     Attributes:
-        fixed: gradients, and casts of weights.
-        per_row: activations, mostly.
+        fixed: bytes that do not depend on the rows: gradients, and casts of weights.
+        per_row: bytes per row, mostly activations.
     """
 
     fixed: int
     per_row: int
 
     def largest(self, budget: int, cap: int) -> int:
-        """The largest power of two of rows, at most `cap`, that fits into `budget` bytes; 0 where not even one does."""
+        """Returns the largest power of two, at most `cap`, of rows that fit into `budget` bytes, or 0 if none fits."""
         rows, following = 0, 1
         while following <= cap and self.fixed + following * self.per_row <= budget:
             rows, following = following, 2 * following
@@ -57,17 +57,17 @@ class Footprint:
 def training_footprint(
     model: nn.Module, denoise: FamilyDenoise, inputs: Inputs, dtype: torch.dtype, device: torch.device
 ) -> Footprint:
-    """What a micro-batch of the learner takes; a row is a pair: two latents forward, and backward.
+    """Counts the memory of one of the learner's micro-batches; a row is a pair: two latents, forward and backward.
 
-    Gradients of the trained weights are there from the start, as in every micro-batch but the first. The weights and
-    the optimizer's state are not counted. Attention counts as one fused kernel, whatever the backend.
+    Gradients of the trained weights exist from the start, as in every micro-batch but the first. The weights and the
+    optimizer's state are not counted. Attention counts as one fused kernel, whatever the backend.
 
     Args:
-        model: as it will be trained: trained weights marked, checkpointing and memory format set.
-        denoise: calls it, or a copy of it.
-        inputs: of so many rows, on the CPU; `Family.example_inputs` of a resolution.
-        dtype: of the computation; float32 runs without autocast.
-        device: where it will run. Autocast on CUDA keeps more in float32 than on the CPU.
+        model: the network as it will be trained: `requires_grad`, checkpointing and memory format are set.
+        denoise: calls the network, or a copy of it.
+        inputs: makes inputs with a given number of rows, on the CPU; see `Family.example_inputs`.
+        dtype: the compute dtype; float32 runs without autocast.
+        device: where the run will compute. Autocast on CUDA keeps more in float32 than on the CPU.
     """
 
     def call(model: nn.Module, rows: int) -> None:
@@ -86,15 +86,15 @@ def training_footprint(
 def sampling_footprint(
     model: nn.Module, denoise: FamilyDenoise, inputs: Inputs, dtype: torch.dtype, device: torch.device, guided: bool
 ) -> Footprint:
-    """What a batch of samples takes; a row is one latent, which is two rows of the network where it is guided.
+    """Counts the memory of a sampling batch; a row is one latent, which with guidance is two rows of the network.
 
     Args:
-        model: as in `training_footprint`, like the other arguments.
-        denoise: calls it.
-        inputs: of so many rows.
-        dtype: of the computation.
-        device: where it will run.
-        guided: with classifier-free guidance, as one doubled batch.
+        model: the network; this and the next arguments are as in `training_footprint`.
+        denoise: calls the network.
+        inputs: makes inputs with a given number of rows.
+        dtype: the compute dtype.
+        device: where the run will compute.
+        guided: whether samples use classifier-free guidance, computed as one doubled batch.
     """
 
     def call(model: nn.Module, rows: int) -> None:
@@ -109,13 +109,13 @@ def sampling_footprint(
 
 
 def round_trip_bytes(coder: Coder, latents: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
-    """Returns what decoding a batch of samples and encoding it takes, the weights of the VAE included.
+    """Returns how many bytes decoding and encoding a batch of samples takes, including the VAE's weights.
 
     Args:
-        coder: see `Family.coder`.
-        latents: shape of the batch `(B, *latent)`.
-        dtype: in which the encoders compute.
-        device: where it will run.
+        coder: decodes and encodes; see `Family.coder`.
+        latents: the shape of the batch, `(B, *latent)`.
+        dtype: the dtype in which the encoders compute.
+        device: where the run will compute.
     """
 
     def call(network: nn.Module, rows: int) -> None:
@@ -136,7 +136,7 @@ def _footprint(network: nn.Module, call: Callable[[nn.Module, int], None], devic
 def _peaks(
     network: nn.Module, call: Callable[[nn.Module, int], None], device: torch.device, batches: Sequence[int]
 ) -> list[int]:
-    """The most bytes that a call holds at once, for each number of rows."""
+    """Returns the peak bytes of a call for each number of rows in `batches`."""
     peaks = []
     with FakeTensorMode(), torch.enable_grad():
         model = fake_copy(network)
@@ -154,13 +154,13 @@ def _autocast(dtype: torch.dtype) -> torch.autocast:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make while it is on, each until it is freed.
+    """Adds up the bytes of all storages that operations allocate inside the block, until each is freed.
 
     Args:
-        model: its weights and buffers are not counted.
+        model: the network, whose weights and buffers are not counted.
 
     Attributes:
-        peak: the most bytes that were there at once.
+        peak: the most bytes that were live at once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -178,7 +178,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:  # a view, or written in place
+        if storage in self._known:  # the result is a view, or was computed in place
             return
         self._known.add(storage)
         self._live += storage.nbytes()

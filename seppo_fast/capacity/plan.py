@@ -1,7 +1,7 @@
-"""What a run takes, counted before it takes it: memory by part and phase; and settings that take less.
+"""Counts the memory that a run needs, by part and phase, and suggests settings that need less.
 
-Of weights and their copies the bytes are known; what a batch adds is counted on tensors without data (see
-`seppo_fast.capacity.footprint`). So this can be asked in the very moment in which memory is spent.
+The bytes of weights and their copies are known; what a batch adds is counted on tensors without data (see
+`seppo_fast.capacity.footprint`). So the count also works at the moment when memory has run out.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
 from seppo_fast.utils.memory import free_bytes
 
-_SHARE = 0.9  # of the memory there is, or of what was too much: what a suggestion may fill
+_SHARE = 0.9  # suggestions may fill this share of the available memory, or of the need that was too large
 _SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the device, by what takes them.
+    """The bytes that a run needs on its device, by what takes them.
 
     Attributes:
-        weights: of the network, trained and frozen.
-        trained: of the trained ones.
-        moments: of Adam.
+        weights: the network's weights, trained and frozen.
+        trained: the trained weights.
+        moments: Adam's moments.
         average: the moving average of the trained weights.
-        references: past policies that stay on the device, and the one in use.
+        references: the past policies that stay on the device, and the resident one.
         pair: what a micro-batch adds while learning, gradients included.
         sample: what a batch adds while sampling.
-        micro_batch: pairs in the one.
-        batch: samples in the other.
-        parked: while sampling, moments and trained weights wait in host memory.
-        aside: the winners' gradient that `log.health_every` puts aside; in host memory, so 0 on a GPU.
-        round_trip: what decoding samples and encoding them takes, between two batches of samples; 0 without.
+        micro_batch: number of pairs in a micro-batch.
+        batch: number of samples in a sampling batch.
+        parked: whether moments and trained weights are in host memory while sampling.
+        aside: the winners' gradient that `log.health_every` stores; it is in host memory, so 0 on a GPU.
+        round_trip: what decoding and encoding samples takes, after sampling; 0 without `sampler.round_trip`.
     """
 
     weights: int
@@ -65,12 +65,12 @@ class Need:
 
     @property
     def learning(self) -> int:
-        """At the peak of an update."""
+        """Bytes at the peak of an update."""
         return self._kept + self.aside + self.pair.fixed + self.micro_batch * self.pair.per_row
 
     @property
     def sampling(self) -> int:
-        """At the peak of a rollout."""
+        """Bytes at the peak of a rollout."""
         aside = self.moments + self.trained if self.parked else 0
         return self._kept - aside + max(self.sample.fixed + self.batch * self.sample.per_row, self.round_trip)
 
@@ -80,11 +80,11 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """The larger of both."""
+        """The larger of `learning` and `sampling`."""
         return max(self.learning, self.sampling)
 
     def table(self) -> list[str]:
-        """Lines that say what takes the memory."""
+        """Returns the lines of a table of what takes the memory."""
         away = "in host memory while sampling" if self.parked else ""
         rows = [
             ("weights", self.weights, ""),
@@ -92,27 +92,27 @@ class Need:
             ("moving average", self.average, ""),
             ("past policies", self.references, ""),
             ("gradients and casts", self.pair.fixed, "while learning"),
-            *([("gradient put aside", self.aside, "while learning, by log.health_every")] if self.aside else []),
+            *([("winners' gradient", self.aside, "while learning, for log.health_every")] if self.aside else []),
             (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
             (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
             *([("or their round trip", self.round_trip, "VAE and pixels")] if self.round_trip else []),
-            ("at most at once", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
+            ("peak", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
         ]
         return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
 
 
 def need_of(config: Config, family: Family, device: torch.device, room: int, most: int | None = None) -> Need:
-    """What a configuration needs in one process; what it leaves open is filled in by the rule of a run.
+    """Counts what a configuration needs in one process; open batches and parking are chosen as in a run.
 
     Args:
-        config: of the run, through `apply_preset`.
-        family: of the model; its network is not touched, and may be trained already.
-        device: on which it would run.
-        room: bytes of it that are there for the run.
-        most: bytes that a batch may fill them up to; None: the preset's share of what the weights leave.
+        config: the run's configuration, after `apply_preset`.
+        family: the model family; its network is not changed, and may be in training already.
+        device: the device on which the run would compute.
+        room: bytes of the device that the run can use.
+        most: bytes that may be in use with a batch; None: the weights and the preset's share of what they leave.
 
     Raises:
-        ConfigError: a resolution that the model does not take.
+        ConfigError: the model does not support the resolution.
     """
     counted = _counted(config, family, device)
     model = counted.model
@@ -138,7 +138,7 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
 
 
 class _Counted(NamedTuple):
-    """A family's network as a configuration trains it, on `meta`, and what its batches take."""
+    """A family's network as a configuration trains it, on the `meta` device, and what its batches take."""
 
     model: nn.Module
     pair: Footprint
@@ -146,7 +146,7 @@ class _Counted(NamedTuple):
     round_trip: int
 
 
-# Counting takes seconds, and suggestions ask again and again for what differs in other settings alone.
+# Counting takes seconds, and many suggestions differ only in settings that do not change these counts.
 _COUNTED: WeakKeyDictionary[Family, dict[tuple[Any, ...], _Counted]] = WeakKeyDictionary()
 
 
@@ -178,7 +178,7 @@ def _round_trip(config: Config, family: Family, device: torch.device) -> int:
 
 
 def _filled_in(need: Need, config: Config, device: torch.device, most: int) -> Need:
-    """Batches and parking by the rule of a run of one process, where the configuration leaves them open."""
+    """Chooses batches and parking that the configuration leaves open, as a run of one process does."""
     room = BatchRoom(
         budget=most - need.weights,
         moments=need.moments,
@@ -196,26 +196,27 @@ def _filled_in(need: Need, config: Config, device: torch.device, most: int) -> N
 
 
 def room_on(device: torch.device) -> int:
-    """Bytes of a device that this process has or can have."""
+    """Returns how many bytes of a device this process uses or could still allocate."""
     if device.type == "cuda":
         return free_bytes(device) + torch.cuda.memory_allocated(device)
     return free_bytes(device) + int(psutil.Process().memory_info().rss)
 
 
 def out_of_memory(config: Config, family: Family, device: torch.device, error: BaseException) -> OutOfMemoryError:
-    """The error that says what takes the memory of a run, and which settings would fit.
+    """Returns an exception whose message lists what takes a run's memory and which settings would fit.
 
     Args:
-        config: of the run, with its batches.
-        family: its model.
-        device: of the run.
-        error: of the allocator that has no more.
+        config: the run's configuration, with its batches chosen.
+        family: the model family.
+        device: the run's device.
+        error: the allocator's exception.
     """
     problem = (str(error).splitlines() or ["allocation failed"])[0]
     if device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
         return OutOfMemoryError(
-            f"out of host memory, not the GPU's: {problem}; --reference.park false, a smaller reference.host_gib (past "
-            "policies then go to disk), reference.pairs_gib, or fewer processes on the machine take less"
+            f"out of host memory (not GPU memory): {problem}; to use less, set --reference.park false, a smaller "
+            "reference.host_gib (past policies then go to disk) or a smaller reference.pairs_gib, or start fewer "
+            "processes on the machine"
         )
     room = room_on(device)
     need = need_of(config, family, device, room)
@@ -225,10 +226,10 @@ def out_of_memory(config: Config, family: Family, device: torch.device, error: B
     ]
     lines = [
         f"out of memory: {problem}",
-        "what takes it, by counting:",
+        "estimated memory by part:",
         *need.table(),
-        f"there are {size(room)} on {device.type} for this process, other programs' memory left out",
-        *(["these would take less:", *fitting] if fitting else ["no other batch, nor recomputing, would be enough"]),
+        f"this process can use {size(room)} on {device.type}; memory of other programs is excluded",
+        *(["settings that would fit:", *fitting] if fitting else ["no smaller batch or recomputation would be enough"]),
     ]
     return OutOfMemoryError("\n".join(lines))
 
@@ -236,14 +237,17 @@ def out_of_memory(config: Config, family: Family, device: torch.device, error: B
 def suggestions(
     config: Config, family: Family, device: torch.device, room: int, most: int
 ) -> Iterator[tuple[dict[str, Any], Need]]:
-    """Up to three changes with which a run takes at most `most` of `room` bytes, and what it needs; mildest first."""
+    """Yields up to three changes with which a run needs at most `most` of `room` bytes, mildest first.
+
+    Each comes with what the run would then need.
+    """
     found = 0
     for changes in _ladder(config, device):
         lighter = _with(config, {**changes, "train.micro_batch": None, "sampler.batch": None})
         try:
             need = need_of(lighter, family, device, room, most)
         except ConfigError:
-            continue  # half the resolution is not one that the model takes
+            continue  # the model does not support half the resolution
         batches = {"train.micro_batch": need.micro_batch, "sampler.batch": need.batch}
         before = {"train.micro_batch": config.train.micro_batch, "sampler.batch": config.sampler.batch}
         for key, rows in batches.items():
@@ -257,13 +261,13 @@ def suggestions(
 
 
 def _ladder(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Changes that take less memory: first what costs time alone, then what trains or shows something else."""
+    """Yields changes that save memory: first those that only cost time, then those that train something else."""
     yield {}
     changes: dict[str, Any] = {}
     if not config.model.gradient_checkpointing:
         changes["model.gradient_checkpointing"] = True
     if device.type == "cuda" and not config.reference.park:
-        changes["reference.park"] = True  # on a CPU it moves nothing
+        changes["reference.park"] = True  # no effect on a CPU
     if changes:
         yield dict(changes)
     near, beyond = ("gpu_gib", "host_gib") if device.type == "cuda" else ("host_gib", "disk_gib")
@@ -271,7 +275,7 @@ def _ladder(config: Config, device: torch.device) -> Iterator[dict[str, Any]]:
         changes[f"reference.{near}"] = 0
         yield dict(changes)
     if _has_states(Path(config.output)):
-        return  # what follows is another run, and would not go on with this one
+        return  # the next changes would make it another run, which cannot resume from these states
     if config.model.train == "full":
         yield {**changes, "model.train": "lora"}
     yield {**changes, "data.resolution": config.data.resolution // 2}
@@ -281,7 +285,7 @@ def _has_states(run: Path) -> bool:
     try:
         return bool(saved_states(run))
     except CheckpointError:
-        return True  # they cannot be listed; the message at hand is another
+        return True  # they cannot be listed, but the message being written is about memory
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -293,7 +297,7 @@ def _with(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Formats a number of bytes as MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 

@@ -1,7 +1,7 @@
-"""`memory = low | balanced | fast` fills in what a configuration leaves null.
+"""Fills in the settings that a configuration leaves null, according to `memory = low | balanced | fast`.
 
-Nothing here changes what is computed, but for rounding: batches, recomputation, compilation, attention kernels. What
-was chosen stands in the run's `config.yaml`.
+These are batches, parking, recomputation, compilation and attention kernels; results differ by rounding only. The
+choices are saved in the run's `config.yaml`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from seppo_fast.utils.memory import free_bytes
 
 
 def apply_preset(config: Config, device: torch.device) -> Config:
-    """Fills in what must be known before the model is made: recomputation, compilation, the learning rate."""
+    """Fills in what must be known before the model is created: recomputation, compilation, the learning rate."""
     setting = MEMORY_PRESETS[config.memory]
     model: dict[str, Any] = {}
     if config.model.gradient_checkpointing is None:
@@ -36,15 +36,15 @@ def apply_preset(config: Config, device: torch.device) -> Config:
 
 
 def fit_to_device(config: Config, family: Family, processes: Processes) -> Config:
-    """Fills in the pool's place on a GPU, batches, parking and attention, which take model and machine to know.
+    """Fills in what depends on model and machine: GPU memory for the pool, batches, parking and attention.
 
     Args:
-        config: of the run, through `apply_preset`.
-        family: its network on its device, its trained weights marked.
-        processes: all take the smallest batches of any, and the attention that the first one measured.
+        config: the run's configuration, after `apply_preset`.
+        family: the model family, its network on its device and with `requires_grad` set.
+        processes: the run's processes; all use the smallest batches of any, and the attention that the first measured.
 
     Raises:
-        ConfigError: attention that is asked for and does not work.
+        ConfigError: the configured attention does not work.
     """
     model = family.model
     circumstances: dict[str, Any] = {
@@ -59,7 +59,7 @@ def fit_to_device(config: Config, family: Family, processes: Processes) -> Confi
         rows = _room(config, model, processes).micro_batch(config, training_footprint(model, **circumstances))
         config = filled(config, train={"micro_batch": processes.min(rows)})
     if config.reference.park is None and (MEMORY_PRESETS[config.memory].park or processes.device.type != "cuda"):
-        config = filled(config, reference={"park": MEMORY_PRESETS[config.memory].park})  # on a CPU it moves nothing
+        config = filled(config, reference={"park": MEMORY_PRESETS[config.memory].park})  # no effect on a CPU
     guided = config.sampler.guidance > 1
     if config.sampler.batch is None or config.reference.park is None:
         sample = sampling_footprint(model, **circumstances, guided=guided)
@@ -90,7 +90,7 @@ def _with_pool(config: Config, model: nn.Module, processes: Processes) -> Config
 
 
 def _room(config: Config, model: nn.Module, processes: Processes) -> BatchRoom:
-    """What this process has for batches, its weights on the device already."""
+    """Returns what this process has for batches; its weights are on the device already."""
     free = free_bytes(processes.device)
     shards = processes.world if sharding_asked() else 1
     average = trained_bytes(model) if config.train.ema_decay else 0
@@ -117,11 +117,12 @@ def _with_batch(config: Config, model: nn.Module, sample: Footprint, processes: 
 
 
 def trained_bytes(model: nn.Module) -> int:
+    """Returns the bytes of a network's trained weights."""
     return sum(weight.numel() * weight.element_size() for weight in trainable(model).values())
 
 
 def checkpoints(config: Config) -> int:
-    """Past policies that a run keeps at its end."""
+    """Returns how many past policies a run keeps at its end."""
     draw = config.row.draw
     if draw in (None, "initial"):
         return 1 if draw else 0
@@ -130,12 +131,19 @@ def checkpoints(config: Config) -> int:
 
 
 def pool_bytes(config: Config, model: nn.Module, device: torch.device, free: int) -> int:
-    """Of the device's memory, of which `free` bytes are for a run: past policies there, the resident one, the next."""
+    """Returns the device memory of past policies: those kept there, the resident one, and a prefetched one.
+
+    Args:
+        config: the run's configuration.
+        model: the network.
+        device: the run's device.
+        free: bytes of the device that the run can use.
+    """
     count = checkpoints(config)
     if not count:
         return 0
     slab = PackedLayout.of(model, DTYPES[config.model.precision]).size
-    # On a CPU host memory is the device's; unless a budget is given, the pool takes half of it at most.
+    # On a CPU the device's memory is host memory; without a budget, the pool uses at most half of it.
     cuda = device.type == "cuda"
     given = config.reference.gpu_gib if cuda else config.reference.host_gib
     share = SHARES["device" if cuda else "host"]
@@ -145,12 +153,12 @@ def pool_bytes(config: Config, model: nn.Module, device: torch.device, free: int
 
 
 def learner_bytes(config: Config, model: nn.Module, shards: int = 1) -> int:
-    """Of what the learner adds to the weights and their gradients: Adam's two moments, the moving average."""
+    """Returns the bytes that the learner adds to weights and gradients: Adam's two moments and the moving average."""
     moments = 0.5 if config.train.optimizer == "adamw8bit" else 2
     return int(trained_bytes(model) * (moments + (1 if config.train.ema_decay else 0)) / shards)
 
 
 def filled(config: Config, **sections: dict[str, Any]) -> Config:
-    """`config` with keys of its sections set."""
+    """Returns `config` with the given keys of its sections replaced."""
     changed = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items() if keys}
     return config.model_copy(update=changed)

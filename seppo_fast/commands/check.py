@@ -1,4 +1,4 @@
-"""`seppo-fast check`: everything a run would stumble over, found without training."""
+"""`seppo-fast check`: finds what would make a run fail, and estimates its cost, without training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from seppo_fast.utils.errors import DataError
 
 
 def check(config: Config) -> int:
-    """Prints the resolved configuration, the data scan and an estimate of memory and disk.
+    """Prints the resolved configuration, the result of the data scan, and an estimate of memory, disk and time.
 
     Returns:
-        0 where a run could start, the exit code of `DataError` where a bad file would be dropped or stop it.
+        0 if a run could start; the exit code of `DataError` if any file is bad, even if a run would only drop it.
 
     Raises:
-        ConfigError, DataError: as training would.
+        ConfigError, DataError: as training would raise.
     """
     device = processes().device
     config = apply_preset(config, device)
@@ -61,40 +61,41 @@ def check(config: Config) -> int:
     print(f"data: {len(source) + len(source.problems)} examples, {len(problems)} bad{ties}")
     room = room_on(device)
     need = need_of(config, family, device, room)
-    print(f"device memory, of {size(room)} on {device.type}:")
+    print(f"device memory ({size(room)} available on {device.type}):")
     print("\n".join(need.table()))
     for line in _places(config, family, need, device):
         print(line)
     text = len(prompts) * sum(tensor.numel() for tensor in family.example_row().values())
     latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
-    print(f"disk: {size((latents + text) * 4)} for the cache, half of it where a GPU fills it in half precision")
+    print(f"disk: {size((latents + text) * 4)} for the cache, or half of that if a GPU fills it in half precision")
     states = need.trained + need.moments + need.average
-    print(f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, and the past policies once")
+    print(f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, plus the past policies once")
     denoiser = Denoiser(family, DTYPES[config.model.precision])
     seconds = seconds_of_run(config, need, family, denoiser)
     print(
-        f"eta: about {duration(seconds)} on one such {device.type} for {config.train.updates} updates, by one forward"
+        f"eta: about {duration(seconds)} for {config.train.updates} updates on one {device.type} like this one, "
+        "estimated from timed forwards"
     )
     return DataError.exit_code if problems else 0
 
 
 def _places(config: Config, family: Family, need: Need, device: torch.device) -> Iterator[str]:
-    """Where past policies go, and what waits in host memory."""
+    """Yields lines that say where past policies are stored and what else host memory holds."""
     every = sum(weight.numel() for weight in family.model.parameters())
     make_trainable(family.model, config.model, config.seed, family)
     yield f"trained: {sum(weight.numel() for weight in trainable(family.model).values()):,} of {every:,} weights"
     references = checkpoints(config)
     slab = PackedLayout.of(family.model, DTYPES[config.model.precision]).size if references else 0
-    first = "GPU memory, else in " if device.type == "cuda" else ""
+    first = "GPU memory, then in " if device.type == "cuda" else ""
     yield (
-        f"past policies: {references} of {size(slab)}, in {first}{_tier(config.reference.host_gib)} of "
-        f"the machine's memory, else on {_tier(config.reference.disk_gib)} of disk"
+        f"past policies: {references} of {size(slab)} each, in {first}host memory (up to "
+        f"{_tier(config.reference.host_gib)}), then on disk (up to {_tier(config.reference.disk_gib)})"
     )
     if device.type == "cuda" and measures_halves(config):
-        yield f"host memory: {size(need.trained)} a process for a gradient put aside (log.health_every)"
+        yield f"host memory: {size(need.trained)} per process for the winners' gradient (log.health_every)"
     if need.parked:
-        yield f"host memory: {size(need.moments + need.trained)} a process for what is parked"
+        yield f"host memory: {size(need.moments + need.trained)} per process for parked optimizer state and weights"
 
 
 def _tier(gib: float | None) -> str:
-    return "what is free" if gib is None else size(gib * 2**30)
+    return "a share of what is free" if gib is None else size(gib * 2**30)

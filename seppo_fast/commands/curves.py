@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG by matplotlib: no scripts, the page's colours, gaps where a value was not finite."""
+"""Draws curves of a run as inline SVG with matplotlib: no scripts, the page's colours, gaps at non-finite values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 _SIZE = (5.6, 2.7)  # inches of 72 units
-_MOST_POINTS = 1500  # a line of the page; longer runs are shown by means
-# Colours that stand for the page's, which differ by day and by night.
+_MOST_POINTS = 1500  # per line; longer runs are averaged
+# Placeholder colours that become CSS variables, whose values differ between the page's light and dark mode.
 _THEME = {
     "#010101": "--first", "#020202": "--second", "#030303": "--third", "#040404": "--fourth", "#050505": "--warn",
     "#060606": "--line", "#070707": "--dim",
 }  # fmt: skip
 _FIRST, _SECOND, _THIRD, _FOURTH, _WARN, _LINE, _DIM = _THEME
-# Each has dashes of its own too: colours alone are not seen by all.
+# Each line also has its own dashes, because not everyone can distinguish the colours.
 _STYLES = ((_FIRST, "-"), (_SECOND, (0, (4, 2))), (_THIRD, (0, (1, 2))), (_FOURTH, (0, (6, 2, 1, 2))))
 
 STYLE = """
@@ -35,16 +35,16 @@ def curve(
     intervals: Sequence[tuple[int, int]] = (),
     skipped: Sequence[int] = (),
 ) -> str:
-    """A `<figure>` of one to four lines over updates.
+    """Returns a `<figure>` with one to four lines over updates.
 
     Args:
-        title: of the figure.
-        updates: x, ascending; at least one.
-        lines: y by name; None, NaN and infinities are gaps.
-        intervals: first and last update of what is shaded.
-        skipped: updates that are marked.
+        title: the title of the figure.
+        updates: the x values, ascending, at least one.
+        lines: the y values of each line, by name; None, NaN and infinities are gaps.
+        intervals: the first and last update of each shaded interval.
+        skipped: the updates that are marked as skipped.
     """
-    assert len(lines) <= len(_STYLES), "each line has a style of its own"
+    assert len(lines) <= len(_STYLES), "a figure has more lines than there are styles"
     drawn = {name: _thinned(updates, values) for name, values in lines.items()}
     keys = "".join(
         f' <span class="key"><svg viewBox="0 0 20 10"><line class="line-{index}" x1="0" y1="5" x2="20" y2="5" '
@@ -72,7 +72,7 @@ def _svg(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Text stays text; the salt makes ids that repeat from run to run of this command.
+    # Text stays text instead of paths; the fixed salt makes ids, and so the output, reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "path.simplify": False}):
         figure = Figure(figsize=_SIZE, dpi=72)
         axes = figure.add_axes((0.14, 0.14, 0.84, 0.83))
@@ -107,7 +107,7 @@ def _svg(
 
 
 def _themed(svg: str) -> str:
-    """The picture alone, in the page's colours; what was an id becomes a class, since a page has each id once."""
+    """Strips an SVG to the picture in the page's colours; ids become classes, because ids must be unique on a page."""
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>.*?</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' clip-path="[^"]*"| font-family: [^;]*;|<g id="[^"]*"/>', "", svg)
@@ -120,7 +120,7 @@ def _themed(svg: str) -> str:
 
 
 def _thinned(updates: Sequence[int], values: Sequence[float | None]) -> list[tuple[float, float | None]]:
-    """Points (x, y), of long runs the means of as many neighbours as needed."""
+    """Returns points (x, y); for long runs, neighbours are averaged so that at most `_MOST_POINTS` remain."""
     finite = [value if value is not None and math.isfinite(value) else None for value in values]
     size = math.ceil(len(updates) / _MOST_POINTS)
     points: list[tuple[float, float | None]] = []
@@ -132,7 +132,7 @@ def _thinned(updates: Sequence[int], values: Sequence[float | None]) -> list[tup
 
 
 def _pieces(points: Sequence[tuple[float, float | None]]) -> Iterator[list[tuple[float, float]]]:
-    """Runs of points between gaps; one that stands alone comes twice, a line without length that a round end shows."""
+    """Yields runs of points between gaps; a lone point is doubled, so that its round line caps show it."""
     piece: list[tuple[float, float]] = []
     for x, y in [*points, (0.0, None)]:
         if y is not None:

@@ -1,4 +1,4 @@
-"""`seppo-fast demo [--clips]`: aligns the embedded model with clean examples, and judges base and aligned exactly."""
+"""`seppo-fast demo [--clips]`: aligns an embedded model to clean examples, and judges it against the base."""
 
 from __future__ import annotations
 
@@ -28,22 +28,26 @@ from seppo_fast.utils.random import keyed_rng
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RECIPES = {False: "demo.yaml", True: "demo-video.yaml"}  # by whether it moves
+RECIPES = {False: "demo.yaml", True: "demo-video.yaml"}  # by whether the demo uses clips
 CURVE_PROMPTS, CURVE_EVERY = 120, 10
-CURVE_CLIPS = 24  # a clip takes as long as several pictures
-JUDGED = 600  # report prompts of the still demo: all of them would take longer than the training
-# Means over three training seeds on the same held-out prompts, from benchmarks/results; a test compares them.
+CURVE_CLIPS = 24  # fewer, because a clip takes as long as several pictures
+JUDGED = 600  # report prompts that are used; judging all of them would take longer than training
+# Means over three training seeds on the same held-out prompts, from benchmarks/results; a test compares them with it.
 SFT_ALONE: dict[str, tuple[str, ...]] = {
     "demo.yaml": (
         "SFT alone on the same winners, at under a quarter of the compute: +0.048 at guidance 3, "
         "+0.118 at guidance 1.5 (mean of 3 seeds)",
     ),
 }
-GRID_CHANGED, GRID_RANDOM = 3, 3  # rows of the picture
+GRID_CHANGED, GRID_RANDOM = 3, 3  # rows of the picture; see `shown_rows`
 
 
 class ScoreCurve:
-    """Judge scores during training, on development prompts; an observer of `train`."""
+    """An observer of `train` that records the judge's scores on development prompts during training.
+
+    Attributes:
+        points: pairs (updates, mean score).
+    """
 
     def __init__(self, prompts: list[str]) -> None:
         self.points: list[tuple[int, float]] = []
@@ -61,13 +65,13 @@ class ScoreCurve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base and aligned at one guidance scale, on the same prompts and seeds.
+    """A comparison of base and aligned at one guidance scale, on the same prompts and seeds.
 
     Attributes:
-        guidance: the scale.
-        pictures: of both, `(N, H, W, 3)` or clips `(N, F, H, W, 3)` uint8, by name.
-        scores: of both, `(N,)`, by name.
-        paired: the difference, one item per prompt.
+        guidance: the guidance scale.
+        pictures: the pictures `(N, H, W, 3)` or clips `(N, F, H, W, 3)` uint8, by the names "base" and "aligned".
+        scores: their scores `(N,)`, by the same names.
+        paired: the paired difference, one item per prompt.
     """
 
     guidance: float
@@ -76,17 +80,17 @@ class Comparison:
     paired: PairedDifference
 
     def whole_prompts(self) -> dict[str, float]:
-        """Returns the share of pictures in which every attribute is right, by name."""
+        """Returns the share of pictures in which every attribute is right, for base and aligned."""
         return {name: float(np.mean(given(scores) == 1)) for name, scores in self.scores.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """Returns what `result.json` holds of it."""
+        """Returns the comparison as an entry of `result.json`."""
         right = {f"{name}_all_right": share for name, share in self.whole_prompts().items()}
         return {"guidance": self.guidance} | asdict(self.paired) | right
 
 
 def compare(config: Config, prompts: list[str], weights: Path, guidance: float) -> Comparison:
-    """Judges the base and the weights of a run on report prompts at a guidance scale."""
+    """Judges the base and a run's weights on report prompts at one guidance scale."""
     pictures, scores = {}, {}
     for name, trained in {"base": None, "aligned": weights}.items():
         pictures[name], scores[name] = judged_model(config, prompts, REPORT, trained, guidance=guidance)
@@ -95,7 +99,10 @@ def compare(config: Config, prompts: list[str], weights: Path, guidance: float) 
 
 
 def demo(config: Config) -> None:
-    """Trains, judges base and aligned on held-out prompts at the same seeds, writes picture, scores, `result.json`."""
+    """Trains, judges base and aligned on held-out prompts with the same seeds, and writes the results.
+
+    The run's folder gets `demo.png` (with clips also `demo.webp`), `scores.json` and `result.json`.
+    """
     started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
     prompts = judged_prompts(prompts)
@@ -133,12 +140,12 @@ def demo(config: Config) -> None:
 
 
 def judged_prompts(report: list[str]) -> list[str]:
-    """Returns the held-out prompts that base and aligned are compared on, of all that may be reported on."""
+    """Returns the prompts on which base and aligned are compared, out of all report prompts."""
     return report[:JUDGED]
 
 
 def lines(comparisons: Sequence[Comparison], seconds: float) -> list[str]:
-    """Returns what the demo prints of its result."""
+    """Returns the lines that report the demo's result."""
     said = [f"seconds: {seconds:.0f}"]
     for comparison in comparisons:
         right = comparison.whole_prompts()
@@ -150,7 +157,7 @@ def lines(comparisons: Sequence[Comparison], seconds: float) -> list[str]:
 
 
 def sft_lines(config: Config) -> list[str]:
-    """Returns what plain fine-tuning on the winners gains by the same recipe, where that was measured."""
+    """Returns lines with the gain of plain fine-tuning on the same winners; empty if the recipe was changed."""
     name = RECIPES[bool(config.model.motion_adapter)]
     if _without_places(config) != _without_places(read_config(name)):
         return []
@@ -158,22 +165,22 @@ def sft_lines(config: Config) -> list[str]:
 
 
 def _without_places(config: Config) -> dict[str, Any]:
-    """A configuration's settings, but for its seed, its folders, and what it saves and shows on the way."""
+    """Returns a configuration's settings without seed, folders, saving and logging."""
     tree = config.model_dump(exclude={"output", "seed", "save", "log"})
     tree["data"].pop("cache")
     return tree
 
 
 def by_prompt(prompts: Sequence[str], scores: np.ndarray) -> np.ndarray:
-    """The mean score of each prompt: samples of one prompt are not independent, prompts are."""
+    """Returns the mean score per prompt: prompts are independent, but samples of the same prompt are not."""
     _, rows = np.unique(prompts, return_inverse=True)
     return np.bincount(rows, scores) / np.bincount(rows)
 
 
 def shown_rows(prompts: Sequence[str], scores: dict[str, np.ndarray]) -> tuple[list[int], list[int]]:
-    """Returns the rows of the picture: the first whose scores differ, better or worse, and some drawn at random.
+    """Returns two lists of rows for the picture: the first whose scores differ, up or down, and some drawn at random.
 
-    No prompt is shown twice. The draw depends on nothing but the number of prompts.
+    No prompt is shown twice. The draw depends only on the number of prompts.
     """
     firsts = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)]
     changed = [row for row in firsts if scores["base"][row] != scores["aligned"][row]][:GRID_CHANGED]
@@ -183,7 +190,7 @@ def shown_rows(prompts: Sequence[str], scores: dict[str, np.ndarray]) -> tuple[l
 
 
 def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], comparison: Comparison) -> None:
-    """Writes `demo.png`: four curves of the run, base beside aligned at the same seeds; of clips `demo.webp` too."""
+    """Writes `demo.png`: curves of the run, and base beside aligned at the same seeds; for clips also `demo.webp`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,7 +217,7 @@ def draw(folder: Path, points: list[tuple[int, float]], prompts: list[str], comp
     axes["G"].axis("off")
     axes["G"].set_title(
         f"held-out prompts, same seeds, guidance {comparison.guidance:g}:\n"
-        f"the first {len(changed)} with another score, then {len(drawn)} at random"
+        f"the first {len(changed)} whose scores differ, then {len(drawn)} at random"
     )
     figure.savefig(folder / "demo.png", dpi=90)
     plt.close(figure)

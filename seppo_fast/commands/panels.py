@@ -1,4 +1,4 @@
-"""The curves of a report's page: which numbers of the log are drawn together, and what is shaded and marked there."""
+"""The curves of a report: which numbers of the log share a panel, and which updates are shaded or marked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _by_band(name: str) -> dict[str, str]:
     return {quarter: f"{name}_band{number}" for number, quarter in enumerate(_QUARTERS, 1)}
 
 
-# Heading, title, label, name in the log.
+# Heading -> title of a panel -> label of a line -> key in the log.
 _PANELS = {
     "Curves": {
         "loss": {"loss": "loss"},
@@ -24,7 +24,7 @@ _PANELS = {
         "winners' own term of the loss": {"term": "sft_loss"},
         "winner error": {"policy": "winner_error", "reference": "ref_winner_error"},
         "winner error minus the reference's": {"difference": "winner_difference"},
-        "error on the reference's samples": {"policy": "loser_error", "reference": "ref_loser_error"},
+        "loser error": {"policy": "loser_error", "reference": "ref_loser_error"},
         "reject rate": {"reject": "aaf_rate"},
         "margin": {"margin": "margin"},
         "|logit|": {"logit": "logit_abs"},
@@ -50,19 +50,19 @@ _SHADED = {
     "loss": "losers_worse",
     "preference_loss": "losers_worse",
 }
-"""First line of a panel, and the rule whose intervals are shaded there."""
+"""For the key of a panel's first line, the health rule whose spells are shaded in that panel."""
 
 
 Spells = Mapping[str, Sequence[tuple[int, int]]]
-"""First and last update of each spell, by the rule's name."""
+"""The first and last update of each spell, by the name of its health rule."""
 
 
 def panels(log: Sequence[Mapping[str, Any]], found: Spells) -> Iterator[str]:
-    """Headings, each with its curves; those without a number are left out.
+    """Yields headings with their curves as HTML; headings and curves without any number are omitted.
 
     Args:
-        log: the updates of a run; at least one.
-        found: what is shaded.
+        log: the updates of a run, at least one.
+        found: the spells to shade.
     """
     for heading, group in _PANELS.items():
         figures = [_figure(log, title, lines, found) for title, lines in group.items()]
@@ -73,9 +73,9 @@ def panels(log: Sequence[Mapping[str, Any]], found: Spells) -> Iterator[str]:
 def _figure(log: Sequence[Mapping[str, Any]], title: str, lines: Mapping[str, str], found: Spells) -> str:
     names = list(lines.values())
     if names == ["preference_loss"] and not any("sft_loss" in entry for entry in log):
-        return ""  # it is the loss
+        return ""  # without an SFT term it equals the loss
     if "grad_cosine" in names or "winner_grad_norm" in names:
-        log = [entry for entry in log if entry.get(names[0]) is not None]  # of each tenth update: not gaps between
+        log = [entry for entry in log if entry.get(names[0]) is not None]  # measured only every few updates
     drawn = {label: _column(log, name) for label, name in lines.items()}
     drawn = {label: values for label, values in drawn.items() if any(value is not None for value in values)}
     if not drawn:
@@ -90,7 +90,7 @@ def _figure(log: Sequence[Mapping[str, Any]], title: str, lines: Mapping[str, st
 
 
 def numbers(log: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Returns the finite numbers of that name in a log."""
+    """Returns the finite values of a key in a log."""
     return [value for value in _column(log, name) if value is not None]
 
 
@@ -103,5 +103,5 @@ def _column(log: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
 
 
 def skipped(log: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Returns the updates of a log whose gradient was not finite."""
+    """Returns the updates of a log that were skipped because of a non-finite gradient."""
     return [entry["update"] for entry in log if entry.get("skipped")]

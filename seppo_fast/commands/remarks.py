@@ -1,4 +1,4 @@
-"""What a report says of a run's health above the curves: warnings with their cure, and a note on the anchor test."""
+"""The remarks on a run's health at the top of a report: warnings with what to change, and a note on the anchor test."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from seppo_fast.commands.panels import Spells, numbers
 from seppo_fast.runs.watch import RULES, WINDOW
 
 _UNTIED = ("untied_pairs", "untied_difference", "untied_difference_sd")
-_OF_NORMAL = 1.96  # standard errors; 95 % of a normal distribution lie within them
+_OF_NORMAL = 1.96  # standard errors; 95 % of a normal distribution are within them
 
 
 def warnings(found: Spells) -> Iterator[str]:
-    """A box for each rule that held, with its updates and its cure."""
+    """Yields a box for each health rule that fired, with its updates and what to change."""
     for rule in RULES:
         if rule.name not in found:
             continue
@@ -37,9 +37,13 @@ def _marked(text: str) -> str:
 
 
 def notes(log: Sequence[Mapping[str, Any]], updates_per_iteration: int | None) -> Iterator[str]:
-    """A box where D_w cannot be told from zero in most iterations after the first; none where their length is unknown.
+    """Yields a box if the mean D_w cannot be distinguished from zero in most iterations after the first.
 
-    The first is left out: it begins at equal weights, where there is nothing to tell.
+    The first iteration does not count: policy and reference begin with equal weights.
+
+    Args:
+        log: the updates of a run.
+        updates_per_iteration: the length of an iteration; None: it is unknown, and nothing is yielded.
     """
     if updates_per_iteration is None:
         return
@@ -47,17 +51,18 @@ def notes(log: Sequence[Mapping[str, Any]], updates_per_iteration: int | None) -
     near = [str(number) for number, verdict in verdicts.items() if verdict]
     if 2 * len(near) > len(verdicts):
         yield (
-            '<p class="note"><strong>Reject and learn are near chance here</strong>; see <code>benchmarks.anchor'
-            f"</code>. In {len(near)} of {len(verdicts)} iterations after the first (iterations {', '.join(near)}) "
-            "the mean of the winner's error minus the reference's, exact ties left out, cannot be told from zero "
-            f"({_OF_NORMAL} standard errors).</p>"
+            '<p class="note"><strong>The anchor test decides near chance in this run</strong>; see '
+            f"<code>benchmarks.anchor</code>. In {len(near)} of {len(verdicts)} iterations after the first (iterations "
+            f"{', '.join(near)}) the mean of the winner's error minus the reference's, without exact ties, cannot be "
+            f"distinguished from zero (it is below {_OF_NORMAL} standard errors).</p>"
         )
 
 
 def _near_chance(log: Sequence[Mapping[str, Any]], updates_per_iteration: int) -> Iterator[tuple[int, bool]]:
-    """Iterations from 1 with at least two untied pairs, each with whether |mean D_w| is below 1.96 standard errors.
+    """Yields the number of each iteration, from 1, and whether |mean D_w| is below 1.96 standard errors in it.
 
-    Means and deviations of updates are pooled by their sums; updates without a finite mean do not count.
+    Iterations with fewer than two untied pairs are omitted. The updates' means and standard deviations are pooled by
+    sums; updates without a finite mean do not count.
     """
     of_iteration: dict[int, list[Mapping[str, Any]]] = {}
     for entry in log:

@@ -1,1 +1,1 @@
-"""What can be asked for."""
+"""The configuration of a run: its keys, the objectives, YAML files, recipes and command-line overrides."""

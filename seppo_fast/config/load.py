@@ -1,4 +1,4 @@
-"""Reads a configuration: from a YAML file, a recipe that ships with the package, or what a run saved."""
+"""Reads a configuration from a YAML file, a recipe that ships with the package, or the file that a run saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def read_config(path: str | Path) -> Config:
     """Reads a YAML file, or the recipe of that name that ships with the package.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key (with a suggestion) or a value that does not fit.
+        ConfigError: the file does not exist, is not YAML, has an unknown key (a similar one is suggested) or an invalid
+            value, or its settings contradict each other.
     """
     file = Path(path)
     if not file.exists() and str(path) == file.name:
@@ -38,8 +39,12 @@ def read_config(path: str | Path) -> Config:
 def parse_config(tree: Any, origin: str = "config") -> Config:
     """Builds the configuration from nested dictionaries; aliases are accepted at the top level.
 
+    Args:
+        tree: the parsed YAML.
+        origin: how error messages name the source.
+
     Raises:
-        ConfigError: as `read_config`.
+        ConfigError: an unknown key, an invalid value, or settings that contradict each other.
     """
     config = saved_values(tree, origin)
     refuse_contradictions(config)
@@ -47,25 +52,25 @@ def parse_config(tree: Any, origin: str = "config") -> Config:
 
 
 def saved_values(tree: Any, origin: str) -> Config:
-    """As `parse_config`, of what a run saved: whether it fits together depends on folders that may have moved since.
+    """Builds the configuration that a run saved: as `parse_config`, without checking settings against each other.
 
     Raises:
-        ConfigError: keys or values that are none.
+        ConfigError: unknown keys or invalid values.
     """
     if not isinstance(tree, dict):
-        raise ConfigError(f"{origin}: expected a mapping of keys at the top, got {type(tree).__name__}")
+        raise ConfigError(f"{origin}: expected a mapping at the top level, got {type(tree).__name__}")
     resolved: dict[str, Any] = {}
     sections = {name for name in Config.model_fields if isinstance(getattr(Config(), name), _Section)}
     for key, value in tree.items():
         if key in sections:
             if not isinstance(value, dict):
-                raise ConfigError(f"{origin}: section {key!r} must hold keys of its own, got {_shown(value)}")
+                raise ConfigError(f"{origin}: section {key!r} must be a mapping of keys, got {_shown(value)}")
             resolved.setdefault(key, {}).update(value)
             continue
         section, dot, name = keys().get(str(key), str(key)).rpartition(".")
         place = resolved.setdefault(section, {}) if dot and section in sections else resolved
         if name in place or name in (tree.get(section) or {}):
-            raise ConfigError(f"{origin}: {key!r} is another name of {section}.{name}, which is given too")
+            raise ConfigError(f"{origin}: {key!r} is another name for {section}.{name}, which is also set; remove one")
         place[name] = value
     try:
         return Config.model_validate(resolved)
@@ -88,5 +93,5 @@ def _shown(value: Any) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, every key spelled out."""
+    """Returns a configuration as YAML, with every key spelled out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,7 +1,8 @@
-"""The family of objectives as a table: who generates the negatives, which reference is drawn, which flipper.
+"""The objectives as a table: where negatives come from, which past policy is the reference, and which flipper is used.
 
 With D = m - r (policy error minus reference error, per sample), every row but SFT is
-`loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in `a` and in where `x_l` and `r` come from.
+`loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in the sign `a` and in where the losers `x_l` and the
+reference errors `r` come from.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from seppo_fast.config.vocabulary import Draw, Flipper
 
 @dataclass(frozen=True)
 class Objective:
-    """One row.
+    """One objective, a row of the table.
 
     Attributes:
-        flipper: the constant `a`: `adaptive` (+1 reject, -1 learn), `indicator` (+1, 0), `never` (+1).
+        flipper: the values of the sign `a`: `adaptive` (+1 rejects the loser, -1 learns from it), `indicator` (+1, or 0
+            drops the loser), `never` (always +1).
         draw: which past policy is the reference: `uniform` over all so far, `newest`, `initial` (checkpoint 0);
             None: no reference at all, plain supervised fine-tuning.
         negatives: `generated` by the drawn reference, the `labelled` losers of the data, or None.
         winners: the `preferred` image of each example (SePPO-w), or a `random` one of its two images (SePPO-r).
-        source: where the row comes from.
+        source: the publication that the row comes from.
     """
 
     flipper: Flipper
@@ -33,7 +35,7 @@ class Objective:
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether the data must hold two images per prompt."""
+        """Whether the data must contain two images per prompt."""
         return self.negatives == "labelled" or self.winners == "random"
 
 

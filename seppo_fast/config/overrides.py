@@ -1,4 +1,4 @@
-"""The command-line spelling of the configuration: tyro on the same model."""
+"""Overrides a configuration by command-line flags, which tyro derives from the schema."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from seppo_fast.config.schema import Config, keys
 
 
 def configure(file: str, overrides: Sequence[str]) -> Config:
-    """A configuration from a YAML file and flags over it.
+    """Reads a configuration from a YAML file and applies flags to it.
 
-    `--section.key VALUE`; the section may be left out where the key is unique (`--learning-rate 1e-5`), and the
-    names of the diffusers scripts are accepted. Exits with code 2 and a message, as every command line does, where a
-    flag is unknown (with a suggestion) or its value does not fit.
+    A flag is `--section.key VALUE`; the section may be omitted if the key is unique (`--learning-rate 1e-5`), and the
+    diffusers scripts' names are accepted. Exits with code 2 and a message, as command lines usually do, if a flag is
+    unknown (a similar one is suggested) or its value is invalid.
 
     Raises:
-        ConfigError: the file, or settings that contradict each other; see `read_config`.
+        ConfigError: the file cannot be used (see `read_config`), or settings contradict each other.
     """
     config = tyro.cli(
         Config,
@@ -33,11 +33,16 @@ def configure(file: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-_PYTHON = {"true": "True", "false": "False", "null": "None"}  # YAML's words to those that tyro reads
+_PYTHON = {"true": "True", "false": "False", "null": "None"}  # from YAML's words to those that tyro accepts
 
 
 def _spell_out(word: str, after: str) -> str:
-    """`--learning-rate` to `--train.learning-rate`, `--beta_dpo=10` to `--train.beta=10`, `true` to `True`."""
+    """Turns `--learning-rate` into `--train.learning-rate`, `--beta_dpo=10` into `--train.beta=10`, `true` into `True`.
+
+    Args:
+        word: the word to translate.
+        after: the word before it.
+    """
     if word in _PYTHON:
         return _PYTHON[word]
     if word == "no" and after == "--mixed_precision":

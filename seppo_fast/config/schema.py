@@ -1,7 +1,7 @@
-"""One frozen configuration. YAML files and the command line are two spellings of it.
+"""The schema of the configuration, which is frozen; YAML files and command-line flags are two spellings of it.
 
-Two levels: `section.key`. The commented recipes in `seppo_fast/config/recipes/` are its documentation for users; the
-descriptions below are what `seppo-fast train CONFIG --help` prints.
+Keys have at most two levels: `section.key`. The descriptions below are the table of docs/configuration.md and the text
+of `seppo-fast train CONFIG --help`; the commented recipes in `seppo_fast/config/recipes/` are examples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from seppo_fast.config.objectives import OBJECTIVES, Objective
 from seppo_fast.config.vocabulary import AttentionChoice, Backend, KeepRule, LoraPlace, TemporalAttention
 
-# Names that the diffusers and Diffusion-DPO scripts use, accepted at the top level of a YAML file and as flags.
+# Names used by the diffusers and Diffusion-DPO scripts, accepted at the top level of a YAML file and as flags.
 ALIASES = {
     "pretrained_model_name_or_path": "model.path",
     "mixed_precision": "model.precision",
@@ -40,202 +40,294 @@ class _Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_numpy(cls, values: Any) -> Any:
-        """Numbers of numpy as Python's."""
+        """Converts numpy scalars to Python numbers."""
         if not isinstance(values, dict):
             return values
         return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def _float32_by_its_other_name(value: Any) -> Any:
-    """The diffusers scripts call float32 'no', which YAML reads as false."""
+    """Maps 'no', the diffusers scripts' word for float32, to 'fp32'; YAML reads it as false."""
     return "fp32" if value in ("no", False) else value
 
 
 class ModelConfig(_Section):
-    """What is trained."""
+    """The model, what of it is trained, and how it computes."""
 
     path: str = Field(
-        "", description="diffusers folder or hub id in the SD-1.5 format, or embedded: shapes, shapes-motion"
+        "",
+        description="pipeline to train: diffusers folder or hub id in the SD-1.5 format, or an embedded one: shapes, "
+        "shapes-motion",
     )
     motion_adapter: str = Field(
         "",
-        description="folder or hub id of a MotionAdapter, or 'shapes': with one, AnimateDiff is trained on clips; "
-        "empty too where model.path is the folder of an AnimateDiffPipeline, which has its own",
+        description="folder or hub id of a MotionAdapter, or the embedded one: shapes; if set, AnimateDiff is trained "
+        "on clips; leave it empty if model.path is an AnimateDiffPipeline folder, which has its own motion modules",
     )
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = Field(
-        None, description="of the noise; null: the pipeline's own, or linear with a motion adapter"
+        None, description="noise schedule; null: the pipeline's own, or linear with a motion adapter"
     )
-    train: Literal["full", "lora"] = Field("lora", description="all weights of the network, or a LoRA on its attention")
+    train: Literal["full", "lora"] = Field(
+        "lora", description="what is trained: all weights of the network (full), or a LoRA on its attention (lora)"
+    )
     lora_on: LoraPlace = Field(
-        "both", description="which attention gets the LoRA: within frames, in motion modules, all (clips only)"
+        "both",
+        description="attention layers that get the LoRA: those within frames (spatial), those of the motion modules "
+        "(motion), or all (both); clips only",
     )
-    lora_rank: int = Field(8, ge=1, description="rank of the LoRA; its alpha equals it")
+    lora_rank: int = Field(8, ge=1, description="rank of the LoRA; its alpha equals the rank")
     precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_float32_by_its_other_name)] = Field(
-        "bf16", description="compute dtype (autocast); errors are reduced in float32 always"
+        "bf16", description="compute dtype (autocast); denoising errors are always reduced in float32"
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="recompute activations: less memory, slower; null: with memory = low"
+        None, description="recompute activations in the backward: less memory, slower; null: on if memory = low"
     )
     attention: AttentionChoice = Field(
-        "auto", description="of policy and reference alike; auto: the faster on a GPU, by measurement; sdpa on a CPU"
+        "auto",
+        description="attention kernel of policy and reference; auto: the one measured to be faster on a GPU, sdpa on a "
+        "CPU",
     )
     temporal_attention: TemporalAttention = Field(
-        "sdpa", description="of the motion modules: as the rest, or the fused kernel (clips only)"
+        "sdpa",
+        description="attention over frames in the motion modules: as set by model.attention (sdpa), or the fused "
+        "kernel (triton); clips only",
     )
     compile: bool | None = Field(
-        None, description="torch.compile of the repeated blocks; null: with memory = fast, on a GPU"
+        None,
+        description="torch.compile the network's repeated blocks; null: on with memory = fast on a GPU, if "
+        "reference.errors = ahead",
     )
     deterministic: bool = Field(
         False,
-        description="repeat a run bit for bit on a GPU too (on a CPU it always does): slower backward of attention and "
-        "convolutions, no xformers",
+        description="make a run repeat bit for bit on a GPU (on a CPU it always does): slower backward of attention "
+        "and convolutions, no xformers",
     )
 
 
 class DataConfig(_Section):
-    """Where winners come from."""
+    """The data set, and how it is prepared."""
 
     source: str = Field(
-        "", description="folder, parquet, tar shards, hub id, or of the embedded world shapes:N, shapes-made:N"
+        "",
+        description="data set: folder, parquet file, tar shards or hub id; or N examples of an embedded world: "
+        "shapes:N, shapes-made:N, shapes-motion:N",
     )
     split: str = Field("train", description="split of a hub data set")
-    resolution: int = Field(512, ge=8, description="pixels; the shorter side is resized to it, then a centre crop")
-    frames: int = Field(16, ge=1, description="of a clip (clips only)")
+    resolution: int = Field(
+        512, ge=8, description="size in pixels: the shorter side is resized to it, then the centre is cropped"
+    )
+    frames: int = Field(16, ge=1, description="number of frames taken from each clip (clips only)")
     flip: bool = Field(
-        False, description="mirror half of the clips, by their ids; not where captions say left or right (clips only)"
+        False,
+        description="mirror half of the clips, chosen by their ids; leave it off if captions say left or right (clips "
+        "only)",
     )
     prompt_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs trained with the empty prompt")
-    cache: str = Field("cache", description="folder of the latent and prompt cache")
+    cache: str = Field("cache", description="folder for the cache of latents and prompt embeddings")
 
 
 class TrainConfig(_Section):
-    """How it is trained."""
+    """The optimization and the loss."""
 
-    updates: int = Field(210, ge=1, description="optimizer updates in all")
-    updates_per_iteration: int = Field(30, ge=1, description="updates between two checkpoints added as references")
-    pairs_per_update: int = Field(2048, ge=1, description="pairs in one optimizer update, over all devices")
-    micro_batch: int | None = Field(
-        None, ge=1, description="pairs in one forward on one device, the rest is accumulated; null: what fits in memory"
+    updates: int = Field(210, ge=1, description="total number of optimizer updates")
+    updates_per_iteration: int = Field(
+        30, ge=1, description="updates per iteration; after each iteration a checkpoint joins the past policies"
     )
-    learning_rate: float | None = Field(None, gt=0, description="AdamW; null: 2e-6 for full weights, 5e-5 for LoRA")
+    pairs_per_update: int = Field(2048, ge=1, description="pairs per optimizer update, over all devices")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="pairs per forward on one device, the rest of an update is accumulated; null: what fits in memory",
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="learning rate of AdamW; null: 2e-6 for all weights, 5e-5 for a LoRA"
+    )
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant",
-        description="of the learning rate after the warm-up; cosine: falls, to reach 0 one update after the last",
+        description="learning rate after the warm-up; cosine: it falls, and would reach 0 one update after the last",
     )
-    warmup_updates: int = Field(20, ge=0, description="linear warm-up of the learning rate")
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, global norm")
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="moving average of the weights for export; 0: off")
-    beta: float = Field(2000.0, gt=0, description="multiplies a MEAN over latent elements; see README on conventions")
+    warmup_updates: int = Field(20, ge=0, description="number of updates of linear learning-rate warm-up")
+    weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="optimizer; adamw8bit needs bitsandbytes")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then exported; 0: none"
+    )
+    beta: float = Field(
+        2000.0,
+        gt=0,
+        description="strength of the pull towards the reference; multiplies a MEAN over latent elements, see "
+        "docs/loss.md",
+    )
     sft_weight: float = Field(
-        0.0, ge=0, description="adds this times beta/4 times the winner's error to each pair's loss; 0: as published"
+        0.0,
+        ge=0,
+        description="weight of plain fine-tuning: adds this times beta/4 times the winner's error to each pair's loss; "
+        "0: as published",
     )
     safeguard: bool = Field(
-        False, description="scale each loser's gradient so that to first order the winner's error falls all the same"
+        False, description="scale each loser's gradient so that, to first order, the winner's error still falls"
     )
     safeguard_mu: float = Field(
-        0.9, ge=0, lt=1, description="share of the winner's own progress that the loser leaves it, with safeguard"
+        0.9,
+        ge=0,
+        lt=1,
+        description="with train.safeguard, share of the winner's own progress that the loser must leave, to first "
+        "order",
     )
-    share_noise: bool = Field(True, description="one noise for both halves of a pair; false: independent (as written)")
-    tie_tol: float = Field(0.0, ge=0, description="|D_w| up to this counts as a tie, and ties reject")
-    backend: Backend = Field("auto", description="of the loss; auto: triton on CUDA")
+    share_noise: bool = Field(
+        True, description="use the same noise for winner and loser; false: independent noise, as the paper writes it"
+    )
+    tie_tol: float = Field(
+        0.0,
+        ge=0,
+        description="absolute values of D_w (the winner's error minus the reference's) up to this are ties, and ties "
+        "reject",
+    )
+    backend: Backend = Field(
+        "auto", description="implementation of the loss; auto: triton on CUDA if possible, else torch"
+    )
 
 
 class ReferenceConfig(_Section):
-    """Past policies; which of them is drawn belongs to the objective."""
+    """Past policies and rollouts; which past policy is drawn is part of the objective."""
 
-    redraw: Literal["iteration", "update"] = Field("iteration", description="how often a reference is drawn")
+    redraw: Literal["iteration", "update"] = Field(
+        "iteration", description="how often a past policy is drawn as reference: once per iteration or per update"
+    )
     errors: Literal["ahead", "together", "apart"] = Field(
-        "ahead", description="the reference's errors: made ahead, in one forward with the policy (LoRA), or in two"
+        "ahead",
+        description="when the reference's errors are computed: during the rollout (ahead), in one forward with the "
+        "policy (together; LoRA only), or in a forward of their own beside it (apart)",
     )
     uses: int = Field(
-        1, ge=1, description="draws of (timestep, noise) that a sample serves; above 1 changes the distribution"
+        1,
+        ge=1,
+        description="draws of (timestep, noise) per sample, each a training pair; above 1 changes the distribution",
     )
     window: int | None = Field(
         None,
         ge=1,
-        description="updates rolled out at once; null: enough to fill sampling batches, up to the next draw",
+        description="updates rolled out at once, never beyond the next draw; null: enough to fill the sampling batches",
     )
     park: bool | None = Field(
-        None, description="optimizer and policy wait in host memory during a rollout; null: where memory is short"
+        None,
+        description="move optimizer state and policy to host memory during a rollout; null: with memory = low, or if "
+        "GPU memory is short",
     )
     keep: int | None = Field(
         None,
         ge=2,
-        description="past policies kept, the initial one among them; null: all (all weights in bf16: 1.6 GiB each)",
+        description="number of past policies kept, including the initial one; null: all (all SD-1.5 weights in bf16: "
+        "1.6 GiB each)",
     )
     keep_rule: KeepRule = Field(
-        "reservoir", description="with keep: by reservoir each past policy is as likely to be drawn as without a bound"
+        "reservoir",
+        description="which past policies stay with reference.keep: reservoir (each is as likely to be drawn as without "
+        "a bound), newest, or spread (ages spaced as evenly as possible)",
     )
     gpu_gib: float | None = Field(
-        None, ge=0, description="GPU memory for past policies; null: all of the run, up to 0.15 of what is free"
+        None,
+        ge=0,
+        description="GiB of GPU memory for past policies; null: what those of the run need, at most 0.15 of what is "
+        "free",
     )
     host_gib: float | None = Field(
-        None, ge=0, description="host memory of a machine for those beyond; null: half of what is free"
+        None,
+        ge=0,
+        description="GiB of host memory per machine for past policies that the GPU has no room for; null: half of what "
+        "is free",
     )
     disk_gib: float | None = Field(
-        None, ge=0, description="disk, in data.cache, for those beyond; null: nine tenths of what is free"
+        None,
+        ge=0,
+        description="GiB of disk, in data.cache, for past policies that memory has no room for; null: nine tenths of "
+        "what is free",
     )
     pairs_gib: float | None = Field(
-        None, ge=0, description="host memory for samples that wait, the rest on disk; null: a quarter of what is free"
+        None,
+        ge=0,
+        description="GiB of host memory per process for rolled-out samples; if they need more, they go to a file in "
+        "data.cache; null: a quarter of what is free, divided by the number of processes",
     )
 
 
 class SamplerConfig(_Section):
-    """How references generate their samples."""
+    """How references generate samples."""
 
-    name: Literal["ddim", "dpmsolver++"] = Field("ddim", description="dpmsolver++ changes the distribution")
-    steps: int = Field(50, ge=1, description="solver steps; spacing and offset are the pipeline's own")
-    guidance: float = Field(7.5, ge=1, description="classifier-free guidance; 1: none, half the work")
-    batch: int | None = Field(None, ge=1, description="samples generated at once; null: what fits in memory")
+    name: Literal["ddim", "dpmsolver++"] = Field(
+        "ddim", description="solver with which references sample; dpmsolver++ changes the distribution"
+    )
+    steps: int = Field(
+        50, ge=1, description="solver steps per sample; timestep spacing and offset are the pipeline's own"
+    )
+    guidance: float = Field(7.5, ge=1, description="classifier-free guidance scale of samples; 1: off, half the work")
+    batch: int | None = Field(
+        None, ge=1, description="samples generated at once on one device; null: what fits in memory"
+    )
     round_trip: bool = Field(
-        False, description="decode samples to 8-bit pixels and encode them again: for winners that a model made"
+        False, description="decode samples to 8-bit pixels and encode them again; use it if a model made the winners"
     )
 
 
 class SaveConfig(_Section):
-    """What a run can go on from."""
+    """The states from which a run can resume."""
 
-    minutes: float = Field(10.0, ge=0, description="between two saved states; 0: one after each update")
+    minutes: float = Field(10.0, ge=0, description="minutes between two saved states; 0: save after each update")
     keep: int = Field(
-        2, ge=2, description="saved states that stay; of all SD-1.5 weights 10 GB each, without past policies"
+        2,
+        ge=2,
+        description="number of saved states kept; with all SD-1.5 weights trained each takes 10 GB, without past "
+        "policies",
     )
 
 
 class LogConfig(_Section):
-    """What a run shows."""
+    """What a run logs and shows."""
 
     health_every: int = Field(
         10,
         ge=0,
-        description="updates between two measurements of both halves' gradients, one more backward each; 0: none",
+        description="updates between two measurements of the winners' and the losers' gradient, each one more "
+        "backward; 0: none",
     )
     sample_every: int = Field(30, ge=0, description="updates between two pictures of samples; 0: none")
     sample_prompts: tuple[str, ...] = Field(
-        (), description="prompts of those pictures; empty: the first four of the data"
+        (), description="prompts of the pictures of samples; empty: the first four of the data"
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        (), description="where numbers go beside log.jsonl: tensorboard (in the run's folder), wandb (to its servers)"
+        (),
+        description="trackers that get the numbers of log.jsonl too: tensorboard (in the run's folder), wandb (on its "
+        "servers)",
     )
 
 
 class EvaluationConfig(_Section):
-    """How base and aligned are compared after a run."""
+    """How the demos compare the base with the trained model after a run."""
 
     guidance: tuple[Annotated[float, Field(ge=1)], ...] = Field(
-        (), description="guidance scales to judge at, the first of them in pictures; empty: the sampler's"
+        (),
+        description="guidance scales at which the demos compare base and aligned, the first one also in pictures; "
+        "empty: sampler.guidance",
     )
 
 
 class Config(_Section):
-    """A whole run."""
+    """The configuration of a run."""
 
-    objective: str = Field("seppo", description="a row of the table of objectives: " + ", ".join(OBJECTIVES))
-    seed: int = Field(0, ge=0, description="of order, timesteps, noise, prompt dropout, references and LoRA init")
-    output: str = Field("runs/seppo", description="folder of the run; the same command goes on with what is in it")
+    objective: str = Field("seppo", description="training objective, see docs/methods.md: " + ", ".join(OBJECTIVES))
+    seed: int = Field(
+        0,
+        ge=0,
+        description="seed of data order, timesteps, noise, prompt dropout, reference draws and LoRA initialization",
+    )
+    output: str = Field(
+        "runs/seppo", description="folder of the run; rerun the same command to resume the run that is in it"
+    )
     memory: Literal["low", "balanced", "fast"] = Field(
-        "balanced", description="one dial for batches, checkpointing and compilation; each can still be set by itself"
+        "balanced",
+        description="preset for batch sizes, parking, activation recomputation and compilation, where their own keys "
+        "are null",
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -254,18 +346,18 @@ class Config(_Section):
 
     @property
     def row(self) -> Objective:
-        """The row of the table of objectives; the only look-up of an objective by its name."""
+        """The objective's row in the table; the only place where an objective is looked up."""
         return OBJECTIVES[self.objective]
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate in force."""
+        """The effective learning rate, with the default filled in."""
         default = 2e-6 if self.model.train == "full" else 5e-5
         return default if self.train.learning_rate is None else self.train.learning_rate
 
 
 def keys() -> dict[str, str]:
-    """Every spelling of every key: `section.key`, the bare key where it is unique, and the aliases."""
+    """Returns all spellings of all keys: `section.key`, the key alone if it is unique, and the aliases."""
     full = []
     for name, field in Config.model_fields.items():
         section = field.annotation
@@ -279,6 +371,7 @@ def keys() -> dict[str, str]:
 
 
 def did_you_mean(word: str, known: Any) -> str:
+    """Returns the end of a message about an unknown word: the most similar known one, or all known ones."""
     close = difflib.get_close_matches(word, list(known), n=1) or difflib.get_close_matches(
         word.rpartition(".")[2], list(known), n=1
     )

@@ -1,4 +1,4 @@
-"""The words that settings and the code behind them share, each written once."""
+"""The allowed values of settings that other modules use too, each defined once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from seppo_fast.loss import Flipper as Flipper
 Draw = Literal["uniform", "newest", "initial"]
 """Which past policy is the reference."""
 KeepRule = Literal["newest", "spread", "reservoir"]
-"""Which past policies a bounded pool keeps."""
+"""Which past policies a bounded pool keeps; see `seppo_fast.references.retention`."""
 Attention = Literal["sdpa", "xformers"]
 AttentionChoice = Literal["auto", "sdpa", "xformers"]
 TemporalAttention = Literal["sdpa", "triton"]

@@ -1,4 +1,7 @@
-"""What a caption may be, wherever it comes from, and what to do about one in another encoding."""
+"""Validates captions from every source, and suggests how to convert one in another encoding.
+
+The messages of `CaptionError` become reasons of `Problem`s, which are part of cache keys: do not reword them.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from pathlib import Path
 
 MAX_CAPTION_BYTES = 65_536
 TEXT_COLUMNS = ("text", "caption", "prompt", "txt")
-"""Under which names tables and JSON objects hold it; the first that holds text."""
+"""Columns of tables and keys of JSON objects that may hold the caption, by descending priority."""
 
 _MARKS = {
     codecs.BOM_UTF8: "",
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark is its beginning
+    codecs.BOM_UTF32_LE: "UTF-32",  # must precede UTF-16, whose mark is a prefix of this one
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -23,7 +26,7 @@ _MARKS = {
 
 
 class CaptionError(ValueError):
-    """A caption that cannot be used; `hint` says what to do about it, where that is known."""
+    """Raised for a caption that cannot be used; `hint` says what to do about it, or is empty."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
@@ -31,13 +34,13 @@ class CaptionError(ValueError):
 
 
 def checked_caption(what: str, text: str) -> str:
-    """The text without byte order marks, and white space around it; raises CaptionError, which names `what`."""
+    """Returns the text without byte order marks and surrounding white space; raises CaptionError, naming `what`."""
     if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
         raise CaptionError(f"{what} is longer than {MAX_CAPTION_BYTES} bytes: not a caption")
     if "\0" in text:
         raise CaptionError(f"{what} holds NUL characters: not text")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        # no tokenizer takes it: there is no UTF-8 for it
+        # It cannot be encoded as UTF-8, so tokenizers reject it.
         raise CaptionError(f"{what} holds half a character (a lone surrogate): not text")
     text = text.replace("\ufeff", "").strip()
     if not text:
@@ -46,7 +49,7 @@ def checked_caption(what: str, text: str) -> str:
 
 
 def decoded_caption(what: str, content: bytes, path: Path | None = None) -> str:
-    """As `checked_caption`, of a file's bytes; `path` is the file, where it is one of its own."""
+    """Decodes a caption from bytes and checks it as `checked_caption` does; `path` is its file, if it is a file."""
     if len(content) > MAX_CAPTION_BYTES:
         raise CaptionError(f"{what} is longer than {MAX_CAPTION_BYTES} bytes: not a caption")
     try:
@@ -60,39 +63,39 @@ def decoded_caption(what: str, content: bytes, path: Path | None = None) -> str:
 
 
 def caption_of(record: Mapping[str, object]) -> object:
-    """What a record holds under `TEXT_COLUMNS`: the first text that is not blank, else the first that is not null."""
+    """Returns the first non-blank text under `TEXT_COLUMNS`, else the first text, else the first non-null value."""
     held = [record[name] for name in TEXT_COLUMNS if record.get(name) is not None]
     texts = [value for value in held if isinstance(value, str)]
     return next((text for text in texts if text.strip()), (texts or held or [None])[0])
 
 
 def encoding_hint(content: bytes, path: Path | None = None) -> str:
-    """In which encoding a text probably is that is not UTF-8, and the shell's line that converts its file."""
+    """Returns a hint naming the likely encoding of non-UTF-8 text and, given its file, the command that converts it."""
     encoding = _likely_encoding(content)
     if path is None:
         return f"it looks like {encoding}" if encoding else ""
     if not encoding:
-        return "save it as UTF-8; of the encodings that `iconv -l` lists it looks like none of the usual Western ones"
+        return "save it as UTF-8; its encoding could not be guessed (`iconv -l` lists the possible ones)"
     file, new = _shell_word(path.absolute()), _shell_word(path.absolute().with_name(f"{path.name}.utf-8"))
     return f"it looks like {encoding}; to convert it: iconv -f {encoding} -t UTF-8 {file} > {new} && mv {new} {file}"
 
 
 def _likely_encoding(content: bytes) -> str:
-    """The name that iconv has for it; empty where nothing speaks for one, or it is UTF-8."""
+    """Returns iconv's name of the likely encoding, or an empty string if none is likely or the text is UTF-8."""
     for mark, name in _MARKS.items():
         if content.startswith(mark):
             return name
     for name, zeros in (("UTF-16LE", content[1::2]), ("UTF-16BE", content[::2])):
-        if zeros.count(0) > len(content) // 5:  # a zero beside each of mostly Latin letters
+        if zeros.count(0) > len(content) // 5:  # in UTF-16, Latin letters have a zero as their other byte
             return name
-    # In Western languages most letters are ASCII, and one that is not stands alone or beside one other.
+    # In Western languages most letters are ASCII, and non-ASCII letters come in runs of at most two.
     beyond, letters = len(re.findall(rb"[\x80-\xff]", content)), len(re.findall(rb"[A-Za-z]", content))
-    unlike = re.search(rb"[\x80-\xff]{3}|[\0\x81\x8d\x8f\x90\x9d]", content)  # five bytes that it leaves undefined
+    unlike = re.search(rb"[\x80-\xff]{3}|[\0\x81\x8d\x8f\x90\x9d]", content)  # WINDOWS-1252 leaves five bytes undefined
     return "WINDOWS-1252" if 0 < 2 * beyond <= letters and not unlike else ""
 
 
 def _shell_word(path: Path) -> str:
-    """The path as one word for a shell; what a terminal would not show as it is, in bash's way of writing bytes."""
+    """Quotes a path for a shell; a path with unprintable characters is written in bash's $'...' notation."""
     if str(path).isprintable():
         return shlex.quote(str(path))
     shown = (chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(path))

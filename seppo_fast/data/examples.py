@@ -1,4 +1,4 @@
-"""What every kind of data set looks like to the rest: a list of examples that decodes nothing up front."""
+"""The common interface of all data sets: a list of examples that decodes nothing up front."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from seppo_fast.utils.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its winner, and its loser where the data set holds labelled pairs.
+    """One prompt with its winner and, in labelled pairs, its loser.
 
     Attributes:
-        id: Unique in its data set and stable across machines; messages name it.
+        id: An id that is unique in the data set and the same on every machine; messages show it.
         prompt: The caption, stripped of surrounding white space, never empty.
-        image: The winner: an image, or a clip where the source holds clips.
+        image: The winner: an image, or a clip if the source holds clips.
         loser: The rejected image of a labelled pair, or None.
-        time_lapse: A clip whose frames are to be taken from all of it, first to last, not from a window.
-        by_number: A clip whose frames are to be chosen by their numbers, as MagicTime does, not by their times.
-        number: A label or a score of the example, where the data set has one; then part of the source's digest.
+        time_lapse: Whether a clip's frames are spread over the whole clip, first to last, not taken from a window.
+        by_number: Whether a clip's frames are chosen by their numbers, as MagicTime does, not by their times.
+        number: The example's label or score, or None; if set, part of the source's digest.
     """
 
     id: str
@@ -34,7 +34,7 @@ class Example:
 
 
 def printable(text: str) -> str:
-    """`text` on one line for a terminal: names in files may hold surrogates, which print refuses, or control codes."""
+    """Escapes what is unprintable: file names may hold surrogates, which `print` rejects, control codes or newlines."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
@@ -43,9 +43,9 @@ class Problem:
     """One example that cannot be used.
 
     Attributes:
-        id: Which one.
-        reason: Why, with the file's name where there is one. Id and reason are part of a cache's key.
-        hint: What to do about it, where that is known; no part of the key.
+        id: The example's id, or the place of a malformed row such as `metadata.csv:3`.
+        reason: Why it cannot be used. Id and reason may be part of a cache's key: rewording them causes re-encoding.
+        hint: What to do about it, or empty; never part of the key.
     """
 
     id: str
@@ -57,15 +57,15 @@ class Problem:
 
 
 class Source(ABC):
-    """A list of `Example`s: length, index, iteration, all without decoding an image.
+    """A data set as a list of `Example`s; length, indexing and iteration decode no image.
 
     Attributes:
-        spec: What the user wrote.
+        spec: `data.source` as the user wrote it.
         has_losers: Whether every example has a `loser`.
-        clips: Whether the examples are clips; else they are images.
-        problems: Examples already known to be unusable from names, captions and labels alone; not in the list.
-        ties: Labelled pairs left out because neither image won.
-        notes: Sentences for the user on what was read and what was left out.
+        clips: Whether the examples are clips, not images.
+        problems: The examples found unusable from names, captions and labels alone; they are not in the list.
+        ties: The number of labelled pairs left out because neither image won.
+        notes: Messages for the user about what was ignored or left out.
     """
 
     clips: bool = False
@@ -82,15 +82,15 @@ class Source(ABC):
 
     @abstractmethod
     def _example(self, index: int) -> Example:
-        """The example at `index`, which is in range and not negative."""
+        """Returns the example at `index`, which is in range and not negative."""
 
     def labelled(self) -> Source:
-        """Returns the data for an objective that needs pairs: where some examples have losers, those alone."""
+        """Returns the source to use if pairs are needed: if only some examples have losers, just those."""
         return self
 
     @abstractmethod
     def digest(self) -> str:
-        """sha256 (hex) over everything in the data set that a cache of it depends on; the same wherever it lies."""
+        """Returns the sha256 (hex) over all data that a cache depends on, wherever the data set is stored."""
 
     def __getitem__(self, index: int) -> Example:
         return self._example(range(len(self))[index])
@@ -100,14 +100,14 @@ class Source(ABC):
 
 
 def require_kind(source: Source, frames: int | None) -> None:
-    """Raises DataError unless the source holds clips exactly where `frames` of each are asked for."""
+    """Raises DataError if the source holds clips but `frames` is None, or images but `frames` is set."""
     if source.clips and frames is None:
         raise DataError(
-            f"{source.spec} holds clips, and this model makes images: set model.motion_adapter to train on clips, or "
+            f"{source.spec} holds clips, but this model makes images: set model.motion_adapter to train on clips, or "
             "set data.source to images."
         )
     if frames is not None and not source.clips:
         raise DataError(
-            f"{source.spec} holds images, and a model with a motion adapter is trained on clips: set data.source to "
+            f"{source.spec} holds images, but a model with a motion adapter is trained on clips: set data.source to "
             "clips, or leave model.motion_adapter empty to train on images."
         )

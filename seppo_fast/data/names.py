@@ -1,5 +1,4 @@
-"""The names of files as systems write them: which hold no data, which are one name spelled in two ways, which files lie
-below a folder."""
+"""Handles file names across systems: names that hold no data, spellings of one name, and listing a folder's files."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ T = TypeVar("T")
 
 
 def holds_no_data(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or is kept there by a system for its own use."""
+    """Returns whether a file or folder with this name is hidden, or belongs to an operating system."""
     return name.startswith(".") or name.lower() in _NO_DATA
 
 
 class Names(Generic[T]):
-    """Values by the names of files, found by another spelling of a name where that very name does not exist.
+    """A mapping from file names to values that falls back to another spelling if the exact name does not exist.
 
     macOS decomposes accented letters in the names it writes (NFD), other systems compose them (NFC), and a listing made
     on Windows separates folders by backslashes.
@@ -36,49 +35,49 @@ class Names(Generic[T]):
         self._composed: dict[str, list[T]] = {}
 
     def add(self, name: str, value: T) -> None:
-        """Adds one more value under this name."""
+        """Adds a value under this name, beside those it already has."""
         self._exact.setdefault(name, []).append(value)
         self._composed.setdefault(composed(name), []).append(value)
 
     def find(self, name: str) -> list[T]:
-        """The values under the very name, else under the same letters, else with its backslashes as slashes."""
+        """Returns the values under the exact name, else under its NFC form, else with slashes for its backslashes."""
         spelled = self._composed.get(composed(name)) or self._composed.get(composed(slashed(name)))
         return self._exact.get(name) or spelled or []
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """The path below the folder with slashes, its bytes taken for UTF-8 in every locale: an id is the same in all."""
+    """Returns the path relative to the folder, with slashes, decoded as UTF-8: ids are the same in every locale."""
     return utf8_name(path.relative_to(folder).as_posix())
 
 
 def utf8_name(name: str) -> str:
-    """A name as the disk gave it, whose bytes Python took for the locale's encoding, with them taken for UTF-8."""
+    """Decodes a name's bytes as UTF-8, undoing the decoding with the locale's encoding that Python applied."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """The file below the folder that has such a name; as it is where no file can have it."""
+    """Returns the path below the folder of a name as `utf8_name` gives; an unencodable name is joined unchanged."""
     try:
         return folder / os.fsdecode(name.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # half a character; opening it says so
+    except UnicodeEncodeError:  # a lone surrogate; opening the file then fails with a message
         return folder / name
 
 
 def composed(name: str) -> str:
-    """The name with its accented letters composed (NFC)."""
+    """Returns the name with its accented letters composed (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 
 def slashed(name: str) -> str:
-    """The name with slashes for backslashes, and no `./` before it."""
+    """Returns the name with slashes for backslashes, and without a leading `./`."""
     return PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
 def walk_files(folder: Path) -> list[Path]:
-    """Every file below `folder` that may hold data, sorted by its path with slashes.
+    """Returns every file below `folder` that may hold data, sorted by the components of its relative path.
 
-    Linked folders are followed, each folder once: under its own path where it lies below `folder`, else under the first
-    link to it. A link to a folder around itself is not followed.
+    Symbolic links to folders are followed, each folder once: under its own path if it is below `folder`, else under the
+    first link to it. A link to a folder that contains the link is not followed.
 
     Raises:
         DataError: a folder in it cannot be listed.
@@ -100,7 +99,7 @@ def walk_files(folder: Path) -> list[Path]:
 
 
 def _walk(place: Path, known: set[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """As `os.walk`, without what holds no data, and without folders whose real path is `known`; adds to those."""
+    """Walks like `os.walk`, skipping names without data and folders whose real path is in `known`, which it extends."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: this folder cannot be listed ({error.strerror}).") from error
@@ -111,6 +110,6 @@ def _walk(place: Path, known: set[str]) -> Iterator[tuple[Path, list[str], list[
             folders.clear()
             continue
         known.add(real)
-        # macOS leaves ._x.png beside x.png: same suffix, no image
+        # macOS leaves ._x.png beside x.png: the same suffix, but not an image
         folders[:] = [name for name in folders if not holds_no_data(name)]
         yield Path(parent), folders, [name for name in names if not holds_no_data(name)]

@@ -1,4 +1,4 @@
-"""Decodes every image or clip of a source in order, a few ahead in threads, and names those that cannot be."""
+"""Decodes every image or clip of a source, in order with threads that work ahead, and lists those that fail."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from seppo_fast.data.media.images import ImageError, ImageRef, Opened, decode_im
 from seppo_fast.data.remarks import Remarks
 
 _MOST_BYTES = 1 << 29
-"""Of opened images that wait in memory; a shard's image may have 256 MiB."""
+"""Limit on opened images that wait in memory; a single image of a shard may have 256 MiB."""
 
 T = TypeVar("T")
 Decode = Callable[[Example, str, Opened], T]
-"""(example, name of the image or clip, what its ref opened) to anything; raises ImageError."""
+"""Maps (example, name of the image or clip, its opened stream or pixels) to a result; raises ImageError."""
 
 
 def scan(
     source: Source, losers: bool = True, frames: int | None = None, remarks: Remarks | None = None
 ) -> list[Problem]:
-    """Every example of `source` that cannot be used, with the reason; each image is decoded once.
+    """Returns every example of `source` that cannot be used, with the reason; each image is decoded once.
 
     Args:
-        source: The data.
-        losers: Whether the losers of labelled pairs are looked at too.
-        frames: How many frames a cache would take of each clip (those are what is decoded); None for images.
-        remarks: Takes note of images and clips that are used all the same.
+        source: The data set.
+        losers: Whether the losers of labelled pairs are checked too.
+        frames: The number of frames that a cache would take from each clip; those are checked. None for images.
+        remarks: Collects remarks on the images and clips that can be used.
 
     Returns:
-        What names, captions and labels already told (`source.problems`), then the bad images in order. Ties are none.
+        The problems already found in names, captions and labels (`source.problems`), then the bad images in order. Ties
+        are not problems.
 
     Raises:
-        DataError: images where `frames` is given, or clips where it is not; PyAV is not installed.
+        DataError: the source holds images but `frames` is given, or clips but it is not; or PyAV is not installed.
     """
     require_kind(source, frames)
     remarks = remarks or Remarks(resolution=1)
@@ -58,10 +59,10 @@ def _try_clip(frames: int, remarks: Remarks, example: Example, name: str, opened
 
 
 def decode_all(source: Source, decode: Decode[T], losers: bool = True) -> Iterator[tuple[Example, list[T] | Problem]]:
-    """Each example with `decode` of its winner (and loser, where there is one and `losers` is set).
+    """Yields each example with the decoded winner (and loser, if it has one and `losers` is set), or with a problem.
 
-    Files are opened here, in order, since a table reads fast only in order; decoding, which frees the interpreter,
-    runs in threads. What is open ahead is bounded in number and in bytes.
+    Files are opened in order in the calling thread, because tables are fast to read only in order. Decoding, which
+    releases the GIL, runs in threads. The number and the bytes of images opened ahead are bounded.
     """
     workers = min(8, os.cpu_count() or 1)
     waiting: deque[tuple[Example, list[tuple[Future[T], int]]]] = deque()
@@ -85,7 +86,7 @@ def _held(waiting: Iterable[tuple[Example, list[tuple[Future[T], int]]]]) -> int
 
 
 def _submit(pool: ThreadPoolExecutor, example: Example, ref: ImageRef, decode: Decode[T]) -> tuple[Future[T], int]:
-    """The decoding to come, and the bytes of memory that its input takes."""
+    """Returns the future of the decoded image, and the bytes of memory that its input occupies."""
     try:
         opened = open_image(ref)
     except ImageError as error:
@@ -96,7 +97,7 @@ def _submit(pool: ThreadPoolExecutor, example: Example, ref: ImageRef, decode: D
         return pool.submit(decode, example, ref.name, opened), opened.nbytes
     stream, size = opened, opened.getbuffer().nbytes if isinstance(opened, io.BytesIO) else 0
     future = pool.submit(decode, example, ref.name, stream)
-    future.add_done_callback(lambda _: stream.close())  # also where it is cancelled before it begins
+    future.add_done_callback(lambda _: stream.close())  # also if it is cancelled before it starts
     return future, size
 
 

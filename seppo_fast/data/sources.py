@@ -1,4 +1,4 @@
-"""Finds out what a data set is and opens it: a folder, tables, tar shards, a hub id, or the embedded worlds."""
+"""Detects the kind of a data set and opens it: a folder, tables, tar shards, a hub id, or an embedded world."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from seppo_fast.utils.files import home_expanded
 __all__ = ["Example", "Problem", "ShapesSource", "Source", "open_source"]
 
 CHOICES = """A data set is one of:
-  a folder of images, x.png (jpg, jpeg, webp), each beside its caption x.txt
+  a folder of images x.png (jpg, jpeg, webp), each beside its caption x.txt
   a folder with metadata.jsonl, lines such as {"file_name": "x.png", "text": "a red fox"}, or with metadata.csv, whose
-    columns are file_name and text; the caption may also be called caption, prompt or txt
+    columns are file_name and text; the caption's key or column may also be caption, prompt or txt
   a parquet file or a folder of them, with columns jpg_0, jpg_1, label_0, label_1, caption (Pick-a-Pic), or image, text
-  webdataset shards: a tar file (not compressed), a folder of them, or shards/{000..003}.tar, holding x.jpg (jpeg, png,
-    webp) with x.txt, or with x.json that has the caption under text, caption, prompt or txt
+  webdataset shards: a tar file (not compressed), a folder of them, or a pattern such as shards/{000..003}.tar, with
+    x.jpg (jpeg, png, webp) and x.txt, or x.json that has the caption under text, caption, prompt or txt
   a hub id such as yuvalkirstain/pickapic_v2
   shapes:N or shapes:N:SEED, the first N scenes of the embedded world
-  shapes-made:N, for N prompts of that world the best of four pictures that the embedded pipeline made, and the loser
-    among them; or shapes-made:N:random, one of the four at random
+  shapes-made:N, N prompts of that world, each with the best of four pictures that the embedded pipeline made and a
+    loser among them; or shapes-made:N:random, one of the four at random
 For a model with a motion adapter, one of:
-  a folder of clips, x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt, or with metadata.jsonl or .csv
-  a csv with columns videoid and name (the caption), or its folder, clips beside it or below; with is_transmit too it
-    is one of MagicTime's, and frames are chosen by number, not by time
+  a folder of clips x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt, or with metadata.jsonl or .csv
+  a csv with columns videoid and name (the caption), or its folder, with the clips beside the csv or below it; if it
+    also has is_transmit, it is treated as one of MagicTime's: frames are chosen by number, not by time
   shapes-motion:N or shapes-motion:N:SEED, the first N clips of the embedded world in motion"""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -49,21 +49,20 @@ def open_source(spec: str, split: str = "train") -> Source:
 
     Args:
         spec: A path, a pattern of tar files, a hub id, `shapes:N[:SEED]`, `shapes-motion:N[:SEED]` or
-            `shapes-made:N[:random]`; a path that exists is never taken for anything else.
-        split: Which split of a hub data set, or of parquet files named `<split>-00000-of-00007.parquet`.
+            `shapes-made:N[:random]`. An existing path is never interpreted as a pattern or hub id.
+        split: The split of a hub data set, or of parquet files named `<split>-00000-of-00007.parquet`.
 
     Returns:
-        The examples in a fixed order: sorted by path, or as metadata.jsonl, the csv, the table or the tar
-        has them.
+        The examples in a fixed order: sorted by path, or in the order of the listing, csv, table or tar file.
 
     Raises:
-        DataError: nothing there that can be read; the message lists what can.
+        DataError: `spec` names no readable data; the message says what can be read.
     """
     if spec.startswith(("shapes:", "shapes-motion:")):
         return _open_shapes(spec)
     if spec.startswith("shapes-made:"):
         return _open_made(spec)
-    if not spec:  # Path("") is the working folder
+    if not spec:  # Path("") would mean the working folder
         raise DataError(f"the name of the data set is empty.\n{CHOICES}")
     path = home_expanded(spec, DataError)
     if path.is_dir():
@@ -77,7 +76,7 @@ def open_source(spec: str, split: str = "train") -> Source:
             return open_listing(spec, path)
         if path.suffix.lower() == ".csv":
             return open_clip_csv(spec, path, walk_files(path.parent))
-        raise DataError(f"{spec}: not a kind of file that can be read as data.\n{CHOICES}")
+        raise DataError(f"{spec}: this kind of file cannot be read as data.\n{CHOICES}")
     if shards := expand_braces(spec):
         return open_shards(spec, shards)
     if _HUB_ID.fullmatch(spec):
@@ -96,7 +95,7 @@ def _open_folder(spec: str, folder: Path, split: str) -> Source:
     kinds = {"parquet files": bool(tables), "tar files": bool(shards), "images": images, "clips": clips}
     found = [kind for kind, there in kinds.items() if there]
     if len(found) > 1:
-        raise DataError(f"{spec}: holds both {' and '.join(found)}; give each a folder of its own.")
+        raise DataError(f"{spec}: holds both {' and '.join(found)}; put each kind into a folder of its own.")
     if tables:
         return open_parquet(spec, _of_split(spec, tables, split), folder)
     if shards:
@@ -108,11 +107,11 @@ def _open_folder(spec: str, folder: Path, split: str) -> Source:
     if any(path.suffix == ".arrow" for path in files):
         raise DataError(f"{spec}: Arrow files, as the datasets library saves them, are not read. {_to_parquet(folder)}")
     left_out = next((f" {note}." for clips in (False, True) for note in other_kinds(folder, files, clips)), "")
-    raise DataError(f"{spec}: no images, no clips, no parquet and no tar files in this folder.{left_out}\n{CHOICES}")
+    raise DataError(f"{spec}: no images, clips, parquet or tar files in this folder.{left_out}\n{CHOICES}")
 
 
 def _to_parquet(folder: Path) -> str:
-    """What turns a folder that `save_to_disk` wrote into parquet, as a line for the shell."""
+    """Returns advice with a shell command that converts a folder written by `save_to_disk` to parquet."""
     split = '["train"]' if (folder / "dataset_dict.json").is_file() else ""
     target = f"{folder.absolute().name}.parquet"
     code = f"import datasets; datasets.load_from_disk({str(folder)!r}){split}.to_parquet({target!r})"
@@ -120,14 +119,14 @@ def _to_parquet(folder: Path) -> str:
 
 
 def _of_split(spec: str, tables: list[Path], split: str) -> list[Path]:
-    """The files of one split where names such as train-00000-of-00007.parquet tell splits apart, else all."""
+    """Returns the files of one split if names such as train-00000-of-00007.parquet contain splits, else all files."""
     found = [re.fullmatch(r"(.+)-\d+-of-\d+", path.stem) for path in tables]
     splits = sorted({match[1] for match in found if match})
     if not splits:
         return tables
     chosen = [path for path, match in zip(tables, found, strict=True) if match and match[1] == split]
     if not chosen:
-        raise DataError(f"{spec}: no parquet file of split {split!r}; there are {', '.join(splits)}.")
+        raise DataError(f"{spec}: no parquet files of split {split!r}; set data.split to one of {', '.join(splits)}.")
     return chosen
 
 
@@ -138,7 +137,7 @@ def _open_shapes(spec: str) -> Source:
         raise DataError(f"{spec}: expected {world}:N or {world}:N:SEED with whole numbers, such as {world}:2048:1.")
     count, seed = int(match["count"]), int(match["seed"] or 0)
     if count == 0:
-        raise DataError(f"{spec}: zero scenes; ask for at least one, such as {match['world']}:2048.")
+        raise DataError(f"{spec}: N must be at least 1, as in {match['world']}:2048.")
     if match["world"] == "shapes":
         return ShapesSource(spec, count, seed)
     from seppo_fast.data.readers.moving import MovingShapesSource
@@ -157,12 +156,12 @@ def _open_made(spec: str) -> Source:
         )
     count = int(match["count"])
     if not 1 <= count <= COUNT:
-        raise DataError(f"{spec}: pictures of 1 to {COUNT} prompts ship with the package, such as shapes-made:{COUNT}.")
+        raise DataError(f"{spec}: N must be from 1 to {COUNT}, the number of prompts that ship with the package.")
     return MadeShapesSource(spec, count, at_random=match["random"] is not None)
 
 
 class ShapesSource(Source):
-    """The first `count` scenes of the embedded world for `seed`, drawn when they are asked for."""
+    """The first `count` scenes of the embedded world for `seed`, rendered on demand."""
 
     def __init__(self, spec: str, count: int, seed: int) -> None:
         super().__init__(spec)
@@ -180,7 +179,7 @@ class ShapesSource(Source):
         return Example(name, caption(drawn), ImageRef(name, partial(render, drawn)))
 
     def digest(self) -> str:
-        """Over seed, count, and caption and pixels of the first 64 scenes, so that a changed world changes it."""
+        """Digests seed, count, and captions and pixels of the first 64 scenes, so that it changes if the world does."""
         sha = hashlib.sha256(f"shapes {self.seed} {self.count}".encode())
         for index in range(min(self.count, 64)):
             example = self._example(index)

@@ -1,1 +1,1 @@
-"""The mathematics of noising and sampling; knows no model and no run."""
+"""The mathematics of noising and sampling, independent of models and runs."""

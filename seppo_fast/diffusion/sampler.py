@@ -1,4 +1,4 @@
-"""Guided sampling in latent space, by any solver.
+"""Guided sampling in latent space, with any solver.
 
 Shape legend: B rows, * the shape of a latent.
 """
@@ -24,40 +24,41 @@ Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Solver(Protocol):
-    """One walk from noise to data; it may remember earlier steps, so every batch takes a new one.
+    """One trajectory from noise to data. A solver may keep earlier steps, so every batch needs a new one.
 
     Attributes:
-        times: `(steps,)` on the CPU, as the model is given them, from noise to data.
+        times: the times at which the model is called, from noise to data: `(steps,)` on the CPU, in the model's units.
     """
 
     times: Tensor
 
     def start(self, noise: Tensor) -> Tensor:
-        """Returns the first latents of standard normal `noise` `(B, *latent)`."""
+        """Returns the initial latents for standard normal `noise` `(B, *latent)`."""
 
     def model_input(self, latents: Tensor, time: Tensor) -> Tensor:
-        """Returns the latents as the model takes them at a time."""
+        """Returns the latents scaled as the model expects them at `time`."""
 
     def step(self, prediction: Tensor, time: Tensor, latents: Tensor) -> Tensor:
-        """Returns the latents at the time after `time`."""
+        """Returns the latents at the next time after `time`, given the model's prediction at `time`."""
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): `uncond + scale (cond - uncond)`."""
+    """Applies classifier-free guidance (Ho and Salimans 2022): `uncond + scale (cond - uncond)`."""
     return unconditional + scale * (conditional - unconditional)
 
 
 class DiffusionSolver:
-    """diffusers' own solver, configured as `Scheduler.from_config(pipe.scheduler.config)` does it.
+    """A solver of diffusers, configured like `Scheduler.from_config(pipe.scheduler.config)`.
 
-    So spacing, offset and prediction type are the pipeline's, and samples equal the pipeline's at the same noise.
+    Timestep spacing, offset and prediction type are therefore the pipeline's, and from the same noise it gives the same
+    samples as the pipeline.
 
     Args:
         scheduler_config: the configuration of the pipeline's scheduler.
-        config: solver and number of steps.
+        config: the sampler's settings: which solver, and how many steps.
 
     Raises:
-        ConfigError: more steps than the schedule has timesteps, or a schedule that cannot be sampled.
+        ConfigError: There are more steps than timesteps in the schedule, or the schedule cannot be sampled.
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], config: SamplerConfig) -> None:
@@ -69,12 +70,10 @@ class DiffusionSolver:
             )
         timesteps = self._scheduler.config.num_train_timesteps
         if config.steps > timesteps:
-            raise ConfigError(
-                f"sampler.steps = {config.steps}: this model's schedule has {timesteps} timesteps, not more"
-            )
+            raise ConfigError(f"sampler.steps = {config.steps}: this model's schedule has only {timesteps} timesteps")
         try:
-            # Its timesteps stay on the CPU: there they index the schedule without a wait for the device, and the
-            # coefficients go into the kernels as numbers.
+            # The timesteps stay on the CPU: they index the schedule without waiting for the device, and kernels get the
+            # coefficients as plain numbers.
             self._scheduler.set_timesteps(config.steps)
             self.times: Tensor = self._scheduler.timesteps
             first, last = int(self.times.min()), int(self.times.max())
@@ -82,7 +81,7 @@ class DiffusionSolver:
             raise ConfigError(f"model.path: its scheduler cannot be used: {problem}") from problem
         if not 0 <= first <= last <= timesteps:
             raise ConfigError(
-                f"model.path: its scheduler has {timesteps} timesteps, and would sample {first} to {last}"
+                f"model.path: its scheduler has {timesteps} timesteps, but would sample timesteps {first} to {last}"
             )
 
     def start(self, noise: Tensor) -> Tensor:
@@ -103,9 +102,9 @@ class Sampler:
     """Deterministic guided sampling.
 
     Attributes:
-        config: number of steps, guidance scale and batch.
-        solver: makes a solver for latents of a shape.
-        guide: puts the two predictions of guided sampling together.
+        config: the sampler's settings: number of steps, guidance scale and batch size.
+        solver: a function that makes a new solver for latents of a given shape.
+        guide: a function that combines the conditional and the unconditional prediction.
     """
 
     config: SamplerConfig
@@ -117,16 +116,16 @@ class Sampler:
         """Samples x_0 from noise.
 
         Args:
-            denoise: the model.
-            noise: `(B, *latent)` float32, on the device of the model.
-            conditioning: B rows.
-            uncond: one row, of the empty prompt; not read where guidance is 1.
+            denoise: a function that runs the model.
+            noise: the initial noise: `(B, *latent)` float32, on the model's device.
+            conditioning: B rows, one per sample.
+            uncond: one row, for the empty prompt; ignored if guidance is 1.
 
         Returns:
             Scaled latents `(B, *latent)` float32.
         """
         solver = self.solver(tuple(noise.shape[1:]))
-        on_device = solver.times.to(noise.device)  # the model reads a copy that is sent once
+        on_device = solver.times.to(noise.device)  # one transfer for all steps; the model reads this copy
         guided = self.config.guidance > 1
         both = Conditioning.cat([uncond.expand(len(noise)), conditioning]) if guided else conditioning
         latents = solver.start(noise)

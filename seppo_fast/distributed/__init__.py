@@ -1,1 +1,1 @@
-"""Processes, the machines they run on, and shards of a model among them."""
+"""Distributed training: processes, the memory that those of one machine share, and sharded models."""

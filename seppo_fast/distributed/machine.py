@@ -1,4 +1,4 @@
-"""The processes of one machine, which keep one copy of the past policies together."""
+"""The processes of one machine, which share one copy of the past policies in host memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from seppo_fast.utils.files import allocate
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")  # names a machine; host names need not differ
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # identifies a machine; host names may coincide
 
 
 class Node:
-    """Which processes share this machine, and what they must agree on. Every method is called by all processes.
+    """Groups the run's processes by machine and lets them agree on values. All processes must call every method.
 
     Args:
-        gather: one value of each process in, those of all out, in the order of their ranks; it waits for all.
-        rank: of this process.
+        gather: a collective that gets one value from each process and returns the values of all, in order of rank.
+        rank: this process's rank.
 
     Attributes:
-        rank: of this process.
-        world: processes of the run.
-        owns: whether this process is the one that writes what they share.
+        rank: this process's rank.
+        world: number of processes of the run.
+        owns: whether this process is the owner, the one of its machine that writes the shared memory.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]] = lambda value: [value], rank: int = 0) -> None:
@@ -38,39 +38,42 @@ class Node:
         self.owns = rank == self._owner
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have called this."""
         self._gather(None)
 
     def agree(self, problem: str | None) -> str | None:
-        """None where no process has a problem, else one's."""
+        """Returns a problem that any process has, the same in all of them, or None if no process has one."""
         return next((other for other in self._gather(problem) if other is not None), None)
 
     def same(self, value: Any) -> bool:
-        """Whether all processes have the same value."""
+        """Returns whether all processes have the same value."""
         return all(other == value for other in self._gather(value))
 
     def min(self, value: int) -> int:
-        """The smallest of all processes' values."""
+        """Returns the smallest of all processes' values."""
         return min(self._gather(value))
 
     def first(self, value: Any) -> Any:
-        """The value of the process of rank 0."""
+        """Returns rank 0's value."""
         return self._gather(value)[0]
 
     def from_owner(self, value: Any) -> Any:
-        """The value of the process of this machine that owns."""
+        """Returns the value of this machine's owner."""
         return self._gather(value)[self._owner]
 
     def shared_bytes(self, size: int) -> Tensor | None:
-        """Host memory `(size,)` uint8, zeros, of all processes of this machine; None where some has none.
+        """Returns host memory that all processes of this machine share: a `(size,)` tensor of uint8, all zeros.
 
-        It has no name, so it is gone with the last process that maps it, however that ends.
+        The memory has no file name, so it is freed with the last process that maps it, however that process ends.
+
+        Returns:
+            The tensor, or None in all processes if any of them could not get the memory.
         """
         handle, place = -1, None
         if self.owns:
             try:
                 handle = os.memfd_create("seppo-references")
-                allocate(handle, size)  # else a page that is not there kills us when it is touched
+                allocate(handle, size)  # else touching a page that the kernel cannot provide kills us
                 place = f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino
             except OSError:
                 place = None
@@ -86,7 +89,7 @@ class Node:
             memory = mmap.mmap(handle, size)
         except OSError as error:
             problem = str(error)
-        problem = self.agree(problem)  # by then all have opened it
+        problem = self.agree(problem)  # collective: after it, all processes have opened the file
         if handle >= 0:
             os.close(handle)
         return None if problem or memory is None else torch.frombuffer(memory, dtype=torch.uint8)

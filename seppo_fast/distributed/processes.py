@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, and how long they wait for each other.
+"""The processes of a run: how they communicate, and how long they wait for each other.
 
-Where processes compute together, one waits for the others for `_TIMEOUT` at most, and then the run ends. What may take
-hours is waited for beside that.
+Collectives of the computation time out after `_TIMEOUT`, which ends the run. Waiting for work that may take hours uses
+a separate group, with `_PATIENCE`.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from seppo_fast.utils.logging import set_rank
 
 _TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(days=2)
-# What gloo says, of which every message names its source file; NCCL's errors have a type of their own.
+# Errors from gloo are recognised by their text, which names a gloo source file; NCCL's errors have their own type.
 _LOST = re.compile(r"gloo.*(connection|timed out|socket|read error|write error|broken pipe)", re.IGNORECASE | re.DOTALL)
 
 
 def processes() -> Accelerator:
-    """The device of this process and its ways to the others.
+    """Returns the accelerator: this process's device and its communication with the others.
 
     Raises:
         ConfigError: see `sharding_plugin`.
     """
-    # Autocast is ours, one for policy and reference.
+    # mixed_precision="no", because this package applies autocast itself, the same for policy and reference.
     timeout = InitProcessGroupKwargs(timeout=_TIMEOUT)
     return Accelerator(mixed_precision="no", kwargs_handlers=[timeout], fsdp_plugin=sharding_plugin())
 
 
 class Processes:
-    """What the processes of a run ask each other. All of them call a method together, or none.
+    """The collectives of a run's processes. A method must be called by all processes or by none.
 
     Attributes:
-        accelerator: the device of this process and its ways to the others.
-        device: where it computes.
-        rank: its number.
-        world: how many there are.
-        main: whether it is the first one.
-        machine: those of this machine.
+        accelerator: this process's device and its communication with the others.
+        device: this process's device.
+        rank: this process's rank.
+        world: number of processes.
+        main: whether this is the first process.
+        machine: the processes grouped by machine.
 
     Args:
-        accelerator: see above; made here where it is None.
+        accelerator: see above; created if None.
 
     Raises:
         ConfigError: see `sharding_plugin`.
@@ -62,7 +62,7 @@ class Processes:
         self.main = self.accelerator.is_main_process
         self.machine = Node(self._gather, self.rank)
         set_rank(self.rank, self.world, self.accelerator.is_local_main_process)
-        # Beside the device's own group, for what may take hours.
+        # In addition to the device's own group: for waiting that may take hours.
         self._patient = None
         if self.world > 1:
             self._patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -71,14 +71,14 @@ class Processes:
         return gather_object([value]) if self.world > 1 else [value]
 
     def any(self, *flags: bool) -> list[bool]:
-        """Returns for each flag whether it is up in any process."""
+        """Returns for each flag whether it is true in any process."""
         if self.world == 1:
             return list(flags)
         counts = torch.tensor([float(flag) for flag in flags], device=self.device)
         return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
 
     def min(self, value: int) -> int:
-        """Returns the smallest of all processes' values, once all have one, however long that takes."""
+        """Returns the smallest of all processes' values, waiting for each of them up to `_PATIENCE`."""
         smallest = torch.tensor(value)
         if self._patient is not None:
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=self._patient)
@@ -93,7 +93,7 @@ class Processes:
         return self.machine.first(value)
 
     def barrier(self, patient: bool = False) -> None:
-        """Waits until all processes are here; `patient`: for as long as it takes, or until one is gone."""
+        """Waits until all processes have called this; fails after `_TIMEOUT`, or after `_PATIENCE` if `patient`."""
         if not patient:
             self.accelerator.wait_for_everyone()
         elif self._patient is not None:
@@ -101,7 +101,7 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Lets the first process go through the block alone, then the others; patiently."""
+        """Lets the first process run the block alone, then the others, which wait for it up to `_PATIENCE`."""
         if not self.main:
             self.barrier(patient=True)
         yield
@@ -110,7 +110,7 @@ class Processes:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process is gone or does not answer."""
+    """Returns whether an exception means that another process has ended or does not respond."""
     if "out of memory" in str(error).lower():
-        return False  # NCCL's own buffers
+        return False  # NCCL could not allocate its own buffers
     return isinstance(error, torch.distributed.DistError) or bool(_LOST.search(str(error)))

@@ -1,1 +1,1 @@
-"""Pictures of a model, and statistics of their scores."""
+"""Generates a model's pictures, has them judged, and compares scores statistically."""

@@ -1,4 +1,4 @@
-"""Grids of pictures and clips, side by side."""
+"""Draws pictures and clips of several models side by side."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CAPTION_WIDTH = 260  # of `side_by_side`
-_FRAMES = 8  # of a clip, shown in a picture
+CAPTION_WIDTH = 260  # pixels; the default of `side_by_side`
+_FRAMES = 8  # the most frames of a clip that a picture shows
 
 
 def side_by_side(
     prompts: Sequence[str], columns: dict[str, np.ndarray], *, cell: int = 128, caption_width: int = CAPTION_WIDTH
 ) -> Image.Image:
-    """One row a prompt, one column a model: prompt text at the left, pictures `(N, H, W, 3)` uint8 beside it.
+    """Returns an image with one row per prompt and one column per model, the prompts' text at the left.
 
-    Of clips `(N, F, H, W, 3)` a column shows a few frames, first to last.
+    Args:
+        prompts: the N prompts.
+        columns: for each model, by name, pictures `(N, H, W, 3)` uint8, or clips `(N, F, H, W, 3)`, of which a few
+            frames are shown, from the first to the last.
+        cell: the side of a picture's cell, in pixels.
+        caption_width: the width of the prompts' column, in pixels.
     """
     head = 24
     films = {name: pictures if pictures.ndim == 5 else pictures[:, None] for name, pictures in columns.items()}
@@ -30,7 +35,7 @@ def side_by_side(
     for column, (name, film) in enumerate(films.items()):
         left = caption_width + column * cell * shown
         draw.text((left + 6, 3), name, fill="black", font=font)
-        # Small pictures are enlarged without smoothing, so that what is shown is what the model made.
+        # Small pictures are enlarged without smoothing, so that every pixel of the model is visible.
         filter_ = Image.Resampling.NEAREST if film.shape[2] < cell else Image.Resampling.LANCZOS
         for place, frame in enumerate(np.linspace(0, film.shape[1] - 1, shown).round().astype(int)):
             for row, picture in enumerate(film[:, frame]):
@@ -45,7 +50,7 @@ def side_by_side(
 def animate(
     file: Path, prompts: Sequence[str], columns: dict[str, np.ndarray], *, cell: int = 128, milliseconds: int = 150
 ) -> None:
-    """Writes clips `(N, F, H, W, 3)` uint8 as `side_by_side`, into an animated WebP that runs for ever."""
+    """Writes clips `(N, F, H, W, 3)` uint8 as an endless animated WebP, each frame drawn by `side_by_side`."""
     count = next(iter(columns.values())).shape[1]
     frames = [
         side_by_side(prompts, {name: film[:, frame] for name, film in columns.items()}, cell=cell)

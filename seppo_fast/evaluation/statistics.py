@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of `other - base` over items, with a normal 95 % interval for it.
+    """The mean of `other - base` over items, with a normal 95 % confidence interval.
 
     Attributes:
         base: mean score of the base.
@@ -19,7 +19,7 @@ class PairedDifference:
         low: lower end of the interval.
         high: upper end of the interval.
         items: number of pairs.
-        left_out: number of items that count in none of these, since one of the two models has no score of them.
+        left_out: number of items that are excluded from all of these because a model has no score for them.
     """
 
     base: float
@@ -32,7 +32,7 @@ class PairedDifference:
 
     @property
     def interval(self) -> str:
-        """The difference with its interval, in words."""
+        """The difference and its interval as text."""
         left_out = f", {self.left_out} without a score left out" if self.left_out else ""
         return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (95 %, {self.items} pairs{left_out})"
 
@@ -41,26 +41,31 @@ class PairedDifference:
 
 
 def given(scores: ArrayLike) -> np.ndarray:
-    """The scores, any shape -> `(N,)` float64, that are finite: a judge that has none of a picture gives NaN."""
+    """Returns the finite ones of scores of any shape as `(N,)` float64; NaN means that a judge gave no score."""
     scores = np.asarray(scores, dtype=np.float64)
     return scores[np.isfinite(scores)]
 
 
 def paired_difference(base: ArrayLike, other: ArrayLike) -> PairedDifference:
-    """Compares scores `(N,)` of two models on the same N items; items with a score that is not finite are left out.
+    """Compares scores `(N,)` of two models on the same N items; items with a non-finite score are left out.
 
-    The interval is mean +- 1.96 standard errors of the paired differences: with the hundreds of items it is meant
-    for, that is the t interval. It covers the choice of prompts and seeds of sampling, not of training.
+    The interval is mean +- 1.96 standard errors of the paired differences; with hundreds of items, as intended, it is
+    practically the t interval. It covers the choice of prompts and sampling seeds, not of training seeds.
 
     Raises:
-        ValueError: fewer than two items that both have a score of, or numbers of items that differ.
+        ValueError: the numbers of items differ, or fewer than two items have a score from both models.
     """
     first, second = np.asarray(base, dtype=np.float64), np.asarray(other, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1 or len(first) < 2:
-        raise ValueError(f"base, other: two equally long lists of at least 2 scores, got {first.shape}, {second.shape}")
+        raise ValueError(
+            f"base, other: expected two equally long lists of at least 2 scores, got shapes {first.shape} and "
+            f"{second.shape}"
+        )
     scored = np.isfinite(first) & np.isfinite(second)
     if scored.sum() < 2:
-        raise ValueError(f"base, other: {scored.sum()} of {len(first)} items have a score of both; 2 are needed")
+        raise ValueError(
+            f"base, other: {scored.sum()} of {len(first)} items have a score from both models; at least 2 are needed"
+        )
     left_out = len(first) - int(scored.sum())
     first, second = first[scored], second[scored]
     differences = second - first

@@ -1,1 +1,1 @@
-"""What is optimised."""
+"""The training methods: what each update learns from, and its loss."""

@@ -1,7 +1,8 @@
-"""Where along the forward process pairs reject, and how sure the anchor test is: sums on the device, means in the log.
+"""Statistics by noise level: where along the forward process pairs reject, and how certain the anchor test is.
 
-A band is a quarter of the forward process, the first with the least noise. At low noise a small share of the pairs can
-make up most of |logit| (SD-like models, sampled losers), which a mean over all of them hides.
+Sums are taken on the device, and their means are logged. A band is a quarter of the forward process; band 1 has the
+least noise. At low noise a small share of the pairs can make up most of |logit| (SD-like models, sampled losers), which
+a mean over all pairs hides.
 """
 
 from __future__ import annotations
@@ -15,28 +16,29 @@ from seppo_fast.loss import PreferenceLoss
 
 BANDS = 4
 _IN_BAND = {"winner_difference": "difference", "logit_abs": "logit", "aaf_rate": "reject"}
-"""Mean of a band in the log, and the name of its sum."""
+"""Maps the logged name of a band's mean to the name of its sum."""
 _COUNTS = [f"band{band}_pairs" for band in range(1, BANDS + 1)]
 _UNTIED = ("untied_pairs", "untied_sum", "untied_squares")
 BAND_SUMS = frozenset(
     [*_UNTIED, *_COUNTS, *(f"band{band}_{name}" for band in range(1, BANDS + 1) for name in _IN_BAND.values())]
 )
-"""Names of the sums, which are not means of all pairs when divided by their number."""
+"""Names of the sums; dividing these by the number of all pairs would not give the means to log."""
 
 
 def band_sums(result: PreferenceLoss, progress: Tensor | None) -> dict[str, Tensor]:
-    """Sums of D_w, |logit| and rejects over the pairs of each band, and of D_w and its square over untied pairs.
+    """Returns sums of D_w, |logit| and rejects over each band's pairs, and of D_w and its square over untied pairs.
 
     Args:
         result: the loss of b pairs.
-        progress: `(b,)` float32 in [0, 1]; None: no bands.
+        progress: `(b,)` float32 in [0, 1], how far along the forward process each pair is; None: no bands.
 
     Returns:
-        Scalars on the device, float32; a value that is not finite is in the sums of its own band alone.
+        Float32 scalars on the device, with the number of pairs of each kind. A non-finite value affects no band but its
+        own.
     """
     winner, ref_winner = result.model_error.chunk(2)[0], result.ref_error.chunk(2)[0]
     difference = winner - ref_winner
-    # The exact zeros, and not those within train.tie_tol: at equal weights nothing but they tell of no difference.
+    # Only an exact zero counts as a tie here, whatever train.tie_tol: equal weights give exactly 0.
     untied = (difference != 0).float()
     sums = dict(zip(_UNTIED, (untied.sum(), difference.sum(), difference.square().sum()), strict=True))
     if progress is None:
@@ -45,18 +47,18 @@ def band_sums(result: PreferenceLoss, progress: Tensor | None) -> dict[str, Tens
     inside = band == torch.arange(BANDS, device=band.device)[:, None]
     rows = {"difference": difference, "logit": result.logit.abs(), "reject": result.reject.float()}
     for name, values in {"pairs": torch.ones_like(difference), **rows}.items():
-        # Not by a product with the mask: 0 times NaN is NaN.
+        # Not a product with the mask: 0 times NaN is NaN, which would reach every band.
         totals = torch.where(inside, values, 0.0).sum(1)
         sums |= {f"band{number}_{name}": total for number, total in enumerate(totals.unbind(), 1)}
     return sums
 
 
 def band_averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns what the log shows of the sums of `band_sums`.
+    """Returns the values to log, from the sums of `band_sums`.
 
-    That is `winner_difference_band1` (mean D_w), `logit_abs_band1` and `aaf_rate_band1` up to `_band4`, without bands
-    that have no pairs; and the number of pairs whose D_w is not exactly 0 (`untied_pairs`), their mean D_w
-    (`untied_difference`) and its sample standard deviation (`untied_difference_sd`, from two such pairs on).
+    These are `winner_difference_band1` (mean D_w), `logit_abs_band1` and `aaf_rate_band1` up to `_band4`, except for
+    bands without pairs; and the number of pairs whose D_w is not exactly 0 (`untied_pairs`), their mean D_w
+    (`untied_difference`) and its sample standard deviation (`untied_difference_sd`, if there are at least two).
     """
     means: dict[str, float] = {}
     for number in range(1, BANDS + 1):
@@ -69,6 +71,6 @@ def band_averages(sums: Mapping[str, float]) -> dict[str, float]:
     if pairs:
         means["untied_difference"] = total / pairs
     if pairs > 1:
-        # Rounding can leave less than nothing; NaN stays NaN, which the order of the arguments decides.
+        # Rounding can make the variance negative. NaN stays NaN only because it is the first argument of max().
         means["untied_difference_sd"] = max((squares - total * total / pairs) / (pairs - 1), 0.0) ** 0.5
     return means

@@ -1,4 +1,4 @@
-"""Which past policy is the reference of an update: Algorithm 1, line 3."""
+"""Draws of the past policy that is an update's reference: Algorithm 1, line 3."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from seppo_fast.references.pool import ReferencePool
 
 
 class Draws:
-    """The draws of a run; each is a function of the seed and of how many past policies there are.
+    """Draws each update's reference, as a function of the seed, the update and the number of past policies so far.
 
     Attributes:
-        pool: the past policies; None where the method has no reference.
+        pool: the past policies; None if the method has no reference.
 
     Args:
         config: the run's configuration.
@@ -22,13 +22,13 @@ class Draws:
         self.pool = pool
 
     def reference(self, update: int) -> int | None:
-        """Returns the index of the past policy that is drawn for an update; None without a reference."""
+        """Returns the index of the past policy drawn for an update, or None if the method has no reference."""
         return None if self.pool is None else self.pool.draw(self._number(update))
 
     def prefetch(self, update: int) -> None:
-        """Brings up the weights that an update will draw, if it draws anew and its reference is there already.
+        """Starts copying a coming update's reference to the device, if that update draws anew and the pool holds it.
 
-        Nothing where the policy waits in host memory during a rollout: there is no room then.
+        Does nothing with `reference.park`: the policy is moved to host memory for rollouts because room is short.
         """
         config, length = self._config, self._config.train.updates_per_iteration
         begins = update % length == 0

@@ -1,10 +1,11 @@
-"""Policy and reference in one forward, for LoRA: `reference.errors = together`.
+"""One forward for policy and reference, for LoRA: `reference.errors = together`.
 
-Two LoRAs of one base differ in their adapters alone. So one batch holds rows of both: each base layer takes all rows at
-once, each half passes through its own adapter, and attention runs over the whole batch. Left to autograd that costs
-more than two forwards, because it keeps the reference's activations too and sends zeros back through them. Here each
-block of the network runs on all rows without a graph, keeps a copy of its inputs' policy rows, and runs those alone
-once more, with a graph, when their gradient arrives: gradient checkpointing with the block as its unit.
+Two LoRAs on one base differ in their adapters alone. So one batch can hold rows of both: each base layer processes all
+rows at once, each half passes through its own adapter, and attention runs over the whole batch. With plain autograd
+this costs more than two forwards, because autograd also keeps the reference's activations and sends zeros back through
+them. Here each block of the network runs on all rows without a graph and keeps a copy of the policy's rows of its
+inputs. When their gradient arrives, it reruns these rows alone, with a graph: gradient checkpointing with the block as
+its unit.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from seppo_fast.models.trainable import LORA_LAYER, LORA_LINEAR, trainable
 
 
 class JointModel:
-    """Lets a policy's forward take rows of the policy and rows of a reference at once.
+    """Lets a policy's forward process rows of the policy and rows of a reference at once.
 
-    Each half of the prediction is what a forward of its own gives, bit for bit where a layer's products do not depend
-    on the size of the batch. The policy's half has the gradient of that forward, the reference's half has none. Until
-    the backward the policy's rows of each block's inputs are kept, nothing else. Gradient checkpointing inside the
-    blocks is off while they run again: it would run most of them a third time.
+    Each half of the prediction equals that of a separate forward, bit for bit if the layers' products do not depend on
+    the batch size. The policy's half has the same gradient as in a separate forward, the reference's half has none.
+    Until the backward only the policy's rows of each block's inputs are kept. Gradient checkpointing inside the blocks
+    is off while they rerun: it would run most of them a third time.
 
     Args:
-        policy: the network that is trained, in eval mode, with LoRA layers in its blocks.
-        reference: a module of the same structure that holds the policy's frozen parameters themselves, not copies,
-            and adapters of its own, which may be written in place between forwards.
-        parts: those of the policy; see `Family.joint_parts`.
+        policy: the network being trained, in eval mode, with LoRA layers in its blocks.
+        reference: a module of the same structure that shares the policy's frozen parameters (the same objects, not
+            copies) and has adapters of its own, which may be overwritten in place between forwards.
+        parts: the policy's parts; see `Family.joint_parts`.
 
     Raises:
-        ValueError: weights other than a LoRA's are trained, a LoRA layer is of another kind than `make_trainable` adds
-            or lies outside the blocks, or a frozen parameter is not shared.
+        ValueError: weights other than a LoRA's are trained, a LoRA layer lies outside the blocks or is not of the kind
+            that `make_trainable` adds, or a frozen parameter is not shared.
     """
 
     def __init__(self, policy: nn.Module, reference: nn.Module, parts: JointParts) -> None:
@@ -53,27 +54,28 @@ class JointModel:
         tail = parts.tail
         run = _chain([part.forward for part in tail])
         self._units[tail[-1]] = _Unit(run, tail, layers, parts.row_layers)
-        self._passed = tail[:-1]  # the last one runs them all
+        self._passed = tail[:-1]  # each passes its input on, and the last one runs the whole tail
         inside = {part for unit in self._units.values() for part in unit.parts}
         self._row_layers = [layer for layer in parts.row_layers if layer not in inside]
 
     @contextmanager
     def rows(self, policy_rows: int) -> Iterator[None]:
-        """Inside, the policy's forward takes `policy_rows` rows of the policy and then rows of the reference.
+        """Makes the policy's forward process `policy_rows` rows of the policy, then rows of the reference.
 
-        Outside, it is what it was; the backward may come there. A wrapper around the policy, such as
-        DistributedDataParallel, is called as ever.
+        Outside the block the policy's forward is unchanged; the backward may run there. A wrapper around the policy,
+        such as DistributedDataParallel, is called as usual.
 
         Args:
-            policy_rows: how many rows of the batch, counted from its start, are the policy's.
+            policy_rows: number of rows, from the start of the batch, that are the policy's.
 
         Raises:
-            ValueError: the policy is in training mode, or a half has no rows (the reference's: raised by the forward).
+            ValueError: the policy is in training mode, or a half has no rows (for the reference's half, the forward
+                raises it).
         """
         if policy_rows < 1:
             raise ValueError(f"policy_rows = {policy_rows} must be at least 1")
         if self._policy.training:
-            raise ValueError("policy: in training mode a block that runs again would draw other dropout; call eval()")
+            raise ValueError("policy: in training mode, rerun blocks would draw different dropout masks; call eval()")
         rows = _Rows(policy_rows)
         forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(self._passed, _identity)
         forwards |= {layer: _halved(layer, rows) for layer in self._row_layers}
@@ -87,20 +89,21 @@ class JointModel:
 def _check(
     policy: nn.Module, reference: nn.Module, blocks: Iterable[nn.Module], layers: Mapping[Any, nn.Module | None]
 ) -> None:
-    """Raises a ValueError where policy and reference cannot share a forward; see `Together`."""
+    """Raises a ValueError if policy and reference cannot share a forward; see `JointModel`."""
     adapters = {weight for layer in layers for weight in layer.parameters()}
     adapters -= {weight for layer in layers for weight in layer.get_base_layer().parameters()}
     full = [name for name, weight in trainable(policy).items() if weight not in adapters]
     if full:
         raise ValueError(
-            f"policy: {len(full)} trained weights are no LoRA weights, {full[0]!r} the first of them. A forward can be "
-            "shared where policy and reference share their base weights; with full weights every product is another. "
-            "errors='ahead' needs no second network either: it makes the reference's errors before the updates"
+            f"policy: {len(full)} trained weights do not belong to a LoRA, the first is {full[0]!r}. Policy and "
+            "reference can share a forward only if they share their base weights; full weights have no product in "
+            "common. errors='ahead' needs no second network either: it computes the reference's errors before the "
+            "updates"
         )
     inside = {part for block in blocks for part in block.modules()}
     if not all(_is_plain(ours) and _is_plain(theirs) and ours in inside for ours, theirs in layers.items()):
         raise ValueError(
-            "policy, reference: each LoRA layer has to be a peft Linear in a down, mid or up block, with one adapter, "
+            "policy, reference: each LoRA layer must be a peft Linear in a down, mid or up block, with one adapter, "
             "active and not merged, and no variant such as DoRA"
         )
     of_reference = dict(reference.named_parameters())
@@ -121,32 +124,32 @@ def _is_plain(layer: nn.Module | None) -> bool:
 
 
 class _Rows:
-    """Which rows are the policy's: the first of the batch, or the same part of a tensor with several rows for each."""
+    """Tells which rows are the policy's: the first of the batch, also if a tensor has several rows per batch row."""
 
     def __init__(self, policy_rows: int) -> None:
         self._policy = policy_rows
         self._all = 0
 
     def count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learns the size of the batch, as a forward pre-hook of the network."""
+        """Records the batch size; a forward pre-hook of the network."""
         self._all = len(args[0] if args else kwargs["sample"])
         if self._policy >= self._all:
             raise ValueError(f"policy_rows = {self._policy} leaves the reference none of the batch's {self._all} rows")
 
     def policy(self, tensor: Tensor) -> int:
-        """How many rows of a tensor are the policy's."""
+        """Returns how many rows of a tensor are the policy's."""
         assert len(tensor) % self._all == 0
         return len(tensor) // self._all * self._policy
 
 
 class _Unit:
-    """What runs on all rows without a graph, and with one once more on the policy's: a block, or the tail.
+    """A block, or the tail, of the network: runs on all rows without a graph, and reruns the policy's rows with one.
 
     Args:
-        run: its forward.
-        modules: which it runs.
+        run: the unit's forward.
+        modules: the modules that it runs.
         layers: the reference's layer for each LoRA layer of the policy.
-        row_layers: of the network, those within these modules among them.
+        row_layers: the row layers of the whole network (see `JointParts`); the unit picks those in its modules.
     """
 
     def __init__(
@@ -164,27 +167,27 @@ class _Unit:
         self._row_layers = [layer for layer in row_layers if layer in inside]
 
     def shared(self, rows: _Rows) -> AbstractContextManager[None]:
-        """Inside, its layers take rows of both."""
+        """Returns a context in which the unit's layers process rows of both."""
         forwards = {layer: _halved(layer, rows) for layer in self._row_layers}
         return _replaced(forwards | {ours: _adapted(ours, theirs, rows) for ours, theirs in self._layers.items()})
 
     def without_recomputation(self) -> AbstractContextManager[None]:
-        """Inside, gradient checkpointing is off."""
+        """Returns a context in which gradient checkpointing is off in the unit."""
         return without_recomputation(self.parts)
 
 
 class _SharedForward(torch.autograd.Function):
-    """Forward on all rows, backward on the policy's.
+    """Runs the forward on all rows, and the backward on the policy's.
 
-    The adapters are inputs, so that their gradients go where gradients go (DistributedDataParallel waits for them
-    there), and are saved, so that autograd notices when one changes before the backward.
+    The adapters are inputs, so that autograd accumulates their gradients as usual (DistributedDataParallel waits for
+    that). They are also saved, so that autograd notices if one changes before the backward.
     """
 
     @staticmethod
     def forward(ctx: Any, unit: _Unit, rows: _Rows, run: Callable[..., Any], *inputs: Tensor) -> tuple[Any, ...]:
         tensors = inputs[: len(inputs) - len(unit.parameters)]
         ctx.unit, ctx.run, ctx.lengths = unit, run, [len(tensor) for tensor in tensors]
-        # Copies: a slice would keep the reference's rows alive as well.
+        # Copied: a slice would keep the reference's rows alive as well.
         ctx.save_for_backward(*(tensor[: rows.policy(tensor)].clone() for tensor in tensors), *unit.parameters)
         ctx.set_materialize_grads(False)
         with unit.shared(rows):
@@ -197,7 +200,7 @@ class _SharedForward(torch.autograd.Function):
         kept = ctx.saved_tensors[: len(ctx.lengths)]
         needed = ctx.needs_input_grad[3:]
         with torch.enable_grad(), ctx.unit.without_recomputation():
-            # Views: FlopCounterMode hangs hooks on them, which it cannot do on a leaf of `autograd.grad`.
+            # Views, since FlopCounterMode registers hooks on them, which it cannot do on a leaf of `autograd.grad`.
             tensors = [tensor.detach().requires_grad_(need).view_as(tensor) for tensor, need in zip(kept, needed)]
             outputs, _ = ctx.run(tensors)
         ends = [(o, gradient) for o, gradient in zip(outputs, gradients) if gradient is not None and o.requires_grad]
@@ -214,11 +217,11 @@ class _SharedForward(torch.autograd.Function):
 
 
 def _run(unit: _Unit, rows: _Rows, *args: Any, **kwargs: Any) -> Any:
-    """A unit's forward on rows of both."""
+    """Runs a unit's forward on rows of both."""
     tensors, refill = _take_tensors((args, kwargs))
     device_type = tensors[0].device.type
-    # The second run has to cast as the first did. No cache: an adapter is cast once a run, and what the first run cast
-    # has no graph.
+    # The rerun must cast as the first run did. No cache: each run casts an adapter only once, and the rerun must not
+    # reuse a cast of the first run, which has no graph.
     autocast = partial(
         torch.autocast,
         device_type,
@@ -237,7 +240,7 @@ def _run(unit: _Unit, rows: _Rows, *args: Any, **kwargs: Any) -> Any:
 
 
 def _adapted(ours: Any, theirs: Any, rows: _Rows) -> Callable[[Tensor], Tensor]:
-    """A LoRA layer on rows of both: W x for all, and for each half + s B A x of its own, computed as peft does."""
+    """Returns a LoRA layer's forward on rows of both: W x, plus each half's own s B A x, computed as peft does."""
 
     def forward(x: Tensor) -> Tensor:
         count = rows.policy(x)
@@ -252,10 +255,10 @@ def _adapted(ours: Any, theirs: Any, rows: _Rows) -> Callable[[Tensor], Tensor]:
 
 
 def _halved(layer: nn.Module, rows: _Rows) -> Callable[[Tensor], Tensor]:
-    """A layer on rows of both, one half after the other.
+    """Returns a layer's forward on rows of both that runs one half after the other.
 
-    For layers whose input has one row for each sample (time embeddings): a product of few rows is summed in another
-    order than one of twice as many, and these cost next to nothing.
+    For layers whose input has one row per sample (time embeddings): a product with few rows may be summed in another
+    order than one with twice as many, and running these layers twice costs next to nothing.
     """
     run = layer.forward
 
@@ -268,7 +271,7 @@ def _halved(layer: nn.Module, rows: _Rows) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these modules run other forwards; of this object only, its class keeps its own."""
+    """Replaces the forwards of these modules inside the block, on the objects only, not on their classes."""
     before = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     try:
         for module, forward in forwards.items():
@@ -282,9 +285,9 @@ def _replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
 
 
 def _take_tensors(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """Arguments or results as their tensors, each once, and a function that puts others in their place.
+    """Returns the tensors in arguments or results, each once, and a function that puts others in their place.
 
-    A down block gives its hidden states twice, the second time as a residual; autograd is to see one output.
+    A down block returns its hidden states twice, the second time as a residual; autograd must see them as one output.
     """
     tensors: dict[int, Tensor] = {}
 
@@ -297,11 +300,11 @@ def _take_tensors(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]],
 
 
 class _Slot(int):
-    """Where a tensor stood: its place in the list."""
+    """A placeholder for a tensor: its index in the list."""
 
 
 def _map(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists and dicts with `function` applied to what is of that kind."""
+    """Applies `function` to every instance of `kind` in nested tuples, lists and dicts."""
     if isinstance(tree, kind):
         return function(tree)
     if type(tree) in (tuple, list):
@@ -312,7 +315,7 @@ def _map(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 
 def _pad(gradient: Tensor | None, length: int) -> Tensor | None:
-    """The policy's gradient with the reference's after it, which is zero."""
+    """Appends the zero gradient of the reference's rows to the policy's gradient."""
     if gradient is None:
         return None
     return pad(gradient, [0, 0] * (gradient.dim() - 1) + [0, length - len(gradient)])

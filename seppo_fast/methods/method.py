@@ -1,4 +1,8 @@
-"""What a training method is: what it collects for an update, and its loss on a part of that."""
+"""The interface of a training method: it collects what an update learns from, and computes the loss on parts of it.
+
+For each update the trainer calls `collect`, splits the batch with `Batch.micro_batches`, and for each micro-batch calls
+`loss` and backpropagates its result. Register a method of your own with `seppo_fast.methods.registry.register`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,10 @@ from torch import Tensor, nn
 
 
 class Batch(Protocol):
-    """What an update learns from, this process's share of it.
+    """This process's share of what an update learns from.
 
     Attributes:
-        sample_ids: of its rows; the log names those of an update that had to be skipped.
+        sample_ids: the sample id of each row; `skipped.jsonl` lists those of a skipped update.
     """
 
     @property
@@ -23,22 +27,24 @@ class Batch(Protocol):
         """See above."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Returns the number of rows."""
 
     def micro_batches(self, size: int) -> Iterator[Any]:
-        """Consecutive parts of at most `size` rows, each with a length of its own."""
+        """Yields consecutive parts of at most `size` rows; `len` of a part is its number of rows."""
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a micro-batch of b rows gives.
+    """The loss on a micro-batch of b rows.
 
     Attributes:
-        output: depends on the policy's weights; `output.backward(grad)` makes their gradient.
-        grad: of the mean loss over the b rows to `output`, scaled as asked.
-        sums: name to scalar float32 tensor on the device, each a sum over the rows, `loss` among them; nothing here
-            syncs with the host.
-        halves: 2 where the rows of `grad` are winners stacked on as many losers, 1 where there are no losers.
+        output: a tensor that depends on the policy's weights, such as its prediction or the loss itself. The trainer
+            calls `output.backward(grad)`, which accumulates the weights' gradient.
+        grad: the gradient of the mean loss over the b rows with respect to `output`, times `grad_scale`.
+        sums: the values to log, by name: scalar float32 tensors on the device, each a sum over the b rows. `loss` is
+            required. Computing them must not sync with the host.
+        halves: 2 if the rows of `grad` are winners followed by as many losers, so that the gradient of each half can
+            be measured; 1 if there are no losers.
     """
 
     output: Tensor
@@ -48,12 +54,12 @@ class StepLoss:
 
 
 class Method(ABC):
-    """Collects what an update learns from, and has a loss.
+    """Base class of training methods: collects what an update learns from, and computes the loss on it.
 
     Attributes:
-        seconds: that the last `collect` took, an equal share of it where it was for several updates.
-        sampling_batch: samples that are made at once, where samples are made; less than configured where memory is
-            short.
+        seconds: duration of the last `collect`; if that prepared several updates at once, an equal share of it.
+        sampling_batch: number of samples generated at once, lower than configured if memory turned out to be short;
+            None if the method generates none.
     """
 
     seconds: float = 0.0
@@ -61,26 +67,41 @@ class Method(ABC):
 
     @abstractmethod
     def collect(self, update: int, reference: int | None) -> Batch:
-        """Returns what an update learns from; a function of the seed, the update and the reference's weights alone.
+        """Returns this process's share of what an update learns from.
+
+        It must depend on the seed, the update and the reference's weights alone, so that a resumed run collects the
+        same.
 
         Args:
-            update: the update, from 0.
-            reference: index of the drawn past policy; None where the method has none.
+            update: the update's index, from 0.
+            reference: the index of the past policy drawn for it; None if the method has no reference.
         """
 
     @abstractmethod
     def loss(self, policy: nn.Module, micro_batch: Any, grad_scale: Tensor) -> StepLoss:
-        """Runs the policy on a micro-batch.
+        """Runs the policy on a micro-batch and returns its loss with the gradient; does not call backward.
 
         Args:
-            policy: the network, in the mode in which it is trained.
-            micro_batch: one of those of a batch.
-            grad_scale: multiplies the gradient; one float32 on the device.
+            policy: the network being trained, in the mode (train or eval) in which it is trained.
+            micro_batch: a part that `Batch.micro_batches` yielded.
+            grad_scale: the factor on the gradient, a float32 scalar on the device.
         """
 
     def make_room(self, parked: Callable[[], AbstractContextManager[None]]) -> None:  # noqa: B027
-        """Takes a context in which what only the learner needs is off the device, for what needs room."""
+        """Receives a context manager that frees device memory; called once, before the first update.
+
+        Called only with `reference.park`. A method may enter the context in `collect` for work that needs memory, such
+        as sampling. The default ignores it.
+
+        Args:
+            parked: returns a context inside which tensors that only the learner needs are in host memory.
+        """
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
-        """Returns what the log shows, of the sums over all `rows` of an update."""
+        """Returns the values to log for an update; by default the mean of each sum.
+
+        Args:
+            sums: `StepLoss.sums`, added up over all micro-batches and processes.
+            rows: number of rows in the update, over all processes.
+        """
         return {name: value / rows for name, value in sums.items()}

@@ -1,6 +1,6 @@
-"""Pairs: what the learner sees of one update. Which examples, times and noises is a pure function of the seed.
+"""Pairs: what the learner sees of one update. Their examples, times and noise are a pure function of seed and update.
 
-Shape legend: B pairs, b pairs of a micro-batch.
+Shape legend: B is the number of pairs, b the number of pairs in a micro-batch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from seppo_fast.utils.random import keyed_noise, keyed_rng
 
 @dataclass(frozen=True)
 class Pairs:
-    """B pairs of one update, on the CPU.
+    """The B pairs of one update, on the CPU.
 
     Attributes:
-        sample_ids: B numbers, unique in the run but for `reference.uses`: visit * len(data) + index of the example.
+        sample_ids: B numbers, visit * len(data) + index of the example. They are unique within the run, except that
+            with `reference.uses` above 1 each appears that many times in a row.
         winners: `(B, *latent)` float32.
-        losers: `(B, *latent)` float32; None where the objective has none.
+        losers: `(B, *latent)` float32; None if the objective has none.
         times: `(B,)` in the schedule's dtype, shared by both halves.
-        noise: `(B, *latent)`, shared by both halves, or `(2B, *latent)` winner half first.
-        conditioning: B rows, of the pair's prompt or, where it was dropped, of the empty one.
-        ref_error: `(2B,)` float32 errors of the reference, winner half first; None where they are not made ahead.
+        noise: `(B, *latent)` if both halves share it, else `(2B, *latent)`, winner half first.
+        conditioning: B rows, each for the pair's prompt, or for the empty prompt if it was dropped.
+        ref_error: `(2B,)` float32 denoising errors of the reference, winner half first; None if they are not computed
+            ahead of the update.
     """
 
     sample_ids: tuple[int, ...]
@@ -45,7 +47,7 @@ class Pairs:
         return len(self.sample_ids)
 
     def micro_batches(self, size: int) -> Iterator[Pairs]:
-        """Consecutive runs of at most `size` pairs."""
+        """Yields consecutive parts of at most `size` pairs."""
         for start in range(0, len(self), size):
             chosen = slice(start, start + size)
             yield Pairs(
@@ -65,7 +67,7 @@ class Pairs:
         return torch.cat([winner[chosen], loser[chosen]])
 
     def to(self, device: torch.device) -> Pairs:
-        """The same pairs on a device; on a GPU through pinned memory, so that the host does not wait for the copy."""
+        """Returns the same pairs on a device; copies to a GPU go through pinned memory, so the host does not wait."""
         tensors: dict[str, Any] = {
             name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -74,13 +76,13 @@ class Pairs:
 
 
 class NoisedBatch(NamedTuple):
-    """What the model is shown of b pairs, winner half first, and what it should predict.
+    """The model's input for b pairs, winner half first, and its target.
 
     Attributes:
-        latents: `(2b, *latent)`, or `(b, *latent)` without losers.
-        times: one a row.
-        conditioning: one row a row.
-        target: as `latents`, or `(b, *latent)` where both halves share it.
+        latents: `(2b, *latent)` noised latents, or `(b, *latent)` without losers.
+        times: one per row of `latents`.
+        conditioning: one row per row of `latents`.
+        target: the shape of `latents`, or `(b, *latent)` if both halves share it.
     """
 
     latents: Tensor
@@ -90,7 +92,7 @@ class NoisedBatch(NamedTuple):
 
 
 def noised(pairs: Pairs, schedule: Schedule, device: torch.device) -> NoisedBatch:
-    """Pairs to the model's input and target, on the device."""
+    """Returns the model's noised input and its target for pairs, on the device."""
     pairs = pairs.to(device)
     latents = pairs.winners if pairs.losers is None else torch.cat([pairs.winners, pairs.losers])
     halves = len(latents) // len(pairs)
@@ -105,21 +107,21 @@ def noised(pairs: Pairs, schedule: Schedule, device: torch.device) -> NoisedBatc
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on the device; on its way to a GPU through pinned memory, so that the host does not wait."""
+    """Returns a tensor on the device; a copy to a GPU goes through pinned memory, so the host does not wait."""
     if device.type != "cuda":
         return tensor.to(device)
-    # What is there already cannot be pinned.
+    # Only host memory can be pinned.
     return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
 
 
 class PairMaker:
-    """Makes the pairs of an update, up to the reference's share.
+    """Makes the pairs of an update, except for the reference's samples and errors, which are computed elsewhere.
 
     Args:
-        config: of the run.
-        cache: latents and conditioning.
-        schedule: of the model; it draws the times.
-        rank: of this process.
+        config: the run's configuration.
+        cache: latents and conditioning of the training data.
+        schedule: the model's noise schedule, which draws the times.
+        rank: this process's rank.
         world: number of processes.
     """
 
@@ -134,7 +136,10 @@ class PairMaker:
         self._order: tuple[int, Tensor] | None = None
 
     def sample_ids(self, update: int) -> list[int]:
-        """This rank's sample ids of an update: each example once before any twice, dealt out to the ranks in turn."""
+        """Returns this rank's sample ids of an update.
+
+        Each example is used once before any is used again; the ids are dealt out to the ranks in turn.
+        """
         samples = self._config.train.pairs_per_update // self._config.reference.uses
         positions = range(update * samples, (update + 1) * samples)
         ids = [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
@@ -147,33 +152,35 @@ class PairMaker:
         return visit * len(self._cache) + int(self._order[1][position])
 
     def examples(self, sample_ids: Sequence[int]) -> list[int]:
-        """The rows of the cache that the sample ids name."""
+        """Returns the cache rows of sample ids."""
         return [sample % len(self._cache) for sample in sample_ids]
 
     def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Conditioning, Conditioning]:
-        """What a reference samples from, for B keys (update, sample id).
+        """Returns the inputs from which a reference generates samples, for B keys (update, sample id).
 
         Returns:
-            Noise `(B, *latent)`; the conditioning of the samples' own prompts, B rows; that of the empty one, one row.
+            Noise `(B, *latent)`; the conditioning of the samples' own prompts, never dropped, B rows; that of the empty
+            prompt, one row.
         """
         noise = keyed_noise(self._config.seed, "sample", keys, self._cache.latent_shape)
         rows = self._cache.conditioning([None, *self.examples([sample for _, sample in keys])])
         return noise, rows.take(slice(1, None)), rows.take(slice(0, 1))
 
     def pairs(self, update: int, sample_ids: Sequence[int], losers: Tensor | None = None) -> Pairs:
-        """Pairs with their times, noises and prompts: `reference.uses` in a row for each sample id.
+        """Returns pairs with their times, noise and prompts: `reference.uses` consecutive pairs per sample id.
 
         Args:
-            update: the update they are for.
-            sample_ids: of the samples.
-            losers: `(len(sample_ids), *latent)` generated ones; without them the labelled ones, where there are any.
+            update: the index of their update, from 0.
+            sample_ids: the ids of their samples.
+            losers: `(len(sample_ids), *latent)` generated losers; if None, an objective with labelled losers uses
+                those, and for any other the pairs have none.
         """
         config, seed, uses = self._config, self._config.seed, self._config.reference.uses
         examples = self.examples(sample_ids)
         winners = self._cache.winners(examples).float().repeat_interleave(uses, 0)
         other = self._cache.losers(examples).float().repeat_interleave(uses, 0) if self._objective.needs_pairs else None
         prompts: list[int | None] = [example for example in examples for _ in range(uses)]
-        # No number for the first use, so that it draws what runs without several uses draw.
+        # The first use has no number in its key, so that it draws the same as with reference.uses = 1.
         keys = [(update, sample, *([use] if use else [])) for sample in sample_ids for use in range(uses)]
         times = torch.empty(len(keys), dtype=self._schedule.dtype)
         for row, key in enumerate(keys):
@@ -186,7 +193,7 @@ class PairMaker:
         noise = keyed_noise(seed, "noise", keys, winners.shape[1:])
         if not config.train.share_noise and self._objective.negatives is not None:
             noise = torch.cat([noise, keyed_noise(seed, "loser noise", keys, winners.shape[1:])])
-        if losers is not None and uses > 1:  # else it stays what it is: a part of the pinned room it waited in
+        if losers is not None and uses > 1:  # with one use no copy: it stays a view of the pinned buffer it waited in
             losers = losers.repeat_interleave(uses, 0)
         elif losers is None and self._objective.negatives == "labelled":
             losers = other

@@ -1,4 +1,4 @@
-"""What a run hands to its method."""
+"""The parts of a run that a training method is built from."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from seppo_fast.runs.signals import Interruption
 
 @dataclass(frozen=True)
 class MethodParts:
-    """The run, as far as a method may use it.
+    """The parts of a run that its method may use.
 
     Attributes:
-        config: the run's configuration, its batches chosen.
-        family: the model.
-        cache: the data.
-        denoiser: the one forward of policy and references.
-        sampler: how samples are made.
-        model: the network in which a reference's weights can be put, the policy itself where it is not in shards.
-        draws: which past policy is the reference.
-        processes: those of the run.
-        interruption: to be asked between two batches of work.
+        config: the run's configuration, with its batch sizes chosen.
+        family: the loaded model.
+        cache: latents and conditioning of the training data.
+        denoiser: the forward pass that policy and references share.
+        sampler: generates samples.
+        model: the network that a reference's weights can be swapped into: the policy itself unless that is sharded.
+        draws: chooses the past policy that is an update's reference.
+        processes: the run's processes.
+        interruption: call its `check` between two batches of work, so that a signal can end the run there.
     """
 
     config: Config
@@ -44,6 +44,6 @@ class MethodParts:
     interruption: Interruption
 
     def pair_maker(self) -> PairMaker:
-        """Returns what makes an update's pairs, this process's share of them."""
+        """Returns a maker of this process's share of each update's pairs."""
         rank, world = self.processes.rank, self.processes.world
         return PairMaker(self.config, self.cache, self.family.schedule, rank=rank, world=world)

@@ -20,10 +20,10 @@ from seppo_fast.methods.rollout import Rollout
 
 
 class PreferenceMethod(Method):
-    """Learns from pairs by the errors of policy and reference, or from winners alone where there is no reference.
+    """Trains on pairs, by the denoising errors of policy and reference, or on winners alone without a reference.
 
     Args:
-        parts: what the run holds.
+        parts: the run's parts.
     """
 
     def __init__(self, parts: MethodParts) -> None:
@@ -46,11 +46,11 @@ class PreferenceMethod(Method):
         return self.rollout.batch
 
     def collect(self, update: int, reference: int | None) -> Pairs:
-        """Algorithm 1, lines 4 to 6."""
+        """Returns the pairs of an update: Algorithm 1, lines 4 to 6."""
         return self.rollout.pairs(update, reference)
 
     def loss(self, policy: nn.Module, micro_batch: Pairs, grad_scale: Tensor) -> StepLoss:
-        """Algorithm 1, lines 7 and 8: the AAF sign and the loss, or another row's."""
+        """Returns the loss on a micro-batch: Algorithm 1, lines 7 and 8 (AAF sign and loss), or another objective's."""
         made = self.strategy.predictions(policy, micro_batch)
         train = self._config.train
         return step_loss(
@@ -90,19 +90,21 @@ def step_loss(
     safeguard: float | None = None,
     progress: Tensor | None = None,
 ) -> StepLoss:
-    """The objective's loss on one micro-batch of b pairs, and its gradient, without a graph of its own.
+    """Returns the objective's loss on a micro-batch of b pairs and its gradient with respect to `model_pred`.
+
+    The loss adds nothing to the autograd graph of `model_pred`.
 
     Args:
-        objective: a row of the table of objectives.
-        model_pred: `(2b, *latent)`, winner half first; `(b, *latent)` for SFT.
-        target: `(2b, *latent)`, or `(b, *latent)` shared by both halves.
-        ref_error: `(2b,)` float32 errors of the reference on the same noised inputs; None for SFT.
-        beta: multiplies a mean over latent elements.
+        objective: a row of `OBJECTIVES`.
+        model_pred: `(2b, *latent)` predictions of the policy, winner half first; `(b, *latent)` for SFT.
+        target: `(2b, *latent)`, or `(b, *latent)` if both halves share it.
+        ref_error: `(2b,)` float32 denoising errors of the reference on the same noised inputs; None for SFT.
+        beta: strength of the pull to the reference; multiplies a mean over latent elements.
         tie_tol: |D_w| up to this counts as a tie.
-        grad_scale: multiplies the gradient; a number or one float32 on the device.
-        backend: of the loss, `auto`, `triton` or `torch`.
-        sft_weight: of the winners' own term, see `preference_loss`.
-        safeguard: mu of the losers' scale, see `preference_loss`; None: off.
+        grad_scale: factor on the gradient: a number, or a float32 scalar on the device.
+        backend: implementation of the loss: `auto`, `triton` or `torch`.
+        sft_weight: weight of the fine-tuning term on the winners; see `preference_loss`.
+        safeguard: mu of the scale on the losers' gradient, see `preference_loss`; None: off.
         progress: `(b,)` how far along the forward process each pair is, see `Schedule.progress`; None: no bands.
     """
     if ref_error is None:
@@ -150,10 +152,11 @@ def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
 
 
 def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
-    """Sums over `pairs` pairs to what the log shows: means, and the implicit accuracy of rejected and learned apart.
+    """Returns the values to log from sums over `pairs` pairs: means, and the implicit accuracy of each group of pairs.
 
-    On learned pairs a positive logit is no preference accuracy, so the two groups are never mixed but in
-    `implicit_acc`, which appendix B.2 of the paper logs over all pairs. A group without pairs is left out.
+    The groups are rejected and learned pairs. On learned pairs a positive logit does not measure preference accuracy,
+    so the groups are mixed only in `implicit_acc`, which appendix B.2 of the paper logs over all pairs. A group without
+    pairs is left out.
     """
     means = {name: value / pairs for name, value in sums.items() if name not in BAND_SUMS} | band_averages(sums)
     if "reject" not in sums:

@@ -1,10 +1,10 @@
-"""Three ways to the reference's errors on a pair's two noised halves, with one interface.
+"""Three ways to compute the reference's errors on a pair's two noised halves, behind one interface.
 
-`ahead`: made in the rollout, with the reference's weights in the policy's place; the learner holds no reference.
-`apart`: a second module beside the policy, a second forward in each step.
-`together`: one forward of a batch of both; for a LoRA, whose frozen weights both share.
-All three reduce the errors alike, so they train to the same weights; where a shared batch rounds otherwise, `together`
-differs by that.
+`ahead`: during the rollout, with the reference's weights in place of the policy's; the learner holds no reference.
+`apart`: in each step, by a second forward of a second module beside the policy.
+`together`: in each step, by one forward of a batch with rows of both; only for a LoRA, whose frozen weights both share.
+All three reduce the errors alike, so they train to the same weights; `together` differs by rounding, if a shared batch
+rounds differently.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from seppo_fast.references.pool import ReferencePool
 
 
 class Predictions(NamedTuple):
-    """What a loss is made of, on b noised pairs, winner half first.
+    """The inputs of the loss for b noised pairs, winner half first.
 
     Attributes:
-        policy: the policy's prediction, as the noised latents.
-        target: what should be predicted; see `NoisedBatch`.
-        ref_error: errors of the reference `(2b,)` float32; None without a reference.
+        policy: the policy's prediction, in the shape of the noised latents.
+        target: the regression target; see `NoisedBatch`.
+        ref_error: `(2b,)` float32 denoising errors of the reference; None without a reference.
     """
 
     policy: Tensor
@@ -44,14 +44,14 @@ class Predictions(NamedTuple):
 
 
 class ReferenceStrategy(ABC):
-    """Where and when the reference's errors are made.
+    """Interface for generating a reference's samples and computing its denoising errors.
 
     Args:
-        family: of the model.
-        denoiser: the forward of policy and reference.
-        sampler: how references generate.
-        model: the network whose weights are the policy's, or in whose place a reference's can be put.
-        config: of the run, its batches chosen.
+        family: the loaded model.
+        denoiser: the forward pass that policy and reference share.
+        sampler: generates the reference's samples.
+        model: the network that a reference's weights can be swapped into: the policy itself unless that is sharded.
+        config: the run's configuration, with its batch sizes chosen.
     """
 
     def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
@@ -64,10 +64,13 @@ class ReferenceStrategy(ABC):
 
     @abstractmethod
     def load_reference(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
-        """A module with the weights of reference `index`, for the block and, online, until the next draw."""
+        """Returns a context with a module that has the weights of reference `index` inside the block.
+
+        If the errors are computed in each step, the module keeps the weights until the next draw.
+        """
 
     def sample(self, reference: nn.Module, noise: Tensor, conditioning: Conditioning, uncond: Conditioning) -> Tensor:
-        """Samples of a reference `(B, *latent)` on the CPU, through pixels where the configuration says so.
+        """Generates samples `(B, *latent)` of a reference, on the CPU; with `sampler.round_trip`, through pixels.
 
         See `Denoiser.sample` and `Denoiser.through_pixels`.
         """
@@ -76,41 +79,42 @@ class ReferenceStrategy(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where policy and reference compute."""
+        """The device on which policy and reference compute."""
         return self._denoiser.device
 
     @abstractmethod
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor | None:
-        """Errors `(2B,)` float32 on the CPU, winner half first; None where the learner's step makes them."""
+        """Returns errors `(2B,)` float32 on the CPU, winner half first; None if the learner's step computes them."""
 
     @abstractmethod
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
-        """The policy's prediction on a micro-batch, its target, and the reference's errors."""
+        """Returns the policy's prediction on a micro-batch, its target, and the reference's errors."""
 
     def _noised(self, pairs: Pairs) -> NoisedBatch:
         return noised(pairs, self._schedule, self._denoiser.device)
 
 
 def predict_like_policy(denoiser: Denoiser, reference: nn.Module, batch: NoisedBatch) -> Tensor:
-    """The reference's prediction, with autograd on although nothing is differentiated.
+    """Returns the reference's prediction, computed with autograd on although nothing is differentiated.
 
-    Without it compiled code and attention kernels may differ, and equal weights must give equal errors bit for bit.
+    Without autograd, different compiled code and attention kernels may run, but equal weights must give equal errors
+    bit for bit.
     """
     with torch.enable_grad():
         return denoiser.denoise(reference, *batch[:3]).detach()
 
 
 class Precomputed(ReferenceStrategy):
-    """In the rollout, in the learner's micro-batches, through the learner's forward, autograd included."""
+    """Computes the errors in the rollout, in the learner's micro-batches and by its forward, autograd included."""
 
     def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
         super().__init__(family, denoiser, sampler, model, config)
-        assert config.train.micro_batch is not None, "the micro-batch is chosen before"
+        assert config.train.micro_batch is not None, "train.micro_batch must be chosen by now"
         self._micro_batch = config.train.micro_batch
         self._aside = torch.device("cpu") if config.reference.park else None
 
     def load_reference(self, references: ReferencePool, index: int) -> AbstractContextManager[nn.Module]:
-        """The one network, whose weights are the reference's meanwhile."""
+        """Returns a context with the one network, which has the reference's weights inside the block."""
         return references.resident(self._model, index, self._aside)
 
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor:
@@ -119,20 +123,23 @@ class Precomputed(ReferenceStrategy):
         return torch.cat([winner for winner, _ in halves] + [loser for _, loser in halves]).cpu()
 
     def _errors(self, reference: nn.Module, batch: Pairs) -> Tensor:
-        """Of one micro-batch; its activations are freed on return."""
+        """Returns the errors of one micro-batch; its activations are freed on return."""
         shown = self._noised(batch)
         prediction = predict_like_policy(self._denoiser, reference, shown)
         return denoising_errors(prediction, shown.target, backend=self._backend)
 
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
-        """See `ReferenceStrategy`: one forward; the errors came with the pairs."""
+        """Runs one forward; the reference's errors came with the pairs. See `ReferenceStrategy`."""
         pairs = pairs.to(self._denoiser.device)
         shown = self._noised(pairs)
         return Predictions(self._denoiser.denoise(policy, *shown[:3]), shown.target, pairs.ref_error)
 
 
 class SeparateForward(ReferenceStrategy):
-    """A second module, a second forward; for a LoRA it shares the frozen weights, else it is a second network."""
+    """Computes the errors in each step, by a second forward of a second module.
+
+    With a LoRA the second module shares the policy's frozen weights; with full weights it is a second network.
+    """
 
     def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
         super().__init__(family, denoiser, sampler, model, config)
@@ -142,34 +149,35 @@ class SeparateForward(ReferenceStrategy):
 
     @contextmanager
     def load_reference(self, references: ReferencePool, index: int) -> Iterator[nn.Module]:
-        """The second module; it keeps the weights until the next draw."""
+        """Yields the second module, which keeps the reference's weights until the next draw."""
         if not self._bound:
-            references.bind(self._reference)  # its own copies of the trained weights are free then
+            references.bind(self._reference)  # which frees its own copies of the trained weights
             self._bound = True
         references.load_into(self._reference, index)
         yield self._reference
 
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> None:
-        """Nothing: each step makes them."""
+        """Returns None: each step computes the errors."""
         return None
 
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
-        """See `ReferenceStrategy`: two forwards of the same noised pairs."""
+        """Runs two forwards of the same noised pairs. See `ReferenceStrategy`."""
         shown = self._noised(pairs)
-        reference = predict_like_policy(self._denoiser, self._reference, shown)  # first: then its activations are gone
+        # First, so that its activations are freed before the policy's forward.
+        reference = predict_like_policy(self._denoiser, self._reference, shown)
         errors = denoising_errors(reference, shown.target, backend=self._backend)
         return Predictions(self._denoiser.denoise(policy, *shown[:3]), shown.target, errors)
 
 
 class JointForward(SeparateForward):
-    """One forward of policy rows and reference rows, of which only the policy's are differentiated."""
+    """Computes the errors in each step, by one forward of rows of both, of which only the policy's have gradients."""
 
     def __init__(self, family: Family, denoiser: Denoiser, sampler: Sampler, model: nn.Module, config: Config) -> None:
         super().__init__(family, denoiser, sampler, model, config)
         self._together = JointModel(model, self._reference, family.joint_parts(model))
 
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
-        """See `ReferenceStrategy` and `joint_forward`."""
+        """Runs one forward of both. See `ReferenceStrategy` and `joint_forward`."""
         shown = self._noised(pairs)
         rows = len(shown.latents)
         latents, times = (torch.cat([part, part]) for part in shown[:2])

@@ -1,4 +1,4 @@
-"""The training methods by the names of their objectives."""
+"""The registry of training methods, by the name of their objective."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _METHODS: dict[str, Callable[[MethodParts], Method]] = dict.fromkeys(OBJECTIVES,
 
 
 def register(objective: str, row: Objective, method: Callable[[MethodParts], Method]) -> None:
-    """Makes a method known by the name that `objective` has in a configuration; for code outside this package too.
+    """Registers a training method under a new value of the configuration's `objective`, also from other packages.
 
     Args:
-        objective: a new name.
-        row: what the method needs of data and references.
-        method: makes it for a run.
+        objective: the new name.
+        row: what the method needs: which reference is drawn, and what the data must hold.
+        method: builds the method for a run.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
     if objective in OBJECTIVES:
-        raise ValueError(f"objective: {objective!r} is taken")
+        raise ValueError(f"objective: {objective!r} is already registered; choose another name")
     OBJECTIVES[objective] = row
     _METHODS[objective] = method
 
 
 def method_of(parts: MethodParts) -> Method:
-    """Returns the method that the configuration of a run asks for."""
+    """Builds the method that the run's configuration names in `objective`."""
     return _METHODS[parts.config.objective](parts)

@@ -1,1 +1,1 @@
-"""What is trained. Nothing outside this package knows a model's parts."""
+"""The models that are trained. Code outside this package uses them only through `family.Family`."""

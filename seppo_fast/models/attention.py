@@ -1,7 +1,7 @@
-"""Which attention a UNet runs on: PyTorch's own (SDPA) or xformers', one for policy and reference alike.
+"""The choice of attention backend for a UNet: PyTorch's own (SDPA) or xformers, the same for policy and reference.
 
-Both are exact attention by fused kernels, which round differently. Which is faster depends on GPU, shapes and versions,
-so `auto` measures them on the model's own attention layers.
+Both compute exact attention with fused kernels, but round differently. Which is faster depends on GPU, shapes and
+versions, so `auto` times them on the model's own attention layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from seppo_fast.models.fake import UNet, fake_copy
 from seppo_fast.utils.errors import ConfigError
 
 Call = Callable[[nn.Module, int], Any]
-"""(network, rows) -> what it gives for inputs of so many rows, made there."""
+"""(network, rows) -> the network's output; the function makes inputs with that many rows and runs the network."""
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
 # Fused kernels fail where rows x heads, one side of their grid, reaches this (xformers#845, pytorch#142228).
@@ -34,26 +34,25 @@ GRID_LIMIT = 65_536
 
 _PROCESSORS: dict[Backend, type] = {"sdpa": AttnProcessor2_0, "xformers": XFormersAttnProcessor}
 
-# How far two right kernels may lie apart, relative and as a root mean square: a few roundings of the dtype, of TF32 for
-# float32.
+# The largest relative RMS difference between two correct kernels: a few roundings of the dtype (of TF32 for float32).
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 class ChunkedAttention:
-    """A diffusers attention processor that hands another one as many rows at once as fused kernels take.
+    """A diffusers attention processor that splits large batches into chunks that fused kernels can handle.
 
-    A row attends to itself alone, so splitting the rows changes nothing.
+    Each row attends only to itself, so splitting the batch by rows does not change the result.
 
     Args:
-        processor: the one that computes.
-        limit: the rows times heads of each of its calls stay below it.
+        processor: the processor that computes each chunk.
+        limit: an upper bound: rows times heads of each chunk stay below it.
     """
 
     def __init__(self, processor: Callable[..., Tensor], limit: int = GRID_LIMIT) -> None:
         self._processor = processor
         self._limit = limit
 
-    # `Attention` drops what its processor's signature does not name; this one is that of the processors within.
+    # `Attention` passes only arguments that its processor's signature names, so this repeats the inner signature.
     def __call__(
         self,
         attn: Attention,
@@ -70,20 +69,20 @@ class ChunkedAttention:
             return self._processor(attn, *inputs, *args, **kwargs)
         size = max(1, (self._limit - 1) // attn.heads)
         chunks = -(-rows // size)
-        # A mask may have a row for each head of each row.
+        # A mask may have one row per batch row, or one per batch row and head.
         split = [[None] * chunks if x is None else x.split(size * (len(x) // rows)) for x in inputs]
         return torch.cat([self._processor(attn, *chunk, *args, **kwargs) for chunk in zip(*split, strict=True)])
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """A shape in which attention is called.
+    """The shapes of one call of an attention layer.
 
     Attributes:
-        hidden: of what attends: (rows, tokens, channels), or (rows, channels, height, width).
-        context: of what it attends to, (rows, L, D); None where the tokens attend to themselves.
-        heads: among which the inner width is divided.
-        head_dim: width of one head.
+        hidden: the shape of the queries' input: (rows, tokens, channels), or (rows, channels, height, width).
+        context: the shape of the keys' and values' input, (rows, L, D); None for self-attention.
+        heads: the number of heads.
+        head_dim: the width of one head.
     """
 
     hidden: tuple[int, ...]
@@ -98,10 +97,10 @@ class AttentionShape:
 
 
 def set_attention(unet: UNet, backend: Backend) -> None:
-    """Sets the attention of a UNet, with or without a LoRA; batches beyond what its kernels take are split by rows.
+    """Sets the attention backend of a UNet, with or without a LoRA. Batches too large for its kernels are split.
 
     Raises:
-        ValueError: an unknown backend, or attention that is not the plain one and that this would change.
+        ValueError: The backend is unknown, or the UNet has an attention processor other than the plain ones.
         ConfigError: xformers is not installed.
     """
     if backend not in _PROCESSORS:
@@ -109,14 +108,17 @@ def set_attention(unet: UNet, backend: Backend) -> None:
     plain = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChunkedAttention)
     for name, processor in unet.attn_processors.items():
         if type(processor) not in plain:
-            raise ValueError(f"unet: {name} is a {type(processor).__name__}, only plain attention can be replaced")
+            raise ValueError(f"unet: {name} is a {type(processor).__name__}; only plain attention can be replaced")
     if backend == "xformers":
         _require_installed()
     unet.set_attn_processor(_processor(backend))
 
 
 def interleaved_milliseconds(functions: Sequence[Callable[[], Any]]) -> list[float]:
-    """Median time of each function on the current CUDA device; they take turns, so all see the same clock rate."""
+    """Returns the median time of each function on the current CUDA device, in milliseconds.
+
+    The functions take turns, so that all of them see the same clock rate.
+    """
     warm_up, repeats = 3, 11
     events = []
     for turn in range(warm_up + repeats):
@@ -143,24 +145,24 @@ def choose_attention(
     forwards: float = 0.0,
     timer: Timer = interleaved_milliseconds,
 ) -> Backend:
-    """The backend that is wanted; for `auto`, the faster one that works.
+    """Returns the requested backend, or for `auto` the faster one that works.
 
-    On the CPU, and without xformers, `auto` is `sdpa`. Else both backends run a layer of each attention shape of the
-    model, forward and backward. Where xformers raises, or its values are off, `auto` warns and is `sdpa`; else it is
-    whichever takes less time over all layers.
+    On the CPU, or without xformers, `auto` is `sdpa`. Otherwise both backends run one layer of each attention shape in
+    the model, forward and backward. If xformers raises or its values are wrong, `auto` warns and returns `sdpa`; else
+    it returns the backend that takes less time over all layers.
 
     Args:
-        wanted: `sdpa` is taken as it is, and nothing is run; `xformers` is tried.
-        unet: on the device it will run on. Weights and their gradients are left alone.
+        wanted: the requested backend. `sdpa` is returned without running anything; `xformers` is tested first.
+        unet: the UNet, on the device that it will run on. Its weights and gradients are not changed.
         call: runs the UNet, or a copy of it, on a number of rows.
-        rows: of the UNet in one call.
-        device: where it will run.
-        dtype: of the computation; float32 runs without autocast.
-        forwards: rows without gradient for each row with one; sampling is most of SePPO's.
-        timer: takes functions and returns their milliseconds.
+        rows: the number of rows per call of the UNet.
+        device: the device that the UNet will run on.
+        dtype: the dtype of the computation; float32 runs without autocast.
+        forwards: the number of rows without a gradient per row with one; in SePPO most of them come from sampling.
+        timer: a function that runs functions and returns their times in milliseconds.
 
     Raises:
-        ConfigError: `xformers` is wanted, and is not installed or does not work here.
+        ConfigError: `xformers` is requested but not installed, or does not work here.
     """
     if wanted == "xformers":
         require_xformers(device)
@@ -174,7 +176,7 @@ def choose_attention(
         message = f"xformers attention does not work here ({shape}, {dtype}): {problem}"
         if wanted == "xformers":
             raise ConfigError(f"{message}; use sdpa or auto")
-        warnings.warn(f"{message}; sdpa is used", stacklevel=2)
+        warnings.warn(f"{message}; using sdpa instead", stacklevel=2)
         return "sdpa"
     if wanted == "xformers":
         return "xformers"
@@ -188,7 +190,7 @@ def attention_layers(
     rows: int,
     dtype: torch.dtype,
 ) -> dict[AttentionShape, list[str]]:
-    """The names of the UNet's attention layers, by the shape in which its forward calls them; nothing is computed."""
+    """Returns the names of the UNet's attention layers by the shapes of their calls. Nothing is computed."""
     layers: dict[AttentionShape, list[str]] = defaultdict(list)
 
     def recorder(name: str) -> Callable[..., Tensor]:
@@ -218,9 +220,9 @@ def total_milliseconds(
     timer: Timer,
     forwards: float = 0.0,
 ) -> dict[Backend, float]:
-    """Time of all attention layers by backend: forward and backward, and `forwards` more without gradient.
+    """Returns each backend's time for all attention layers: forward, backward and `forwards` gradient-free forwards.
 
-    Of each shape one layer is timed.
+    One layer of each shape is timed, and its time is multiplied by the number of such layers.
     """
     totals: dict[Backend, float] = dict.fromkeys(_PROCESSORS, 0.0)
     for shape, names in layers.items():
@@ -235,7 +237,7 @@ def total_milliseconds(
 
 
 def _xformers_problem(attn: Attention, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-    """What is wrong with xformers for a layer, None where it works."""
+    """Runs xformers on a layer; returns what is wrong with it, or None if it works."""
     tensors = _example(attn, shape, dtype)
     right = _forward_backward(attn, tensors, dtype, "sdpa")
     try:
@@ -251,7 +253,7 @@ def _xformers_problem(attn: Attention, shape: AttentionShape, dtype: torch.dtype
 
 
 def _example(attn: Attention, shape: AttentionShape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Normal hidden states and context as a layer is given them, and a gradient of its output; always the same."""
+    """Returns normally distributed hidden states, context and output gradient for a layer, from a fixed seed."""
     device = attn.to_q.weight.device
     normal = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
     hidden = normal(shape.hidden, requires_grad=True)
@@ -271,7 +273,7 @@ def _forward(
 def _forward_backward(
     attn: Attention, tensors: tuple[Tensor, Tensor | None, Tensor], dtype: torch.dtype, backend: Backend
 ) -> list[Tensor]:
-    """Output of a layer and the gradients of its inputs; those of its weights are not touched."""
+    """Returns a layer's output and the gradients of its inputs, without touching the gradients of its weights."""
     hidden, context, gradient = tensors
     with torch.enable_grad(), torch.autocast(hidden.device.type, dtype, enabled=dtype != torch.float32):
         output = _processor(backend)(attn, hidden, context)
@@ -284,12 +286,12 @@ def _processor(backend: Backend) -> ChunkedAttention:
 
 
 def _has_xformers() -> bool:
-    """Whether the processor of diffusers found xformers, which it looks for once, when it is imported."""
+    """Returns whether diffusers found xformers, for which it looks once, when it is imported."""
     return attention_processor.xformers is not None
 
 
 def require_xformers(device: torch.device) -> None:
-    """Raises ConfigError where xformers is not installed, or does not run on the device."""
+    """Raises ConfigError if xformers is not installed or does not run on the device."""
     _require_installed()
     if device.type != "cuda":
         raise ConfigError(f"model.attention = xformers runs on CUDA, not on {device.type}; use sdpa or auto")

@@ -1,4 +1,4 @@
-"""The one forward of policy and references, in training and in sampling, and what is done with samples."""
+"""The forward that policy and references share, in training and in sampling, and the round trip through pixels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from seppo_fast.utils.errors import NonFiniteError
 
 
 class Denoiser:
-    """Calls a family's network in the compute dtype.
+    """Runs networks of a family in the compute dtype.
 
     Args:
-        family: how the network is called.
+        family: the model family, which knows how to call its network.
         dtype: the compute dtype; float32 runs without autocast.
     """
 
@@ -27,25 +27,28 @@ class Denoiser:
         self._dtype = dtype
 
     def autocast(self) -> torch.autocast:
-        """Returns the mode that every forward runs in."""
+        """Returns the autocast context that every forward runs in."""
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the model's prediction `(B, *latent)`; its dtype is the compute dtype."""
+        """Returns the model's prediction `(B, *latent)` in the compute dtype; see `Family.denoise`."""
         with self.autocast():
             return self._family.denoise(model, latents, times, conditioning)
 
     def sample(
         self, model: nn.Module, sampler: Sampler, noise: Tensor, conditioning: Conditioning, uncond: Conditioning
     ) -> Tensor:
-        """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` (all where it is None) at a time.
+        """Generates guided samples in batches of `sampler.config.batch` (all at once if it is None).
 
         Args:
-            model: the reference, or any network of the family.
-            sampler: solver and guidance.
-            noise: `(B, *latent)` float32.
-            conditioning: B rows, of the pairs' own prompts, never the dropped one.
-            uncond: one row, of the empty prompt.
+            model: the network to sample from: the reference, or any other network of the family.
+            sampler: the solver and guidance to use.
+            noise: the initial noise: `(B, *latent)` float32.
+            conditioning: B rows, one per sample; of the pair's own prompt even where training drops it.
+            uncond: one row, for the empty prompt.
+
+        Returns:
+            The samples: `(B, *latent)` float32 on the CPU.
         """
         size, device = sampler.config.batch or len(noise), self.device
 
@@ -53,38 +56,42 @@ class Denoiser:
             return self.denoise(model, latents, times, rows)
 
         batches = zip(noise.split(size), conditioning.split(size), strict=True)
-        with self.autocast():  # around all steps, so that weights are cast once and not at each
+        with self.autocast():  # around all steps, so that autocast's cache casts each weight once, not once per step
             return torch.cat(
                 [sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu() for x, rows in batches]
             )
 
     @torch.no_grad()
     def through_pixels(self, latents: Tensor) -> Tensor:
-        """Returns latents `(B, *latent)` float32 on the CPU: what the data cache would hold of the samples' pictures.
+        """Decodes samples to pixels and encodes them again, as if they were pictures or clips of the data set.
 
-        Samples are decoded to 8-bit pictures or clips and encoded, by the family's own functions and in the cache's
-        batches, since rounding depends on a batch's size. The encoders are parked again, also where memory is short.
+        Samples are decoded to 8 bits and encoded by the family's own functions, in batches of the size that filling the
+        cache uses, since rounding depends on the batch size. The encoders are parked afterwards, even after an error
+        such as running out of memory.
 
         Args:
             latents: samples `(B, *latent)`.
 
+        Returns:
+            The latents `(B, *latent)`, float32 on the CPU, that the data cache would hold for these pictures.
+
         Raises:
-            NonFiniteError: samples or their encoded pictures are not finite.
+            NonFiniteError: Samples, or the latents of their pictures, are not finite.
         """
         made = []
         try:
             for batch in latents.split(encoded_at_once(self._family.frames)):
-                # In the layout that decoded files have: convolutions round by it.
+                # The memory layout of decoded picture files; the rounding of convolutions depends on the layout.
                 pictures = np.array(self._family.decode(batch), order="C")
                 made.append(self._family.encode_images(torch.from_numpy(pictures)).float().cpu())
         finally:
             self._family.park_encoders()
         encoded = torch.cat(made)
-        assert encoded.shape == latents.shape, "encode_images must give pictures the shape that decode takes"
-        # In 8 bits a sample that is not finite looks like any other.
+        assert encoded.shape == latents.shape, "encode_images must return latents of the shape that decode accepts"
+        # A non-finite sample still decodes to valid 8-bit pixels, so the samples themselves are checked as well.
         if not (torch.isfinite(latents).all() and torch.isfinite(encoded).all()):
             raise NonFiniteError(
-                "sampler.round_trip: samples or their encoded pictures are not finite. Set model.precision to fp32 or "
-                "use another VAE."
+                "sampler.round_trip: samples or the latents of their pictures are not finite. Set model.precision to "
+                "fp32 or use another VAE."
             )
         return encoded

@@ -1,6 +1,6 @@
-"""The encoders that pipelines are made of: a CLIP text encoder, and the VAE of pictures.
+"""The encoders of a pipeline: a CLIP text encoder, and the VAE of pictures.
 
-A family holds those that it needs; each is parked on the CPU until it is called.
+A family holds the ones it needs. Each stays on the CPU until it is called.
 
 Shape legend: B pictures or prompts, H x W pixels, C x h x w a latent, L tokens, D embedding width.
 """
@@ -23,17 +23,17 @@ from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.models.family import Coder
 
 PROMPT_EMBEDS = "prompt_embeds"
-"""The name of the text embeddings `(B, L, D)` in a `Conditioning`, as diffusers' pipelines call them."""
+"""The name of the text embeddings `(B, L, D)` in a `Conditioning`; diffusers' pipelines use the same name."""
 
 
 class ClipText:
     """A CLIP tokenizer and text encoder.
 
     Args:
-        tokenizer: its `model_max_length` is the length of every prompt's embedding.
-        encoder: in float32.
-        device: where it computes.
-        dtype: in which it computes, and of what it gives.
+        tokenizer: the tokenizer; its `model_max_length` is the number of tokens of every prompt's embedding.
+        encoder: the text encoder, in float32.
+        device: the device that the encoder computes on.
+        dtype: the dtype of the computation and of the embeddings.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class ClipText:
 
     @property
     def length(self) -> int:
-        """Tokens of every prompt's embedding."""
+        """The number of tokens of every prompt's embedding."""
         return self._tokenizer.model_max_length
 
     @property
     def width(self) -> int:
-        """Of an embedding."""
+        """The width of an embedding."""
         return self._encoder.config.hidden_size
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """One row a prompt; prompts longer than the encoder takes are truncated, as diffusers' pipelines do."""
+        """Returns one row per prompt, on the CPU. Longer prompts are truncated, as in diffusers' pipelines."""
         self._encoder.to(self._device)
         tokens = self._tokenizer(
             list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
@@ -64,18 +64,18 @@ class ClipText:
         return [Conditioning({PROMPT_EMBEDS: row}) for row in embeds.to(self._dtype).cpu().split(1)]
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
-        """Those of the prompts that `encode` truncates."""
+        """Returns the prompts that `encode` truncates."""
         lengths = [len(ids) for ids in self._tokenizer(list(prompts), verbose=False).input_ids] if prompts else []
         return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.length]
 
     def park(self) -> None:
-        """Moves it off the device."""
+        """Moves the encoder to the CPU."""
         self._encoder.to("cpu")
 
     def fingerprint(self) -> dict[str, str]:
-        """Digests of encoder and tokenizer."""
+        """Returns digests of encoder and tokenizer."""
         tokenizer = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        # How the last call padded and truncated is kept there too, and is not part of what the tokenizer is.
+        # The JSON also records how the last call padded and truncated, which is not a property of the tokenizer.
         tokenizer |= {"padding": None, "truncation": None, "max_length": self.length}
         return {
             "text_encoder": digest(self._encoder),
@@ -85,7 +85,8 @@ class ClipText:
     def save(self, folder: Path) -> None:
         """Writes the encoder's weights under the names that every version of transformers reads.
 
-        Up to 5.5 it fills those that a CLIPTextModel has since 5.6 with random numbers.
+        transformers up to 5.5 does not know the names that 5.6 gives a CLIPTextModel, and would fill these weights with
+        random numbers.
         """
         state = self._encoder.state_dict()
         weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in state.items()}
@@ -93,23 +94,23 @@ class ClipText:
 
 
 class PictureVae:
-    """An AutoencoderKL; of clips each frame is a picture.
+    """An AutoencoderKL for pictures. Clips are encoded and decoded frame by frame.
 
     Args:
-        vae: in float32.
-        device: where it computes.
-        dtype: in which it computes, and of the latents that it gives.
+        vae: the VAE, in float32.
+        device: the device that the VAE computes on.
+        dtype: the dtype of the computation and of the latents.
     """
 
     def __init__(self, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
         self._vae = vae
         self._device, self._dtype = device, dtype
         self.downscale = 2 ** (len(vae.config.block_out_channels) - 1)
-        vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU too
+        vae.to(memory_format=torch.channels_last)  # makes convolutions faster, on a CPU too
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents `(B, C, h, w)` of uint8 pictures `(B, H, W, 3)`: the mode of the VAE's posterior.
+        """Encodes uint8 pictures `(B, H, W, 3)` to scaled latents `(B, C, h, w)`: the mode of the VAE's posterior.
 
         The mode, not a sample: the cache holds one latent per picture, and the posterior's spread is tiny.
         """
@@ -121,14 +122,14 @@ class PictureVae:
 
     @torch.no_grad()
     def encode_clips(self, clips: Tensor) -> Tensor:
-        """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`, about a megapixel at a time."""
+        """Encodes uint8 clips `(B, F, H, W, 3)` to scaled latents `(B, C, F, h, w)`, about a megapixel at a time."""
         frames = clips.flatten(0, 1)
         latents = torch.cat([self.encode(chunk) for chunk in frames.split(_megapixel(*frames.shape[1:3]))])
         return latents.unflatten(0, clips.shape[:2]).transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Pictures `(B, H, W, 3)` uint8 of scaled latents `(B, C, h, w)`, about a megapixel at a time."""
+        """Decodes scaled latents `(B, C, h, w)` to uint8 pictures `(B, H, W, 3)`, about a megapixel at a time."""
         self._vae.to(self._device)
         scaled = (latents / self._vae.config.scaling_factor).to(self._device)
         with _autocast(self._device, self._dtype):
@@ -136,7 +137,7 @@ class PictureVae:
         return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
     def decode_clips(self, latents: Tensor) -> np.ndarray:
-        """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`, about a megapixel at a time."""
+        """Decodes scaled latents `(B, C, F, h, w)` to uint8 clips `(B, F, H, W, 3)`, about a megapixel at a time."""
         pixels = self.decode(latents.transpose(1, 2).flatten(0, 1))
         return pixels.reshape(len(latents), latents.shape[2], *pixels.shape[1:])
 
@@ -145,7 +146,7 @@ class PictureVae:
         return Coder(self._vae, self._there_and_back)
 
     def _there_and_back(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
-        """See `Coder`; of clips it returns frames."""
+        """Implements `Coder.there_and_back`; for clips, it returns the latents of their frames."""
         clips = latents.dim() == 5
         pixels = self._decoded(vae, latents.transpose(1, 2).flatten(0, 1) if clips else latents)
         rows = _megapixel(*pixels.shape[2:]) if clips else len(pixels)
@@ -157,16 +158,16 @@ class PictureVae:
         return torch.cat([vae.decode(chunk).sample.float().cpu() for chunk in latents.split(rows)])
 
     def park(self) -> None:
-        """Moves it off the device."""
+        """Moves the VAE to the CPU."""
         self._vae.to("cpu")
 
     def fingerprint(self) -> dict[str, str]:
-        """Digest of the weights, and the factor of the latents."""
+        """Returns a digest of the weights, and the scaling factor of the latents."""
         return {"vae": digest(self._vae), "scaling_factor": str(self._vae.config.scaling_factor)}
 
 
 def _megapixel(height: int, width: int) -> int:
-    """Returns how many pictures of this size make about a megapixel, at least one."""
+    """Returns how many pictures of this size have about a megapixel together; at least one."""
     return max(1, 2**20 // (height * width))
 
 
@@ -175,7 +176,7 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def digest(module: nn.Module) -> str:
-    """sha256 of all names, shapes, dtypes and values of a module."""
+    """Returns the SHA-256 of the names, shapes, dtypes and values in a module's state dict."""
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
@@ -185,9 +186,10 @@ def digest(module: nn.Module) -> str:
 
 
 def digest_of_parts(*parts: Any) -> str:
-    """sha256 of parts: modules by their weights, settings by their values.
+    """Returns the SHA-256 of several parts: of modules by their weights, of mappings of settings by their values.
 
-    Settings that begin with an underscore are left out: they say where they were loaded from, and by which version.
+    Settings whose name begins with an underscore are ignored: they record where and with which version of a library the
+    part was made.
     """
     lines = []
     for part in parts:

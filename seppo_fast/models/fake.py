@@ -1,4 +1,4 @@
-"""Copies of a network without its data: to count what a call takes, or to know its structure."""
+"""Copies of a network without its data, to count what a call costs or to hold its structure."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 UNet = UNet2DConditionModel | UNetMotionModel
-"""The networks of diffusers whose attention and checkpointing are known."""
+"""The diffusers networks whose attention and checkpointing this package handles."""
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
-    """A copy without data, on the CPU, to be made and called under a `FakeTensorMode`; its attention is PyTorch's.
+    """Returns a copy without data on the CPU, with PyTorch's attention. Make and call it under a `FakeTensorMode`.
 
-    Shapes, dtypes, memory format, adapters and the marks of trained weights are those of `model`. Gradients and
-    compiled calls are not copied.
+    The copy has the shapes, dtypes, memory format, adapters and `requires_grad` flags of `model`, but neither its
+    gradients nor its compiled calls.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     fake = copy.deepcopy(model, {id(tensor): _fake_like(tensor) for tensor in tensors})
     if isinstance(fake, UNet):
         fake.set_attn_processor(AttnProcessor2_0())
         if fake.is_gradient_checkpointing:
-            # By default it restores the state of the random generators, which is data.
+            # By default, checkpointing saves and restores the state of random generators, which needs real tensors.
             again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             fake.enable_gradient_checkpointing(again)
     return fake
@@ -41,7 +41,7 @@ def _fake_like(tensor: Tensor) -> Tensor:
 
 
 def empty_copy(model: nn.Module) -> nn.Module:
-    """A copy on `meta`."""
+    """Returns a copy on the `meta` device."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): _meta_like(tensor) for tensor in tensors})
 
@@ -52,10 +52,10 @@ def _meta_like(tensor: Tensor) -> Tensor:
 
 
 def follow_cuda(model: nn.Module) -> None:
-    """Lets a fake model on the CPU do what CUDA does otherwise, where that costs memory.
+    """Makes a fake model on the CPU use as much memory as on CUDA, where the two differ.
 
-    Autocast computes norms and nearest-neighbour upsampling in float32 there (of torch's list of such operations, what
-    a UNet uses), and group norm copies channels_last to contiguous memory.
+    On CUDA, autocast runs norms and nearest-neighbour upsampling in float32 (of all operations on torch's list of such,
+    those that a UNet uses), and group norm copies channels_last inputs to contiguous memory.
     """
 
     def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a model family is to the rest: one small class a family, and nothing outside `models/` knows its parts."""
+"""The interface of a model family. Code outside `models/` calls a model only through it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from seppo_fast.models.recompute import recompute_units
 from seppo_fast.utils.errors import ConfigError
 
 Inputs = Callable[[int], tuple[Tensor, Tensor, Conditioning]]
-"""rows -> latents, times and conditioning of so many rows, on the CPU"""
+"""number of rows -> latents, times and conditioning with that many rows, on the CPU"""
 
 
 class JointParts(NamedTuple):
-    """The parts of a network by which policy and reference can share a forward; see `methods.joint_forward`.
+    """The parts of a network that let policy and reference share one forward; see `methods.joint_forward`.
 
     Attributes:
-        blocks: run in turn, each on all rows; a LoRA may lie in these.
-        tail: run one after the other at the end.
-        row_layers: linear layers, anywhere, whose input has one row a sample and no more.
+        blocks: the blocks of the network, in the order in which they run, each on all rows. Every LoRA layer must be
+            in one of them.
+        tail: the modules that run after the blocks, in order.
+        row_layers: the linear layers, anywhere in the network, whose input has exactly one row per sample.
     """
 
     blocks: Sequence[nn.Module]
@@ -40,12 +41,12 @@ class JointParts(NamedTuple):
 
 
 class Coder(NamedTuple):
-    """The network between latents and pixels, for counting what it takes.
+    """The network that converts between latents and pixels (a VAE), for estimates of its memory and compute.
 
     Attributes:
-        network: what `Family.decode` and `Family.encode_images` run.
-        there_and_back: decodes latents `(B, *latent)` and encodes the pixels, by the network or a copy of it, in the
-            batches of those two and without their rounding to 8 bits.
+        network: the module that `Family.decode` and `Family.encode_images` run.
+        there_and_back: decodes latents `(B, *latent)` and encodes the pixels again, with the network or a copy of it.
+            It uses the batch sizes of `decode` and `encode_images`, but does not round pixels to 8 bits.
     """
 
     network: nn.Module
@@ -53,26 +54,28 @@ class Coder(NamedTuple):
 
 
 class Family(ABC):
-    """A loaded model, seen as what training, sampling and export ask of it.
+    """A loaded model with everything that training, sampling and export need from it.
 
-    A family sets `model`, `schedule`, `device` and `dtype`, and defines what is abstract here; the rest has defaults
-    that fit a plain network. What takes a `model` is asked of `Family.model` or of a copy of it: a reference, shards,
-    a copy without data.
+    To add a model, write a subclass that sets `model`, `schedule`, `device` and `dtype` in its constructor and
+    implements the abstract methods; the defaults of the other methods fit a plain network. Register it with
+    `models.registry.register`.
+
+    Methods with a `model` parameter are called with `Family.model` or with a copy of it: a reference, a sharded model,
+    or a copy without data. They must use that argument, not `self.model`.
 
     Attributes:
-        pipelines: class names in `model_index.json`, by which the registry finds the family.
-        recomputed: classes of modules that gradient checkpointing recomputes as a whole.
-        sharded: classes of modules whose weights are gathered as a whole when the model is in shards.
-        compiled: classes of the modules that repeat, which torch.compile takes one by one.
-        memory_format: of the network, where all of its weights may lie as they like.
-        makes_clips: whether its samples are clips.
-        has_comfyui_names: whether ComfyUI can name the layers of its LoRA.
-        frames: of a clip; None where the model makes pictures.
-        model: the network that is trained.
-        schedule: what it regresses on.
-        device: where everything is computed.
-        dtype: in which the encoders compute and the cache is kept; the network's weights are float32, so that what is
-            saved is what was loaded.
+        pipelines: the values of `_class_name` in `model_index.json` by which the registry finds the family.
+        recomputed: the module classes that gradient checkpointing recomputes as a whole.
+        sharded: the module classes whose weights are gathered as a whole when the model is sharded.
+        compiled: the classes of the repeated blocks; torch.compile compiles each such block separately.
+        memory_format: the memory format of the network's weights, unless sharding or 8-bit AdamW needs contiguous ones.
+        makes_clips: whether samples are clips rather than pictures.
+        has_comfyui_names: whether ComfyUI has key names for a LoRA on this network; see `comfyui_lora`.
+        frames: the number of frames per clip; None if the model makes pictures.
+        model: the network to train, with float32 weights, so that saving an untrained model writes the loaded values.
+        schedule: the forward process (noising) and the regression target.
+        device: the device that everything is computed on.
+        dtype: the dtype in which the encoders compute and in which the cache stores their outputs.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -92,23 +95,23 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def of_config(cls, config: Config, device: torch.device, dtype: torch.dtype) -> Family:
-        """Loads the model of a configuration; its network stays on the CPU until it is trained or called.
+        """Loads the model that a configuration names. The network stays on the CPU until it is trained or called.
 
         Args:
-            config: the configuration; `model.path` is a folder, a hub id or an embedded model.
-            device: where everything is to be computed.
-            dtype: of the encoders and the cache.
+            config: the run's configuration; `model.path` is a folder, a hub id or the name of an embedded model.
+            device: the device on which everything will be computed.
+            dtype: the dtype of the encoders' computation and of the cache.
 
         Raises:
-            ConfigError: nothing there, another kind of model, weights that are not safetensors, damaged files.
+            ConfigError: The model does not exist, is another kind of model, has no safetensors weights, or is damaged.
         """
 
     @classmethod
     def validate(cls, config: Config) -> None:
-        """Refuses settings that do not go with this family, before anything is loaded.
+        """Checks before anything is loaded that this family supports the configuration's settings.
 
         Raises:
-            ConfigError: what does not fit, and what to do.
+            ConfigError: A setting is not supported. The message names it and says what to do.
         """
         lacks = {
             "model.train = lora": config.model.train == "lora" and _is_default(cls, "lora_targets"),
@@ -121,90 +124,102 @@ class Family(ABC):
         }
         for setting, is_lacking in lacks.items():
             if is_lacking:
-                raise ConfigError(f"{setting}: {cls.__name__} has no parts for that; leave it out")
+                raise ConfigError(f"{setting}: {cls.__name__} does not support this; change the setting")
         if not cls.makes_clips:
             _refuse_settings_of_clips(config)
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Returns the shape of the latent of a picture (or clip) of `resolution` x `resolution` pixels.
+        """Returns the shape of one latent, for a picture (or clip) of `resolution` x `resolution` pixels.
 
         Raises:
-            ConfigError: a resolution that the model does not take.
+            ConfigError: The model does not support this resolution.
         """
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Returns scaled latents `(B, *latent)` of uint8 pictures `(B, H, W, 3)` or clips `(B, F, H, W, 3)`."""
+        """Encodes uint8 pictures `(B, H, W, 3)` or clips `(B, F, H, W, 3)` to scaled latents `(B, *latent)`."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
-        """Returns one row for each prompt, on the CPU, as long as the prompt needs; the empty one is unconditional."""
+        """Encodes prompts; the empty prompt is the unconditional one of guidance.
+
+        Returns:
+            One `Conditioning` with a single row per prompt, on the CPU. Rows may differ in length; see `collate`.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Returns pictures `(B, H, W, 3)` or clips `(B, F, H, W, 3)`, uint8, of scaled latents `(B, *latent)`."""
+        """Decodes scaled latents `(B, *latent)` to uint8 pictures `(B, H, W, 3)` or clips `(B, F, H, W, 3)`."""
 
     @abstractmethod
     def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the network's prediction `(B, *latent)` of latents `(B, *latent)` at times `(B,)`."""
+        """Runs the network on latents `(B, *latent)` at times `(B,)`; returns its prediction `(B, *latent)`."""
 
     @abstractmethod
     def solver(self, config: SamplerConfig, latent_shape: Sequence[int]) -> Solver:
-        """Returns a new solver for latents of a shape.
+        """Returns a new solver for one batch of latents, each of shape `latent_shape`.
 
         Raises:
-            ConfigError: settings that this model's schedule does not take.
+            ConfigError: This model's schedule does not support the sampler's settings.
         """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """Returns digests of all that decides what the encoders write: weights, tokenizer, dtype."""
+        """Returns digests of everything that determines the encoders' outputs: weights, tokenizer, dtype.
+
+        A cache of latents and embeddings is valid only for a model with the same fingerprint.
+        """
 
     @abstractmethod
     def identity(self) -> str:
-        """Returns a digest of all that decides what the network predicts and how it is sampled."""
+        """Returns a digest of everything that determines the network's predictions and how they are sampled."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the model as it is now, as a folder that `of_config` and the library it comes from can read."""
+        """Writes the model's current weights to a folder that `of_config` and the model's own library can load."""
 
     def collate(self, rows: Sequence[Conditioning]) -> Conditioning:
-        """Returns single rows as one batch; a family whose rows differ in length pads them, by their lengths alone.
+        """Combines conditionings into one batch. Override it if rows can differ in length, and pad them.
 
-        Rows of equal shapes may be put together without it.
+        The padding may depend only on the rows' lengths. Rows of equal shapes may also be concatenated without a call
+        to this method.
         """
         return Conditioning.cat(rows)
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """Returns the guided prediction; classifier-free guidance."""
+        """Combines both predictions into the guided one; by default with classifier-free guidance."""
         return classifier_free(conditional, unconditional, scale)
 
     def sampler(self, config: SamplerConfig, latent_shape: Sequence[int]) -> Sampler:
-        """Returns how samples are made; raises ConfigError where latents of this shape cannot be sampled so."""
+        """Returns the sampler that the settings describe.
+
+        Raises:
+            ConfigError: Latents of this shape cannot be sampled with these settings.
+        """
         self.solver(config, latent_shape)
         return Sampler(config, partial(self.solver, config), self.guide)
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
-        """Returns those of the prompts of which `encode_prompts` sees only the beginning."""
+        """Returns the prompts that `encode_prompts` truncates."""
         return []
 
-    def park_encoders(self) -> None:  # noqa: B027 - most families have some, none must
-        """Moves the encoders off the device; training reads their work from the cache."""
+    def park_encoders(self) -> None:  # noqa: B027 - optional: a family may have no encoders
+        """Moves the encoders to the CPU. Training does not need them: it reads their outputs from the cache."""
 
     def coder(self) -> Coder | None:
-        """Returns what decodes and encodes; None where it is no network, or too small to be counted."""
+        """Returns the network that decodes and encodes; None if there is no such network or its cost is negligible."""
         return None
 
     def example_row(self) -> Conditioning:
-        """Returns one row of conditioning, whose shapes are all that counts; encoded once."""
+        """Returns one row of conditioning, of which only the shapes and dtypes matter; encoded at the first call."""
         if self._example is None:
             self._example = self.encode_prompts([""])[0]
             self.park_encoders()
         return self._example
 
     def example_inputs(self, resolution: int) -> Inputs:
-        """Returns what makes the inputs of `denoise` for any number of rows: zeros of the right shapes, on the CPU."""
+        """Returns a function that makes inputs of `denoise` for a given number of rows: zeros, on the CPU."""
         latent_shape, dtype = self.latent_shape(resolution), self.schedule.dtype
         row = self.example_row()
 
@@ -215,63 +230,67 @@ class Family(ABC):
         return inputs
 
     def empty(self) -> nn.Module:
-        """Returns a network of the same structure on `meta`, in float32 and with nothing trained."""
+        """Returns the network without data: on the `meta` device, in float32, as it is before `make_trainable`."""
         return empty_copy(self.model)
 
     @classmethod
     def lora_targets(cls, model: nn.Module, where: LoraPlace) -> list[str]:
-        """Returns names, or their ends, of the layers that get a LoRA.
+        """Returns the names, or suffixes of names, of the layers that get a LoRA (peft's `target_modules`).
 
         Raises:
-            ConfigError: the family has none.
+            ConfigError: The family does not support LoRA.
         """
         raise ConfigError(f"model.train = lora: {cls.__name__} has no layers for a LoRA; use full")
 
     @classmethod
     def recompute(cls, model: nn.Module) -> None:
-        """Turns gradient checkpointing on, in place."""
+        """Turns on gradient checkpointing in place."""
         recompute_units(model, cls.recomputed)
 
     @classmethod
     def joint_parts(cls, model: nn.Module) -> JointParts:
-        """Returns what `reference.errors = together` runs.
+        """Returns the parts of the network that `reference.errors = together` runs.
 
         Raises:
-            ConfigError: the family has no such parts.
+            ConfigError: The family does not support it.
         """
-        raise ConfigError(f"reference.errors = together is not possible with {cls.__name__}; use ahead")
+        raise ConfigError(f"reference.errors = together is not supported by {cls.__name__}; use ahead")
 
     def set_attention(self, model: nn.Module, backend: Attention) -> None:
-        """Sets the attention of the network.
+        """Sets the network's attention backend.
 
         Raises:
-            ConfigError: a backend that the family does not have.
+            ConfigError: The family does not support this backend.
         """
         if backend != "sdpa":
-            raise ConfigError(f"model.attention = {backend}: {type(self).__name__} has its own; use sdpa")
+            raise ConfigError(f"model.attention = {backend} is not supported by {type(self).__name__}; use sdpa")
 
     def choose_attention(self, wanted: AttentionChoice, model: nn.Module, **circumstances: Any) -> Attention:
-        """Returns the backend that is wanted, or for `auto` the faster one; see `models.attention`."""
+        """Returns the requested backend, or the faster one for `auto`; see `models.attention.choose_attention`."""
         return "xformers" if wanted == "xformers" else "sdpa"
 
     def set_temporal_attention(self, model: nn.Module, backend: TemporalAttention) -> None:  # noqa: B027
-        """Sets the attention over the frames of a clip, where there is one."""
+        """Sets the backend of the attention over a clip's frames; does nothing if the network has none."""
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Writes a LoRA, as a folder that the model's library reads."""
+        """Writes a LoRA's weights to a folder that the model's own library can load."""
         raise ConfigError(f"{type(self).__name__} has no format for a LoRA; use --format diffusers")
 
     def load_lora(self, folder: Path) -> None:
-        """Puts a LoRA that `save_lora` wrote onto the network."""
+        """Adds a LoRA that `save_lora` wrote to the network."""
         raise ConfigError(f"{type(self).__name__} has no format for a LoRA")
 
     def merge_lora(self) -> None:
-        """Adds the LoRA to the weights that it lies on, and removes it."""
+        """Merges the LoRA into the base weights and removes its layers."""
         raise ConfigError(f"{type(self).__name__} has no LoRA to merge")
 
     def comfyui_lora(self, weights: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Returns a LoRA under the names that ComfyUI reads, and the metadata of its file."""
-        raise ConfigError(f"ComfyUI has no key names of its own for {type(self).__name__}; use --format lora")
+        """Returns a LoRA's weights under ComfyUI's key names, and the metadata to write into the file.
+
+        Raises:
+            ConfigError: ComfyUI has no key names for this family.
+        """
+        raise ConfigError(f"ComfyUI has no key names for a LoRA of {type(self).__name__}; use --format lora")
 
 
 def _is_default(family: type[Family], name: str) -> bool:
@@ -286,10 +305,10 @@ def _refuse_settings_of_clips(config: Config) -> None:
             value = getattr(settings, name)
             if value != type(settings).model_fields[name].default:
                 raise ConfigError(
-                    f"{section}.{name} = {value!r} is for clips: give model.motion_adapter, or leave it out"
+                    f"{section}.{name} = {value!r} is for clips only: set model.motion_adapter, or remove this setting"
                 )
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:
-    """Of a floating-point condition float32, whatever it is stored in: autocast casts it where it is used."""
+    """Returns the dtype in which conditioning enters the network: float32 for any float, since autocast casts it."""
     return torch.float32 if dtype.is_floating_point else dtype

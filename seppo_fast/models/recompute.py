@@ -1,8 +1,9 @@
-"""Gradient checkpointing: activations are made again in the backward instead of being kept.
+"""Gradient checkpointing: activations are recomputed in the backward instead of being stored.
 
-diffusers marks the places itself, and for pictures these are taken as they are. Of a UNet with motion modules it leaves
-most of those out, and in attention it keeps what lies between the transformer blocks. So there each residual unit, a
-resnet, a spatial transformer or a motion module, is recomputed as a whole, and little more than its input is kept.
+UNets for pictures use the checkpointing of diffusers unchanged. In a UNet with motion modules, diffusers does not
+checkpoint most of those modules, and in attention it keeps the activations between the transformer blocks. There,
+each residual unit (a resnet, a spatial transformer or a motion module) is therefore recomputed as a whole, which keeps
+little more than its input.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed:
-    """Stands in a module's place of `forward`; a copy of the module gets one of its own.
+    """Replaces a module's `forward` by one that recomputes it in the backward. Copying the module copies this too.
 
     Args:
-        forward: the module's own. It must draw no random numbers: their state is not kept.
+        forward: the module's own forward. It must draw no random numbers: the random state is not restored.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -28,14 +29,19 @@ class Recomputed:
         self.on = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives."""
+        """Returns the output of the module's own forward."""
         if not (self.on and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
         return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def recompute_units(model: nn.Module, units: tuple[type[nn.Module], ...]) -> None:
-    """Recomputes modules of these classes as wholes, in place, of a network in eval mode; all keeps its bits."""
+    """Turns on recomputation of each module of these classes as a whole, in place. It changes no bit of the results.
+
+    Args:
+        model: the network, in eval mode.
+        units: the classes of the modules.
+    """
     for module in model.modules():
         if isinstance(module, units):
             module.forward = Recomputed(module.forward)
@@ -43,7 +49,7 @@ def recompute_units(model: nn.Module, units: tuple[type[nn.Module], ...]) -> Non
 
 @contextmanager
 def without_recomputation(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Inside, nothing is recomputed in these modules."""
+    """Turns recomputation in these modules off inside the context."""
     flagged: list[Any] = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
     units = [module.forward for module in modules if isinstance(module.forward, Recomputed) and module.forward.on]
     try:

@@ -1,15 +1,17 @@
-"""Attention over the frames of a clip, and motion modules that leave a clip's frames where they lie in memory.
+"""Attention over the frames of a clip, and motion modules that do not transpose a clip's features in memory.
 
-The motion modules of diffusers turn the features of a clip, (B F, C, H, W), into tokens (B H W, F, C) and back. Where
-features are channels_last, tokens (B, F, P, C), P = H W, are a view of them. Norms, linear layers and the feed-forward
-take each token by itself, so only the positional embedding and the attention need to know which dim the frames are. A
-processor alone cannot do this: the turn is made before it, in the module. So module and blocks get a forward of their
-own, which gives the same values; attention reads its inputs by their strides, see `kernels/temporal_attention.py`.
+The motion modules of diffusers transpose the features of a clip, (B F, C, H, W), to tokens (B H W, F, C) and back. If
+features are channels_last, tokens (B, F, P, C) with P = H W are a view of them. Norms, linear layers and the
+feed-forward treat each token by itself, so only the positional embedding and the attention need to know which dim holds
+the frames. An attention processor alone cannot avoid the transposes, because the module makes them before it calls the
+processor. So modules and blocks get a forward of their own, which computes the same values. Attention reads its inputs
+by their strides; see `kernels/temporal_attention.py`.
 
-Elements that a module's forward copies or divides by one and this does not, for N = B F P C: 4 N in the two turns, 4 N
-in the divisions behind its two attentions; in the backward as much again. What comes out stays channels_last, so that
-the convolution behind it need not turn it either (2 N). On CUDA, PyTorch's GroupNorm makes its input contiguous and
-leaves it so, in both: there one of the two turns, 2 N, remains, in the dtype of the linear layer.
+For N = B F P C, diffusers' forward of a module reads and writes these elements and this one does not: 4 N for the two
+transposes, and 4 N for the divisions by one after its two attentions; as much again in the backward. The output stays
+channels_last, so the convolution after it needs no transpose either (2 N). On CUDA, in both versions, PyTorch's
+GroupNorm makes its input contiguous and returns it so: one of the two transposes, 2 N, remains, in the dtype of the
+linear layer.
 """
 
 from __future__ import annotations
@@ -37,21 +39,25 @@ TemporalBackend = Literal["sdpa", "triton", "torch"]
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto") -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v` over the F frames of B clips, at each of P positions and in each of H heads.
+    """Computes `softmax(q k^T / sqrt(D)) v` over the F frames of B clips, at each of P positions, in each of H heads.
+
+    The inputs are read in place, without copies. Each may have its own strides, except that the last dim must have
+    stride 1.
 
     Args:
-        q: (B, F, P, H, D) float32, bfloat16 or float16; F up to 32, D up to 160. Any strides, but the elements of a
-            head lie side by side; it is read where it lies.
-        k: as `q`, at strides of its own.
-        v: as `q`, at strides of its own.
-        backend: `torch`; `triton`; or `auto`: triton for CUDA tensors where it is installed, else torch.
+        q: the queries: (B, F, P, H, D) float32, bfloat16 or float16, with F up to 32 and D up to 160.
+        k: the keys, of the same shape, dtype and device.
+        v: the values, of the same shape, dtype and device.
+        backend: `torch`, `triton` or `auto`, which uses Triton for CUDA tensors if Triton is installed and the GPU has
+            compute capability 8.0 or newer, else PyTorch.
 
     Returns:
-        (B, F, P, H, D) of the same dtype; by triton in the layout of `q`. Differentiable in all three.
+        (B, F, P, H, D) of the same dtype, in the memory layout of `q` if Triton computes it. Differentiable in all
+        three inputs.
 
     Raises:
-        ValueError: a shape, dtype, device or stride that is not one of these, an unknown backend, or one that cannot
-            run on the device.
+        ValueError: A shape, dtype, device or stride is not supported; the backend is unknown or cannot run on the
+            device.
     """
     _check_inputs(q, k, v)
     if kernels_for(backend, q.device) is eager:
@@ -64,19 +70,19 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend = "auto
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensor("q", q)
     if q.ndim != 5 or q.numel() == 0:
-        raise ValueError(f"q: a shape (B, F, P, H, D), nowhere empty, is needed, got {tuple(q.shape)}")
+        raise ValueError(f"q: expected a non-empty tensor (B, F, P, H, D), got shape {tuple(q.shape)}")
     if q.dtype not in _DTYPES:
-        raise ValueError(f"q: float32, bfloat16 or float16 is needed, got {q.dtype}")
+        raise ValueError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
     if q.shape[1] > MOST_FRAMES or q.shape[4] > MOST_WIDTH:
         raise ValueError(
-            f"q: at most {MOST_FRAMES} frames and heads of at most {MOST_WIDTH} are possible, got {q.shape[1]} frames "
-            f"and heads of {q.shape[4]}"
+            f"q: at most {MOST_FRAMES} frames and a head width of at most {MOST_WIDTH} are supported, got "
+            f"{q.shape[1]} frames and a head width of {q.shape[4]}"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
             raise ValueError(
-                f"{name}: {tuple(q.shape)} {q.dtype} on {q.device} as q is needed, got {tuple(x.shape)} {x.dtype} on "
+                f"{name}: expected {tuple(q.shape)} {q.dtype} on {q.device}, like q, got {tuple(x.shape)} {x.dtype} on "
                 f"{x.device}"
             )
         if x.stride(4) != 1 and x.shape[4] != 1:
@@ -84,18 +90,18 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 class FrameAttention:
-    """A diffusers attention processor for tokens that attend to those of other frames at the same position.
+    """A diffusers attention processor in which each token attends to the tokens of all frames at the same position.
 
-    Tokens are (B, F, P, C), or (B P, F, C) as the motion modules of diffusers hand them over; out comes the same shape.
+    Tokens are (B, F, P, C), or (B P, F, C) as the motion modules of diffusers pass them. The output has the same shape.
 
     Args:
-        backend: of `temporal_attention`.
+        backend: the backend of `temporal_attention`.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    # `Attention` passes what stands here, and drops anything else with a warning.
+    # `Attention` passes only the arguments named here, and drops others with a warning.
     def __call__(
         self,
         attn: Attention,
@@ -104,7 +110,7 @@ class FrameAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("encoder_hidden_states, attention_mask: frames attend to each other, to all of them")
+            raise ValueError("encoder_hidden_states, attention_mask: not supported, each frame attends to all frames")
         tokens = hidden_states if hidden_states.ndim == 4 else hidden_states.unsqueeze(2)
         q, k, v = (layer(tokens).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         out = temporal_attention(q, k, v, self._backend).flatten(-2)
@@ -112,7 +118,7 @@ class FrameAttention:
 
 
 class _InPlaceBlock(BasicTransformerBlock):
-    """A block of a motion module, for tokens (B, F, P, C) where `_in_place` says so."""
+    """A transformer block of a motion module; its tokens are (B, F, P, C) if `_in_place` is true, else diffusers'."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not _in_place(self):
@@ -124,7 +130,7 @@ class _InPlaceBlock(BasicTransformerBlock):
 
 
 class _InPlaceMotionModule(AnimateDiffTransformer3D):
-    """A motion module on tokens (B, F, P, C): a view of channels_last features, once they are normed."""
+    """A motion module on tokens (B, F, P, C), a view of the normalised features if these are channels_last."""
 
     def forward(
         self,
@@ -148,26 +154,27 @@ class _InPlaceMotionModule(AnimateDiffTransformer3D):
 
 
 def _in_place(block: nn.Module) -> bool:
-    """Whether a block takes tokens (B, F, P, C): its processors do, and no one asked for a feed-forward in pieces."""
+    """Returns whether a block can run on tokens (B, F, P, C): its processors can, its feed-forward is not chunked."""
     assert isinstance(block, BasicTransformerBlock)
     processors = block.attn1.processor, block.attn2.processor
     return all(isinstance(x, FrameAttention) for x in processors) and block._chunk_size is None
 
 
 def set_temporal_attention(unet: nn.Module, backend: TemporalBackend) -> None:
-    """Sets the attention over frames of a UNet's motion modules, in place, with or without LoRA and checkpointing.
+    """Sets the backend of the attention over frames in a UNet's motion modules, in place.
 
-    Other processors that are set later bring the forward of diffusers back with them.
+    It works with and without a LoRA and gradient checkpointing. If other attention processors are set later, the
+    modules run diffusers' own forward again.
 
     Args:
-        unet: a `UNetMotionModel` on the device it will run on, or motion modules.
-        backend: `sdpa`: PyTorch's own, in the modules as diffusers wrote them, split by rows where its kernels take no
-            more; `triton`: the fused kernels, on features as they lie; `torch`: the kernels' twin on the same layout,
-            which shows that layout where there is no GPU.
+        unet: a `UNetMotionModel` on the device that it will run on, or a single motion module.
+        backend: `sdpa` runs PyTorch's attention in diffusers' own modules, in chunks of rows if the batch is too large
+            for its kernels. `triton` runs the fused kernels without transposing features. `torch` runs the kernels'
+            PyTorch twin on the same layout, to test that layout without a GPU.
 
     Raises:
-        ValueError: an unknown backend; a UNet without motion modules, or with some that differ from AnimateDiff's.
-        ConfigError: `triton` without triton, or on a device without CUDA.
+        ValueError: The backend is unknown; the UNet has no motion modules, or some that differ from AnimateDiff's.
+        ConfigError: `triton` is requested, but Triton is not installed or the device is not a CUDA device.
     """
     if backend not in get_args(TemporalBackend):
         raise ValueError(f"backend: {backend!r} is unknown, use one of {', '.join(get_args(TemporalBackend))}")
@@ -197,14 +204,14 @@ def _check_triton(device: torch.device) -> None:
     try:
         kernels_for("triton", device)
     except ValueError as error:
-        raise ConfigError(f"model.temporal_attention = triton needs CUDA and triton, use sdpa: {error}") from None
+        raise ConfigError(f"model.temporal_attention = triton needs CUDA and triton; use sdpa ({error})") from None
 
 
 def _check_module(name: str, module: AnimateDiffTransformer3D) -> None:
-    """Raises ValueError where the forward of this file would leave something out."""
+    """Raises ValueError if the forwards in this file would not compute everything that the module does."""
     for place, part in ((name, module), *((f"{name}.transformer_blocks", x) for x in module.transformer_blocks)):
         if not isinstance(vars(part).get("forward"), Recomputed | None):
-            raise ValueError(f"unet: the forward of {place} was replaced, so its attention cannot be")
+            raise ValueError(f"unet: the forward of {place} was replaced, so its attention cannot be changed")
     for block in module.transformer_blocks:
         known = type(block) in (BasicTransformerBlock, _InPlaceBlock) and block.norm_type == "layer_norm"
         known = known and isinstance(block.pos_embed, SinusoidalPositionalEmbedding)
@@ -213,14 +220,14 @@ def _check_module(name: str, module: AnimateDiffTransformer3D) -> None:
 
 
 def _is_plain(attn: Attention | None) -> bool:
-    """Whether attention is that of a token to tokens, without more norms, and that its output is all it adds."""
+    """Returns whether a layer is plain self-attention: no extra norms, no residual connection, no rescaled output."""
     if attn is None or attn.is_cross_attention or attn.residual_connection or attn.rescale_output_factor != 1:
         return False
     return all(x is None for x in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
 
 
 def _turn_into(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Gives a module the forward of another class; checkpointing stays on where it was."""
+    """Changes a module's class, and with it its forward; gradient checkpointing stays on if it was on."""
     wrapped = vars(module).pop("forward", None)
     module.__class__ = kind
     if wrapped is not None:

@@ -14,21 +14,28 @@ from seppo_fast.models.family import Family
 from seppo_fast.utils.random import keyed_rng
 
 LORA_LAYER, LORA_LINEAR = LoraLayer, Linear
-"""What `make_trainable` puts in the place of a layer; the one for linear layers."""
+"""The classes of the layers that `make_trainable` puts in the place of others: any LoRA layer, a linear one."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_trainable(model: nn.Module, config: ModelConfig, seed: int, family: Family | type[Family]) -> None:
-    """Marks the weights that are trained, in place, on a float32 network; they stay float32 whatever the compute dtype.
+    """Prepares a float32 network for training, in place: marks the weights to train, adds a LoRA if configured.
 
-    For a LoRA the frozen base is kept in the compute dtype, and the adapter (rank r, alpha r) starts as a zero
-    change: B is zero, A normal with standard deviation 1/r (peft's `gaussian`), as a function of the seed.
+    Trained weights stay float32 whatever the compute dtype. For a LoRA, the frozen base is cast to the compute dtype.
+    The adapter has rank r and alpha r and starts as a zero change: B is zero, and A is normal with standard deviation
+    1/r (peft's `gaussian`), drawn from the seed.
+
+    Args:
+        model: the network.
+        config: the `model` section of the run's configuration.
+        seed: the run's seed.
+        family: the network's family, or its class.
     """
     model.requires_grad_(False)
     if config.train == "full":
         model.requires_grad_(True)
     else:
-        for parameter in model.parameters():  # not the buffers: positions stay as they were trained
+        for parameter in model.parameters():  # not the buffers: positional embeddings keep their precision
             parameter.data = parameter.data.to(DTYPES[config.precision])
         lora = LoraConfig(
             r=config.lora_rank,
@@ -43,36 +50,37 @@ def make_trainable(model: nn.Module, config: ModelConfig, seed: int, family: Fam
             parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
         family.recompute(model)
-    model.eval()  # no dropout: the policy and its past selves must predict alike
+    model.eval()  # no dropout: the policy and its past checkpoints must predict alike
 
 
 def compile_blocks(model: nn.Module, attention: str, family: Family | type[Family]) -> None:
-    """torch.compile of the blocks that repeat, in place, where they are called next.
+    """Applies torch.compile to the repeated blocks, in place. Each block is compiled when it is next called.
 
-    Every shape is compiled for itself: code for any shape rounds otherwise, and which of two codes takes a shape that
-    fits both depends on which came last, so that equal weights would not give equal errors.
+    Every input shape is compiled separately. Code for dynamic shapes rounds differently, and which of two compiled
+    versions runs a shape that fits both depends on which was compiled last, so equal weights would not give equal
+    errors.
     """
-    torch._dynamo.config.recompile_limit = 256  # shapes and grad modes of all blocks count together; the default is 8
+    torch._dynamo.config.recompile_limit = 256  # counts shapes and grad modes of all blocks together; the default is 8
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    # Keeps the roundings to half precision that a fused kernel would leave out: the policy casts its weights at each
-    # use and a reference holds them cast, and equal weights must give equal errors.
+    # Keeps the roundings to half precision that a fused kernel would skip: the policy casts its weights at each use, a
+    # reference stores them already cast, and equal weights must give equal errors.
     torch._inductor.config.emulate_precision_casts = True
-    # PyTorch's own attention compiles whole; xformers may break the graph where it is called, and runs as it is.
+    # PyTorch's own attention compiles as part of the block's graph; xformers may break the graph and run uncompiled.
     for module in model.modules():
         if isinstance(module, family.compiled):
             module.compile(fullgraph=attention == "sdpa", dynamic=False)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, live."""
+    """Returns the trained parameters by name: the parameters themselves, not copies."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def lora_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under the names that diffusers' `save_lora_weights` expects."""
+    """Returns the adapter's tensors under the names that diffusers' `save_lora_weights` expects."""
     return get_peft_model_state_dict(model)
 
 
 def make_ema(module: nn.Module, decay: float) -> EMAModel | None:
-    """A moving average of the trained weights, for export; None where it is off (decay 0)."""
+    """Returns a moving average of the trained weights, for export; None if it is off (decay 0)."""
     return EMAModel(trainable(module).values(), decay=decay) if decay else None

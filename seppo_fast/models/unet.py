@@ -1,4 +1,4 @@
-"""What the families share whose network is a UNet of diffusers, for pictures or with motion modules."""
+"""The common base of the families whose network is a UNet of diffusers, for pictures or with motion modules."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from seppo_fast.models.temporal_attention import set_temporal_attention
 from seppo_fast.utils.errors import ConfigError
 
 _LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-_MOTION = "motion_modules"  # in the names of all that lies in motion modules
+_MOTION = "motion_modules"  # part of the name of every module inside a motion module
 _RESIDUAL = (ResnetBlock2D, Transformer2DModel, AnimateDiffTransformer3D)
 
 
 class UNetFamily(Family):
-    """A pipeline of diffusers: a UNet, the VAE of pictures and a CLIP text encoder.
+    """A diffusers pipeline with a UNet, the VAE of pictures and a CLIP text encoder.
 
     Args:
-        pipe: the pipeline, its UNet in float32.
-        device: where everything is computed.
-        dtype: in which the encoders compute and the cache is kept.
+        pipe: the pipeline, with its UNet in float32.
+        device: the device that everything is computed on.
+        dtype: the dtype in which the encoders compute and the cache stores their outputs.
     """
 
     recomputed = _RESIDUAL
-    # At most 49 M weights each of SD-1.5. The embeddings and outer layers, 3 M, are the root's.
+    # In SD-1.5 each of these has at most 49 M weights. Embeddings and outer layers, 3 M, stay in the root module.
     sharded = (*_RESIDUAL, Downsample2D, Upsample2D)
     compiled = (BasicTransformerBlock,)
     has_comfyui_names = True
-    memory_format = torch.channels_last  # convolutions are faster so, on a CPU too
+    memory_format = torch.channels_last  # makes convolutions faster, on a CPU too
 
     def __init__(self, pipe: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
         self.pipe = pipe
@@ -71,10 +71,10 @@ class UNetFamily(Family):
         return dict(self.pipe.scheduler.config)
 
     def picture_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of a square picture.
+        """Returns (C, h, w), the shape of the latent of a square picture.
 
         Raises:
-            ConfigError: the resolution does not divide through the VAE and the UNet.
+            ConfigError: VAE and UNet cannot halve the resolution as often as they have to.
         """
         config, downscale = self.model.config, self.vae.downscale
         step = downscale * 2 ** (len(config.block_out_channels) - 1)
@@ -83,11 +83,11 @@ class UNetFamily(Family):
         return config.in_channels, resolution // downscale, resolution // downscale
 
     def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
-        """Text embeddings `(1, L, D)` each."""
+        """Returns text embeddings `(1, L, D)` per prompt; see `Family.encode_prompts`."""
         return self.text.encode(prompts)
 
     def example_row(self) -> Conditioning:
-        """One row of embeddings `(1, L, D)`."""
+        """Returns one row of embeddings, zeros `(1, L, D)`, without running the encoder."""
         return Conditioning({PROMPT_EMBEDS: torch.zeros(1, self.text.length, self.text.width)})
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
@@ -104,7 +104,7 @@ class UNetFamily(Family):
         self.text.park()
 
     def fingerprint(self) -> dict[str, str]:
-        """Of VAE, text encoder, tokenizer and dtype."""
+        """Returns digests of VAE, text encoder and tokenizer, and the dtype."""
         return self.vae.fingerprint() | self.text.fingerprint() | {"dtype": str(self.dtype)}
 
     def solver(self, config: SamplerConfig, latent_shape: Sequence[int]) -> DiffusionSolver:
@@ -112,7 +112,7 @@ class UNetFamily(Family):
         return DiffusionSolver(self.scheduler_config, config)
 
     def identity(self) -> str:
-        """Of weights, settings and schedule."""
+        """Returns a digest of the UNet's weights and settings and of the schedule."""
         return digest_of_parts(self.model, self.model.config, self.scheduler_config)
 
     def empty(self) -> UNet:
@@ -123,7 +123,7 @@ class UNetFamily(Family):
 
     @classmethod
     def lora_targets(cls, model: nn.Module, where: LoraPlace) -> list[str]:
-        """The projections of all attention, of the spatial (within a frame), or of the temporal."""
+        """Returns the projections of the attention layers: all, those within a frame, or those in motion modules."""
         if where == "both":
             return _LORA_TARGETS
         ends = tuple(f".{target}" for target in _LORA_TARGETS)
@@ -132,7 +132,7 @@ class UNetFamily(Family):
 
     @classmethod
     def recompute(cls, model: nn.Module) -> None:
-        """For pictures the places that diffusers marks; of a UNet with motion modules it leaves most of those out."""
+        """Turns on gradient checkpointing: diffusers' own for pictures, that of `models.recompute` for clips."""
         if any(isinstance(module, AnimateDiffTransformer3D) for module in model.modules()):
             super().recompute(model)
         else:
@@ -140,7 +140,7 @@ class UNetFamily(Family):
 
     @classmethod
     def joint_parts(cls, model: nn.Module) -> JointParts:
-        """Down, mid and up blocks; what takes the time's embedding has one row a sample."""
+        """Returns down, mid and up blocks; the layers on the time embedding are those with one row per sample."""
         assert isinstance(model, UNet)
         blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
         tail = [model.conv_norm_out, model.conv_act, model.conv_out]
@@ -163,17 +163,17 @@ class UNetFamily(Family):
         set_temporal_attention(model, backend)
 
     def save(self, folder: Path) -> None:
-        """Writes the pipeline with its UNet as it is now, as a folder that `from_pretrained` loads."""
+        """Writes the pipeline with the UNet's current weights to a folder that `from_pretrained` loads."""
         parts = {**self.pipe.components, "unet": _contiguous(self.model), "vae": _contiguous(self.pipe.vae)}
         self.assembled(parts).save_pretrained(folder, safe_serialization=True)
         self.text.save(folder / "text_encoder")
 
     def assembled(self, parts: dict[str, Any]) -> DiffusionPipeline:
-        """A pipeline of these parts."""
+        """Returns a pipeline assembled from these parts."""
         return type(self.pipe)(**parts)
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Writes a LoRA of the UNet, as a folder that `pipe.load_lora_weights` loads."""
+        """Writes a LoRA of the UNet to a folder that `pipe.load_lora_weights` loads."""
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, safe_serialization=True)
 
     def load_lora(self, folder: Path) -> None:
@@ -186,9 +186,9 @@ class UNetFamily(Family):
         self.model.unload_lora()
 
     def comfyui_lora(self, weights: dict[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The key names of kohya's scripts, as ComfyUI, A1111 and others read them, with the alphas.
+        """Returns the LoRA and its alphas under the key names of kohya's scripts, which ComfyUI, A1111 and others read.
 
-        The metadata is what those scripts write beside a LoRA, by which others sort: its size and its base.
+        The metadata are those that kohya's scripts write: rank, alpha and base model, by which other tools sort LoRAs.
         """
         second = self.model.config.cross_attention_dim == 1024  # OpenCLIP's width; SD-1.5's is 768
         velocity = self.scheduler_config["prediction_type"] == "v_prediction"
@@ -207,7 +207,7 @@ class UNetFamily(Family):
 
 
 def _contiguous(module: UNet | AutoencoderKL) -> UNet | AutoencoderKL:
-    """A copy on the CPU whose tensors safetensors takes: it refuses those that are not contiguous."""
+    """Returns a copy on the CPU with contiguous tensors: safetensors refuses others."""
     with torch.device("meta"):
         copy = type(module).from_config(module.config)
     copy.load_state_dict({name: t.cpu().contiguous() for name, t in module.state_dict().items()}, assign=True)

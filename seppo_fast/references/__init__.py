@@ -1,6 +1,6 @@
-"""Past policies, kept where there is room; usable without the rest of the package.
+"""The pool of past policies; it can be used without the rest of the package.
 
-`ReferencePool` is the public name.
+`ReferencePool` is its public name.
 """
 
 from seppo_fast.references.pool import ReferencePool as ReferencePool

@@ -1,7 +1,7 @@
-"""A module's trained state as one piece of memory, in which a past policy is kept and copied at once.
+"""The layout of a module's trained state in one piece of memory, so that a past policy is kept and copied as a whole.
 
 The state is the trained parameters and the buffers that belong to the module's `state_dict`. A `PackedLayout` says
-where each tensor lies in a slab, a plain tensor of bytes; views of a slab stay valid wherever it is copied.
+where each tensor lies in a slab, a plain tensor of bytes; it applies to every copy of the slab.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from seppo_fast.distributed.fsdp import gather_full
 
-# Bytes, as PyTorch's allocator aligns: cuBLASLt chooses its algorithm by the alignment of each operand, up to 256.
+# In bytes, as in PyTorch's allocator: cuBLASLt chooses its algorithm by the alignment of each operand, up to 256.
 _ALIGNMENT = 512
-# Of these, autocast casts the parameters before each use.
+# Layers whose parameters autocast casts before each use.
 _CAST = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
@@ -27,14 +27,14 @@ _CAST = (
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """Where a tensor lies.
+    """A tensor's place in a slab.
 
     Attributes:
-        name: in the module.
-        shape: of the tensor.
-        stride: of the tensor in the slab; that of the module's own where this is dense.
-        dtype: in which it is kept, without `torch.`.
-        offset: bytes from the slab's beginning.
+        name: the tensor's name in the module.
+        shape: the tensor's shape.
+        stride: its stride in the slab; equal to that in the module if the module's tensor is dense.
+        dtype: the dtype in which it is stored, without `torch.`.
+        offset: bytes from the start of the slab.
     """
 
     name: str
@@ -46,10 +46,10 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Names, shapes and places of the tensors of a slab.
+    """The names, shapes and places of the tensors in a slab.
 
     Attributes:
-        slots: in the order of the module.
+        slots: one per tensor, in the module's order.
         size: bytes of a slab.
     """
 
@@ -58,13 +58,13 @@ class PackedLayout:
 
     @classmethod
     def of(cls, module: nn.Module, compute: torch.dtype = torch.float32) -> PackedLayout:
-        """The layout of a module's state.
+        """Returns the layout of a module's state.
 
         Args:
-            module: its trained parameters marked.
-            compute: of autocast. Where that is half precision, float32 parameters that autocast casts before each use
-                (of linear and convolutional layers, and of no other layer besides) are kept as it casts them: the
-                same predictions bit for bit from half the bytes.
+            module: the module, its trained parameters marked (`requires_grad`).
+            compute: the autocast dtype. If it is half precision, float32 parameters that autocast casts before each use
+                are stored as it casts them, which gives the same predictions bit for bit from half the bytes. These are
+                the parameters of linear and convolutional layers that no other layer uses.
         """
         cast = _cast_by_autocast(module) if compute in (torch.float16, torch.bfloat16) else set()
         slots = []
@@ -75,7 +75,7 @@ class PackedLayout:
         return cls(tuple(slots), 0).repacked()
 
     def repacked(self) -> PackedLayout:
-        """Returns the layout of the same tensors in the same order at the alignment of today's slabs."""
+        """Returns the layout of the same tensors in the same order, with the current alignment."""
         slots, offset = [], 0
         for slot in self.slots:
             slots.append(replace(slot, offset=offset))
@@ -84,10 +84,10 @@ class PackedLayout:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> PackedLayout:
-        """What `to_json` made.
+        """Returns the layout that `to_json` described.
 
         Raises:
-            ValueError, KeyError, TypeError: a malformed tree, or slots that overlap or leave the slab.
+            ValueError, KeyError, TypeError: the tree is malformed, or slots overlap or do not fit into the slab.
         """
         slots = tuple(
             TensorSlot(
@@ -103,61 +103,61 @@ class PackedLayout:
         return layout
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers, strings and lists only."""
+        """Returns a dictionary of numbers, strings and lists, to be written as JSON."""
         return {"size": self.size, "entries": [asdict(slot) for slot in self.slots]}
 
     @property
     def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """Names, shapes and dtypes, without how they lie in memory."""
+        """Names, shapes and dtypes, without the placement in memory."""
         return [(slot.name, slot.shape, slot.dtype) for slot in self.slots]
 
     @property
     def payload(self) -> int:
-        """Bytes of the tensors alone."""
+        """Bytes of the tensors alone, without the gaps between them."""
         return sum(_bytes(slot) for slot in self.slots)
 
     def views(self, slab: Tensor) -> dict[str, Tensor]:
-        """The tensors that lie in a slab, by name.
+        """Returns views of the tensors in a slab, by name.
 
         Args:
             slab: `(size,)` uint8, dense, on any device.
 
         Raises:
-            ValueError: an slot that leaves the slab, or a dtype that torch does not know.
+            ValueError: a slot does not fit into the slab, or torch does not know its dtype.
         """
         return {slot.name: _view(slab, slot) for slot in self.slots}
 
     @torch.no_grad()
     def fill(self, slab: Tensor | None, tensors: Mapping[str, Tensor]) -> None:
-        """Copies tensors to their places in a slab, rounded to the dtypes in which they are kept.
+        """Copies tensors to their places in a slab, rounded to the dtypes in which they are stored.
 
         Args:
-            slab: None in a process that only takes part in gathering.
-            tensors: by name; sharded ones are gathered, one at a time, for which all processes call this.
+            slab: the slab; None in a process that only takes part in gathering.
+            tensors: tensors by name; sharded ones are gathered one at a time, so all processes must call this.
         """
         views = {} if slab is None else self.views(slab)
         for slot in self.slots:
             values = gather_full(tensors[slot.name])
             if slab is not None:
                 view = views[slot.name]
-                # Rounded where the values are: a copy from a GPU to another dtype would convert on the CPU.
+                # Rounded on the device of the values: a copy from a GPU to another dtype would convert on the CPU.
                 view.copy_(values.to(view.dtype))
 
     def check(self, module: nn.Module) -> dict[str, Tensor]:
-        """A module's trained state, its names and shapes compared with the table's.
+        """Returns a module's trained state, after comparing its names and shapes with the layout's.
 
         Raises:
-            ValueError: they differ; it lists where, ten lines at most.
+            ValueError: they differ; the message lists how, in ten lines at most.
         """
         state = trainable_state_dict(module)
         self._compare(state, state)
         return state
 
     def find(self, module: nn.Module) -> dict[str, Tensor]:
-        """A module's tensors of the table's names, trained or not.
+        """Returns the module's tensors with the names in the layout, trained or not.
 
         Raises:
-            ValueError: one is not there or has another shape, as `check`.
+            ValueError: a tensor is missing or has another shape; the message is that of `check`.
         """
         tensors: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
         self._compare(tensors, {})
@@ -175,23 +175,23 @@ class PackedLayout:
         ]
         if lines:
             more = f"\n... and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise ValueError("module: its tensors are not those of the pool\n" + "\n".join(lines[:10]) + more)
+            raise ValueError("module: its tensors do not match the pool's\n" + "\n".join(lines[:10]) + more)
 
 
 def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and buffers by name, live; a tensor with several names (tied weights) has its first."""
+    """Returns the trained parameters and saved buffers by name, not copied; a tied weight has its first name only."""
     kept = set(module.state_dict(keep_vars=True))
     parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
     return parameters | {name: value for name, value in module.named_buffers() if name in kept}
 
 
 def _cast_by_autocast(module: nn.Module) -> set[int]:
-    """Ids of parameters of which every owner is a layer whose parameters autocast casts."""
+    """Returns the ids of parameters that belong only to layers whose parameters autocast casts."""
     owned: set[int] = set()
     other: set[int] = set()
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False):
-            # Other names are of a norm of the weights, say, that is computed from them in float32.
+            # Parameters with other names, such as weight_norm's, are what the weight is computed from in float32.
             cast = type(layer) in _CAST and name in ("weight", "bias")
             (owned if cast else other).add(id(parameter))
     return owned - other
@@ -204,12 +204,12 @@ def _bytes(slot: TensorSlot) -> int:
 def _view(slab: Tensor, slot: TensorSlot) -> Tensor:
     dtype = getattr(torch, slot.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{slot.name}: {slot.dtype!r} is no dtype")
+        raise ValueError(f"{slot.name}: {slot.dtype!r} is not a dtype")
     end, count = slot.offset + _bytes(slot), math.prod(slot.shape)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(slot.shape, slot.stride, strict=True))
-    # Slabs of older versions are aligned to less.
+    # Only the dtype's own alignment is required: slabs of older versions are aligned to fewer bytes.
     if end > len(slab) or slot.offset % dtype.itemsize or (count and reach != count):
-        raise ValueError(f"{slot.name}: leaves the slab of {len(slab)} bytes")
+        raise ValueError(f"{slot.name}: does not fit into the slab of {len(slab)} bytes")
     return slab[slot.offset : end].view(dtype).as_strided(slot.shape, slot.stride)
 
 
@@ -219,5 +219,5 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 def _number(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is no size, stride or offset")
+        raise ValueError(f"{value!r} is not a valid size, stride or offset")
     return value

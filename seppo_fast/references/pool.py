@@ -1,13 +1,14 @@
-"""The past policies from which references are drawn, kept wherever there is memory.
+"""The pool of past policies from which references are drawn.
 
     pool = ReferencePool(seed=0)
-    pool.add(module)                                  # checkpoint 0, the initial policy; more as training goes on
-    with pool.resident(module, pool.draw(number)):    # the module is a past policy
+    pool.add(module)                                  # checkpoint 0, the initial policy; add more during training
+    with pool.resident(module, pool.draw(number)):    # inside the block the module is a past policy
         ...
     pool.close()
 
-A checkpoint is one slab of bytes (see `layout`), wherever there is room (see `tiers`). The tensors of the one that is
-resident are views of one more slab on the device: a switch is one copy, and their addresses stay.
+A checkpoint is one contiguous slab of bytes (see `layout`), in device memory, in host memory or on disk, wherever there
+is room (see `tiers`). The tensors of the resident checkpoint are views of one more slab on the device: a switch is one
+copy, and their addresses never change.
 """
 
 from __future__ import annotations
@@ -34,17 +35,28 @@ from seppo_fast.utils.random import keyed_rng
 
 
 class ReferencePool:
-    """Checkpoints 0..k-1 of a module's trained parameters and buffers, raw (never a moving average).
+    """A pool of checkpoints, each a copy of a module's trained parameters and buffers.
+
+    Checkpoints are numbered 0..k-1 in the order in which they are added; 0 is the initial policy. They hold the weights
+    themselves, never a moving average. The pool is a context manager that calls `close` at the end of its block.
 
     Args:
-        seed: of the draws.
-        draw: `uniform` over all checkpoints so far (Algorithm 1), the `newest`, or the `initial` one.
-        keep: how many checkpoints stay, the initial one always among them, at least 2; None: all.
-        rule: which; see `retention.evict`.
-        compute: the dtype of autocast under which references predict; see `layout.PackedLayout.of`.
-        budget: how much memory the checkpoints may take.
-        folder: where those go that no memory holds, as files without names; None: where temporary files go.
-        node: the processes of this machine, which keep one copy; `add`, `restore` and `close` are then for all of them.
+        seed: seed of the draws, and of the reservoir that bounds the pool.
+        draw: what `draw` returns: a `uniform` draw from all checkpoints so far (Algorithm 1), always the `newest`, or
+            always the `initial` one.
+        keep: number of checkpoints to keep, at least 2, the initial one always included; None keeps all.
+        rule: which checkpoints a bounded pool keeps; see `retention.evict`.
+        compute: the autocast dtype in which references predict, which decides the dtypes in which checkpoints are
+            stored; see `layout.PackedLayout.of`.
+        budget: the memory that checkpoints may take; see `tiers.Budget` for the defaults.
+        folder: the folder for checkpoints that no memory has room for, as files without a name; None: the directory for
+            temporary files.
+        node: the run's processes; None: only this one. Those on one machine share one copy of each checkpoint in host
+            memory and on disk. All of the run's processes must call `add`, `restore` and `close` together.
+
+    Raises:
+        ValueError: an invalid `draw`, `rule` or `keep`, or a `rule` that would drop the newest checkpoint although
+            `draw` is `newest`.
     """
 
     def __init__(
@@ -64,9 +76,9 @@ class ReferencePool:
         if rule not in get_args(KeepRule):
             raise ValueError(f"rule: {rule!r} is unknown, use one of {', '.join(get_args(KeepRule))}")
         if draw == "newest" and keep is not None and rule != "newest":
-            raise ValueError(f"rule: a bounded pool whose newest is drawn must keep it, got {rule!r}")
+            raise ValueError(f"rule: a bounded pool that draws the newest checkpoint needs 'newest', got {rule!r}")
         if keep is not None and (not isinstance(keep, int | np.integer) or keep < 2):
-            raise ValueError(f"keep: at least 2 is needed, the initial policy and another one, got {keep!r}")
+            raise ValueError(f"keep: must be at least 2 (the initial policy and another one), got {keep!r}")
         self._seed = int(seed)
         self._draw = draw
         self._keep = None if keep is None else int(keep)
@@ -76,13 +88,13 @@ class ReferencePool:
         self._budget = budget or Budget()
         self._folder = None if folder is None else Path(folder)
         self._node = node or Node()
-        self._tiers: Tiers | None = None  # made when the first checkpoint comes
-        self._slot: Resident | None = None  # made when a reference is asked for
+        self._tiers: Tiers | None = None  # created with the first checkpoint
+        self._slot: Resident | None = None  # created when a reference is first needed
         self._bound: nn.Module | None = None
         self._inside: nn.Module | None = None
 
     def __len__(self) -> int:
-        """Checkpoints so far, with those that a bounded pool has dropped."""
+        """Returns the number of checkpoints added so far, including those that a bounded pool has dropped."""
         return self._count
 
     def __enter__(self) -> ReferencePool:
@@ -93,23 +105,31 @@ class ReferencePool:
 
     @property
     def tiers(self) -> dict[int, Tier]:
-        """Where each checkpoint that is kept is: `device`, `host` or `disk`."""
+        """The tier of each kept checkpoint, by its number: `device`, `host` or `disk`."""
         return {number: stored.tier for number, stored in self._tiers.stored.items()} if self._tiers else {}
 
     def add(self, module: nn.Module) -> int:
-        """Copies the trained state of a module; returns the index of the new checkpoint, kept or not.
+        """Adds a copy of the module's trained parameters and buffers as a new checkpoint.
+
+        Args:
+            module: the policy. Its trained parameters are those with `requires_grad`; of its buffers, those in its
+                `state_dict` are copied.
+
+        Returns:
+            The new checkpoint's number, whether a bounded pool keeps it or not.
 
         Raises:
-            ValueError: no tensors, or not those of the checkpoints before (lists names and shapes); a module that is a
-                reference just now.
-            PoolFullError: no tier has room for it, or the disk refuses; says how much is needed.
+            ValueError: the module has no such tensors, they differ in name or shape from those of the pool (the message
+                lists how), or the module is resident.
+            PoolFullError: no tier has room for it, or the disk refuses the write; the message says how much is needed.
+                The pool is unchanged.
         """
         self._refuse_resident(module)
         tiers = self._tiers
         if tiers is None:
             state = trainable_state_dict(module)
             if not state:
-                raise ValueError("module: it has no trained parameters and no buffers")
+                raise ValueError("module: has no trained parameters and no buffers")
             device = next(iter(state.values())).device
             tiers = Tiers(PackedLayout.of(module, self._compute), device, self._budget, self._folder, self._node)
         state = tiers.layout.check(module)
@@ -125,21 +145,24 @@ class ReferencePool:
         return number
 
     def draw(self, number: int, checkpoints: int | None = None) -> int:
-        """The index for draw `number`: a function of (seed, number, checkpoints so far), equal on every rank.
+        """Draws a checkpoint, as a function of (seed, number, checkpoints so far) that is equal on all ranks.
 
-        A bounded pool draws the initial policy with its probability among all so far, 1/k; the others share the rest
-        evenly.
+        Uniform draws from a bounded pool return the initial policy with its probability among all k checkpoints so far,
+        1/k; the other kept ones share the rest evenly.
 
         Args:
-            number: of the draw.
-            checkpoints: as if there were so many, to know a draw beforehand; None: those that there are. For a bounded
-                pool that is a guess: what it will drop is not known.
+            number: the draw's number, 0 or more.
+            checkpoints: the number of checkpoints to assume, to know a draw in advance; None: the current number. For a
+                bounded pool the result is then a guess, since what it will drop is not known yet.
+
+        Returns:
+            The checkpoint's number.
 
         Raises:
-            ValueError: the pool is empty; a negative number.
+            ValueError: the pool is empty, or `number` is negative.
         """
         if number < 0:
-            raise ValueError(f"number: {number} is no number of a draw, which is 0 or more")
+            raise ValueError(f"number: must be 0 or more, got {number}")
         count = self._count if checkpoints is None else checkpoints
         if not count:
             raise ValueError("draw: the pool is empty; add checkpoint 0, the initial policy, first")
@@ -153,24 +176,31 @@ class ReferencePool:
         return others[int(rng.integers(len(others)))] if dropped else index
 
     def prefetch(self, index: int) -> None:
-        """Starts bringing a checkpoint to the device while other work goes on there; a wrong guess does no harm.
+        """Starts copying a checkpoint to the device while other work runs there; a wrong guess does no harm.
 
-        Nothing to do for one that is there, or that is not in the pool (yet).
+        Does nothing for a checkpoint that is on the device already, or that the pool does not hold (yet).
         """
         if index in self.tiers:
             self._resident().prefetch(index, self._checkpoint(index))
 
     def load_into(self, module: nn.Module, index: int) -> None:
-        """Makes a module checkpoint `index`: by one copy where it is bound (see `bind`), else tensor by tensor.
+        """Overwrites the module's trained tensors with checkpoint `index`.
+
+        That is one copy if the module is bound (see `bind`); otherwise it is done tensor by tensor.
+
+        Args:
+            module: the module to overwrite.
+            index: the checkpoint's number.
 
         Raises:
-            ValueError: no such checkpoint; tensors that are not those of the pool; a module that is resident.
+            ValueError: the pool does not hold the checkpoint, the module's tensors do not match the pool's, or the
+                module is resident. For a bound module also: another module is resident.
         """
         self._refuse_resident(module)
         stored = self._checkpoint(index)
         if module is self._bound:
             if self._inside is not None:
-                raise ValueError("module: another reference of this pool is resident")
+                raise ValueError("module: another reference of this pool is resident; leave its block first")
             self._resident().switch(index, stored)
             return
         layout = self._opened().layout
@@ -178,41 +208,50 @@ class ReferencePool:
         with torch.no_grad():
             for name, view in layout.views(stored.slab).items():
                 tensors[name].copy_(view)
-        torch.clear_autocast_cache()  # else a caller's autocast would keep the casts of the weights before
+        torch.clear_autocast_cache()  # else a surrounding autocast would reuse its casts of the old weights
 
     def bind(self, module: nn.Module) -> None:
-        """From now on the module's trained tensors are views of the slab that `load_into` copies to, in its dtypes.
+        """Replaces the module's trained tensors, for good, with views of the slab that `load_into` copies to.
 
-        For a module that is never trained, whether or not its parameters are marked so; one a pool.
+        They get the dtypes of the slab. Meant for a second module that is never trained, whether or not its parameters
+        require gradients. A pool can have one bound module.
+
+        Args:
+            module: the module to bind; binding it again changes nothing.
 
         Raises:
-            ValueError: tensors that are not those of the pool; another module is bound.
+            ValueError: the module's tensors do not match the pool's, the pool is empty, or another module is bound.
         """
         if self._bound not in (None, module):
-            raise ValueError("module: another one is bound to this pool")
+            raise ValueError("module: another module is already bound to this pool")
         tensors = self._opened().layout.find(module)
         swap_parameters(module, tensors, self._resident().stand_ins(module, tensors))
         self._bound = module
 
     @contextmanager
     def resident(self, module: nn.Module, index: int, aside: torch.device | None = None) -> Iterator[nn.Module]:
-        """`module` is checkpoint `index` inside the block and itself again after it, also on an error.
+        """Makes `module` checkpoint `index` inside the block, and itself again afterwards, also after an exception.
 
-        One module is enough because a drawn reference is frozen: all that depends on it is made ahead of the updates
-        that use it. Nothing is copied but the checkpoint; the module's own parameters are taken out meanwhile, with
-        their gradients, hooks and memory. A bound module becomes the same checkpoint.
+        So one module serves as policy and reference: a drawn reference is frozen, and all that depends on it can be
+        computed ahead of the updates that use it. Only the checkpoint is copied. The module's own parameters are
+        swapped out meanwhile and keep their gradients, hooks and memory. A bound module becomes the same checkpoint.
 
         Args:
-            module: the policy. Nothing may train it inside the block.
-            index: of the checkpoint.
-            aside: where the data of its own tensors wait, to free the memory of their device, and that of the slab
-                after the block; None, or a device of the same kind: they stay where they are.
+            module: the policy. It must not be trained inside the block.
+            index: the checkpoint's number.
+            aside: the device to which the data of the module's own tensors are moved meanwhile. That frees their memory
+                during the block, and after it the memory of the slab, unless a module is bound. None, or a device of
+                the pool's type: they stay where they are.
+
+        Yields:
+            The module.
 
         Raises:
-            ValueError: as `load_into`; another module is resident.
+            ValueError: the pool does not hold the checkpoint, the module's tensors do not match the pool's, or a module
+                is resident already.
         """
         if self._inside is not None:
-            raise ValueError("module: another reference of this pool is resident")
+            raise ValueError("module: another reference of this pool is resident; leave its block first")
         stored, tiers = self._checkpoint(index), self._opened()
         state = tiers.layout.check(module)
         copies: dict[str, Tensor] = {}
@@ -229,21 +268,22 @@ class ReferencePool:
             restore_parameters(places)
             if copies:
                 if self._bound is None:
-                    self._give_up_resident()  # first: its memory is what the module's own may need
+                    self._give_up_resident()  # first, since the module's own tensors may need its memory
                 reload(state, copies)
 
     def save(self, folder: str | Path, previous: str | Path | None = None) -> None:
-        """Writes all checkpoints with a manifest of checksums into a folder that appears whole or not at all.
+        """Writes all checkpoints and a manifest with checksums into a folder that appears complete or not at all.
 
-        For one process to call.
+        Only one process should call this.
 
         Args:
-            folder: must not exist yet.
-            previous: a folder that this pool was saved to before: what it holds is linked, not written again.
+            folder: the new folder; must not exist yet.
+            previous: a folder to which this pool was saved before; checkpoints in it are linked, not written again.
 
         Raises:
             ValueError: the pool is empty.
-            CheckpointError: the disk refuses.
+            CheckpointError: the folder exists, the disk refuses the write, or `previous` was not saved by a pool with
+                these settings.
         """
         if not self._tiers or not self._count:
             raise ValueError("save: the pool is empty")
@@ -251,20 +291,22 @@ class ReferencePool:
         save_checkpoints(Path(folder), self._tiers.stored, self._tiers.layout, self._count, self._settings(), before)
 
     def restore(self, folder: str | Path, device: str | torch.device, like: nn.Module | None = None) -> None:
-        """Takes over the checkpoints of a saved pool, each into the first tier with room; this pool must be empty.
+        """Loads the checkpoints of a saved pool into this empty one, each into the first tier with room.
 
         Args:
-            folder: that `save` wrote; nothing of it is needed afterwards.
-            device: of the modules that will be references.
-            like: their tensors will lie in memory as this module's; None: as in the first checkpoint. Equal weights
-                that lie otherwise may round otherwise.
+            folder: a folder that `save` wrote; it is not needed afterwards.
+            device: the device of the modules that will be references.
+            like: a module whose memory layout the tensors get; None: that of the first saved checkpoint. Equal weights
+                in another memory layout may round differently.
 
         Raises:
-            CheckpointError: checkpoints that are missing or damaged; names every one. The pool stays empty.
-            PoolFullError: no tier has room.
+            ValueError: this pool is not empty.
+            CheckpointError: checkpoints are missing or damaged (the message names each of them), come from other
+                modules, or were saved by a pool with other settings. This pool stays empty.
+            PoolFullError: no tier has room. This pool stays empty.
         """
         if self._count:
-            raise ValueError("restore: only an empty pool takes over another one")
+            raise ValueError("restore: only an empty pool can load a saved one")
         folder, device = Path(folder), torch.device(device)
         problem, count = None, 0
         files: dict[int, Path] = {}
@@ -275,7 +317,7 @@ class ReferencePool:
                 next(iter(checkpoints.values()))[1].repacked() if like is None else PackedLayout.of(like, self._compute)
             )
             if any(other.tensors != layout.tensors for _, other in checkpoints.values()):
-                problem = f"{folder}: its checkpoints are of different modules"
+                problem = f"{folder}: its checkpoints come from different modules"
         except CheckpointError as error:
             problem = str(error)
         problem = self._node.agree(problem)
@@ -291,7 +333,7 @@ class ReferencePool:
         self._tiers, self._count = tiers, count
 
     def close(self) -> None:
-        """Frees all memory and files; the pool is empty then. A bound module keeps its tensors."""
+        """Frees all memory and files, and leaves the pool empty and reusable. A bound module keeps its tensors."""
         self._give_up_resident()
         self._bound, self._count = None, 0
         if self._tiers:
@@ -299,18 +341,18 @@ class ReferencePool:
             self._tiers = None
 
     def _settings(self) -> dict[str, str | int | None]:
-        """What a saved pool must agree in."""
+        """Returns the settings that a saved pool and the one that restores it must share."""
         compute = str(self._compute).removeprefix("torch.")
         return {"seed": self._seed, "draw": self._draw, "keep": self._keep, "rule": self._rule, "compute": compute}
 
     def _checkpoint(self, index: int) -> StoredCheckpoint:
         if not self._tiers or index not in self._tiers.stored:
-            raise ValueError(f"index: {index} is not one of the checkpoints that are kept, {sorted(self.tiers)}")
+            raise ValueError(f"index: {index} is not one of the kept checkpoints, {sorted(self.tiers)}")
         return self._tiers.stored[index]
 
     def _refuse_resident(self, module: nn.Module) -> None:
         if module is self._inside:
-            raise ValueError("module: it is resident, a reference of this pool")
+            raise ValueError("module: is resident, so it holds a reference's weights; leave the block first")
 
     def _opened(self) -> Tiers:
         if not self._tiers:

@@ -1,4 +1,4 @@
-"""The slab of which a reference's tensors are views, and the checkpoint that comes up before it is needed."""
+"""The slab whose views are the reference's tensors, and the prefetching of the next checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from seppo_fast.utils.memory import is_out_of_memory
 
 
 def reading_thread(device: torch.device) -> ThreadPoolExecutor:
-    """Returns an executor of one thread, whose current device is `device` where that is a GPU.
+    """Returns an executor with one thread, whose current device is `device` if that is a GPU.
 
-    By default it would be GPU 0, and leaving a stream makes a context on the thread's current device: 0.5 GB of GPU 0
+    By default it would be GPU 0, and leaving a stream creates a context on the thread's current device: 0.5 GB of GPU 0
     for each other process of a run.
     """
     if device.type != "cuda":
@@ -27,16 +27,16 @@ def reading_thread(device: torch.device) -> ThreadPoolExecutor:
 
 
 class Resident:
-    """One slab on the device whose address never changes: a switch is one copy, and CUDA graphs stay valid.
+    """A slab on the device whose address never changes: a switch is one copy, and CUDA graphs stay valid.
 
-    `prefetch` and `switch` belong on one CUDA stream, that of the forward.
+    Call `prefetch` and `switch` on the CUDA stream of the forward.
 
     Args:
-        layout: of the slab.
-        device: where it lies.
+        layout: the slab's layout.
+        device: the device of the slab.
 
     Attributes:
-        views: its tensors by name.
+        views: the tensors in the slab, by name.
     """
 
     def __init__(self, layout: PackedLayout, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Resident:
         self._reader = reading_thread(self._slab.device)
 
     def stand_ins(self, module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For each of a module's tensors one of its kind, a view of the slab; the same ones each time."""
+        """Returns a view of the slab for each of a module's tensors, of its kind; the same objects on every call."""
         if module not in self._stand_ins:
             self._stand_ins[module] = {
                 name: nn.Parameter(self.views[name], tensor.requires_grad)
@@ -63,9 +63,9 @@ class Resident:
         return self._stand_ins[module]
 
     def prefetch(self, index: int, stored: StoredCheckpoint) -> None:
-        """Starts bringing a checkpoint up, into a second slab; the one that `switch` asks for may be another.
+        """Starts copying a checkpoint into a second slab; the next `switch` may be to another one.
 
-        Where the device has no memory for a second slab, warns and does nothing.
+        Warns and does nothing if the device has no memory for a second slab.
         """
         near = stored.tier == "device" or (self._stream is None and stored.tier == "host")
         if near or index in (self._index, self._ahead_index):
@@ -74,15 +74,15 @@ class Resident:
         if self._ahead is None and not self._make_room():
             return
         if self._stream is not None:
-            # The last switch may still read the second slab.
+            # The last switch may still be reading from the second slab.
             self._stream.wait_stream(torch.cuda.current_stream(self._slab.device))
         self._ahead_index = index
         self._coming = self._reader.submit(self._bring, stored.slab)
 
     def switch(self, index: int, stored: StoredCheckpoint) -> None:
-        """The slab becomes checkpoint `index`: one copy, or none where it is that already.
+        """Makes the slab checkpoint `index`, by one copy, or by none if it is that checkpoint already.
 
-        What was written to its tensors meanwhile is noticed, but not through `.data`.
+        Changes made to its tensors since the last switch are noticed, except those made through `.data`.
         """
         if index == self._index and self._slab._version == self._version:
             return
@@ -90,20 +90,20 @@ class Resident:
         if index == self._ahead_index and self._settle():
             assert self._ahead is not None
             source = self._ahead
-        self._index = None  # should the copy fail
+        self._index = None  # in case the copy fails
         self._slab.copy_(source, non_blocking=True)
-        self._index, self._version = index, self._slab._version  # a module may write to its buffers
-        torch.clear_autocast_cache()  # else the casts of the last reference's weights would serve for this one's
+        self._index, self._version = index, self._slab._version  # tells whether a module has written to its buffers
+        torch.clear_autocast_cache()  # else autocast would reuse its casts of the last reference's weights
 
     def close(self) -> None:
-        """Waits for all copies, since what they read and write goes."""
+        """Waits for all copies, since the memory that they use is about to be freed."""
         self._reader.shutdown()
         if self._stream is not None:
             self._stream.synchronize()
             torch.cuda.current_stream(self._slab.device).synchronize()
 
     def _make_room(self) -> bool:
-        """Returns whether the device has memory for a second slab."""
+        """Allocates the second slab; returns False, with a warning, if the device has no memory for it."""
         try:
             self._ahead = torch.empty_like(self._slab)
         except RuntimeError as problem:
@@ -111,7 +111,7 @@ class Resident:
                 raise
             warnings.warn(
                 f"{self._slab.device} has no memory for a second past policy of {self._slab.nbytes / 2**30:.3g} GiB: "
-                "references are brought up when they are drawn, not ahead of time",
+                "references are copied when they are needed, not ahead of time",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -124,18 +124,18 @@ class Resident:
             self._ahead.copy_(slab)
             return None
         with torch.cuda.stream(self._stream):
-            self._ahead.copy_(slab, non_blocking=True)  # blocks this thread alone where the source is a mapped file
+            self._ahead.copy_(slab, non_blocking=True)  # with a mapped file as source, this blocks only this thread
             return self._stream.record_event()
 
     def _settle(self) -> bool:
-        """What is coming has come, for the host's reader and for the current stream; False where it failed."""
+        """Waits for a prefetch, on the host and the current stream; returns whether the second slab is a checkpoint."""
         coming, self._coming = self._coming, None
         if coming is None:
             return self._ahead_index is not None
         try:
             event = coming.result()
         except (RuntimeError, OSError) as problem:
-            warnings.warn(f"a reference could not be brought up ahead of time: {problem}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"a reference could not be copied ahead of time: {problem}", RuntimeWarning, stacklevel=2)
             self._ahead_index = None
             return False
         if event is not None:

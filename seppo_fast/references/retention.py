@@ -1,4 +1,4 @@
-"""Which past policies a bounded pool keeps. Checkpoint 0 always stays."""
+"""The rules that decide which past policies a bounded pool keeps. Checkpoint 0 always stays."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from seppo_fast.utils.random import keyed_rng
 
 
 def evict(rule: KeepRule, kept: Sequence[int], number: int, keep: int, seed: int) -> int | None:
-    """The checkpoint that goes when `number` comes: one of those kept, `number` itself, or None while there is room.
+    """Returns the checkpoint to evict when checkpoint `number` is added: a kept one, `number` itself, or None.
+
+    None means that there is still room.
 
     Args:
-        rule: `newest` keeps the last ones; `spread` those of ages as even as can be; `reservoir` every past policy but
-            the initial one with the same probability (Vitter's algorithm R), so that draws from the pool stay draws
-            from all of them.
-        kept: numbers, ascending, with 0 among them unless it is still to come.
-        number: of the checkpoints so far.
+        rule: `newest` keeps the last ones; `spread` keeps ones that are spaced as evenly as possible; `reservoir` keeps
+            each past policy except the initial one with the same probability (Vitter's algorithm R), so that draws from
+            the pool are still draws from all of them.
+        kept: the numbers of the kept checkpoints, ascending and starting with 0, or empty if 0 is being added.
+        number: the number of the new checkpoint, which equals the count so far.
         keep: how many stay, checkpoint 0 included; at least 2.
-        seed: of the reservoir, a function of (seed, number).
+        seed: the reservoir's seed; its choice is a function of (seed, number).
     """
     assert keep >= 2
     if len(kept) < keep:
@@ -28,7 +30,7 @@ def evict(rule: KeepRule, kept: Sequence[int], number: int, keep: int, seed: int
         return others[0]
     if rule == "spread":
         around = [*kept, number]
-        # Of the oldest that leaves the smallest gap.
+        # The one whose removal leaves the smallest gap; of several, the oldest.
         return min(others, key=lambda one: around[around.index(one) + 1] - around[around.index(one) - 1])
     place = int(keyed_rng(seed, "reservoir", number).integers(number))
     return others[place] if place < len(others) else number

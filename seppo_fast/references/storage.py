@@ -1,7 +1,7 @@
-"""Past policies as files: one safetensors file each, and a manifest that says which there are and their checksums.
+"""Past policies as files: one safetensors file per checkpoint, and a manifest that lists them with their checksums.
 
-A file holds one tensor of bytes, the slab, and its layout as JSON in the header; it is mapped, never read whole, so a
-pool on disk takes no memory but what the system caches. Nothing here unpickles.
+A file holds one tensor of bytes, the slab, and the slab's layout as JSON in the header. Files are memory-mapped, never
+read as a whole, so a pool on disk takes no memory except the system's page cache. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Tier = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint.
+    """A stored checkpoint: its slab, and the tier that holds it.
 
     Attributes:
-        tier: where it is.
-        slab: `(size,)` uint8; on disk, mapped, to be read only.
+        tier: the tier that holds the slab.
+        slab: `(size,)` uint8; on disk a memory-mapped file, which must not be written to.
     """
 
     tier: Tier
@@ -44,10 +44,10 @@ class StoredCheckpoint:
 
 
 def write_checkpoint(file: Path, slab: Tensor, layout: PackedLayout) -> None:
-    """Writes a slab, which is on the CPU, and its layout; the file appears whole or not at all.
+    """Writes a slab, which must be on the CPU, and its layout; the file appears complete or not at all.
 
     Raises:
-        OSError, SafetensorError: the disk refuses.
+        OSError, SafetensorError: the disk refuses the write.
     """
     staging = file.with_name(f".tmp-{file.name}")
     try:
@@ -58,17 +58,17 @@ def write_checkpoint(file: Path, slab: Tensor, layout: PackedLayout) -> None:
 
 
 def map_checkpoint(file: Path) -> tuple[Tensor, PackedLayout]:
-    """The slab of a file, mapped and to be read only, and its layout.
+    """Returns the slab of a file, memory-mapped and not to be written to, and its layout.
 
     Raises:
-        CheckpointError: no such file, or what it holds is no checkpoint of a pool; names it.
+        CheckpointError: the file is missing or is not a checkpoint of a pool; the message names it.
     """
     try:
         with safe_open(file, framework="pt") as opened:
             slab = opened.get_tensor(_SLAB)
             layout = PackedLayout.from_json(json.loads((opened.metadata() or {})[_TABLE]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as problem:
-        raise CheckpointError(f"{file}: no checkpoint of a reference pool ({problem})") from problem
+        raise CheckpointError(f"{file}: not a valid checkpoint of a reference pool ({problem})") from problem
     if slab.dtype != torch.uint8 or slab.shape != (layout.size,):
         raise CheckpointError(f"{file}: holds {tuple(slab.shape)} {slab.dtype}, not a slab of {layout.size} bytes")
     return slab, layout
@@ -85,21 +85,23 @@ def save_checkpoints(
     settings: Settings,
     previous: Path | None = None,
 ) -> None:
-    """Writes all checkpoints and their manifest into a folder that appears whole or not at all.
+    """Writes all checkpoints and their manifest into a folder that appears complete or not at all.
 
     Args:
-        folder: must not exist yet.
-        checkpoints: by number.
-        layout: of them all.
-        count: of the checkpoints so far, with those that were dropped.
-        settings: in which a pool that takes them over must agree.
-        previous: a folder that was saved before of the same pool; what it holds undamaged is linked, not written again.
+        folder: the new folder; must not exist yet.
+        checkpoints: the stored checkpoints by number.
+        layout: the layout of all of them.
+        count: number of checkpoints added so far, including dropped ones.
+        settings: settings that a pool must share to restore these checkpoints.
+        previous: a folder to which the same pool was saved before; undamaged checkpoints in it are linked, not written
+            again.
 
     Raises:
-        CheckpointError: the disk refuses, or `previous` is no saved pool of these settings.
+        CheckpointError: the folder exists, the disk refuses the write, or `previous` is not a saved pool with these
+            settings.
     """
     if folder.exists():
-        raise CheckpointError(f"{folder}: is there already")
+        raise CheckpointError(f"{folder}: already exists")
     before = {} if previous is None else _manifest(previous, settings)[0]
     with staged_folder(folder, CheckpointError) as staging:
         rows = []
@@ -117,15 +119,15 @@ def save_checkpoints(
 
 
 def checked_checkpoints(folder: Path, settings: Settings | None = None) -> tuple[dict[int, Path], int]:
-    """The files of a saved pool by number, each compared with its size and checksum, and the count of checkpoints.
+    """Returns a saved pool's files by number, after checking sizes and checksums, and the count of checkpoints so far.
 
     Args:
-        folder: that `save_checkpoints` wrote.
-        settings: in which the pool that was saved must agree; None: whatever they are.
+        folder: a folder that `save_checkpoints` wrote.
+        settings: settings that the saved pool must have; None accepts any.
 
     Raises:
-        CheckpointError: a manifest that cannot be read, is of a newer format or of other settings; files that are
-            missing or damaged, all of them named.
+        CheckpointError: the manifest cannot be read, or has a newer format or other settings; or files are missing or
+            damaged, and the message names all of them.
     """
     rows, count = _manifest(folder, settings)
     files = {number: folder / checkpoint_name(number) for number in sorted(rows)}
@@ -133,13 +135,13 @@ def checked_checkpoints(folder: Path, settings: Settings | None = None) -> tuple
     damaged = [f"{name} {what}" for name, what in found.items() if what]
     if damaged:
         raise CheckpointError(
-            f"{folder}: of {len(rows)} checkpoints {len(damaged)} cannot be used: " + "; ".join(damaged)
+            f"{folder}: {len(damaged)} of {len(rows)} checkpoints cannot be used: " + "; ".join(damaged)
         )
     return files, count
 
 
 def is_saved_pool(folder: Path) -> bool:
-    """Whether a manifest is there that can be read; its checkpoints are not looked at."""
+    """Returns whether a folder holds a readable manifest of a pool; its checkpoints are not checked."""
     try:
         _manifest(folder, None)
     except CheckpointError:
@@ -148,7 +150,7 @@ def is_saved_pool(folder: Path) -> bool:
 
 
 def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, FileRow], int]:
-    """The row of each checkpoint by number, and the count of checkpoints so far."""
+    """Returns the manifest's row for each checkpoint, by number, and the count of checkpoints so far."""
     manifest = folder / MANIFEST
     try:
         tree: dict[str, Any] = read_json(manifest)
@@ -158,26 +160,26 @@ def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, FileRo
         count, saved = int(tree["count"]), dict(tree["settings"])
         # Checkpoint 0 always stays.
         if min(rows, default=None) != 0 or max(rows) >= count:
-            raise ValueError(f"checkpoints {sorted(rows)} of {count}")
+            raise ValueError(f"it lists checkpoints {sorted(rows)} of {count}")
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as problem:
-        raise CheckpointError(f"{manifest}: no manifest of a reference pool ({problem})") from problem
+        raise CheckpointError(f"{manifest}: not a valid manifest of a reference pool ({problem})") from problem
     others = [
         f"{key} = {saved.get(key)!r}, not {value!r}"
         for key, value in (settings or {}).items()
         if saved.get(key) != value
     ]
     if others:
-        raise CheckpointError(f"{folder}: saved by a pool with {', '.join(others)}")
+        raise CheckpointError(f"{folder}: saved by a pool with other settings: {', '.join(others)}")
     return rows, count
 
 
 def checkpoint_name(index: int) -> str:
-    """The file of a checkpoint."""
+    """Returns the file name of a checkpoint."""
     return f"checkpoint-{index:06d}.safetensors"
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
+    """Creates a hard link to a file, or a copy if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:

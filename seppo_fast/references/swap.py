@@ -1,7 +1,7 @@
-"""A module that computes with other tensors for a while.
+"""Swapping of a module's tensors, so that it computes with others for a while.
 
-Its own `Parameter` objects are taken out, not written to: an optimizer, hooks and the reducer of distributed training
-hold on to these, and assigning to `.data` would make autograd forget the hooks where dtype or device change.
+The module's own `Parameter` objects are taken out, not written to: an optimizer, hooks and the reducer of distributed
+training hold on to them, and assigning to `.data` would make autograd forget the hooks if dtype or device change.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Place = tuple[nn.Module, str, Tensor]
 
 
 def swap_parameters(module: nn.Module, own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[Place]:
-    """Puts `others` in the places of `own`, by name; a tensor with several places (tied weights) leaves them all.
+    """Replaces `own` with `others`, by name; a tensor in several places (tied weights) is replaced in all of them.
 
     Args:
-        module: holds `own`.
-        own: parameters and buffers.
-        others: for each a tensor of its kind.
+        module: the module that holds `own`.
+        own: the module's parameters and buffers to replace.
+        others: a tensor of the same kind for each.
 
     Returns:
         Layer, name and former tensor of each place, for `restore_parameters`.
@@ -40,17 +40,17 @@ def swap_parameters(module: nn.Module, own: Mapping[str, Tensor], others: Mappin
 
 
 def restore_parameters(places: list[Place]) -> None:
-    """Undoes `swap_parameters`, whatever stands in the places now."""
+    """Undoes `swap_parameters`, whatever tensors the places hold now."""
     for layer, leaf, tensor in places:
         setattr(layer, leaf, tensor)
 
 
 @torch.no_grad()
 def offload(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies tensors to a device and gives their own memory back; the tensors stay, without data.
+    """Copies tensors to a device and frees their own memory; the tensor objects stay, without data.
 
-    One that shares its memory with others, or whose memory is a mapped file's, is left as it is and not in the result.
-    On a CPU whoever reads a tensor without data meanwhile crashes the process.
+    A tensor that shares its memory with others, or lies in a mapped file, is left as it is and is not in the result.
+    On a CPU, reading a tensor without data crashes the process.
     """
     copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items() if _is_alone(tensor)}
     for name in copies:
@@ -60,7 +60,7 @@ def offload(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 @torch.no_grad()
 def reload(tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-    """Undoes `offload`; the data may lie elsewhere afterwards."""
+    """Undoes `offload`; the data may be at another address afterwards."""
     for name, copy in copies.items():
         tensors[name].untyped_storage().resize_(copy.untyped_storage().nbytes())
         tensors[name].copy_(copy)

@@ -1,4 +1,4 @@
-"""Where the slabs of a pool lie: the device's memory first, then host memory, then mapped files."""
+"""Placement of a pool's slabs: in device memory first, then in host memory, then in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from seppo_fast.utils.files import disk_message
 from seppo_fast.utils.memory import free_bytes, host_bytes, page_locked
 
 SHARES: dict[Tier, float] = {"device": 0.15, "host": 0.5, "disk": 0.9}
-"""Of what is free when the first checkpoint comes, where no budget is given."""
+"""For tiers without a budget: the share that checkpoints may take of what is free when the first one is added."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that checkpoints may take, by tier; None: a share of what is free when the first one comes.
+    """Bytes that checkpoints may take, by tier; None: a share of what is free when the first one is added.
 
     Attributes:
-        device: of a GPU's memory, 0.15; the slab of the resident one comes on top.
-        host: of host memory, a half.
-        disk: of the folder's file system, nine tenths.
+        device: GPU memory, 0.15 of what is free by default; the slab of the resident checkpoint comes on top.
+        host: host memory, half of what is free by default.
+        disk: space on the folder's file system, nine tenths of what is free by default.
     """
 
     device: int | None = None
@@ -40,32 +40,33 @@ class Budget:
     disk: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what is no number of bytes."""
+        """Raises a ValueError for a budget that is not a number of bytes."""
         for name, value in vars(self).items():
             if value is not None and (not isinstance(value, int | np.integer) or value < 0):
-                raise ValueError(f"{name}: a number of bytes >= 0 or None is needed, got {value!r}")
+                raise ValueError(f"{name}: must be a number of bytes >= 0 or None, got {value!r}")
 
 
 class PoolFullError(Exception):
-    """No tier has room for another checkpoint; the pool is as it was."""
+    """No tier has room for another checkpoint; the pool is unchanged."""
 
 
 class Tiers:
-    """Puts slabs where there is room; one that has its place keeps it, and what one leaves the next one takes.
+    """Puts slabs where there is room. A slab is never moved; freed memory is reused.
 
-    All processes of a run hold the same slabs. Those in host memory and in files are one copy a machine, written by one
-    process; so `put` and `replace` are called by all processes, with the same arguments.
+    All processes of a run hold the same slabs. Of a slab in host memory or in a file there is one copy per machine,
+    written by one process; so all processes must call `put` and `replace`, with the same arguments.
 
     Attributes:
-        checkpoints: by number, in the order in which they came.
+        stored: the stored checkpoints by number, in the order in which they were added.
 
     Args:
-        layout: of all slabs.
-        device: on which references compute.
-        budget: of each tier.
-        folder: in which files go; None: where temporary files go, which on some systems is memory. They lose their
-            names as soon as they are mapped, so they are gone with the last process that maps them, however that ends.
-        node: the processes of this machine.
+        layout: the layout of all slabs.
+        device: the device on which references compute.
+        budget: bytes that each tier may take.
+        folder: the folder for files; None: the directory for temporary files, which on some systems is in memory. Files
+            lose their names as soon as they are mapped, so they are freed with the last process that maps them, however
+            that process ends.
+        node: the run's processes.
     """
 
     def __init__(
@@ -77,29 +78,29 @@ class Tiers:
         self._node = node
         self._rooms = self._measured(budget)
         self.stored: dict[int, StoredCheckpoint] = {}
-        self._left: list[StoredCheckpoint] = []  # memory that is taken, and free
+        self._left: list[StoredCheckpoint] = []  # memory that is allocated but holds no checkpoint
 
     def put(self, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
-        """One more slab, in the first tier that has room.
+        """Adds a slab in the first tier that has room.
 
         Args:
-            number: of the checkpoint.
-            tensors: what goes into it: the tensors of the layout by name, or a slab.
+            number: the checkpoint's number.
+            tensors: the slab's content: the layout's tensors by name, or another slab.
 
         Raises:
-            PoolFullError: no tier has room, or the disk refuses; says how much is needed.
+            PoolFullError: no tier has room, or the disk refuses the write; the message says how much is needed.
         """
         stored = self._left.pop() if self._left else self._new()
         if stored is None:
             self.stored[number] = self._written(tensors)
             return
-        self._settle()  # another process may still read what the slab held
+        self._settle()  # another process may still be reading what the slab held
         self._fill(stored.slab if stored.tier == "device" or self._node.owns else None, tensors)
         self._settle()
         self.stored[number] = stored
 
     def replace(self, gone: int, number: int, tensors: Mapping[str, Tensor] | Tensor) -> None:
-        """`put`, with one slab making way for it; that stays where there is no room after all."""
+        """Puts a slab in place of checkpoint `gone`, which stays if that fails; see `put`."""
         stored = self.stored.pop(gone)
         if stored.tier == "disk":
             self._rooms["disk"] += self.layout.size
@@ -121,7 +122,7 @@ class Tiers:
         self._left.clear()
 
     def _new(self) -> StoredCheckpoint | None:
-        """Memory for a slab in the first tier with room; None where that is the disk."""
+        """Returns memory for a slab in the first tier with room, or None if that tier is the disk."""
         size = self.layout.size
         for tier, room in self._rooms.items():
             if room < size:
@@ -133,16 +134,16 @@ class Tiers:
             if slab is not None:
                 return StoredCheckpoint(tier, slab)
         rooms = ", ".join(f"{tier} {room / 2**30:.3g}" for tier, room in self._rooms.items())
-        raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; left are (GiB) {rooms}")
+        raise PoolFullError(f"a checkpoint takes {size / 2**30:.3g} GiB; room left (GiB): {rooms}")
 
     def _memory(self, tier: Tier) -> Tensor | None:
-        """Zeros, so that the gaps between tensors are alike in every copy; None where any process is refused them."""
+        """Returns zeros, so that gaps between tensors are equal in all copies; None if any process gets no memory."""
         size, slab, problem = self.layout.size, None, None
         try:
             if tier == "device":
                 slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
             else:
-                # By the number of all processes, which every one of them knows alike.
+                # Decided by the number of all processes, so that all of them decide alike.
                 slab = host_bytes(size) if self._node.world == 1 else self._node.shared_bytes(size)
                 if slab is None:
                     problem = "no shared memory"
@@ -153,7 +154,7 @@ class Tiers:
         problem = self._node.agree(problem)
         if problem is None:
             return slab
-        warnings.warn(f"no {tier} memory for a past policy, the next tier takes it: {problem}", stacklevel=2)
+        warnings.warn(f"no {tier} memory for a past policy, so it goes to the next tier: {problem}", stacklevel=2)
         return None
 
     def _written(self, tensors: Mapping[str, Tensor] | Tensor) -> StoredCheckpoint:
@@ -176,7 +177,7 @@ class Tiers:
                     mapped = map_checkpoint(place)[0]
                 except CheckpointError as error:
                     problem = str(error)
-                problem = self._node.agree(problem)  # by then all have mapped it
+                problem = self._node.agree(problem)  # collective: after it, all have mapped the file
         finally:
             if file is not None:
                 shutil.rmtree(file.parent, ignore_errors=True)
@@ -196,20 +197,20 @@ class Tiers:
         return folder / checkpoint_name(0)
 
     def _fill(self, slab: Tensor | None, tensors: Mapping[str, Tensor] | Tensor) -> None:
-        """For all processes; one that does not write the slab has None."""
+        """Fills a slab; all processes call this, with None in those that do not write it."""
         if not isinstance(tensors, Tensor):
             self.layout.fill(slab, tensors)
         elif slab is not None:
             slab.copy_(tensors)
 
     def _settle(self) -> None:
-        """All processes have done what they began with the slabs."""
+        """Waits until all processes have finished what they started with the slabs."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._node.wait()
 
     def _measured(self, budget: Budget) -> dict[Tier, int]:
-        """Bytes by tier, the same in all processes."""
+        """Returns the bytes that each tier may take, the same in all processes."""
         existing = next(place for place in (self._folder, *self._folder.absolute().parents) if place.exists())
         rooms: dict[Tier, int] = {}
         if self.device.type == "cuda":

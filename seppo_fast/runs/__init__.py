@@ -1,1 +1,1 @@
-"""A run's folder on disk: states, log, weights."""
+"""A training run's folder on disk: saved states, log and weights."""

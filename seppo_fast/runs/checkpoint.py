@@ -1,8 +1,8 @@
-"""Saved states of a run as folders: whole or absent, checked by size and checksum, the newest good one found again.
+"""Saved states of a run: written atomically as folders, checked by size and checksum; the newest intact one is used.
 
     state/update-000030/   manifest.json  numbers.json  policy.safetensors  optimizer.safetensors  ...  references/
 
-Only safetensors and JSON: nothing here unpickles.
+Only safetensors and JSON files: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAME = re.compile(r"update-(\d{6,})")
 
 
 class NewerFormatError(CheckpointError):
-    """A state that a newer version of the package wrote."""
+    """The state was written by a newer version of the package."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class SavedState:
     """A saved state whose files have been checked.
 
     Attributes:
-        folder: it lies in.
-        update: finished updates.
-        numbers: all that is no tensor.
+        folder: the state's folder.
+        update: number of finished updates.
+        numbers: everything that is not a tensor.
     """
 
     folder: Path
@@ -51,10 +51,10 @@ class SavedState:
     numbers: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of the file `name`.safetensors, on the CPU.
+        """Returns the tensors of the file `name`.safetensors, on the CPU.
 
         Raises:
-            CheckpointError: no such file.
+            CheckpointError: the file is missing or cannot be read.
         """
         file = self.folder / f"{name}.safetensors"
         try:
@@ -64,7 +64,7 @@ class SavedState:
 
 
 def state_folder(run: Path, update: int) -> Path:
-    """Where the state after `update` finished updates is saved."""
+    """Returns the folder for the state after `update` finished updates."""
     return run / "state" / f"update-{update:06d}"
 
 
@@ -74,16 +74,16 @@ def write_state(
     numbers: Mapping[str, Any],
     write_references: Callable[[Path], None] | None,
 ) -> None:
-    """Writes a state into a folder that appears whole or not at all.
+    """Writes a state atomically: the folder appears complete or not at all.
 
     Args:
-        folder: `state_folder`; must not exist yet.
-        files: contiguous tensors on the CPU, by file (without its suffix) and name.
-        numbers: JSON.
-        write_references: writes the past policies, with a manifest of their own, into a folder that is to be made.
+        folder: the result of `state_folder`; must not exist yet.
+        files: contiguous CPU tensors, by file name (without suffix) and tensor name.
+        numbers: everything that is not a tensor; must be serializable as JSON.
+        write_references: creates the given folder and writes the past policies into it, with their own manifest.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: the disk is full, read-only or otherwise not writable.
     """
     with staged_folder(folder, CheckpointError) as staging:
         for name, tensors in files.items():
@@ -94,7 +94,7 @@ def write_state(
             fault("save-references")
             write_references(staging / REFERENCES)
         rows = {}
-        # Of the past policies their own manifest, which has the checksums of the rest.
+        # Of references/ only its manifest is listed; that one holds the checksums of the other files there.
         for file in sorted([*staging.glob("*"), *staging.glob(f"{REFERENCES}/{MANIFEST}")]):
             if file.is_file():
                 table = {"tensors": _table(file)} if file.suffix == ".safetensors" else {}
@@ -107,21 +107,21 @@ def write_state(
 
 
 def saved_states(run: Path) -> list[Path]:
-    """The folders of saved states, newest first; nothing of them is looked at.
+    """Returns the folders of saved states, newest first, without checking their contents.
 
     Raises:
-        CheckpointError: the folder that holds them exists and cannot be listed.
+        CheckpointError: the folder that holds them exists but cannot be listed.
     """
     states = run / "state"
     try:
-        # A link that leads nowhere is a disk that is not mounted.
+        # A dangling link points to a disk that is not mounted; it must raise below, not count as "no states".
         if not run.is_dir() or not (states.exists() or states.is_symlink()):
             return []
         folders = [path for path in states.iterdir() if _NAME.fullmatch(path.name)]
     except OSError as problem:
         raise CheckpointError(
             f"{states}: the saved states cannot be listed ({problem.strerror}). Nothing was changed; make this folder "
-            "readable"
+            "readable and rerun"
         ) from problem
     return sorted(folders, key=_number, reverse=True)
 
@@ -131,49 +131,50 @@ def _number(folder: Path) -> int:
 
 
 def newest_state(run: Path) -> SavedState | None:
-    """The newest state that is whole; None where none was ever saved.
+    """Returns the newest intact state, or None if no state was ever saved.
 
     Args:
         run: the run's folder.
 
     Raises:
-        CheckpointError: there are states, and all are damaged, or one is of a newer format. Nothing is deleted.
+        CheckpointError: all saved states are damaged, or one that is newer than any intact one has a newer format.
+            Nothing is deleted.
     """
     folders = saved_states(run)
     for folder in folders:
         try:
             return checked_state(folder)
         except NewerFormatError:
-            raise  # an older state would lose what a newer version did
+            raise  # falling back to an older state would lose the newer version's progress
         except CheckpointError as problem:
             say(f"{problem}; looking for an older state")
     if folders:
         raise CheckpointError(
             f"{run / 'state'}: none of its {len(folders)} saved states can be used. Nothing was deleted; restore one "
-            "from a copy, or choose another output to begin anew"
+            "from a copy, or choose another output to start over"
         )
     return None
 
 
 def checked_state(folder: Path) -> SavedState:
-    """A state, every file of which has the size and the checksum that its manifest gives.
+    """Returns a state after checking the size and checksum of every file against its manifest.
 
     Raises:
-        CheckpointError: what is wrong; every damaged file is named.
+        CheckpointError: the manifest cannot be read, or files are damaged; the message names each of them.
     """
     manifest = folder / MANIFEST
     try:
         tree = read_json(manifest)
         if int(tree["format"]) > FORMAT:
             raise NewerFormatError(
-                f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads; take the version "
+                f"{manifest}: format {tree['format']} is newer than this version of seppo_fast reads; use the version "
                 "that wrote it"
             )
         if _checksum(tree["files"]) != tree["sha256"]:
-            raise ValueError("its own checksum differs")
+            raise ValueError("its content does not match its own checksum")
         rows = {str(name): FileRow.read(row) for name, row in tree["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
-        raise CheckpointError(f"{manifest}: no manifest of a saved state ({problem})") from problem
+        raise CheckpointError(f"{manifest}: not a valid manifest of a saved state ({problem})") from problem
     damaged = list(_damages(folder, rows))
     if damaged:
         raise CheckpointError(f"{folder}: " + "; ".join(damaged))
@@ -187,12 +188,12 @@ def checked_state(folder: Path) -> SavedState:
 
 
 def put_aside_newer(run: Path, update: int) -> None:
-    """Renames the damaged states after `update` to `damaged-...`, so that they count for nothing and stay.
+    """Renames the damaged states after `update` to `damaged-...`: they are kept, but never loaded or pruned.
 
-    For the one process that holds the run's lock.
+    Called only by the process that holds the run's lock.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: a folder cannot be renamed.
     """
     for folder in saved_states(run):
         if _number(folder) > update:
@@ -203,12 +204,12 @@ def put_aside_newer(run: Path, update: int) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Removes the oldest saved states beyond `keep`, and what killed processes left half written.
+    """Removes all but the newest `keep` saved states, and what killed processes left half written.
 
-    For the one process that holds the run's lock.
+    Called only by the process that holds the run's lock.
     """
     for folder in saved_states(run)[keep:]:
-        # Renamed first: a folder that is half removed must not pass for a state.
+        # Renamed first: a half-removed folder must not be mistaken for a state.
         gone = folder.with_name(f".tmp-{folder.name}-old")
         folder.rename(gone)
         fault("prune")
@@ -231,5 +232,5 @@ def _checksum(rows: Mapping[str, Any]) -> str:
 
 def _table(file: Path) -> dict[str, list[Any]]:
     with safe_open(file, framework="pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - `opened` is not a mapping
         return {name: [part.get_dtype(), *part.get_shape()] for name, part in slices.items()}

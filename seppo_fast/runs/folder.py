@@ -1,4 +1,4 @@
-"""A run's folder: one process writes it at a time, and the same command goes on with what is in it."""
+"""The lock on a run's folder: only one run writes to it at a time, and rerunning the command resumes what is in it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from seppo_fast.utils.logging import say
 
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
-# What a run writes before its first state.
+# What a run may have written before its first state.
 _BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Passes a folder that is absent, empty or a run's.
+    """Checks that a folder is missing, empty or a run's.
 
     Raises:
-        ConfigError: it holds something else, or lies below a file.
-        CheckpointError: it cannot be written, or what it holds cannot be listed.
+        ConfigError: it holds something else, or one of its parents is a file.
+        CheckpointError: it is not writable, or its contents cannot be listed.
     """
     try:
         if folder.exists() and not (folder.is_dir() and (_ours(folder) or not _names(folder))):
             raise ConfigError(
-                f"output = {str(folder)!r} is not empty and holds no run that can go on; choose another folder or "
+                f"output = {str(folder)!r} is not empty and holds no run that can be resumed; choose another folder or "
                 "remove it"
             )
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -43,16 +43,16 @@ def refuse_occupied(folder: Path) -> None:
             raise ConfigError(f"output = {str(folder)!r}: {existing} is a file; choose another folder")
         for place in (existing, folder / "state"):
             if place.exists() and not os.access(place, os.W_OK):
-                raise CheckpointError(f"output = {str(folder)!r}: {place} cannot be written")
+                raise CheckpointError(f"output = {str(folder)!r}: {place} is not writable")
     except OSError as problem:
         raise CheckpointError(disk_message(folder, problem)) from problem
 
 
 def _ours(folder: Path) -> bool:
-    """Whether a run can go on there, or begin where one ended before its first state.
+    """Returns whether the folder holds a run to resume, or one that ended before its first state and can start over.
 
     Raises:
-        ConfigError: something else lies where the states do: states under other names, perhaps.
+        ConfigError: state/ holds something other than states; perhaps they were renamed.
         CheckpointError: the states cannot be listed.
     """
     if saved_states(folder):
@@ -61,34 +61,35 @@ def _ours(folder: Path) -> bool:
     if others:
         raise ConfigError(
             f"output = {str(folder)!r}: state/ holds no saved state, but {', '.join(sorted(others)[:3])}. To resume, "
-            "rename a whole state to update- and its number of updates; to start another run, choose another folder"
+            "rename an intact state to update-NNNNNN, its number of finished updates; to start another run, choose "
+            "another folder"
         )
     try:
         mark = (folder / LOCK).read_text(encoding="utf-8")
-        # Without the mark it was killed before it wrote one.
+        # An empty lock file: the process was killed before it wrote the mark.
         return _names(folder) <= _BEGUN if mark == _MARK else not mark and not _names(folder)
     except (OSError, UnicodeDecodeError):
         return False
 
 
 def _names(folder: Path) -> set[str]:
-    """What lies there, but for hidden files (the lock, unfinished ones) and those that systems keep for themselves."""
+    """Returns the names in a folder, without hidden files (the lock, unfinished files) and operating-system files."""
     return {path.name for path in folder.iterdir() if not holds_no_data(path.name)}
 
 
 @contextmanager
 def lock_run_folder(folder: Path, machine: Node) -> Iterator[SavedState | None]:
-    """Holds a run's folder, so that no other run writes it meanwhile; gives the state that it was left in.
+    """Locks a run's folder against other runs inside the block, and yields its newest intact state, or None.
 
-    A lock of a process that is gone is no lock. A folder in which nothing was written in the end is removed again.
+    The lock ends with the process that holds it. A folder in which nothing was written is removed at the end.
 
     Args:
-        folder: of the run.
-        machine: the processes of the run; the one of rank 0 holds the lock, all read the same state.
+        folder: the run's folder.
+        machine: the run's processes; rank 0 holds the lock, and all get the same state.
 
     Raises:
-        ConfigError: another run holds it; as `refuse_occupied`.
-        CheckpointError: it cannot be written; it holds saved states and none can be used.
+        ConfigError: another run holds the lock, or see `refuse_occupied`.
+        CheckpointError: the folder is not writable, or it holds saved states and none of them can be used.
     """
     handle, found = None, None
     failed: SeppoError | None = None
@@ -121,17 +122,17 @@ def _locked(folder: Path) -> int:
     except OSError as problem:
         raise CheckpointError(disk_message(folder, problem)) from problem
     try:
-        # Of this descriptor, so that a process that ends in any way lets go of it. Not lockf: its locks are of the
-        # process, which would lose them as soon as it read the file and closed it.
+        # flock binds the lock to this descriptor, so it is released however the process ends. Not lockf: its locks
+        # belong to the process and are lost as soon as it opens the file again and closes it.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             os.close(handle)
-            raise ConfigError(f"output = {str(folder)!r}: another run is writing there") from None
+            raise ConfigError(f"output = {str(folder)!r}: another run is writing to this folder") from None
         if problem.errno not in NO_LOCKS:
             os.close(handle)
             raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem
-        say(f"{folder}: files cannot be locked there ({problem.strerror}); start no second run on this folder")
+        say(f"{folder}: this disk does not support file locks ({problem.strerror}); start no second run in this folder")
     try:
         os.pwrite(handle, _MARK.encode(), 0)
     except OSError as problem:
@@ -141,18 +142,18 @@ def _locked(folder: Path) -> int:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """What a killed process was writing; nobody writes now."""
+    """Removes what a killed process left half written; safe because this process holds the lock."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _release(folder: Path, handle: int) -> None:
-    """Gives the folder back, and removes one in which nothing was written."""
+    """Releases the lock, and removes the folder if nothing was written in it."""
     try:
         if {path.name for path in folder.iterdir()} == {LOCK}:
             (folder / LOCK).unlink()
             folder.rmdir()
     except OSError:
-        pass  # gone, or no longer ours to clean up
+        pass  # the folder was removed, or is no longer ours to clean up
     finally:
         os.close(handle)

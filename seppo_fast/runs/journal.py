@@ -1,4 +1,4 @@
-"""What a run says while it runs: a line for people, a JSON line for programs."""
+"""The log of a run: one printed line per update for people, one JSON line per update for programs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from seppo_fast.runs.watch import HealthWatch
 
 LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
 _GIB = 2**30
-_ETA_UPDATES = 10  # that the time left is judged by
+_ETA_UPDATES = 10  # the remaining time is estimated from this many updates
 
 
 class Journal:
     """Writes `log.jsonl` in the run's folder, one object per update, and prints one line per update.
 
     Args:
-        folder: of the run.
-        updates: in all.
-        pairs_per_update: for the rate.
-        device: whose peak memory is told.
+        folder: the run's folder.
+        updates: total number of updates.
+        pairs_per_update: number of pairs per update, for the pairs per second.
+        device: the device whose peak memory is reported.
     """
 
     def __init__(self, folder: Path, updates: int, pairs_per_update: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Journal:
         self._seconds: deque[float] = deque(maxlen=_ETA_UPDATES)
 
     def resume(self, finished: int) -> None:
-        """Drops what was written of updates after `finished`, which will come again, and a line that broke off."""
+        """Drops the log lines of updates after `finished`, which will be made again, and an incomplete last line."""
         for name in (LOG, SKIPPED):
             file = self._folder / name
             if not file.exists():
@@ -57,15 +57,19 @@ class Journal:
                     self._watch.update(entry)
 
     def format(self, number: int, stats: dict[str, float]) -> dict[str, float]:
-        """Prints update `number` (from 1); `stats` holds the learner's means and the seconds of both phases.
+        """Prints the line of update `number` (from 1), and a warning for each health rule whose spell begins with it.
+
+        Args:
+            number: number of the update.
+            stats: the learner's means, `rollout_seconds` and `learn_seconds`.
 
         Returns:
-            What there is to record of it.
+            `stats` with the total seconds, pairs per second, peak memory in GiB and the flags of the health rules.
         """
         stats = stats | {"seconds": stats["rollout_seconds"] + stats["learn_seconds"]}
         stats |= {"pairs_per_second": self._pairs / stats["seconds"], "memory_gib": peak_memory_gib(self._device)}
         self._seconds.append(stats["seconds"])
-        # The median: the first update compiles and measures, and a machine that others use stops now and then.
+        # The median, because the first update compiles and measures, and a shared machine stalls now and then.
         left = (self._updates - number) * statistics.median(self._seconds)
         print(progress_line(number, self._updates, stats, left), flush=True)
         for rule in self._watch.update(stats):
@@ -73,34 +77,35 @@ class Journal:
         return stats | self._watch.flags(stats)
 
     def append(self, number: int, stats: dict[str, float]) -> None:
-        """Records in `log.jsonl` what `tell` gave.
+        """Appends to `log.jsonl` what `format` returned for update `number`.
 
         Raises:
-            OSError: the disk refuses; the line is written with the next one.
+            OSError: the line cannot be written; the next call writes it together with its own.
         """
-        # JSON has no NaN: what is not finite is null there, and printed as it is.
+        # JSON has no NaN: non-finite values are logged as null (the printed line shows them).
         finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
         self._waiting += json.dumps({"update": number} | finite).encode() + b"\n"
         _append(self._folder / LOG, self._waiting)
         self._waiting = b""
 
     def skipped(self, number: int, sample_ids: Sequence[int], searching: bool) -> None:
-        """Records in `skipped.jsonl` the pairs of an update whose gradient was not finite.
+        """Records in `skipped.jsonl` the pairs of an update that was skipped because its gradient was not finite.
 
         Args:
-            number: of the update, from 1.
-            sample_ids: of all processes; see `Pairs`.
-            searching: whether the scaler of half precision still searched its scale, which is no fault of the pairs.
+            number: number of the update, from 1.
+            sample_ids: the pairs' sample ids, from all processes; see `Pairs`.
+            searching: whether the gradient scaler was still searching for its scale, in which case the pairs are not
+                to blame.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: the line cannot be written.
         """
         line = {"update": number, "scaler_searching": searching, "sample_ids": list(sample_ids)}
         _append(self._folder / SKIPPED, json.dumps(line).encode() + b"\n")
 
 
 def _append(file: Path, lines: bytes) -> None:
-    """All of the lines or none of them."""
+    """Appends all of the lines or none of them."""
     with file.open("ab", buffering=0) as opened:
         size = opened.tell()
         if opened.write(lines) < len(lines):
@@ -109,7 +114,7 @@ def _append(file: Path, lines: bytes) -> None:
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The updates of a run, in order; a value that was not finite is None."""
+    """Returns the logged updates of a run, in order; non-finite values are None."""
     return list(_entries(folder / LOG))
 
 
@@ -118,14 +123,17 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            return  # a killed process wrote half of it
+            return  # a killed process wrote only half of this line
         if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
             return
         yield entry
 
 
 def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float) -> str:
-    """`update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`"""
+    """Returns the printed line of an update.
+
+    `update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`
+    """
     parts = [f"update {number}/{updates}", f"loss {stats['loss']:.4f}"]
     if "sft_loss" in stats:
         parts[-1] += f" ({stats['preference_loss']:.4f} preference)"
@@ -144,7 +152,7 @@ def progress_line(number: int, updates: int, stats: dict[str, float], seconds_le
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Formats seconds for people: `45 s`, `13 m`, `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Which settings a run may be resumed with, and what becomes of those that were chosen by measuring."""
+"""Decides which settings may change when a run is resumed, and keeps those that the run chose by measuring."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from seppo_fast.config.schema import Config
 from seppo_fast.runs.checkpoint import SavedState
 from seppo_fast.utils.errors import CheckpointError, ConfigError
 
-# Where things are, how fast they go, how long a run is, what it shows. All else decides what a run computes: model and
-# data are compared by content, so that their folders may move.
+# Settings of paths, speed, memory, length and logging. All others decide what a run computes. Model and data are
+# compared by content, so their folders may move.
 _MAY_CHANGE = {
     "output", "memory",
     "model.path", "model.motion_adapter", "model.gradient_checkpointing", "model.attention",
@@ -25,41 +25,45 @@ _MAY_CHANGE = {
     "save.minutes", "save.keep",
     "evaluation.guidance",
 }  # fmt: skip
-# What `memory` decides where it is left open.
+# Settings that the `memory` preset fills in when they are not set.
 _SET_BY_PRESET = {
     "model.gradient_checkpointing", "model.compile", "train.micro_batch", "reference.park", "sampler.batch",
 }  # fmt: skip
 
 
 def resumed_config(asked: Config, saved: SavedState) -> Config:
-    """The configuration with which a run goes on: what is asked for now, and else what the run had chosen.
+    """Returns the configuration to resume with: settings changed since the run began, else the ones it resolved then.
+
+    Args:
+        asked: the configuration as the user gave it now.
+        saved: the state to resume from.
 
     Raises:
-        ConfigError: settings that a run cannot change, each with its old and its new value; fewer updates in all than
-            are finished.
-        CheckpointError: a saved configuration that cannot be read.
+        ConfigError: a changed setting that a run cannot change, with its old and new value; `train.updates` is below
+            the number of finished updates, or differs under a cosine schedule.
+        CheckpointError: the saved configuration cannot be read.
     """
     before, chosen, now = _flat(saved_config(saved, "asked")), _flat(saved_config(saved)), _flat(asked)
     changed = {key for key, value in now.items() if before.get(key) != value}
     refused = [f"{key} = {before.get(key)!r}, not {now[key]!r}" for key in sorted(changed - _MAY_CHANGE)]
     if refused:
         raise ConfigError(
-            f"output = {asked.output!r} holds a run with other settings: {'; '.join(refused)}. Go on with those it "
-            "has, or choose another output"
+            f"output = {asked.output!r} holds a run with other settings: {'; '.join(refused)}. Resume with the run's "
+            "own settings, or choose another output"
         )
     if asked.train.updates < saved.update:
         raise ConfigError(
-            f"train.updates = {asked.train.updates}, and the run in {asked.output!r} has finished {saved.update}"
+            f"train.updates = {asked.train.updates}, but the run in {asked.output!r} has finished {saved.update}"
         )
     if asked.train.lr_schedule == "cosine" and "train.updates" in changed:
         raise ConfigError(
             f"train.updates = {asked.train.updates}: the run in {asked.output!r} has a cosine schedule over "
-            f"{before.get('train.updates')} updates, whose rates another number would change. Resume it with these, or "
-            "begin another run from its weights"
+            f"{before.get('train.updates')} updates, and another number would change its learning rates. Resume with "
+            "this number, or start another run from its weights"
         )
     if "memory" in changed:
         changed |= _SET_BY_PRESET
-    if chosen.get("train.learning_rate") is None:  # by a version that kept its default rate unsaid
+    if chosen.get("train.learning_rate") is None:  # saved by a version that did not store the default
         chosen["train.learning_rate"] = 5e-6 if now["model.train"] == "full" else 1e-4
     tree: dict[str, Any] = {}
     for key in now:
@@ -71,31 +75,35 @@ def resumed_config(asked: Config, saved: SavedState) -> Config:
 def refuse_other_content(
     saved: SavedState, fingerprints: dict[str, tuple[str, ...]], instead: str = "Choose another output to begin anew"
 ) -> None:
-    """Compares what a run was begun with by content.
+    """Compares the model and the data with those that the run started with, by content.
 
     Args:
-        saved: the state to go on from.
-        fingerprints: of the model and of the data as they are now; any one of each has to be the saved one.
-        instead: what the user can do, for the message.
+        saved: the state to resume from.
+        fingerprints: the current fingerprints of model and data; for each, the saved one must be among those given.
+        instead: what the user can do; the end of the error message.
 
     Raises:
-        ConfigError: another model, other data.
-        CheckpointError: fingerprints that cannot be read.
+        ConfigError: the model or the data differ.
+        CheckpointError: the saved fingerprints cannot be read.
     """
     before = saved.numbers.get("fingerprints", {})
     if not isinstance(before, dict):
-        raise CheckpointError(f"{saved.folder}: what it was begun with cannot be read ({before!r})")
+        raise CheckpointError(f"{saved.folder}: the fingerprints of model and data cannot be read ({before!r})")
     other = [name for name, values in fingerprints.items() if before.get(name) not in values]
     if other:
         raise ConfigError(
-            f"the {' and the '.join(other)} changed since the run was begun, which can only go on with what it had. "
+            f"the {' and the '.join(other)} changed since the run was started; it can only resume with the same. "
             + instead
-            + (" (half-precision data are of a GPU: a CPU encodes them otherwise)" if "data" in other else "")
+            + (" (in half precision a GPU encodes data in float16, a CPU in float32)" if "data" in other else "")
         )
 
 
 def saved_config(saved: SavedState, name: str = "config") -> Config:
-    """The configuration in a state: the one that ran, or the one that was `asked` for.
+    """Returns a configuration from a state.
+
+    Args:
+        saved: the state.
+        name: "config" for the resolved configuration that ran, "asked" for the one that the user gave.
 
     Raises:
         CheckpointError: it cannot be read.

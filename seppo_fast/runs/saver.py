@@ -1,7 +1,8 @@
-"""What a run is besides its configuration: weights, optimizer, moving average, past policies and a few numbers.
+"""Saves and loads a run's state: weights, optimizer, moving average, past policies and a few numbers.
 
-Everything else is a function of (seed, update, sample id), so a resumed run is the run that was never interrupted: bit
-for bit on a CPU, and on a GPU with `model.deterministic`, with as many processes as before; else up to rounding.
+Everything else is a function of the configuration and (seed, update, sample id). With the same number of processes, a
+resumed run therefore equals an uninterrupted one bit for bit on a CPU, and on a GPU with `model.deterministic`; in all
+other cases up to rounding.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from seppo_fast.utils.files import disk_message
 from seppo_fast.utils.logging import warn
 
 POLICY, OPTIMIZER, AVERAGE = "policy", "optimizer", "average"
-_MAX_FAILED = 3  # saves in a row that the disk refuses before the run stops
+_MAX_FAILED = 3  # the run stops after this many failed saves in a row
 
 
 def on_cpu(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, which nothing changes any more.
+    """Returns contiguous copies on the CPU, which share no memory with the originals.
 
     Args:
-        tensors: sharded ones are gathered, one at a time, for which all processes call this.
-        keep: False in a process that only takes part in that; it gets none.
+        tensors: tensors by name; sharded ones are gathered one at a time, so all processes must call this.
+        keep: False for a process that only takes part in gathering; it gets an empty dictionary.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -46,10 +47,10 @@ def on_cpu(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor
 
 
 def load_policy(module: nn.Module, saved: SavedState) -> None:
-    """Makes a module's trained state the saved one, in place.
+    """Loads the saved policy into a module's trained tensors, in place.
 
     Raises:
-        CheckpointError: tensors that are not the module's; the module is as it was.
+        CheckpointError: names or shapes do not match the module's; the module is unchanged.
     """
     state = trainable_state_dict(module)
     for name, tensor in fitting(saved, POLICY, state).items():
@@ -57,10 +58,10 @@ def load_policy(module: nn.Module, saved: SavedState) -> None:
 
 
 def fitting(saved: SavedState, file: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file of a saved state, which have the names and shapes of `own`: copying would broadcast.
+    """Returns the tensors of a state's file after comparing names and shapes with `own`, as copying would broadcast.
 
     Raises:
-        CheckpointError: they have others.
+        CheckpointError: names or shapes differ; the message lists the first five.
     """
     tensors = saved.tensors(file)
     different = sorted(
@@ -70,19 +71,22 @@ def fitting(saved: SavedState, file: str, own: Mapping[str, Tensor]) -> dict[str
     )
     if different:
         raise CheckpointError(
-            f"{saved.folder / file}.safetensors: holds other weights than this model's: {', '.join(different[:5])}"
+            f"{saved.folder / file}.safetensors: does not match this model's weights: {', '.join(different[:5])}"
             + (", ..." if len(different) > 5 else "")
         )
     return tensors
 
 
 class Saver:
-    """Writes states in a thread of its own while training goes on; for one process of the run.
+    """Writes states in a background thread while training continues; used by one process of the run.
 
     Args:
         run: the run's folder.
-        minutes: between two states; 0: each is due.
-        keep: states that stay.
+        minutes: time between two states; 0 saves one after every update.
+        keep: number of states to keep.
+
+    Attributes:
+        stalled: seconds for which training waited for saving, so far.
     """
 
     def __init__(self, run: Path, minutes: float, keep: int) -> None:
@@ -94,14 +98,14 @@ class Saver:
         self.stalled = 0.0
 
     def due(self) -> bool:
-        """Whether enough time went by since the last state."""
+        """Returns whether it is time to save another state."""
         return time.monotonic() - self._started >= self._seconds
 
     def begins(self, update: int) -> bool:
-        """Whether a state is still to be saved; until the one before is written, it waits.
+        """Waits for the previous state, then returns whether the state after `update` still has to be saved.
 
         Raises:
-            CheckpointError: as `wait`.
+            CheckpointError: see `wait`.
         """
         self.wait()
         if state_folder(self._run, update).exists():
@@ -116,19 +120,26 @@ class Saver:
         numbers: Mapping[str, Any],
         references: ReferencePool | None,
     ) -> None:
-        """Starts writing a state that `begins`: `on_cpu`; nothing may add to `references` before `wait`."""
+        """Starts writing a state; call it after `begins` returned True.
+
+        Args:
+            update: number of finished updates.
+            files: the results of `on_cpu`, by file name without suffix.
+            numbers: everything that is not a tensor.
+            references: the pool of past policies, if there is one; nothing may be added to it before `wait`.
+        """
         self._thread = threading.Thread(target=self._write, args=(update, files, dict(numbers), references))
         self._thread.start()
         self.stalled += time.monotonic() - self._started
 
     def wait(self, last: bool = False) -> None:
-        """Until the state that is being written is there.
+        """Waits until the state that is being written is complete.
 
         Args:
-            last: whether no other one will be written.
+            last: whether no other state will be written after it.
 
         Raises:
-            CheckpointError: the third state in a row that could not be written, or the last.
+            CheckpointError: the state could not be written, and it is the third in a row or the last one.
         """
         if self._thread is None:
             return
@@ -143,7 +154,7 @@ class Saver:
         self._failed += 1
         if last or self._failed == _MAX_FAILED or not isinstance(problem, CheckpointError):
             raise problem
-        warn(f"the run goes on, and its state could not be saved: {problem}")
+        warn(f"the state could not be saved; training continues: {problem}")
 
     def _write(
         self,
@@ -160,7 +171,7 @@ class Saver:
             write_state(state_folder(self._run, update), files, numbers, write_references)
         except OSError as problem:
             self._problem = CheckpointError(disk_message(self._run, problem))
-        except Exception as problem:  # for the thread that trains
+        except Exception as problem:  # raised by `wait`, in the training thread
             self._problem = problem
         else:
             self._prune()

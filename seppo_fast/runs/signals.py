@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGHUP and SIGUSR1: a run ends at the next micro-batch, in a state that can be saved."""
+"""Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1: the run ends at the next micro-batch, where its state can be saved."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to end; the message says where it stands."""
+    """A signal ended the run; the message says after which update."""
 
 
 @contextmanager
 def defer_sigint() -> Iterator[None]:
-    """Ctrl-C inside the block takes effect after it, a second one at once; for imports.
+    """Delays Ctrl-C until the end of the block; a second Ctrl-C takes effect at once. Meant for imports.
 
-    One that is raised while a library's `__del__` runs would be printed and lost, and the run would go on.
+    A KeyboardInterrupt that is raised while a library's `__del__` runs is printed and lost, and the run would continue.
     """
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell's background jobs have it
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in a shell's background jobs
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,15 +45,18 @@ def defer_sigint() -> Iterator[None]:
 
 
 class Interruption:
-    """Remembers a signal until a place where a run may end.
+    """Remembers a signal until the run reaches a point where it may end; a context manager.
 
-    A run of one process ends at its next micro-batch, and a second signal does what it does by default, which is to end
-    it at once. Several processes must end after the same update, so they agree on it there, and further signals, which
-    launchers send, change nothing. A context manager; outside of a program's main thread it leaves signals alone, and
-    one that is ignored stays ignored: `nohup` has a run outlive its terminal.
+    A run of one process ends at its next micro-batch; a second signal has its default effect and ends the run at once.
+    Several processes must end after the same update, so they agree on it after each one, and further signals (launchers
+    send them) have no effect. Outside the program's main thread no handler is installed. Signals that are ignored stay
+    ignored, so a run under `nohup` outlives its terminal.
 
     Args:
-        alone: whether the run has one process.
+        alone: whether the run has only one process.
+
+    Attributes:
+        asked: whether a signal has arrived.
     """
 
     def __init__(self, alone: bool = True) -> None:
@@ -71,10 +74,12 @@ class Interruption:
         self._give_back()
 
     def check(self) -> None:
-        """To be called where the trained state is that of the last finished update; does nothing in one of several.
+        """Ends a run of one process if a signal has arrived; with several processes it does nothing.
+
+        Must be called only where the trained weights are those of the last finished update.
 
         Raises:
-            Interrupted: a signal came.
+            Interrupted: a signal has arrived.
         """
         if self.asked and self._alone:
             raise Interrupted("interrupted")
@@ -86,7 +91,7 @@ class Interruption:
         name = signal.Signals(number).name
         if self._alone:
             self._give_back()
-            warn(f"{name}: ending at the next micro-batch; a second one ends at once")
+            warn(f"{name}: ending at the next micro-batch; a second signal ends the run at once")
         else:
             warn(f"{name}: ending after this update")
 

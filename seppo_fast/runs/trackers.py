@@ -1,4 +1,4 @@
-"""The numbers of the log in tensorboard and wandb, by accelerate's trackers; `log.jsonl` has them in any case."""
+"""Sends the logged numbers to TensorBoard and W&B through accelerate's trackers; `log.jsonl` always has them too."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from seppo_fast.utils.logging import warn
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-FOLDERS = {"tensorboard", "wandb"}  # in the run's folder, named as the trackers
+FOLDERS = {"tensorboard", "wandb"}  # in the run's folder, named after the trackers
 
 
 def require_trackers(config: Config) -> None:
-    """Looks whether the trackers that are asked for are installed; imports none.
+    """Checks that the requested trackers are installed, without importing them.
 
     Raises:
-        ConfigError: one is not; its pip line.
+        ConfigError: a tracker is not installed; the message has the pip command.
     """
     for name in config.log.trackers:
         if importlib.util.find_spec(name) is None:
@@ -32,10 +32,10 @@ def require_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """Those that `log.trackers` names; for one process of the run, which goes on without one that fails.
+    """The trackers in `log.trackers`, used by one process of the run. A tracker that fails is dropped with a warning.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
     """
 
     def __init__(self, config: Config) -> None:
@@ -43,22 +43,22 @@ class Trackers:
         self._running: dict[str, GeneralTracker] = {}
 
     def start(self, finished: int) -> None:
-        """Opens them for the updates after `finished`, in the folder of a run that has begun.
+        """Opens the trackers for the updates after `finished`; the run's folder must exist.
 
-        In tensorboard what a killed run wrote of later updates gives way to what comes. wandb goes on with its run of
-        the same id and takes no step twice: of such updates it keeps what came first, the same but for the times.
+        If a killed run had logged later updates already, TensorBoard replaces them with the repeated ones. W&B resumes
+        the run of the same id and accepts each step once, so it keeps the first values, which differ only in the times.
         """
         starts = {"tensorboard": self._start_tensorboard, "wandb": self._start_wandb}
         for name in self._config.log.trackers:
             self._guarded(name, partial(starts[name], finished))
 
     def log(self, update: int, stats: Mapping[str, float]) -> None:
-        """Sends what `Journal.format` gave of an update; its number is the step."""
+        """Sends what `Journal.format` returned for an update; the step is the update's number."""
         for name, tracker in list(self._running.items()):
             self._guarded(name, partial(tracker.log, dict(stats), step=update))
 
     def finish(self) -> None:
-        """Waits until all is written or sent."""
+        """Closes the trackers, waiting until everything is written or sent."""
         for name, tracker in list(self._running.items()):
             self._guarded(name, tracker.finish)
         self._running = {}
@@ -91,9 +91,9 @@ class Trackers:
         self._running[name] = tracker
 
     def _guarded(self, name: str, action: Callable[[], object]) -> None:
-        """A tracker's trouble, of whatever kind, is no reason to lose a run."""
+        """Runs an action of a tracker; if it raises anything, drops the tracker instead of ending the run."""
         try:
             action()
         except Exception as problem:
             self._running.pop(name, None)
-            warn(f"the run goes on without {name}: {type(problem).__name__}: {problem}")
+            warn(f"the run continues without {name}: {type(problem).__name__}: {problem}")

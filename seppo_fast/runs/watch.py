@@ -1,7 +1,7 @@
-"""Signs of a run that makes the model worse, from the numbers of the log alone, and what to change.
+"""Health rules: they detect, from the logged numbers alone, a run that makes the model worse, and say what to change.
 
-Step size makes runs ill, and beta hardly ever: where Adam's first steps are too large the policy is worse than its own
-past at the winners, the anchor test then compares noise, and logits and gradients grow.
+The cause is usually the step size, hardly ever beta: if Adam's first steps are too large, the policy becomes worse than
+its own past on the winners; then the anchor test compares noise, and logits and gradients grow.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LARGEST = 1e100
-"""What is larger counts as not finite; sums and squares of the rest do not overflow."""
+"""Larger values count as non-finite, so that sums and squares of the others do not overflow."""
 WINDOW = 5
-"""Updates whose mean a rule looks at."""
-_RISE = 0.03  # of the winner's error over its reference's
+"""Number of updates that a rule averages over."""
+_RISE = 0.03  # the winner's error over the reference's, minus 1
 _LOGIT = 1.0
-_GROWTH = 8.0  # of the gradient, since the first update
-_LOSS = 0.65  # ln 2 = 0.693 is where policy and reference agree
+_GROWTH = 8.0  # the gradient norm over that of the first update
+_LOSS = 0.65  # ln 2 = 0.693 is the loss where policy and reference agree
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One sign of an ill run.
+    """One health rule.
 
     Attributes:
-        name: in the log, 1 while it holds.
-        keys: numbers of an update that it looks at; updates without one of them, or a finite one, do not count.
-        holds: takes the last `WINDOW` updates that count and the first of the run, each a list in the order of `keys`.
-        sign: what is seen, a sentence without its end.
-        cure: what to do about it, a sentence without its end.
+        name: key in the log, where the value is 1 while the rule's condition is met.
+        keys: the numbers of an update that the rule reads; updates where one is missing or non-finite do not count.
+        holds: the condition, given the last `WINDOW` updates that count and the run's first that counts, each a list of
+            values in the order of `keys`.
+        sign: what was observed, without a final period; a colon, if any, separates it from what it means.
+        cure: what to do about it, without a final period.
     """
 
     name: str
@@ -41,8 +42,8 @@ class Rule:
 
     @property
     def warning(self) -> str:
-        """The line of a running run."""
-        return f"{self.sign} (mean of the last {WINDOW} updates). If that goes on, {self.cure}"
+        """The line that is printed during training."""
+        return f"{self.sign} (mean of the last {WINDOW} updates). If this persists, {self.cure}"
 
 
 def _rises(window: Sequence[list[float]], first: list[float]) -> bool:
@@ -54,7 +55,7 @@ def _loses(window: Sequence[list[float]], first: list[float]) -> bool:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return sum(values) / WINDOW  # not by `statistics`, which raises where infinities cancel
+    return sum(values) / WINDOW  # not `statistics.mean`, which raises if infinities cancel
 
 
 _ERRORS = ("winner_error", "ref_winner_error")
@@ -63,8 +64,8 @@ RULES = (
         "winner_above_reference",
         _ERRORS,
         _rises,
-        f"the winner's error is above the reference's by more than {_RISE:.0%}: at the good examples the policy is "
-        "worse than its past policies",
+        f"the winner's error is above the reference's by more than {_RISE:.0%}: on the good examples the policy is "
+        "worse than its past checkpoints",
         "lower train.learning_rate, or raise train.warmup_updates",
     ),
     Rule(
@@ -72,7 +73,7 @@ RULES = (
         ("logit_abs", *_ERRORS),
         lambda window, first: _mean(logit for logit, _, _ in window) > _LOGIT,
         f"mean |logit| is above {_LOGIT:g}: the steps are too large for this train.beta",
-        "lower train.learning_rate first; it is rarely train.beta that makes a run ill",
+        "lower train.learning_rate first; train.beta is rarely the cause",
     ),
     Rule(
         "gradient_grown",
@@ -101,9 +102,9 @@ class _Seen:
 class HealthWatch:
     """Applies `RULES` to the updates of a run, in order.
 
-    A spell of a rule begins where it holds over the last `WINDOW` updates that count, and ends where it no longer
-    does; the next one begins after `WINDOW` more at the earliest, so that a number at its limit is not told of again
-    and again. Rules that compare with a reference are silent where the objective has none.
+    A rule's spell begins when its condition is met over the last `WINDOW` updates that count, and ends when it no
+    longer is. The next spell begins `WINDOW` updates later at the earliest, so that a value near its limit does not
+    cause one warning after another. Rules that compare with a reference never fire if the objective has none.
     """
 
     def __init__(self) -> None:
@@ -111,7 +112,7 @@ class HealthWatch:
         self._within: set[str] = set()
 
     def update(self, entry: Mapping[str, Any]) -> list[Rule]:
-        """Takes the next update; returns the rules whose spell begins with it."""
+        """Adds the next update; returns the rules whose spell begins with it."""
         return [rule for rule in RULES if (values := _values(rule, entry)) is not None and self._begins(rule, values)]
 
     def _begins(self, rule: Rule, values: list[float]) -> bool:
@@ -128,16 +129,16 @@ class HealthWatch:
         return holds and not before
 
     def within(self, rule: Rule) -> bool:
-        """Whether a spell of the rule began and has not ended."""
+        """Returns whether a spell of the rule has begun and not ended."""
         return rule.name in self._within
 
     def flags(self, entry: Mapping[str, Any]) -> dict[str, float]:
-        """Returns what the log shows: for each rule that can see this update whether it is within a spell, 1 or 0."""
+        """Returns the flags to log: 1 or 0 for within a spell or not, for each rule whose keys this update has."""
         return {rule.name: float(self.within(rule)) for rule in RULES if all(key in _known(entry) for key in rule.keys)}
 
 
 def _known(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An update with `preference_loss`, which logs have beside `loss` where the two may differ."""
+    """Returns an update with `preference_loss`, which logs omit where it equals `loss`."""
     return {"preference_loss": entry["loss"], **entry} if "loss" in entry else entry
 
 
@@ -149,7 +150,7 @@ def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:
 
 
 def intervals(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
-    """Returns for each rule with intervals in a log, by its name, the first and last update of each."""
+    """Returns the spells of each rule in a log, by rule name, as pairs (first update, last update)."""
     watch, found = HealthWatch(), dict[str, list[tuple[int, int]]]()
     for entry in entries:
         begin = watch.update(entry)

@@ -1,4 +1,4 @@
-"""`weights/` of a run: the trained model as a folder that diffusers loads, and after which update it was written."""
+"""A run's `weights/` folder: the trained model in a form that diffusers loads, and the update it was written after."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ _STAMP = "seppo_fast.json"
 
 
 def write_weights(folder: Path, family: Family, policy: nn.Module, config: Config, finished: int) -> None:
-    """Writes what was trained, after so many updates; weights that a shorter run left are put aside.
+    """Writes the trained weights; an existing folder (of the run when it was shorter) is renamed `weights-before`.
+
+    Args:
+        folder: the run's `weights/` folder.
+        family: the model family, whose network holds the trained weights if `model.train` is "full".
+        policy: the trained network, from which LoRA weights are taken.
+        config: the run's configuration.
+        finished: number of finished updates, stored with the weights.
 
     Raises:
-        CheckpointError: the disk refused.
+        CheckpointError: the disk is full or not writable.
     """
     if folder.exists():
         folder.rename(free_name(folder.with_name("weights-before")))
@@ -36,7 +43,7 @@ def write_weights(folder: Path, family: Family, policy: nn.Module, config: Confi
 
 
 def written_after(folder: Path) -> int | None:
-    """After which update a folder of weights was written; None where it does not say."""
+    """Returns after which update a folder of weights was written, or None if it is missing or not recorded."""
     try:
         return int(read_json(folder / _STAMP)["update"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

@@ -1,1 +1,1 @@
-"""What gives pictures a score for their prompts: for evaluation, and as rewards."""
+"""Scorers of pictures and clips for given prompts, for evaluation and as rewards."""

@@ -1,4 +1,4 @@
-"""What a scorer is to evaluation and to methods that learn from rewards."""
+"""The interface of scorers, used by evaluation and by methods that learn from rewards."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Scorer(Protocol):
     """Scores pictures or clips for their prompts.
 
     Attributes:
-        name: as it is asked for.
-        version: of what it computes; another one is another score.
-        digest: of the weights or rules behind it, for the record of a result.
-        higher_is_better: which way a gain goes.
+        name: the name by which the scorer is selected.
+        version: the version of what it computes; scores of different versions are not comparable.
+        digest: a digest of the weights or rules behind the scores, to be recorded with results.
+        higher_is_better: whether a higher score is better.
     """
 
     name: str
@@ -24,18 +24,18 @@ class Scorer(Protocol):
 
     @property
     def digest(self) -> str:
-        """See above."""
+        """A digest of the weights or rules; see the class."""
 
     def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> np.ndarray:
         """Returns a score for each prompt.
 
         Args:
-            prompts: N of them.
-            pictures: uint8 `(N, H, W, 3)`, or clips `(N, F, H, W, 3)`.
+            prompts: the N prompts.
+            pictures: the pictures `(N, H, W, 3)` uint8, or clips `(N, F, H, W, 3)`.
 
         Returns:
-            `(N,)` float64; NaN where there is no score for a picture.
+            Scores `(N,)` float64; NaN for a picture without a score.
 
         Raises:
-            ValueError: other shapes or dtypes, or a prompt that it does not understand.
+            ValueError: a shape or dtype is wrong, or the scorer does not understand a prompt.
         """

@@ -1,4 +1,4 @@
-"""The embedded worlds' judges as a scorer."""
+"""A scorer made of the embedded worlds' judges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seppo_fast.shapes import judge, motion_judge
 
 
 class ShapesScorer:
-    """The share of the attributes in a caption that the judge finds: of a picture its things, of a clip its motion."""
+    """Scores the share of a caption's attributes that the judge finds in a picture, or in a clip with its motion."""
 
     name = "shapes"
     version = "1"
@@ -20,11 +20,11 @@ class ShapesScorer:
 
     @property
     def digest(self) -> str:
-        """sha256 of the judges' code."""
+        """The SHA-256 of the judges' source code."""
         code = "".join(inspect.getsource(module) for module in (judge, motion_judge))
         return hashlib.sha256(code.encode()).hexdigest()
 
     def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> np.ndarray:
-        """See `Scorer`; prompts are captions of the worlds, frames 32 x 32."""
+        """See `Scorer`; prompts must be captions of the embedded worlds, frames must be 32 x 32 pixels."""
         score_all = motion_judge.score_all if np.ndim(pictures) == 5 else judge.score_all
         return np.asarray(score_all(list(prompts), pictures), dtype=np.float64)

@@ -1,7 +1,7 @@
-"""The exact judge: which asked-for attributes does a picture hold?
+"""The exact judge of pictures: decides which of the attributes in a prompt a picture has.
 
-It never sees a network. Each pixel is read as a mix of the background and one of the world's colours; a colour's pixels
-give an area and a centroid, and the shape is the template, drawn there with that area, that overlaps best.
+It uses no network. Each pixel is read as a mix of the background and one of the world's colours; a colour's pixels give
+an area and a centroid, and the shape is the one whose template, drawn there with that area, overlaps best.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 
 from .world import COLOURS, RELATIONS, SHAPES, SIZE, Description, coverage, parse
 
-MIN_ALPHA = 0.25  # fainter pixels are noise or blur, not an object
-MIN_COSINE = 0.93  # of a pixel's offset from the background with the colour's own; green and black: 0.92
-WINDOW = 17  # pixels; the side of a square that holds any one thing
-MIN_SHARE = 0.45  # of a colour's pixels inside its fullest window, or they are scattered noise
+MIN_ALPHA = 0.25  # share of a colour in a pixel; fainter pixels are noise or blur, not an object
+MIN_COSINE = 0.93  # between a pixel's and a colour's offset from the background; for green and black it is 0.92
+WINDOW = 17  # pixels; the side of a square that fits any one thing
+MIN_SHARE = 0.45  # share of a colour's pixels inside its fullest window; with less they are scattered noise
 MIN_CORE = 14  # pixels that are nearly all colour; the smallest thing has 20
 MIN_OVERLAP = 0.72  # of the best template; another shape at the same place and area reaches at most about 0.8
-SMALL_LARGE = 63.0  # square pixels, between the largest small and the smallest large
-AREA_RANGE = (22.0, 130.0)
+SMALL_LARGE = 63.0  # square pixels; between the largest small and the smallest large thing
+AREA_RANGE = (22.0, 130.0)  # square pixels of a thing
 MIN_OFFSET = 3.0  # pixels along a relation's axis
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a picture holds of one colour; `shape` and `size` are empty where nothing fits."""
+    """What was found of one colour in a picture; `shape` and `size` are empty if none fits."""
 
     present: bool
     shape: str
@@ -35,33 +35,33 @@ class Finding:
 
 
 def judge(prompt: str, image: NDArray[np.uint8]) -> dict[str, bool]:
-    """Says of each attribute that `prompt` asks for whether `image` holds it.
+    """Decides for each attribute in `prompt` whether `image` has it.
 
-    For "a large red circle left of a small blue square" the entries are "red", "red circle", "large red", "blue",
-    "blue square", "small blue" and "red left of blue".
+    For "a large red circle left of a small blue square" the keys of the result are "red", "red circle", "large red",
+    "blue", "blue square", "small blue" and "red left of blue".
 
     Args:
-        prompt: A caption of the world.
+        prompt: a caption of the world.
         image: uint8 RGB of shape (SIZE, SIZE, 3).
 
     Raises:
-        ValueError: `prompt` is no caption of the world, or `image` has another shape or dtype.
+        ValueError: `prompt` is not a caption of the world, or `image` has another shape or dtype.
     """
     return judge_all([prompt], np.asarray(image)[None])[0]
 
 
 def score(prompt: str, image: NDArray[np.uint8]) -> float:
-    """Share of the asked-for attributes that `image` holds; 1.0 means all are right. Raises as `judge`."""
+    """Returns the share of the prompt's attributes that `image` has; 1.0 means all. Raises as `judge`."""
     return float(np.mean(list(judge(prompt, image).values())))
 
 
 def score_all(prompts: Sequence[str], images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """`score` of n prompts with n pictures (n, SIZE, SIZE, 3): float64 (n,)."""
+    """Returns the `score` of n prompts with n pictures (n, SIZE, SIZE, 3) as float64 (n,)."""
     return np.array([np.mean(list(entries.values())) for entries in judge_all(prompts, images)])
 
 
 def judge_all(prompts: Sequence[str], images: NDArray[np.uint8]) -> list[dict[str, bool]]:
-    """`judge` of n prompts with n pictures (n, SIZE, SIZE, 3), vectorised. Raises as `judge`."""
+    """Returns the result of `judge` for n prompts with n pictures (n, SIZE, SIZE, 3), vectorised; raises as `judge`."""
     images = np.asarray(images)
     if images.shape != (len(prompts), SIZE, SIZE, 3) or images.dtype != np.uint8:
         raise ValueError(
@@ -80,8 +80,8 @@ def find(images: NDArray[np.uint8], rows: Sequence[int], colours: Sequence[str])
 
     Args:
         images: uint8 (n, SIZE, SIZE, 3).
-        rows: m picture numbers.
-        colours: m names out of `COLOURS`.
+        rows: m indices into `images`.
+        colours: m keys of `COLOURS`.
 
     Returns:
         m findings.
@@ -113,13 +113,13 @@ def find(images: NDArray[np.uint8], rows: Sequence[int], colours: Sequence[str])
 
 
 def segment(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """How much of each colour each pixel holds.
+    """Computes how much of each colour each pixel contains.
 
     Args:
         images: uint8 (n, SIZE, SIZE, 3).
 
     Returns:
-        float32 (n, SIZE, SIZE, number of colours) in 0..1; at most one colour of a pixel is not zero.
+        float32 (n, SIZE, SIZE, number of colours) in 0..1; at most one colour per pixel is non-zero.
     """
     pixels = images.reshape(len(images), -1, 3).astype(np.float32)
     background = np.median(pixels, axis=1, keepdims=True)  # things cover less than half of every picture
@@ -134,7 +134,7 @@ def segment(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _fullest_window(alpha: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Masks, for each of m maps (m, SIZE, SIZE), the WINDOW x WINDOW square of the largest sum."""
+    """Returns masks, one for each of m maps (m, SIZE, SIZE), of the WINDOW x WINDOW square with the largest sum."""
     total = np.pad(alpha.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
     sums = total[:, WINDOW:, WINDOW:] - total[:, :-WINDOW, WINDOW:] - total[:, WINDOW:, :-WINDOW]
     sums = sums + total[:, :-WINDOW, :-WINDOW]
@@ -158,7 +158,7 @@ def _entries(description: Description, findings: list[Finding]) -> dict[str, boo
 
 
 def _relation(first: Finding, second: Finding) -> str:
-    """The relation of two things along the axis of their larger offset; empty where they lie on each other."""
+    """Returns the relation of two things along the axis of their larger offset, or "" if they are at the same place."""
     dx, dy = second.x - first.x, second.y - first.y
     if max(abs(dx), abs(dy)) < MIN_OFFSET:
         return ""

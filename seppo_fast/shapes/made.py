@@ -1,7 +1,7 @@
-"""Pictures that the shipped pipeline made of captions of the world, two of each, as preference data sets have them.
+"""Pictures that the shipped pipeline made for captions of the world, two per caption, as in preference data sets.
 
-One is the best of four by the exact judge, the other was drawn at random among the remaining three. They ship as
-latents, which the shipped VAE decodes when a picture is requested; `benchmarks.shapes_world.make_pictures` wrote them.
+One is the best of four according to the exact judge, the other was drawn at random from the remaining three. They ship
+as latents, which the shipped VAE decodes on request; `benchmarks.shapes_world.make_pictures` wrote them.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from . import MADE, PIPELINE
 
 COUNT = 1024  # prompts
 ROLES = ("best", "other")
-_BLOCK = 64  # pictures decoded at once, and then kept: 6 MB for all
+_BLOCK = 64  # pictures decoded at once; all decoded pictures are kept in memory, 6 MB
 
 
 @dataclass(frozen=True)
 class MadePictures:
-    """What ships.
+    """The content of the shipped file.
 
     Attributes:
         prompts: `COUNT` different captions.
-        latents: of each role, `(COUNT, 4, 8, 8)` float16, scaled.
-        scores: of each role, `(COUNT,)` float32: shares of the asked-for attributes that the judge found.
+        latents: for each role, scaled latents `(COUNT, 4, 8, 8)` float16.
+        scores: for each role, the judge's scores `(COUNT,)` float32: shares of the caption's attributes it found.
     """
 
     prompts: tuple[str, ...]
@@ -40,7 +40,7 @@ class MadePictures:
 
 @cache
 def load() -> MadePictures:
-    """Reads the file, once."""
+    """Reads the shipped file; the result is cached."""
     with safe_open(MADE, framework="pt") as file:
         prompts = json.loads(file.metadata()["prompts"])
         latents = {role: file.get_tensor(role) for role in ROLES}
@@ -49,12 +49,12 @@ def load() -> MadePictures:
 
 
 def picture(role: str, index: int) -> NDArray[np.uint8]:
-    """Returns the picture (32, 32, 3) of a role for prompt `index`; it does not depend on what else is decoded."""
+    """Returns the picture (32, 32, 3) of a role for prompt `index`; it does not depend on which others are decoded."""
     return _block(role, index // _BLOCK)[index % _BLOCK]
 
 
 def digest() -> str:
-    """Returns the sha256 (hex) of all that the pictures and prompts depend on: the file and the VAE."""
+    """Returns the SHA-256 (hex) of the file and the VAE, on which pictures and prompts depend."""
     sha = hashlib.sha256()
     for path in (MADE, *sorted((PIPELINE / "vae").iterdir())):
         sha.update(path.read_bytes())
@@ -64,7 +64,7 @@ def digest() -> str:
 @cache
 @torch.no_grad()
 def _block(role: str, block: int) -> NDArray[np.uint8]:
-    """Decodes consecutive pictures together, always the same ones: rounding depends on a batch's size."""
+    """Decodes a fixed block of consecutive pictures together, because rounding depends on the batch size."""
     vae = _vae()
     latents = load().latents[role][block * _BLOCK : (block + 1) * _BLOCK].float() / vae.config.scaling_factor
     pixels = vae.decode(latents).sample.permute(0, 2, 3, 1)
@@ -73,5 +73,5 @@ def _block(role: str, block: int) -> NDArray[np.uint8]:
 
 @cache
 def _vae() -> AutoencoderKL:
-    """Loads the shipped VAE, in float32 on the CPU whatever the device, so that pictures are the same."""
+    """Loads the shipped VAE, always in float32 on the CPU, so that pictures are the same with any device."""
     return AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae").to(memory_format=torch.channels_last)

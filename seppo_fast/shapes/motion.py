@@ -1,7 +1,7 @@
-"""Procedural captioned clips: one coloured shape of the world that grows, shrinks, moves or stays still.
+"""Procedural captioned clips: one coloured shape that grows, shrinks, moves or stays still.
 
-As in the world of pictures, everything is a pure function of explicit seeds, and captions can be read back. A clip's
-frames are evenly spaced over its motion, however many they are. Lengths are in pixels, y points down.
+As in the world of pictures, everything is a pure function of explicit seeds, and captions can be parsed. A clip's
+frames are evenly spaced in time over its motion, however many there are. Lengths are in pixels, y points down.
 """
 
 import hashlib
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 
 from .world import AREAS, COLOURS, EXTENTS, MARGIN, SHAPES, SIZE, SIZES, coverage
 
-FRAMES = 8  # of a clip of the embedded world
-DIRECTIONS = {  # of a move, as (x, y)
+FRAMES = 8  # per clip of the embedded world
+DIRECTIONS = {  # (x, y) of each move
     "moves left": (-1, 0),
     "moves right": (1, 0),
     "moves up": (0, -1),
     "moves down": (0, 1),
 }
-RESIZING = ("grows", "shrinks")  # from small to large, or back; no size can be asked for
+RESIZING = ("grows", "shrinks")  # from small to large, or back; their captions name no size
 STILL = "stays still"
 MOTIONS = (*RESIZING, *DIRECTIONS, STILL)
-TRAVEL = (10.0, 12.0)  # pixels that a moving thing covers from the first frame to the last
-OFF_MIDDLE = 1.5  # pixels by which the middle of a way misses the middle of the room for it, at most
+TRAVEL = (10.0, 12.0)  # range of pixels that a moving thing covers from the first frame to the last
+OFF_MIDDLE = 1.5  # at most so many pixels lie between the middle of a path and the middle of the space for it
 
 
 @dataclass(frozen=True)
 class Action:
-    """What a caption says of a clip; `size` is empty for a thing that grows or shrinks."""
+    """What a caption says about a clip; `size` is empty for a thing that grows or shrinks."""
 
     size: str
     colour: str
@@ -39,7 +39,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing is in one frame, by its centroid, and its area in square pixels."""
+    """A thing's centroid in one frame, and its area in square pixels."""
 
     x: float
     y: float
@@ -58,13 +58,14 @@ class MovingScene:
 
 
 def moving_scene(seed: int, index: int) -> MovingScene:
-    """The scene of number `index` in the stream of `seed`; a pure function of both."""
-    rng = np.random.default_rng([seed, index, 2])  # 0 and 1: the world's pictures and their noisy captions
+    """Returns scene number `index` of `seed`; a pure function of both."""
+    # The world's pictures use the key [seed, index], their noisy captions [seed, index, 1].
+    rng = np.random.default_rng([seed, index, 2])
     return arrange(describe(rng), rng)
 
 
 def describe(rng: np.random.Generator) -> Action:
-    """Draws an action; each motion has the same chance."""
+    """Draws an action; all motions are equally likely."""
     motion = str(rng.choice(MOTIONS))
     size, colour, shape = (str(rng.choice(words)) for words in (SIZES, list(COLOURS), SHAPES))
     return Action("" if motion in RESIZING else size, colour, shape, motion)
@@ -77,9 +78,9 @@ def arrange(action: Action, rng: np.random.Generator) -> MovingScene:
     areas = {"grows": (small, large), "shrinks": (large, small)}.get(action.motion, (kept, kept))
     way = np.array(DIRECTIONS.get(action.motion, (0, 0))) * rng.uniform(*TRAVEL)
     extents = np.array(EXTENTS[action.shape]) * max(areas) ** 0.5
-    low, high = extents[:2] + MARGIN, SIZE - MARGIN - extents[2:]  # of a centroid
-    # Everything happens around the middle, so the caption alone says nearly all of every frame: a tiny model learns
-    # it in minutes.
+    low, high = extents[:2] + MARGIN, SIZE - MARGIN - extents[2:]  # range of the centroid
+    # Everything happens around the middle, so the caption determines nearly all of every frame, and a tiny model learns
+    # the world in minutes.
     start = (low + high) / 2 + rng.uniform(-OFF_MIDDLE, OFF_MIDDLE, 2) - way / 2
     first, last = (
         Pose(float(x), float(y), float(area)) for (x, y), area in zip((start, start + way), areas, strict=True)
@@ -90,12 +91,12 @@ def arrange(action: Action, rng: np.random.Generator) -> MovingScene:
 
 
 def caption(scene: MovingScene) -> str:
-    """The caption that is true of `scene`."""
+    """Returns the caption that describes `scene`."""
     return phrase(scene.action)
 
 
 def phrase(action: Action) -> str:
-    """Spells an action, such as "a red circle grows" or "a small blue square moves left"; `parse` is its inverse."""
+    """Writes an action as text: "a red circle grows", "a small blue square moves left"; inverse of `parse`."""
     words = ("a", action.size, action.colour, action.shape, action.motion)
     return " ".join(word for word in words if word)
 
@@ -106,11 +107,11 @@ _CAPTION = re.compile(
 
 
 def parse(caption: str) -> Action:
-    """Reads a caption back.
+    """Parses a caption.
 
     Raises:
-        ValueError: `caption` is not of the form "a red circle grows" or "a small blue square moves left": things that
-            grow or shrink have no size, all others have one.
+        ValueError: `caption` does not have the form "a red circle grows" or "a small blue square moves left": things
+            that grow or shrink have no size, all others have one.
     """
     match = _CAPTION.fullmatch(caption.strip())
     if match is None or (match[1] is None) != (match[4] in RESIZING):
@@ -121,7 +122,7 @@ def parse(caption: str) -> Action:
 
 
 def all_captions() -> list[str]:
-    """Every caption of the world of clips, in a fixed order: 288, of which 48 grow or shrink."""
+    """Returns all 288 captions of the world of clips in a fixed order; in 48 of them a thing grows or shrinks."""
     return [
         phrase(Action(size, colour, shape, motion))
         for motion in MOTIONS
@@ -132,7 +133,10 @@ def all_captions() -> list[str]:
 
 
 def captions(held_out: bool) -> list[str]:
-    """About a quarter of all captions, which the embedded data set of winners never has, or the rest; fixed, mixed."""
+    """Returns the held-out captions or the rest, in a fixed shuffled order.
+
+    About a quarter of all captions are held out: the embedded data set of winners never contains them.
+    """
     marks = {caption: hashlib.sha256(caption.encode()).digest() for caption in all_captions()}
     return sorted(
         (caption for caption, mark in marks.items() if (mark[0] < 64) == held_out), key=lambda c: marks[c][1:]
@@ -140,9 +144,10 @@ def captions(held_out: bool) -> list[str]:
 
 
 def noisy_caption(scene: MovingScene, seed: int, index: int, wrong: float = 0.35) -> str:
-    """A caption as the web has them: with probability `wrong` it names the thing and one of the six other motions.
+    """Returns a noisy caption, as found on the web: with probability `wrong` it names another motion.
 
-    A pure function of its arguments. A size that the other motion asks for and `scene` does not have is drawn.
+    The wrong motion is one of the six others. If it needs a size and `scene` has none, the size is drawn. The result is
+    a pure function of the arguments.
     """
     if not 0 <= wrong <= 1:
         raise ValueError(f"wrong must lie in 0..1, got {wrong}")
@@ -156,13 +161,14 @@ def noisy_caption(scene: MovingScene, seed: int, index: int, wrong: float = 0.35
 
 
 def render(scene: MovingScene, frames: int = FRAMES) -> NDArray[np.uint8]:
-    """Draws `scene`: uint8 RGB of shape (frames, SIZE, SIZE, 3), anti-aliased.
+    """Renders `scene` as uint8 RGB of shape (frames, SIZE, SIZE, 3), anti-aliased.
 
-    It slows down to a stop: most frames are nearer to the end than to the beginning, so stills alone tell a motion from
-    its opposite. At a constant speed only word, order and place together do, and no tiny model found out.
+    The motion slows down to a stop. So most frames are nearer to its end than to its beginning, and single frames
+    already distinguish a motion from its opposite. At constant speed only the combination of word, frame order and
+    place does, which no tiny model learned.
 
     Raises:
-        ValueError: `frames` is less than 2, which shows no motion.
+        ValueError: `frames` is less than 2, too few to show motion.
     """
     if frames < 2:
         raise ValueError(f"frames must be at least 2, got {frames}")
@@ -175,7 +181,7 @@ def render(scene: MovingScene, frames: int = FRAMES) -> NDArray[np.uint8]:
 
 
 def slowing(time: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The part of its way that a thing has gone at a time in 0..1: its speed falls evenly to nothing."""
+    """Returns the share of its path that a thing has covered at a time in 0..1, if its speed falls linearly to zero."""
     return time * (2 - time)
 
 

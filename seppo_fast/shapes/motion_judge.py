@@ -1,7 +1,7 @@
-"""The exact judge of clips: which asked-for attributes, and which motion, do the frames hold?
+"""The exact judge of clips: decides which of the attributes in a prompt, and which motion, a clip has.
 
-It never sees a network. The judge of pictures finds the thing in every frame; lines fitted to its centroid and to the
-logarithm of its area over time say how it moves, whether it keeps its speed, slows down or speeds up.
+It uses no network. The judge of pictures finds the thing in every frame; curves of constant, falling or rising speed
+fitted to its centroid and to the logarithm of its area tell how it moves.
 """
 
 from collections.abc import Sequence
@@ -14,62 +14,62 @@ from .judge import WINDOW, Finding, find, segment
 from .motion import DIRECTIONS, STILL, TRAVEL, Action, parse, slowing
 from .world import AREAS, COLOURS, SIZE
 
-MOST = 0.75  # share of the frames that must agree
-# From the world's own numbers. A motion counts from half of the least that the world does, so no threshold is nearer to
-# one motion than to another. A jump half-way, which is no motion, strays from its fitted line by a quarter of its
-# height (root mean square) at least; three quarters of what the least jump leaves is the most that counts as smooth.
-# Clean clips that went through the shipped autoencoder miss the true offsets by at most 0.21 pixels and 0.14, and stray
-# by at most 0.12 pixels and 0.06 (300 clips).
+MOST = 0.75  # least share of frames in which an attribute must be right
+# Thresholds derived from the world's own constants. A motion counts if it is at least half as large as the smallest in
+# the world, so that no threshold favours one motion. A jump at half time, which is not a motion, deviates from its
+# fitted curve by at least a quarter of its height (root mean square); a motion counts as smooth up to three quarters of
+# what the smallest jump leaves. Clean clips after the shipped autoencoder miss the true offsets by at most 0.21 pixels
+# and 0.14, and deviate by at most 0.12 pixels and 0.06 (300 clips).
 LEAST_GROWTH = float(np.log(AREAS["large"][0] / AREAS["small"][1]))
 MIN_TRAVEL, MAX_STRAY = TRAVEL[0] / 2, TRAVEL[0] * 3 / 16  # pixels
-MIN_GROWTH, MAX_FLICKER = LEAST_GROWTH / 2, LEAST_GROWTH * 3 / 16  # of the area's logarithm
+MIN_GROWTH, MAX_FLICKER = LEAST_GROWTH / 2, LEAST_GROWTH * 3 / 16  # in the logarithm of the area
 
 
 @dataclass(frozen=True)
 class Track:
-    """One colour's thing over the frames of a clip.
+    """The thing of one colour over the frames of a clip.
 
     Attributes:
-        findings: What the judge of pictures found, one per frame.
-        areas: Square pixels of that colour around the thing, float64 (frames,).
+        findings: what the judge of pictures found in each frame.
+        areas: square pixels of that colour around the thing, float64 (frames,).
     """
 
     findings: list[Finding]
     areas: NDArray[np.float64]
 
     def share(self, name: str, value: object) -> float:
-        """Share of the frames in which attribute `name` of the thing is `value`."""
+        """Returns the share of frames in which attribute `name` of the thing is `value`."""
         return float(np.mean([found.present and getattr(found, name) == value for found in self.findings]))
 
 
 def judge(prompt: str, clip: NDArray[np.uint8]) -> dict[str, bool]:
-    """Says of each attribute that `prompt` asks for whether `clip` holds it.
+    """Decides for each attribute in `prompt` whether `clip` has it.
 
-    For "a small red circle moves left" the entries are "red", "red circle", "small red" and "red moves left"; the first
-    three must hold in most frames. "a red circle grows" has no entry for a size.
+    For "a small red circle moves left" the keys of the result are "red", "red circle", "small red" and "red moves
+    left"; the first three must be right in most frames. "a red circle grows" has no entry for a size.
 
     Args:
-        prompt: A caption of the world of clips.
+        prompt: a caption of the world of clips.
         clip: uint8 RGB of shape (F, SIZE, SIZE, 3), at least two frames.
 
     Raises:
-        ValueError: `prompt` is no caption of the world of clips, or `clip` has another shape or dtype.
+        ValueError: `prompt` is not a caption of the world of clips, or `clip` has another shape or dtype.
     """
     return judge_all([prompt], np.asarray(clip)[None])[0]
 
 
 def score(prompt: str, clip: NDArray[np.uint8]) -> float:
-    """Share of the asked-for attributes that `clip` holds; 1.0 means all are right. Raises as `judge`."""
+    """Returns the share of the prompt's attributes that `clip` has; 1.0 means all. Raises as `judge`."""
     return float(np.mean(list(judge(prompt, clip).values())))
 
 
 def score_all(prompts: Sequence[str], clips: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """`score` of n prompts with n clips (n, F, SIZE, SIZE, 3): float64 (n,)."""
+    """Returns the `score` of n prompts with n clips (n, F, SIZE, SIZE, 3) as float64 (n,)."""
     return np.array([np.mean(list(entries.values())) for entries in judge_all(prompts, clips)])
 
 
 def judge_all(prompts: Sequence[str], clips: NDArray[np.uint8]) -> list[dict[str, bool]]:
-    """`judge` of n prompts with n clips (n, F, SIZE, SIZE, 3). Raises as `judge`."""
+    """Returns the result of `judge` for n prompts with n clips (n, F, SIZE, SIZE, 3). Raises as `judge`."""
     clips = np.asarray(clips)
     wanted = (len(prompts), *clips.shape[1:2], SIZE, SIZE, 3)
     if clips.ndim != 5 or clips.shape != wanted or clips.dtype != np.uint8 or clips.shape[1] < 2:
@@ -91,7 +91,7 @@ def track(clip: NDArray[np.uint8], colour: str) -> Track:
 
 
 def motion_of(track: Track) -> str:
-    """The motion of `MOTIONS` that a track shows; empty where the thing is missing, jumps, or does two at once."""
+    """Returns the one of `MOTIONS` that a track shows, or "" if the thing is missing, jumps, or does two at once."""
     present = np.array([found.present for found in track.findings])
     if present.mean() < MOST or present.sum() < 2:
         return ""
@@ -112,7 +112,11 @@ def motion_of(track: Track) -> str:
 
 
 def _fitted(pace: NDArray[np.float64], lines: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Offsets of n lines (F, n) that go with `pace` (F,) from 0 to 1, and how far they stray (root mean square)."""
+    """Fits n time series (F, n) by a constant plus an offset times `pace` (F,), which runs from 0 to 1.
+
+    Returns:
+        The offsets (n,), and the deviations from the fit (n,), root mean square.
+    """
     design = np.column_stack([pace, np.ones_like(pace)])
     fitted = np.linalg.lstsq(design, lines, rcond=None)[0]
     return fitted[0], np.sqrt(np.mean((lines - design @ fitted) ** 2, axis=0))

@@ -1,7 +1,7 @@
-"""Procedural captioned pictures: one coloured shape, or two in a relation, on a light background.
+"""Procedural captioned pictures: one coloured shape, or two in a spatial relation, on a light background.
 
-Everything is a pure function of explicit seeds, and captions can be read back: `parse(caption(scene))` gives the
-scene's description. Lengths are in pixels, y points down.
+Everything is a pure function of explicit seeds, and captions can be parsed: `parse(caption(scene))` returns the scene's
+description. Lengths are in pixels, y points down.
 """
 
 import re
@@ -23,9 +23,9 @@ COLOURS = {
     "purple": (165, 55, 200),
     "black": (30, 30, 35),
 }
-AREAS = {"small": (36.0, 44.0), "large": (88.0, 100.0)}  # square pixels; every shape of a size has the same area
+AREAS = {"small": (36.0, 44.0), "large": (88.0, 100.0)}  # square pixels, the same range for every shape
 SUPERSAMPLING = 4
-# Extents (left, top, right, bottom) from the centroid for a shape of area 1.
+# Extents (left, top, right, bottom) from the centroid of a shape with area 1.
 EXTENTS = {
     "circle": (np.pi**-0.5,) * 4,
     "square": (0.5,) * 4,
@@ -38,7 +38,7 @@ GAP = 1.5  # least distance between two objects along their relation's axis
 
 @dataclass(frozen=True)
 class Thing:
-    """What a caption says of one object."""
+    """What a caption says about one object."""
 
     size: str
     colour: str
@@ -50,7 +50,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: one thing, or two and how the first lies to the second (`relation` is empty for one)."""
+    """What a caption says: one thing, or two and the relation of the first to the second; "" for one thing."""
 
     things: tuple[Thing, ...]
     relation: str = ""
@@ -72,7 +72,7 @@ class Scene:
 
 
 def describe(rng: np.random.Generator) -> Description:
-    """Draws a description: one thing or two with equal chance, two always of different colours."""
+    """Draws a description: one thing or two, equally likely; two always have different colours."""
     count = int(rng.integers(1, 3))
     colours = rng.permutation(list(COLOURS))[:count]
     things = tuple(Thing(str(rng.choice(SIZES)), str(colour), str(rng.choice(SHAPES))) for colour in colours)
@@ -80,7 +80,7 @@ def describe(rng: np.random.Generator) -> Description:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene of number `index` in the stream of `seed`; a pure function of both."""
+    """Returns scene number `index` of `seed`; a pure function of both."""
     rng = np.random.default_rng([seed, index])
     return arrange(describe(rng), rng)
 
@@ -104,12 +104,12 @@ def arrange(description: Description, rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The caption that is true of `scene`."""
+    """Returns the caption that describes `scene`."""
     return phrase(scene.description)
 
 
 def phrase(description: Description) -> str:
-    """Spells a description; `parse` is its inverse."""
+    """Writes a description as text; inverse of `parse`."""
     return f" {description.relation} ".join(f"a {thing}" for thing in description.things)
 
 
@@ -118,11 +118,11 @@ _CAPTION = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})?")
 
 
 def parse(caption: str) -> Description:
-    """Reads a caption back.
+    """Parses a caption.
 
     Raises:
-        ValueError: `caption` is not of the form "a large red circle" or
-            "a large red circle left of a small blue square", or both things have one colour.
+        ValueError: `caption` does not have the form "a large red circle" or "a large red circle left of a small blue
+            square", or both things have the same colour.
     """
     match = _CAPTION.fullmatch(caption.strip())
     if match is None:
@@ -139,10 +139,9 @@ def parse(caption: str) -> Description:
 
 
 def noisy_caption(scene: Scene, seed: int, index: int, wrong: float = 0.35) -> str:
-    """A caption as the web has them: with probability `wrong` it describes another random scene.
+    """Returns a noisy caption, as found on the web: with probability `wrong` it describes another random scene.
 
-    A pure function of its arguments. `wrong` is the share of replaced captions, in 0..1; a replaced caption may still
-    agree with the picture by chance, in part.
+    Such a caption may still be partly right by chance. The result is a pure function of the arguments.
     """
     if not 0 <= wrong <= 1:
         raise ValueError(f"wrong must lie in 0..1, got {wrong}")
@@ -151,7 +150,7 @@ def noisy_caption(scene: Scene, seed: int, index: int, wrong: float = 0.35) -> s
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """Draws `scene`: uint8 RGB of shape (SIZE, SIZE, 3), anti-aliased."""
+    """Renders `scene` as uint8 RGB of shape (SIZE, SIZE, 3), anti-aliased."""
     picture = np.broadcast_to(np.array(scene.background, np.float32), (SIZE, SIZE, 3))
     for thing, centre, area, colour in zip(
         scene.description.things, scene.centres, scene.areas, scene.colours, strict=True
@@ -164,7 +163,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 def coverage(
     shape: str, x: Sequence[float] | NDArray, y: Sequence[float] | NDArray, area: Sequence[float] | NDArray
 ) -> NDArray[np.float32]:
-    """Share of each pixel that `shape` covers, for n centroids (x, y) and areas: (n, SIZE, SIZE) in 0..1."""
+    """Returns the share of each pixel that `shape` covers, (n, SIZE, SIZE) in 0..1, for n centroids and areas."""
     ticks = ((np.arange(SIZE * SUPERSAMPLING) + 0.5) / SUPERSAMPLING).astype(np.float32)
     scale = np.sqrt(np.asarray(area, np.float32))[:, None]
     u = ((ticks - np.asarray(x, np.float32)[:, None]) / scale)[:, None, :]
@@ -187,7 +186,7 @@ def coverage(
 def _place_two(
     extents: list[NDArray], relation: str, rng: np.random.Generator
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Centroids of two things whose `relation` holds and is clear: its axis has at least twice the other's offset."""
+    """Draws centroids of two things in `relation`, with at least twice the offset along its axis as across it."""
     axis = 0 if relation in ("left of", "right of") else 1
     first, second = (0, 1) if relation in ("left of", "above") else (1, 0)
     before, after = extents[first], extents[second]
@@ -199,7 +198,8 @@ def _place_two(
     bounds = [(part[across] + MARGIN, SIZE - MARGIN - part[across + 2]) for part in (before, after)]
     side = rng.uniform(*bounds[0])
     reach = (far - near) / 2
-    # Both ranges hold the picture's middle, so the window around `side` may have to be met half-way.
+    # `other` is clipped to its range; then `side` moves towards it if they are further apart than `reach`. Both ranges
+    # contain the picture's middle, so this is always possible.
     low, high = bounds[1]
     other = float(np.clip(rng.uniform(side - reach, side + reach), low, high))
     side = float(np.clip(side, other - reach, other + reach))

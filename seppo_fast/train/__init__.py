@@ -1,3 +1,3 @@
-"""The trainer: `train` runs a whole training, or resumes it."""
+"""The trainer: `train` runs a whole training, or resumes one."""
 
 from seppo_fast.train.loop import train as train

@@ -1,4 +1,4 @@
-"""`python -m seppo_fast.train`: the command line's `train`."""
+"""`python -m seppo_fast.train` runs the command line's `train`."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """The winners' and the losers' part of an update's gradient: their norms, and the angle between them.
 
 At equal weights the losers' part can be many times the winners', and then the losers decide what a clipped step does.
-Which is which shows in the weights' gradient alone, where both are summed, so an update that is measured runs backward
-twice: first with the losers' rows set to zero, then as ever. The losers' part is the difference.
+Only the weights' gradient shows this, and there both parts are summed. So a measured update runs forward and backward
+twice: first with the gradient of the losers' rows set to zero, then as usual. The losers' part is the difference.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from seppo_fast.methods.method import Method
 from seppo_fast.models.trainable import trainable
 
 Parts = Iterable[tuple[Any, Tensor]]
-"""Micro-batches, each with what multiplies its gradient."""
+"""Micro-batches, each with the factor on its gradient."""
 
 
 class GradientHalves:
-    """Measures an update's gradient by halves; what the update computes does not change by a bit.
+    """Measures the winners' and the losers' part of an update's gradient; the update stays the same bit for bit.
 
     Args:
         policy: the network, its trained weights marked; sharded or not.
-        method: has the loss.
-        processes: those of the run.
-        add_gradients: sums the gradients over all processes where backward does not.
-        every: updates between two measurements; 0: none.
+        method: computes the loss.
+        processes: the run's processes.
+        add_gradients: sums the gradients over all processes, unless backward has done so.
+        every: number of updates from one measurement to the next; 0: no measurements.
     """
 
     def __init__(
@@ -44,17 +44,21 @@ class GradientHalves:
         self._every = every
 
     def winners(self, update: int, parts: Parts) -> list[Tensor | None] | None:
-        """Returns the gradient of the winners alone, for an update from 0.
+        """Returns the gradient of the winners alone.
 
-        Leaves no gradient behind, however it ends: an interruption between two micro-batches is raised from `parts`.
+        The weights have no gradient afterwards, also if iterating over `parts` raises an interruption.
+
+        Args:
+            update: the update's index, from 0.
+            parts: the update's micro-batches.
 
         Returns:
-            On the CPU, for each trained weight this process's part, summed over all processes; None where the update
-            is not measured, or the method has no losers.
+            For each trained weight, this process's part of the gradient summed over all processes, on the CPU (None for
+            a weight without a gradient); None if the update is not measured or the method has no losers.
         """
         if not self._every or update % self._every:
             return None
-        # A method that draws by torch's global generator must draw the same in the true pass.
+        # A method that draws from torch's global generator must draw the same numbers again in the real pass.
         device = self._processes.device
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -73,18 +77,19 @@ class GradientHalves:
             step.output.backward(torch.cat([winners, torch.zeros_like(losers)]))
         self._add_gradients()
         weights = trainable(self._policy).values()
-        # Not on the GPU: a second gradient may not fit beside the activations of the true pass.
+        # Not on the GPU: a second gradient may not fit beside the activations of the real pass.
         return [None if weight.grad is None else own_part(weight.grad).cpu() for weight in weights]
 
     def numbers(self, winners: list[Tensor | None], scale: float) -> dict[str, float]:
-        """Returns `winner_grad_norm`, `loser_grad_norm` and `grad_cosine`, where they are finite.
+        """Returns `winner_grad_norm`, `loser_grad_norm` and `grad_cosine`, leaving out non-finite ones.
 
-        Sums are taken in float64. In half precision both gradients are rounded, and so is their difference: of a part
-        below 1 % of the other little is left.
+        Sums are taken in float64. In half precision both gradients are rounded, and so is their difference: if one part
+        is below 1 % of the other, little of it survives.
 
         Args:
-            winners: what `winners` returned.
-            scale: what multiplied that gradient, the scale of half precision; `.grad` holds the true one without it.
+            winners: the gradient that `winners` returned.
+            scale: the factor in that gradient, the loss scale of half precision; `.grad` must hold the update's
+                gradient without it.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self._processes.device)
         for winner, weight in zip(winners, trainable(self._policy).values(), strict=True):
@@ -93,7 +98,7 @@ class GradientHalves:
             won = winner.to(weight.device).double() / scale
             lost = own_part(weight.grad).double() - won
             sums += torch.stack([won.square().sum(), lost.square().sum(), (won * lost).sum()])
-        if is_sharded(self._policy):  # else each process has the whole
+        if is_sharded(self._policy):  # without shards each process has the whole gradient
             sums = self._processes.accelerator.reduce(sums, "sum")
         w_w, l_l, w_l = sums.tolist()
         norms = {"winner_grad_norm": w_w**0.5, "loser_grad_norm": l_l**0.5}

@@ -1,4 +1,4 @@
-"""One optimizer update: forward, loss, backward, clip, step, over the pairs of this rank."""
+"""The optimizer update: forward, loss, backward, clipping and step, over this rank's pairs."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class Learner:
 
     Attributes:
         optimizer: AdamW over the trained weights.
-        scaler: of the loss in half precision.
-        ema: the moving average of the trained weights; None where it is off.
-        applied: updates of the whole run that changed the weights; the others were skipped.
+        scaler: scales the loss in fp16; disabled otherwise.
+        ema: the moving average of the trained weights; None if it is off.
+        applied: number of updates, in the whole run, that changed the weights; the others were skipped.
 
     Args:
         policy: the network, its trained weights marked; sharded or not.
         method: runs the policy on micro-batches.
-        config: the run's configuration, its micro-batch chosen.
-        processes: those of the run.
-        interruption: asked before each micro-batch; what it raises leaves the weights as the last update left them.
-        skipped: called where an update is skipped, with its number (from 1), the sample ids of all ranks, and whether
-            the scaler of half precision was still searching its scale.
+        config: the run's configuration, with its micro-batch chosen.
+        processes: the run's processes.
+        interruption: checked before each micro-batch; if it raises, the weights stay as the last update left them.
+        skipped: called when an update is skipped, with its number (from 1), the sample ids of all ranks, and whether
+            the loss scaler was still searching for its scale.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Learner:
         interruption: Interruption,
         skipped: Callable[[int, list[int], bool], None] = lambda update, sample_ids, searching: None,
     ) -> None:
-        assert config.train.micro_batch is not None, "the micro-batch is chosen before"
+        assert config.train.micro_batch is not None, "train.micro_batch must be chosen by now"
         self.policy = policy
         self.ema = make_ema(policy, config.train.ema_decay)
         self._method = method
@@ -73,15 +73,20 @@ class Learner:
         self.applied = 0
 
     def step(self, batch: Batch, update: int) -> dict[str, float]:
-        """One update on this rank's share of a batch, for an update from 0.
+        """Makes one update on this rank's share of a batch.
+
+        Args:
+            batch: this rank's share of what the update learns from.
+            update: the update's index, from 0.
 
         Returns:
-            Means over the rows of all ranks (see `Method.averages`), `grad_norm` before clipping, every
-            `log.health_every` updates its two halves (see `GradientHalves.numbers`), `skipped`: 1 where the gradient
-            was not finite and the weights were left alone, and `learn_seconds`.
+            The values to log: means over the rows of all ranks (see `Method.averages`); `grad_norm` before clipping;
+            every `log.health_every` updates the two halves of the gradient (see `GradientHalves.numbers`); `skipped`, 1
+            if the gradient was non-finite and the weights were left unchanged; and `learn_seconds`.
 
         Raises:
-            NonFiniteError: the third update in a row whose gradient is not finite.
+            NonFiniteError: the gradient is non-finite for the third update in a row, none of them because the loss
+                scaler was still searching for its scale.
         """
         started = time.perf_counter()
         winners = self._halves.winners(update, self._parts(batch))
@@ -91,15 +96,15 @@ class Learner:
         del winners
         parameters = list(trainable(self.policy).values())
         norm = gather_full(torch.nn.utils.clip_grad_norm_(parameters, self._config.train.max_grad_norm)).item()
-        good = math.isfinite(sums["loss"])  # else the batch is the cause, and not the scale
+        good = math.isfinite(sums["loss"])  # a non-finite loss comes from the batch, not from the scale
         searching = self.searching and good
         finite = math.isfinite(norm)
         if finite:
             self._set_learning_rate(update)
             self.scaler.step(self.optimizer)
             self.applied += 1
-            # In the first, half of a LoRA has none, since the other half is zero; during the warm-up that half may
-            # still be too small for half precision.
+            # In the first update half of a LoRA has no gradient, since the other half is zero; during the warm-up that
+            # other half may still be too small for half precision.
             if self.applied == max(2, self._config.train.warmup_updates + 1):
                 self._report_untrained(update)
             if self.ema is not None:
@@ -107,13 +112,13 @@ class Learner:
         self.scaler.update(None if good else self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
-        if not finite:  # on all ranks: the gradient is theirs together
+        if not finite:  # alike on all ranks, which share the gradient
             self._tell_skipped(update + 1, gather_object(list(batch.sample_ids)), searching)
         if self._skipped == _MAX_SKIPPED:
             raise NonFiniteError(
-                f"update {update + 1}: the gradient was not finite {_MAX_SKIPPED} times in a row "
-                f"(loss {sums['loss']}); sample ids from {list(batch.sample_ids[:8])} on, all in {SKIPPED} of the "
-                "run's folder. A lower train.learning_rate or another model.precision are the first things to try"
+                f"update {update + 1}: the gradient was non-finite {_MAX_SKIPPED} times in a row "
+                f"(loss {sums['loss']}). The sample ids begin with {list(batch.sample_ids[:8])}; all are in {SKIPPED} "
+                "in the run's folder. First try a lower train.learning_rate or another model.precision"
             )
         means = self._method.averages(sums, self._config.train.pairs_per_update)
         took = time.perf_counter() - started
@@ -121,13 +126,13 @@ class Learner:
         return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
 
     def _accumulate(self, batch: Batch) -> dict[str, float]:
-        """Gradients of the mean loss over the rows of all ranks; sums of what is logged, in one host sync."""
+        """Accumulates the gradient of the mean loss over all ranks' rows; returns the sums to log. One host sync."""
         made: list[dict[str, torch.Tensor]] = []
         for part, scale in self._parts(batch):
             fault("micro-batch")
             step = self._method.loss(self.policy, part, scale)
             if "loss" not in step.sums:
-                raise ValueError(f"{type(self._method).__name__}.loss: its sums need one named 'loss'")
+                raise ValueError(f"{type(self._method).__name__}.loss: StepLoss.sums must contain 'loss'")
             step.output.backward(step.grad)
             made.append(step.sums)
         self._add_gradients()
@@ -136,17 +141,17 @@ class Learner:
         return dict(zip(sums, reduced.tolist(), strict=True))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
-        """Micro-batches, each with what multiplies its gradient; raises what an interruption raises before each."""
-        scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: it stays on the device
+        """Yields micro-batches, each with the factor on its gradient; checks for an interruption before each."""
+        scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: stays on the device
         for part in list(batch.micro_batches(self._micro_batch)):
             self._interruption.check()
             yield part, scale * (len(part) / self._config.train.pairs_per_update)
 
     def _add_gradients(self) -> None:
-        """Each gradient becomes its sum over all processes; of shards backward has summed it.
+        """Sums each gradient over all processes; with shards, backward has done so.
 
-        Once a pass, tensor by tensor: DDP puts them into other pieces after its first update than in it, and three
-        processes or more add up other pieces in another order, so that a run that goes on would not be the same.
+        Once per pass and tensor by tensor, not with DDP's buckets: DDP changes them after its first update, and three
+        or more processes sum other buckets in another order, so a resumed run would not be the same.
         """
         if self._processes.world == 1 or is_sharded(self.policy):
             return
@@ -156,7 +161,7 @@ class Learner:
             work.wait()
 
     def _report_untrained(self, update: int) -> None:
-        """Names the trained tensors that have no gradient. Nothing else shows them: the loss falls all the same."""
+        """Prints which trained tensors have no gradient. Nothing else shows it: the loss falls all the same."""
         absent = [name for name, norm in gradient_norms(self.policy).items() if not norm]
         if absent:
             say(
@@ -167,11 +172,11 @@ class Learner:
 
     @property
     def searching(self) -> bool:
-        """Whether the scaler of half precision may still lower its scale."""
+        """Whether the loss scaler of fp16 may still lower its scale."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        """What it holds beside the weights: live tensors by file and name, and what is no tensor."""
+        """Returns the learner's state besides the weights: live tensors by file and name, and everything else."""
         tensors: dict[str, torch.Tensor] = {}
         plain: dict[str, Any] = {}
         for name, parameter in trainable(self.policy).items():
@@ -190,17 +195,17 @@ class Learner:
         return files, numbers
 
     def restore(self, files: Mapping[str, Mapping[str, torch.Tensor]], numbers: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave, its tensors from the CPU.
+        """Loads what `state` returned, with its tensors on the CPU.
 
         Raises:
-            KeyError, ValueError: it is not of this optimizer and these weights.
+            KeyError, ValueError: the state does not match this optimizer and these weights.
         """
         parameters = trainable(self.policy)
         for place, value in [*files["optimizer"].items(), *numbers["optimizer"].items()]:
             key, _, name = place.partition("/")
             own = parameters[name]
             if isinstance(value, torch.Tensor):
-                # Moments lie in memory as their parameter does, whatever the file's order.
+                # Moments get their parameter's memory layout, whatever the file's.
                 like = torch.empty_like(own.detach(), dtype=value.dtype) if value.shape == own.shape else None
                 if like is not None:
                     copy_to_shard(like, value)
@@ -210,7 +215,7 @@ class Learner:
             for name, own in parameters.items():
                 shapes = {key: value.shape for key, value in self.optimizer.state.get(own, {}).items()}
                 if shapes not in ({}, {"step": torch.Size(), "exp_avg": own.shape, "exp_avg_sq": own.shape}):
-                    raise ValueError(f"the optimizer's {name} has {shapes}")
+                    raise ValueError(f"the optimizer state of {name} has {shapes}")
         self.scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         self.applied = applied_updates(numbers)
@@ -221,7 +226,7 @@ class Learner:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Inside the block the optimizer's state waits in host memory: room for a rollout, for two copies."""
+        """Keeps the optimizer's state in host memory inside the block; two copies buy room for a rollout."""
         device = self._processes.device
         self._move_state(torch.device("cpu"))
         try:
@@ -239,7 +244,7 @@ class Learner:
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The norm of each trained tensor's gradient by its name, 0 where it has none; one host sync, of shards more."""
+    """Returns each trained tensor's gradient norm by name, 0 without a gradient; one host sync, more for shards."""
     parameters = trainable(model)
     gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
     if not gradients:
@@ -249,5 +254,5 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def applied_updates(numbers: Mapping[str, Any]) -> int:
-    """Returns how many of a saved state's updates changed the weights; states of older versions do not say: all."""
+    """Returns how many updates before a saved state changed the weights; if an older version did not record it, all."""
     return int(numbers.get("applied", numbers["update"]))

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, observe: Callable[[Trainer, int], None] = lambda trainer, updates: None) -> Path:
-    """Algorithm 1: runs a whole training, or goes on with it; weights, log and pictures go into `config.output`.
+    """Runs a whole training (Algorithm 1), or resumes one; writes weights, log and pictures into `config.output`.
 
-    The state is saved now and then and on SIGINT, SIGTERM, SIGHUP and SIGUSR1; the same call goes on from it.
+    The state is saved every `save.minutes` and on SIGINT, SIGTERM, SIGHUP and SIGUSR1; the same call resumes from it.
 
     Args:
-        config: of the run.
-        observe: called with the trainer and the number of finished updates: before the first, then after each.
+        config: the run's configuration.
+        observe: called with the trainer and the number of finished updates, once at the start and after each update.
 
     Returns:
-        The folder with the weights: a diffusers pipeline for full weights, a LoRA otherwise.
+        The folder with the weights: a diffusers pipeline for full weights, otherwise a LoRA.
 
     Raises:
         ConfigError, DataError, NonFiniteError, CheckpointError: see `seppo_fast.utils.errors`.
-        Interrupted: by a signal, after the state was saved.
+        Interrupted: a signal ended the run, after its state was saved.
     """
-    # Here, so that the command line can quiet the libraries before they load.
+    # Imported here so that the command line can quiet the libraries before they load.
     with defer_sigint():
         from seppo_fast.distributed.processes import Processes
         from seppo_fast.runs.folder import lock_run_folder
@@ -50,8 +50,8 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
             for update in range(trainer.finished, config.train.updates):
                 if update % config.train.updates_per_iteration == 0:
                     trainer.add_checkpoint()  # the first is checkpoint 0, the initial policy
-                reference = trainer.draws.reference(update)  # line 3; None for a method without one
-                batch = trainer.method.collect(update, reference)  # lines 4 to 6: sample, and what else it compares
+                reference = trainer.draws.reference(update)  # line 3; None if the method has no reference
+                batch = trainer.method.collect(update, reference)  # lines 4 to 6: samples and the reference's errors
                 trainer.record(trainer.learner.step(batch, update))  # lines 7 to 9: loss, backward, AdamW
                 observe(trainer, trainer.finished)
             return trainer.save()

@@ -1,4 +1,4 @@
-"""What can be found wrong before anything expensive starts; training and `check` ask it alike."""
+"""Checks that run before anything expensive starts, in training as in the `check` command."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     """Checks settings, folders and the shape of the data; loads no model and decodes no image.
 
     Returns:
-        The data, opened.
+        The opened data source.
 
     Raises:
-        ConfigError: an occupied output folder, settings that cannot work here or do not fit the data.
-        CheckpointError: an output folder that cannot be written.
-        DataError: no data; see `seppo_fast.data`.
+        ConfigError: the output folder is occupied, or settings cannot work here or do not fit the data.
+        CheckpointError: the output folder is not writable.
+        DataError: there are no data; see `seppo_fast.data`.
     """
     validate_model(config)
     _check_names(config)
@@ -36,15 +36,15 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if samples < processes:
         raise ConfigError(
             f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
-            f"leave fewer samples an update ({samples}) than there are processes ({processes}): raise the first or "
+            f"leave fewer samples per update ({samples}) than there are processes ({processes}): raise the first or "
             "lower the second"
         )
     reference = config.reference
     rooms = [reference.host_gib, reference.disk_gib, *([reference.gpu_gib] if device.type == "cuda" else [])]
     if config.row.draw and not any(room is None or room > 0 for room in rooms):
         raise ConfigError(
-            "reference.gpu_gib, host_gib, disk_gib: with 0 for all no past policy has room"
-            + ("" if device.type == "cuda" else " (gpu_gib is for a GPU)")
+            "reference.gpu_gib, host_gib, disk_gib: all are 0, which leaves no room for past policies"
+            + ("" if device.type == "cuda" else " (gpu_gib counts only on a GPU)")
         )
     if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
@@ -64,15 +64,15 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if config.row.needs_pairs and not source.has_losers:
         raise ConfigError(
             f"objective {config.objective!r} needs two images per prompt (the Pick-a-Pic schema), "
-            f"data.source = {config.data.source!r} has one; 'seppo' needs winners only"
+            f"but data.source = {config.data.source!r} has one; 'seppo' needs winners only"
         )
     if not len(source) and not source.problems:
-        raise DataError(f"data.source = {config.data.source!r}: no examples in it")
+        raise DataError(f"data.source = {config.data.source!r} contains no examples")
     return source
 
 
 def _check_names(config: Config) -> None:
-    """Refuses places that the libraries which write there cannot name: they take UTF-8 only."""
+    """Raises a ConfigError for paths that are not UTF-8: the libraries that write there accept only UTF-8."""
     model, data = config.model, config.data
     places = {"output": config.output, "model.path": model.path, "data.cache": data.cache}
     for key, place in (places | {"model.motion_adapter": model.motion_adapter}).items():
@@ -83,13 +83,13 @@ def _check_names(config: Config) -> None:
             instead = (
                 "rename it"
                 if encoding == "utf-8"
-                else f"this locale's is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+                else f"this locale's encoding is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             )
-            raise ConfigError(f"{key} = {place!r} is not UTF-8, in which its files are named; {instead}") from None
+            raise ConfigError(f"{key} = {place!r} is not UTF-8, which file names must be; {instead}") from None
 
 
 def _check_triton(key: str, without: str, device: torch.device) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError(f"{key} = triton needs triton (pip install 'triton>=3.6'); {without!r} works without")
+        raise ConfigError(f"{key} = triton needs triton: pip install 'triton>=3.6', or use {without!r}")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(f"{key} = triton needs a GPU, this is a run on {device.type}; use {without!r}")
+        raise ConfigError(f"{key} = triton needs a GPU, but this run is on {device.type}; use {without!r}")

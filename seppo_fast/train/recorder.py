@@ -1,4 +1,4 @@
-"""What a run shows of itself: its log, its trackers, pictures at fixed prompts, the samples of skipped updates."""
+"""Records a run: its log, its trackers, pictures at fixed prompts, and the sample ids of skipped updates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from seppo_fast.utils.logging import warn
 
 
 class Recorder:
-    """Writes the run's folder, its states and weights left out; made before the first update, whose base it draws.
+    """Writes everything in the run's folder but states and weights.
+
+    Create it before the first update: it draws the pictures of the base model.
 
     Args:
-        setup: what the run is made of.
-        processes: those of the run; the first one writes.
-        sharded: whether all processes have to draw samples together.
+        setup: the run's parts.
+        processes: the run's processes; only the first one writes.
+        sharded: whether all processes must generate the pictures together.
     """
 
     def __init__(self, setup: Setup, processes: Processes, sharded: bool) -> None:
@@ -41,10 +43,10 @@ class Recorder:
             )
 
     def open(self, finished: int) -> None:
-        """Begins to write, after so many updates; the first process calls it.
+        """Starts writing after `finished` updates; only the first process calls this.
 
         Raises:
-            CheckpointError: the disk refuses.
+            CheckpointError: the folder cannot be written.
         """
         try:
             (self._folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -56,20 +58,20 @@ class Recorder:
         self._opened = True
 
     def record(self, update: int, stats: dict[str, float]) -> None:
-        """Writes update number `update` (from 1) to log and trackers, and draws its pictures where they are due."""
+        """Writes update number `update` (from 1) to log and trackers, and draws its pictures if they are due."""
         if self._main:
             self._write(update, stats)
         self._draw(update)
 
     def _write(self, update: int, stats: dict[str, float]) -> None:
         if not self._opened:
-            self.open(0)  # not before: a run that ends without an update leaves nothing
+            self.open(0)  # not earlier: a run that ends without an update leaves nothing
         stats = self._journal.format(update, stats | {"learning_rate": learning_rate(self._config, update - 1)})
         self._trackers.log(update, stats)
         try:
             self._journal.append(update, stats)
         except OSError as problem:
-            warn(f"the run goes on: {disk_message(self._folder, problem)}")
+            warn(f"training continues; the log entry is written later: {disk_message(self._folder, problem)}")
 
     def _draw(self, update: int) -> None:
         if self.samples is None or update % self._config.log.sample_every:
@@ -78,15 +80,15 @@ class Recorder:
         try:
             self.samples.write(file if self._main else None, f"update {update}")
         except OSError as problem:
-            warn(f"the run goes on: {disk_message(self._folder, problem)}")
+            warn(f"training continues without these pictures: {disk_message(self._folder, problem)}")
 
     def skipped(self, update: int, sample_ids: list[int], searching: bool) -> None:
-        """Writes down whose gradient was not finite, before the learner may end the run for it.
+        """Records the sample ids of an update with a non-finite gradient, before the learner may end the run for it.
 
         Args:
-            update: its number, from 1.
-            sample_ids: of all processes.
-            searching: whether half precision still searches its scale.
+            update: the update's number, from 1.
+            sample_ids: the update's sample ids, from all processes.
+            searching: whether the loss scaler was still searching for its scale.
         """
         if not self._main:
             return
@@ -95,7 +97,7 @@ class Recorder:
         try:
             self._journal.skipped(update, sample_ids, searching)
         except OSError as problem:
-            warn(f"samples of the skipped update {update}: {disk_message(self._folder, problem)}")
+            warn(f"the sample ids of skipped update {update} were not recorded: {disk_message(self._folder, problem)}")
 
     def finish(self) -> None:
         """Closes the trackers."""

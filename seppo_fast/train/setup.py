@@ -1,4 +1,4 @@
-"""Sets a run up, in the order in which a user's mistakes are cheapest to find."""
+"""Sets up a run, in an order that finds a user's mistakes as cheaply as possible."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from seppo_fast.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of before its method and its learner.
+    """The parts of a run that are made before its method and its learner.
 
     Attributes:
-        asked: the configuration as it was asked for.
-        config: with all that was left to be chosen filled in.
-        family: the model. Where the policy is in shards its network is a plain one, for references.
-        policy: the network that is trained: the family's, or its shards.
-        cache: the data.
-        denoiser: the one forward of policy and references.
-        sampler: how samples are made.
+        asked: the configuration as requested.
+        config: the configuration with everything that was left open filled in.
+        family: the loaded model. If the policy is sharded, `family.model` is a plain network for references.
+        policy: the network being trained: `family.model`, or the sharded network.
+        cache: latents and conditioning of the training data.
+        denoiser: the forward pass that policy and references share.
+        sampler: generates samples.
         fingerprints: digests of the model and of the data.
     """
 
@@ -58,12 +58,12 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     """Checks a configuration, loads its model and its data, and chooses what it leaves open.
 
     Args:
-        config: as it is asked for.
-        processes: those of the run.
-        saved: the state to resume from, None for a run from its beginning.
+        config: the configuration as requested.
+        processes: the run's processes.
+        saved: the state to resume from; None for a new run.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong, and what to do.
+        ConfigError, DataError, CheckpointError: the message says what is wrong, and what to do.
     """
     device = processes.device
     if sharding_asked():
@@ -80,7 +80,7 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     cache = _shared_cache(config, source, family, processes, saved)
     fingerprints["data"] = cache.fingerprint
     if not processes.same(fingerprints):
-        raise ConfigError("model.path, data.source, data.cache: the processes of this run found different ones")
+        raise ConfigError("model.path, data.source, data.cache: ranks see different model or data files")
     config, policy = _policy(config, family, processes)
     return Setup(
         asked=asked,
@@ -97,7 +97,7 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
 def _shared_cache(
     config: Config, source: Source, family: Family, processes: Processes, saved: SavedState | None
 ) -> LatentCache:
-    """The cache, which the first process fills and all then read."""
+    """Returns the cache, which the first process fills and all processes then read."""
 
     def accept(*data: str) -> None:
         if saved is not None:
@@ -116,21 +116,21 @@ def _shared_cache(
             accept=accept,
         )
         family.park_encoders()
-    processes.barrier(patient=True)  # each process reads all of the data for its digest
+    processes.barrier(patient=True)  # patient, since each process reads all of the data to compute its digest
     return cache
 
 
 def _policy(config: Config, family: Family, processes: Processes) -> tuple[Config, nn.Module]:
-    """The network that is trained, on its device, and the configuration that fits it and the machine."""
+    """Returns the configuration that fits the network and the machine, and the network being trained, on its device."""
     policy, device = family.model, processes.device
     make_trainable(policy, config.model, config.seed, family)
-    # 8-bit AdamW makes weights contiguous at its first step, and then the forward would round otherwise. Shards are of
-    # contiguous weights only.
+    # 8-bit AdamW makes weights contiguous in its first step, after which the forward would round differently. Sharding
+    # requires contiguous weights.
     plain = config.train.optimizer == "adamw8bit" or sharding_asked()
     layout = torch.contiguous_format if plain else family.memory_format
     policy.to(device, memory_format=layout)  # type: ignore[call-overload]
     config = fit_to_device(config, family, processes)
-    assert config.model.attention != "auto", "the attention is chosen"
+    assert config.model.attention != "auto", "model.attention must be chosen by now"
     family.set_attention(policy, config.model.attention)
     if config.model.temporal_attention == "triton":
         family.set_temporal_attention(policy, "triton")
@@ -142,11 +142,11 @@ def _policy(config: Config, family: Family, processes: Processes) -> tuple[Confi
 
 
 def open_pool(config: Config, machine: Node) -> ReferencePool | None:
-    """Returns the empty pool of past policies of a configuration, None where its method has no reference.
+    """Returns an empty pool for the run's past policies, or None if its method has no reference.
 
     Args:
         config: the run's configuration.
-        machine: the processes that share one copy of the weights.
+        machine: the run's processes; those on the same machine share one copy of the past policies.
     """
     draw = config.row.draw
     if draw is None:
@@ -156,7 +156,7 @@ def open_pool(config: Config, machine: Node) -> ReferencePool | None:
         return None if gib is None else int(gib * 2**30)
 
     reference = config.reference
-    newest = draw == "newest"  # no other one will ever be drawn
+    newest = draw == "newest"  # older ones will never be drawn
     return ReferencePool(
         config.seed,
         draw,

@@ -1,4 +1,4 @@
-"""A run: its model, data, past policies, method and learner; its states, and its end."""
+"""A training run: its model, data, past policies, method and learner; how it is saved, resumed and ended."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from seppo_fast.utils.memory import is_out_of_memory
 
 
 class Trainer:
-    """Everything a run holds.
+    """Builds a training run and owns its state.
 
     Args:
-        config: as it is asked for.
-        processes: those of the run; made here where it is None.
-        saved: the state to resume from; None for a run from its beginning.
+        config: the configuration as requested.
+        processes: the run's processes; created here if None.
+        saved: the state to resume from; None for a new run.
 
     Attributes:
-        config: of the run, with all that was left to be chosen filled in.
-        finished: updates.
-        family: the model.
-        policy: the network that is trained.
-        cache: the data.
-        denoiser: the one forward of policy and references.
-        sampler: how samples are made.
-        references: the past policies; None where the method has no reference.
-        draws: which of them is the reference of an update.
-        parts: what the method was made from.
-        method: collects what an update learns from, and has the loss.
+        config: the run's configuration, with everything that was left open filled in.
+        finished: number of finished updates.
+        family: the loaded model.
+        policy: the network being trained.
+        cache: latents and conditioning of the training data.
+        denoiser: the forward pass that policy and references share.
+        sampler: generates samples.
+        references: the pool of past policies; None if the method has no reference.
+        draws: chooses the past policy that is an update's reference.
+        parts: the parts that the method was built from.
+        method: collects what an update learns from, and computes the loss.
         learner: makes the updates.
-        recorder: shows them.
+        recorder: writes log, trackers and pictures.
         saver: writes states.
     """
 
@@ -88,24 +88,28 @@ class Trainer:
         self.saver = Saver(self.folder, config.save.minutes, config.save.keep)
         self.finished, self._added, self._stalled = 0, -1, 0.0
         if saved is not None:
-            self._restore(saved)  # last: the recorder has drawn the pictures of the base
+            self._restore(saved)  # last, since the recorder draws the base model's pictures first
 
     def add_checkpoint(self) -> None:
-        """The policy as it is now becomes a reference that later draws may pick; once before an update."""
+        """Adds the current policy to the pool, where later draws may pick it; at most once before each update."""
         pool = self.references
         if pool is None or (len(pool) and self.config.row.draw == "initial") or self._added == self.finished:
             return
-        self.saver.wait()  # it reads the pool
+        self.saver.wait()  # its thread reads the pool
         try:
             pool.add(self.policy)
         except PoolFullError as problem:
             if not len(pool):
                 raise ConfigError(f"reference.gpu_gib, host_gib, disk_gib: {problem}") from problem
-            say(f"this policy is not kept; draws go on among the {len(pool)} before it: {problem}")
+            say(f"this policy is not kept; references are still drawn from the {len(pool)} before it: {problem}")
         self._added = self.finished
 
     def record(self, stats: dict[str, float]) -> None:
-        """Counts an update as finished; writes the log, and where they are due a picture and the run's state."""
+        """Counts an update as finished and writes its log entry and, if they are due, its pictures and the run's state.
+
+        Raises:
+            Interrupted: a signal has arrived, and the run has several processes.
+        """
         self.finished += 1
         stall, self._stalled = self.saver.stalled - self._stalled, self.saver.stalled
         stats = stats | {"rollout_seconds": self.method.seconds, "save_stall_seconds": stall}
@@ -117,10 +121,10 @@ class Trainer:
             raise Interrupted("interrupted")
 
     def save_state(self) -> None:
-        """Begins to write the run's state as the last finished update left it, for the same command to go on from.
+        """Starts writing the run's state after the last finished update, from which the same command resumes.
 
         Raises:
-            CheckpointError: the third one in a row that the disk refused.
+            CheckpointError: earlier states could not be written, three in a row.
         """
         main = self.processes.main
         if not self.finished or not (main or self.sharded):
@@ -151,30 +155,28 @@ class Trainer:
             self.learner.restore(files, saved.numbers)
             self._added = int(saved.numbers["added"])
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as problem:
-            raise CheckpointError(
-                f"{saved.folder}: holds other numbers than a state of this run ({problem!r})"
-            ) from problem
+            raise CheckpointError(f"{saved.folder}: its metadata does not match this run ({problem!r})") from problem
         if self.references is not None:
             try:
                 self.references.restore(saved.folder / REFERENCES, self.processes.device, self.policy)
             except PoolFullError as problem:
                 raise ConfigError(
-                    f"reference.gpu_gib, host_gib, disk_gib: no room for the past policies of the run: {problem}"
+                    f"reference.gpu_gib, host_gib, disk_gib: no room for the run's past policies: {problem}"
                 ) from problem
         self.finished = saved.update
         if self.processes.main:
             put_aside_newer(self.folder, self.finished)
             self.recorder.open(self.finished)
-        say(f"going on after update {self.finished} of {self.config.train.updates}")
+        say(f"resuming after update {self.finished} of {self.config.train.updates}")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside the block a signal ends the run where it can, its state saved; all is freed after it.
+        """Lets a signal end the run inside the block, with its state saved; frees everything at the end of the block.
 
         Raises:
-            Interrupted: a signal came.
-            CheckpointError: and the state could not be saved.
-            OutOfMemoryError: with what takes the memory, and settings that would take less.
+            Interrupted: a signal ended the run.
+            CheckpointError: a signal ended the run, or it was finished, but its state could not be saved.
+            OutOfMemoryError: memory ran out; the message says what takes it, and which settings would take less.
         """
         try:
             with self.interruption:
@@ -183,12 +185,12 @@ class Trainer:
                 except Interrupted:
                     self.save_state()
                     self.saver.wait(last=True)
-                    self.processes.barrier()  # a launcher kills the others when one leaves
-                    done = f"after update {self.finished}; the same command goes on"
-                    raise Interrupted(f"interrupted {done if self.finished else 'before an update'}") from None
+                    self.processes.barrier()  # a launcher kills the others as soon as one exits
+                    done = f"after update {self.finished}; rerun the same command to resume"
+                    raise Interrupted(f"interrupted {done if self.finished else 'before the first update'}") from None
                 except (MemoryError, RuntimeError) as error:
                     if self.sharded or not is_out_of_memory(error):
-                        raise  # what a shard takes is not counted
+                        raise  # the message's memory count does not know shards
                     raise out_of_memory(self.config, self.family, self.processes.device, error) from error
         finally:
             try:
@@ -199,22 +201,27 @@ class Trainer:
                     self.references.close()
 
     def save(self) -> Path:
-        """Writes the run's state and its weights, the moving average where there is one; says where they are.
+        """Writes the run's state and its weights, or their moving average if there is one; prints the folder.
+
+        Returns:
+            The folder with the weights.
 
         Raises:
-            CheckpointError: one of them could not be written.
-            NonFiniteError: no update of the run changed the weights; none are written.
+            CheckpointError: the state or the weights could not be written.
+            NonFiniteError: no update of the run changed the weights, so none are written.
         """
         folder = self.folder / "weights"
         self.save_state()
         if not self.learner.applied:
             more = (
-                "More train.updates (fp16 still searched its scale), another" if self.learner.searching else "Another"
+                "more train.updates (fp16 was still searching for its loss scale), another"
+                if self.learner.searching
+                else "another"
             )
             raise NonFiniteError(
-                f"none of the run's {self.finished} updates changed the weights: the gradient was not finite each "
+                f"none of the run's {self.finished} updates changed the weights: the gradient was non-finite each "
                 f"time, and all {self.finished} were skipped (sample ids in {self.folder / SKIPPED}). No weights are "
-                f"written. {more} model.precision or a lower train.learning_rate are the first things to try"
+                f"written. First try {more} model.precision or a lower train.learning_rate"
             )
         main = self.processes.main
         (missing,) = self.processes.any(main and written_after(folder) != self.finished)

@@ -1,1 +1,1 @@
-"""Knows nothing of diffusion: errors, files, randomness, memory, what is printed."""
+"""Helpers that know nothing about diffusion: errors, files, randomness, memory, torch modes and console output."""

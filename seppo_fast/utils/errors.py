@@ -1,7 +1,7 @@
-"""The errors that end a run on purpose, and the exit code of each.
+"""The exceptions that end a run deliberately, each with its exit code.
 
-A message says what happened, which file or key, and what to do. Mistakes in calling the library are plain
-`ValueError`s; these classes are for what a run meets: its config, its data, its machine.
+A message says what happened, in which file or key, and what to do. Wrong calls of the library raise plain
+`ValueError`s; these classes are for problems of a run's configuration, data or machine.
 """
 
 from __future__ import annotations
@@ -11,42 +11,42 @@ EXIT_INTERRUPTED = 130
 
 
 class SeppoError(Exception):
-    """Base of them all; the command line prints the message alone and leaves with `exit_code`."""
+    """Base class; the command line prints the message without a traceback and exits with `exit_code`."""
 
     exit_code: int = 1
 
 
 class ConfigError(SeppoError):
-    """An unknown key, a value out of range, a model or file named in the config that cannot be used."""
+    """An unknown key, a value out of range, or a model or file named in the configuration that cannot be used."""
 
     exit_code = 2
 
 
 class DataError(SeppoError):
-    """Missing, unreadable, empty or too many bad data; no space left for the cache."""
+    """The data is missing, unreadable or empty, too many examples are bad, or no space is left for the cache."""
 
     exit_code = 3
 
 
 class OutOfMemoryError(SeppoError):
-    """The device's memory does not hold the run."""
+    """The run does not fit into memory."""
 
     exit_code = 4
 
 
 class NonFiniteError(SeppoError):
-    """A loss, a gradient or an encoder's output that is not finite."""
+    """A loss, a gradient or an encoder's output is non-finite."""
 
     exit_code = 5
 
 
 class CheckpointError(SeppoError):
-    """No checkpoint that can be read, or none that can be written."""
+    """A saved state, a checkpoint, weights or the output folder cannot be read or written."""
 
     exit_code = 6
 
 
 class LostProcessError(SeppoError):
-    """Another process of the run is gone, or did not answer."""
+    """Another process of the run has exited or does not respond."""
 
     exit_code = 7

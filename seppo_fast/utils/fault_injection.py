@@ -1,4 +1,4 @@
-"""Fault points: named places at which a test can make a run fail; in use they do nothing."""
+"""Fault points: named places at which a test can make a run fail; outside tests they do nothing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _passed: Counter[str] = Counter()
 
 
 def fault(name: str) -> None:
-    """Fails here if the variable `SEPPO_FAULT` asks for it.
+    """Fails at this point if the environment variable `SEPPO_FAULT` says so.
 
-    `NAME=kill` (SIGKILL), `NAME=term` or `NAME=hup` (SIGTERM, SIGHUP: interruptions), `NAME=full` (no space left),
-    `NAME=memory` (none left), `NAME=error` (a RuntimeError) or `NAME=sleep:SECONDS`: the first time that the process
-    comes by; `NAME@3=...` the third time; `NAME@3+=...` from then on. Several, for different names, are separated by
-    commas.
+    The variable is `NAME=kill` (SIGKILL), `NAME=term` or `NAME=hup` (SIGTERM, SIGHUP: interruptions), `NAME=full`
+    (disk full), `NAME=memory` (out of memory), `NAME=error` (a RuntimeError) or `NAME=sleep:SECONDS`. The fault happens
+    the first time that the process passes this point; with `NAME@3=...` the third time, with `NAME@3+=...` the third
+    time and each time after it. Faults for different names are separated by commas.
 
     Raises:
-        OSError, RuntimeError, MemoryError: as asked for.
-        ValueError: the variable asks for something else.
+        OSError, RuntimeError, MemoryError: as `SEPPO_FAULT` requests.
+        ValueError: `SEPPO_FAULT` names an unknown fault.
     """
     wanted = os.environ.get("SEPPO_FAULT")
     if not wanted:
@@ -48,4 +48,4 @@ def fault(name: str) -> None:
     elif kind == "sleep":
         time.sleep(float(seconds))
     else:
-        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown, use kill, term, hup, full, error, memory or sleep:SECONDS")
+        raise ValueError(f"SEPPO_FAULT: {what!r} is unknown; use kill, term, hup, full, error, memory or sleep:SECONDS")

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and JSON that cannot do harm."""
+"""Atomically written folders, bounded reading of JSON, and messages about disks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from safetensors import SafetensorError
 
 from seppo_fast.utils.errors import SeppoError
 
-# What disks that lack a call say: Lustre and NFS of locks; CIFS, FUSE and shared folders of flushing a folder.
+# Error codes of file systems that lack a call: locks on Lustre and NFS; fsync of a folder on CIFS, FUSE and shared
+# folders.
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
 _NO_FLUSH = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF})
 _NO_ALLOCATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
-_ZEROS = 1 << 24  # bytes written at once
+_ZEROS = 1 << 24  # bytes per write
 
 
 @contextmanager
 def staged_folder(final: Path, error: type[SeppoError]) -> Iterator[Path]:
-    """A folder to fill, renamed to `final` at the end of the block; on any failure nothing of it is left.
+    """Yields a temporary folder that is renamed to `final` at the end of the block, or removed on any failure.
 
     Args:
-        final: must not exist yet; its parent is made.
-        error: what to raise where the disk refuses: no space, read-only, no permission.
+        final: the resulting folder; it must not exist yet, its parent is created.
+        error: the exception class to raise when writing fails: no space, read-only, no permission.
     """
     staging = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        # A random part: containers that share a folder may share process ids too.
+        # The process id alone is not unique: containers that share a folder may share process ids too.
         staging = Path(tempfile.mkdtemp(f"-{os.getpid()}", f".tmp-{final.name}-", final.parent))
-        with suppress(OSError):  # some disks have permissions of their own
+        with suppress(OSError):  # some file systems do not support chmod
             staging.chmod(0o755)
         yield staging
         for file in staging.rglob("*"):
@@ -55,7 +56,7 @@ def staged_folder(final: Path, error: type[SeppoError]) -> Iterator[Path]:
 
 
 def home_expanded(path: str, error: type[SeppoError]) -> Path:
-    """Returns a path with a leading `~` or `~user` replaced; raises `error` where there is no such user."""
+    """Returns `path` with a leading `~` or `~user` expanded; raises `error` if the home folder cannot be determined."""
     try:
         return Path(path).expanduser()
     except RuntimeError as problem:
@@ -63,16 +64,16 @@ def home_expanded(path: str, error: type[SeppoError]) -> Path:
 
 
 def read_json(file: Path, most: int = 1 << 26) -> Any:
-    """What a JSON file of at most so many bytes holds.
+    """Returns the content of a JSON file of at most `most` bytes.
 
     Raises:
-        OSError: no such file, or it cannot be read.
-        ValueError: it is larger, nested too deeply, or no JSON.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the file is larger, nested too deeply, or not JSON.
     """
     if not file.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     if file.stat().st_size > most:
-        raise ValueError(f"{file.stat().st_size} bytes, {most} at most")
+        raise ValueError(f"it has {file.stat().st_size} bytes, the limit is {most}")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:
@@ -80,14 +81,14 @@ def read_json(file: Path, most: int = 1 << 26) -> Any:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or `path-2`, `path-3`, ...: the first that does not exist."""
+    """Returns the first of `path`, `path-2`, `path-3`, ... that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(place for place in itertools.chain([path], numbered) if not place.exists())
 
 
 def disk_message(path: Path, problem: Exception) -> str:
-    """What the disk said about `path`, and what to do."""
-    # safetensors writes in Rust and says the error's number in words only.
+    """Returns a message that `path` cannot be written, and what to do if the disk is full."""
+    # safetensors writes in Rust and gives the error number only as text.
     said = re.search(r"\(os error (\d+)\)", str(problem))
     number = int(said[1]) if said else getattr(problem, "errno", None)
     if number not in (errno.ENOSPC, errno.EDQUOT):
@@ -98,10 +99,10 @@ def disk_message(path: Path, problem: Exception) -> str:
 
 
 def allocate(handle: int, size: int) -> None:
-    """Takes `size` bytes of disk for an empty file, so that writing to its mapped memory finds space later.
+    """Allocates `size` bytes on disk for an empty file, so that writes to its memory map cannot run out of space.
 
     Raises:
-        OSError: no space.
+        OSError: no space is left, or the file cannot be written.
     """
     try:
         os.posix_fallocate(handle, 0, size)
@@ -120,8 +121,8 @@ def _fsync(path: Path) -> None:
         if problem.errno not in _NO_FLUSH:
             raise
         warnings.warn(
-            "this disk does not flush what is written on request: after a power failure the newest folder of a run or "
-            f"a cache may be missing or incomplete ({problem.strerror})",
+            "this file system does not support fsync: after a power failure the newest folder of a run or a cache "
+            f"may be missing or incomplete ({problem.strerror})",
             RuntimeWarning,
             stacklevel=3,
         )

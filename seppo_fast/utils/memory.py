@@ -1,4 +1,4 @@
-"""How much memory is free, and host memory of an exact size."""
+"""Queries free memory, recognises out-of-memory errors, and allocates host memory of an exact size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is spent, the host's or the device's. On a CPU torch says so in words only."""
+    """Returns whether an exception means that host or device memory ran out; on a CPU only torch's message tells."""
     said = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "can't allocate memory" in said or "out of memory" in said
@@ -24,15 +24,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_bytes(
     device: torch.device, cgroup: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Bytes that new tensors on `device` may take.
+    """Returns how many bytes new tensors on `device` can use.
 
-    On CUDA, what the driver has left and what PyTorch's allocator holds unused. On the CPU, the RAM that is available,
-    or what the memory limits of this process's cgroups leave, where that is less.
+    On CUDA this is the driver's free memory plus what PyTorch's allocator has reserved but does not use. On the CPU it
+    is the available RAM or what the memory limits of this process's cgroups leave, whichever is less.
 
     Args:
-        device: CUDA or CPU.
-        cgroup: Linux's list of the cgroups of this process; need not exist.
-        mounts: where these are mounted.
+        device: a CUDA device or the CPU.
+        cgroup: Linux's list of the cgroups of this process; it need not exist.
+        mounts: the folder in which the cgroups are mounted.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -43,20 +43,20 @@ def free_bytes(
 
 
 def host_bytes(size: int) -> Tensor:
-    """Host memory `(size,)` uint8, zeros: exactly so many bytes, where PyTorch's pinned ones are a power of two."""
+    """Allocates zeroed host memory `(size,)` uint8; PyTorch's pinned allocator would round it up to a power of two."""
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
 def page_locked(memory: Tensor) -> Tensor:
-    """The same host memory, registered with the driver for as long as this tensor object lives.
+    """Page-locks host memory for as long as this tensor object lives, and returns the same tensor.
 
     Raises:
-        RuntimeError: the driver refuses.
+        RuntimeError: the CUDA driver refuses to register the memory.
     """
     place = memory.data_ptr()
     code = int(torch.cuda.cudart().cudaHostRegister(place, memory.nbytes, 0))
     if code:
-        # The runtime keeps the error, and the next launch of a kernel would raise it in its place: take it here.
+        # The CUDA runtime keeps the error and the next kernel launch would raise it: this launch clears it.
         with contextlib.suppress(RuntimeError):
             torch.empty(1, device="cuda").fill_(0)
         torch.cuda.check_error(code)
@@ -65,11 +65,11 @@ def page_locked(memory: Tensor) -> Tensor:
 
 
 def _cgroup_rooms(group: str, mounts: Path) -> Iterator[int]:
-    """What the memory limits of a cgroup, and of those around it, leave, in bytes; nothing where there is no limit.
+    """Yields the bytes that each memory limit of a cgroup and its ancestors leaves; yields nothing if none has a limit.
 
     Args:
-        group: a line of /proc/self/cgroup: `0::/path` (v2), or `4:memory:/path` (v1).
-        mounts: where cgroups are mounted.
+        group: a line of /proc/self/cgroup: `0::/path` (v2) or `4:memory:/path` (v1).
+        mounts: the folder in which cgroups are mounted.
     """
     _, controllers, path = group.split(":", 2)
     if not controllers:
@@ -80,10 +80,10 @@ def _cgroup_rooms(group: str, mounts: Path) -> Iterator[int]:
     else:
         return
     inner = PurePosixPath(path.lstrip("/"))
-    # Within a container the path can be the host's, and only its root is there to be seen.
+    # Inside a container the path may be the host's, of which only the root is visible.
     for folder in (mount / part for part in (inner, *inner.parents)):
         if not (folder / limit).is_file() or (bound := (folder / limit).read_text().strip()) == "max":
             continue
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        # The kernel drops file pages that nobody has used lately before it refuses memory.
+        # Inactive file pages count as free: the kernel drops them before it refuses memory.
         yield int(bound) - int((folder / use).read_text()) + int(stat[cache])

@@ -1,4 +1,4 @@
-"""The modes of torch that a run enters, and those of its caller that it leaves."""
+"""Context managers for torch's global modes: deterministic algorithms, and isolation from the caller's modes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Lets PyTorch, cuDNN and cuBLAS use deterministic algorithms only, inside the block and in the whole process.
+    """Restricts PyTorch, cuDNN and cuBLAS to deterministic algorithms during the block, in the whole process.
 
-    To be entered before the first matrix product on a GPU, when cuBLAS reads its setting. An operation without a
-    deterministic algorithm ends the run: with warnings instead, PyTorch would keep cuDNN's attention and the atomic
+    Enter it before the first matrix product on a GPU: cuBLAS reads its setting then. An operation without a
+    deterministic algorithm is an error: if it only warned, PyTorch would keep using cuDNN's attention and the atomic
     additions in the backward of memory-efficient attention.
 
     Args:
-        enabled: whether to do anything.
+        enabled: whether to do anything at all.
 
     Raises:
         ConfigError: the block uses an operation that has no deterministic algorithm.
@@ -40,7 +40,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
     )
     os.environ.setdefault(_WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Every kernel here writes all of its output, and filling it before would cost a write of each tensor.
+    # Every kernel here writes all of its output; filling it first would cost an extra write of each tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
@@ -49,8 +49,8 @@ def deterministic(enabled: bool) -> Iterator[None]:
         if "deterministic implementation" not in str(problem):
             raise
         raise ConfigError(
-            f"model.deterministic = true: this model needs an operation that does not repeat: "
-            f"{str(problem).split(', but')[0]}. Set it to false"
+            f"model.deterministic = true: this model cannot run deterministically: "
+            f"{str(problem).split(', but')[0]}. Set model.deterministic = false"
         ) from problem
     finally:
         strict, warn_only, filled, *cudnn, workspace = before
@@ -63,10 +63,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Leaves the torch modes that the caller has entered until the block ends.
-
-    These are autocast, `no_grad`, `inference_mode` and another default dtype.
-    """
+    """Suspends the modes of the caller during the block: autocast, `no_grad`, `inference_mode` and default dtype."""
     default = torch.get_default_dtype()
     with _outside_autocast(), torch.inference_mode(False), torch.enable_grad():
         torch.set_default_dtype(torch.float32)
@@ -78,10 +75,10 @@ def outside_modes() -> Iterator[None]:
 
 @contextmanager
 def _outside_autocast() -> Iterator[None]:
-    """Leaves autocast, which keeps casts of weights until its block ends.
+    """Suspends the caller's autocast, whose cache of cast weights would otherwise outlive an update.
 
-    Those that sampling makes without gradients would serve training, which then trains nothing, and those of one update
-    the next one.
+    Autocast keeps that cache until its outermost block ends. Training would reuse the casts that sampling made without
+    gradients, and so train nothing, and each update would use the casts of the previous one.
     """
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     depth = torch.autocast_increment_nesting()

@@ -1,4 +1,4 @@
-"""The ablation: its counts, its signs, its tables, and a tiny one through the command line."""
+"""Tests of the ablation: its counts, signs and tables, and a tiny ablation through the command line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_tiny_one_through_the_command_line_and_again(tmp_path, capsys, monkeyp
 
 
 def _finished(rng, prompts=50):
-    """Pieces with made-up scores: each row its own gain."""
+    """Returns finished pieces with made-up scores, and a function that adds a piece with a given gain."""
     base = {scale: rng.random(prompts).round(3).tolist() for scale in ("3", "1.5")}
     finished = {"base": {"commit": "c", "scores": base, "seconds": 9}}
 
@@ -146,7 +146,7 @@ def test_a_fifth_of_the_captions_is_wrong(tmp_path):
     folder = wrong_captions(tmp_path / "data")
     given, true = open_source(str(folder)), open_source(pieces_module.WINNERS)
     wrong = sum(ours.prompt != own.prompt for ours, own in zip(given, true, strict=True))
-    assert wrong == pytest.approx(WRONG_SHARE * len(true), abs=10)  # a few are dealt what they had
+    assert wrong == pytest.approx(WRONG_SHARE * len(true), abs=10)  # a few are dealt their own caption
     assert Image.open(given[3].image.open()).size == (32, 32)
 
 
@@ -157,7 +157,7 @@ class _OwnSign(SignedMethod):
 
 @pytest.fixture
 def trained(tiny, tmp_path):
-    """A trainer after one update, and what it collects for the next."""
+    """Yields a trainer after one update, and the pairs that it collects for the next."""
     config = tiny_config(tiny, tmp_path, train={"pairs_per_update": 8, "micro_batch": 8})
     trainer = Trainer(config)
     trainer.add_checkpoint()
@@ -202,7 +202,7 @@ def test_rows_are_counted_both_ways_and_not_while_paused():
 
     forward(5, False)
     output = forward(4, True)
-    forward(3, True)  # its gradient is never asked for
+    forward(3, True)  # no backward runs through it
     output.sum().backward()
     assert (rows.forward, rows.backward, rows.equivalent) == (12, 4, 20)
     rows.paused = True

@@ -1,4 +1,4 @@
-"""What the anchor test knows: its statistics against sums by hand, and the whole command on a tiny pipeline."""
+"""Tests of `benchmarks.anchor`: its statistics against sums by hand, and the whole command on a tiny pipeline."""
 
 import json
 import math
@@ -25,7 +25,7 @@ PAIRS, DRAWS = 6, 3
 
 
 def area_by_hand(scores, positive):
-    """The share of (positive, negative) pairs in order, a tie counting half."""
+    """Returns the share of (positive, negative) pairs that are in order; a tie counts half."""
     pairs = [(a, b) for a, yes in zip(scores, positive) if yes for b, also in zip(scores, positive) if not also]
     return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
 
@@ -50,9 +50,9 @@ def test_agreement_by_hand():
 
 
 def test_agreement_of_small_tables():
-    # Row 1: each draw's others are (0, 1, 1) / 2; row 2 agrees throughout.
+    # Row 1: the means of each draw's others are 0, 1.5 and 0.5; row 2 agrees throughout.
     table = np.array([[2.0, -1.0, 1.0], [-1.0, -2.0, -3.0]])
-    # 2 against 0: left out; -1 against 1.5: no; 1 against .5: yes; three times yes, negative.
+    # 2 against 0: left out; -1 against 1.5: no; 1 against 0.5: yes; row 2: three times yes, all negative.
     assert agreement(table) == {"agree": 4 / 5, "majority": 3 / 5, "draws": 5, "ties": 1}
     first = np.array([[True, True, True], [False, False, False]])
     assert agreement(table, first) == {"agree": 1 / 2, "majority": 1.0, "draws": 2, "ties": 1}
@@ -147,7 +147,7 @@ def test_verdicts():
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def runs(request, tiny, tmp_path_factory):
-    """A recipe in a file, a run of it that moved the weights, and one that did not."""
+    """Returns a folder with a recipe, a run of it that moved the weights, and a run that did not."""
     folder = tmp_path_factory.mktemp(request.param)
     configs = {}
     for name, rate in {"moved": 1e-2, "still": 1e-30}.items():
@@ -166,7 +166,7 @@ def runs(request, tiny, tmp_path_factory):
 
 @pytest.fixture
 def redness(tmp_path, monkeypatch):
-    """A judge in a module of its own, which gives no score of one pair."""
+    """Writes a module with a judge that gives one of the pairs no score, and returns the judge's name."""
     code = "def mean(prompts, pictures):\n    scores = pictures[..., 0].mean((1, 2))\n    scores[0] = float('nan')\n"
     (tmp_path / "redness.py").write_text(f"{code}    return scores\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -185,7 +185,7 @@ def test_the_command(runs, redness, tmp_path, capsys):
     assert not (runs / "none").exists() and str(tmp_path) not in json.dumps(result)
     moved, still = result["checkpoints"]
     everything = PAIRS * DRAWS
-    # Equal weights give equal errors bit for bit, also after another policy was in their place.
+    # Equal weights give equal errors bit for bit, even after another policy was loaded.
     assert still["mean_abs_d_w"] == 0 and still["weight_distance"] < 1e-20
     assert still["agreement"] == {"agree": None, "majority": None, "draws": 0, "ties": everything}
     assert moved["weight_distance"] > 0 < moved["mean_abs_d_w"] and moved["agreement"]["draws"] == everything
@@ -198,7 +198,7 @@ def test_the_command(runs, redness, tmp_path, capsys):
             assert one["positives"] + one["negatives"] == PAIRS - 1 and one["left_out"] == 1
             assert (one["scores"], mean["scores"]) == (DRAWS, 1)
             assert (one["auc"] is None) == (not (one["positives"] and one["negatives"]))
-    # The policy that did not move makes the base's samples again, so none is worse.
+    # The policy that did not move generates the base's samples again, so none is worse.
     assert still["auc"][-1]["verdict"] == anchor.WORSE_THAN_POLICY and still["auc"][-1]["one_draw"]["positives"] == 0
     for found in result["base"]["errors"].values():
         assert len(found) == 10 and sum(band["draws"] for band in found) == everything
@@ -213,7 +213,7 @@ def test_the_command(runs, redness, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def recipe(tiny, tmp_path_factory):
-    """A folder with a recipe and no run."""
+    """Returns a folder with a recipe but no run."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "recipe.yaml").write_text(to_yaml(tiny_config(tiny, folder)))
     return folder
@@ -262,7 +262,7 @@ def test_draws_belong_to_their_pair(examples):
     assert np.array_equal(more.position[:4, :2], four.position) and more.prompts[:4] == four.prompts
     assert torch.equal(more.winners[:4], four.winners)
     errors = four.errors(setup.policy, four.winners), more.errors(setup.policy, more.winners)[:4, :2]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-4)  # other batches round otherwise
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)  # other batch sizes round differently
     samples = four.sampled(setup.policy)
     assert torch.allclose(more.sampled(setup.policy)[:4], samples, atol=1e-3)
     assert not np.array_equal(Examples(setup, 4, 2, seed=2).position, four.position)
@@ -292,13 +292,13 @@ def test_the_distance_of_weights(examples, runs):
     [
         (["--draws", "1"], "--draws 1: at least 2 are needed"),
         (["--pairs", "1"], "--pairs 1: at least 2 are needed"),
-        (["--pairs", "12"], "--pairs 12: the data hold 11 examples"),
-        (["--checkpoint", "no-such-run"], "no-such-run: no run with a saved state is there"),
+        (["--pairs", "12"], "--pairs 12: the data has only 11 examples"),
+        (["--checkpoint", "no-such-run"], "no-such-run: not the folder of a run with a saved state"),
         (["--judge", "triangles"], "'triangles' is unknown; give shapes, or module:function"),
         (["--judge", "no_such_module:f"], "cannot be imported: ModuleNotFoundError"),
         (["--judge", "math:no_such_function"], "cannot be imported: AttributeError"),
         (["--judge", "math:pi"], "is a float and cannot be called"),
-        (["--judge", "shapes"], "does not score these prompts and pictures"),  # it takes pictures of 32 pixels
+        (["--judge", "shapes"], "cannot score these prompts and pictures"),  # it accepts only pictures of 32 pixels
         (["--judge", "builtins:max"], "--judge"),
         (["--config", "no-such.yaml"], "does not exist"),
         (["--json", "/dev/null/result.json"], "--json"),
@@ -316,7 +316,7 @@ def test_a_run_of_another_model_is_refused(runs, tmp_path, capsys):
     assert (
         anchor.main([*words(runs, "--checkpoint", str(runs / "moved")), "--config", str(tmp_path / "other.yaml")]) == 2
     )
-    assert "began from another model" in capsys.readouterr().err
+    assert "started from another model" in capsys.readouterr().err
 
 
 def test_clips(tiny, adapter, tmp_path):

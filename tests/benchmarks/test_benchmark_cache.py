@@ -1,4 +1,4 @@
-"""What the suite `cache` compares, that every switch is one, and what it leaves out and refuses."""
+"""Tests of suite `cache`: what it compares, that every switch changes the checkpoint, what it omits and rejects."""
 
 import gc
 import mmap
@@ -22,7 +22,7 @@ from tests.helpers.benchmark import MACHINE, driven, smallest_cache
 
 @pytest.fixture
 def smallest(monkeypatch):
-    """The suite at a size of a few seconds, of a LoRA alone."""
+    """Shrinks the suite to a few seconds, with a LoRA only."""
     smallest_cache(monkeypatch)
     size = cache.SIZES["quick"]
     monkeypatch.setitem(cache.SIZES, "quick", cache.Size((("lora", "fp32"),), size.kept, 1, 1, 2))
@@ -30,13 +30,13 @@ def smallest(monkeypatch):
 
 @pytest.fixture(scope="module")
 def subject():
-    """All weights, kept in bf16."""
+    """Returns a subject that trains all weights, with checkpoints in bf16."""
     return Subject(MACHINE, "full", "bf16", 1)
 
 
 @pytest.fixture
 def kept(subject, tmp_path):
-    """Three checkpoints in files."""
+    """Yields three checkpoints in files."""
     made = Kept(subject, "disk", 3, tmp_path)
     with made.pool:
         made.grow(3)
@@ -59,7 +59,7 @@ def test_a_single_wrong_bit_is_seen(subject, capsys):
     assert subject.is_right("one", subject.policy, 0, prediction)
     weight = next(iter(trainable_state_dict(subject.policy).values())).data[0, 0, 0]
     before = weight[0].clone()
-    weight[0] = torch.nextafter(before, before + 1)  # in bf16 it predicts the same
+    weight[0] = torch.nextafter(before, before + 1)  # in bf16 the prediction stays the same
     assert not subject.is_right("one", subject.policy, 0, prediction)
     weight[0] = before
     assert not subject.is_right("other", subject.policy, 0, prediction + 0.1)
@@ -71,14 +71,14 @@ def test_a_single_wrong_bit_is_seen(subject, capsys):
 
 
 def test_each_switch_is_to_another_checkpoint(subject, kept):
-    """Also where the pool has grown; no call finds its checkpoint resident, so each one copies."""
+    """No call finds its checkpoint already resident, so each one copies; this includes a pool that has grown."""
     seen = []
     for switch in (kept.switch, kept.switch_in_place, kept.switch, kept.switch, kept.switch_in_place):
         before = kept.index
         switch()
         assert kept.index != before
         seen.append(kept.index)
-        assert subject.holds(subject.reference, kept.index)  # the bound one and the one in place share a slab
+        assert subject.holds(subject.reference, kept.index)  # the bound module and the switch in place share a slab
     assert seen == [1, 2, 0, 1, 2]
     assert kept.are_right() == {SWITCH: True, IN_PLACE: True}
 
@@ -116,7 +116,7 @@ def recorded(order, name, call):
 
 def test_the_baselines_take_turns(subject, tmp_path):
     states = StateDicts(subject, 2, tmp_path)
-    assert states.right == {LOAD: True, READ: True}  # each has made the first of its two
+    assert states.right == {LOAD: True, READ: True}  # each has loaded the first of its two
     for call in (states.load, states.read):
         for index in (1, 0, 1):
             call()
@@ -137,7 +137,7 @@ def test_copies_take_turns_over_the_cache(subject, monkeypatch):
 
 
 def damaged(module):
-    """One of its numbers is another."""
+    """Changes one of the module's numbers."""
     tensor = next(iter(trainable_state_dict(module).values())).data
     tensor[(0,) * tensor.dim()] += 1
     return module
@@ -175,7 +175,7 @@ def policy_that_does_not_come_back(monkeypatch):
 
 def nothing_comes_up(monkeypatch):
     def wrong(resident, slab):
-        resident._ahead.zero_()  # else it may hold what was freed before: the very checkpoint
+        resident._ahead.zero_()  # else reused memory may still contain the right checkpoint
 
     monkeypatch.setattr(Resident, "_bring", wrong)
 
@@ -211,7 +211,7 @@ def test_what_is_wrong_gets_no_ratio(smallest, tmp_path, monkeypatch, capsys):
 
 
 def test_fewer_checkpoints_where_there_is_no_room_for_more(smallest, tmp_path, monkeypatch, capsys):
-    """Room for two and a half, when a fifth of what is free is left alone; files have all the room."""
+    """There is room for two and a half checkpoints, if a fifth stays free; files have all the room they need."""
     slab = Subject(MACHINE, "lora", "fp32", 1).table.size
     asked = cache.Size((("lora", "fp32"),), {"iteration": 2, "update": 3}, rounds=1, pairs=1, steps=1)
     monkeypatch.setitem(cache.SIZES, "quick", asked)
@@ -220,18 +220,18 @@ def test_fewer_checkpoints_where_there_is_no_room_for_more(smallest, tmp_path, m
     assert code == 0
     counts = {row["case"].split(", ")[1] for row in rows if "host memory" in row["case"]}
     assert counts == {"2 checkpoints"}
-    assert "lora fp32 in host memory: 2 checkpoints instead of 3, there is no room for more" in capsys.readouterr().out
+    assert "lora fp32 in host memory: 2 checkpoints instead of 3; there is no room for more" in capsys.readouterr().out
 
 
 def test_a_tier_without_room_is_left_out(subject, tmp_path, monkeypatch):
-    """A call of as many steps as there are checkpoints would find one that came up before."""
+    """With as many steps per call as checkpoints, a switch would find one that was loaded before."""
     steps = cache.SIZES["quick"].steps
     monkeypatch.setattr(cache, "free_bytes", lambda device: (steps + 0.5) * subject.table.size / 0.8)
     compared = cache._Compared(subject, 1.0, [], tmp_path)
     monkeypatch.setattr(cache, "_compared", lambda *arguments: compared)
     outcome = suites.run_cases(suites.chosen(cache.cases(MACHINE), ["full bf16 in host memory"]))
     assert outcome.rows == outcome.failed == [] and len(outcome.missing) == 2
-    assert set(outcome.missing.values()) == {f"there is room for {steps} checkpoints"}
+    assert set(outcome.missing.values()) == {f"there is room for {steps} checkpoints; at least {steps + 1} are needed"}
 
 
 def test_room_is_that_of_the_tier(subject, tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_steps_are_of_as_many_pairs_as_fit(monkeypatch, capsys):
     monkeypatch.setattr(Subject, "step", short)
     assert Subject(MACHINE, "lora", "fp32", 4).pairs == 1
     assert capsys.readouterr().out.splitlines() == [
-        f"lora fp32: more than {pairs} pairs a step do not fit into memory" for pairs in (2, 1)
+        f"lora fp32: more than {pairs} pairs per step do not fit into memory" for pairs in (2, 1)
     ]
 
 
@@ -267,7 +267,7 @@ def test_shares_are_of_the_learning_between_two_draws():
 
 
 def test_copies_are_counted_where_the_device_makes_them(monkeypatch):
-    """The profiler and the CUDA that this needs are played here."""
+    """The profiler and CUDA are replaced by stand-ins."""
     names = ["Memcpy HtoD (Pinned -> Device)", "cudaMemcpyAsync", "Memcpy DtoD (Device -> Device)", "cudaLaunchKernel"]
 
     class Profiler:
@@ -290,7 +290,7 @@ def test_copies_are_counted_where_the_device_makes_them(monkeypatch):
 
 
 def test_host_memory_is_what_was_written(tmp_path):
-    """Of memory that is the process's own, shared or not; not of a mapped file."""
+    """It counts the process's own memory, shared or not, but not a mapped file."""
     gc.collect()
     before, size = switches.host_memory(), 2**25
     written = [mmap.mmap(-1, size, flags=kind | mmap.MAP_ANONYMOUS) for kind in (mmap.MAP_PRIVATE, mmap.MAP_SHARED)]
@@ -305,7 +305,7 @@ def test_host_memory_is_what_was_written(tmp_path):
 
 
 def test_the_table_of_the_cache():
-    """Rates and shares stand there; a share that is too small says so."""
+    """It shows rates and shares, and marks a share that is too small to print."""
     where = {"suite": "cache", "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "commit": "abc1234"}
     measured = {"p50_ms": 31.0, "ratio": 12.0, "limit": "copy", "limit_fraction": 0.98, "gb_per_s": 54.3}
     rows = [

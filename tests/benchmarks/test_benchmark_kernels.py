@@ -1,4 +1,4 @@
-"""What the suite `kernels` compares, against autograd in float64, and what it leaves out and refuses."""
+"""Tests of suite `kernels`: its truth against autograd in float64, and what it omits and rejects."""
 
 import subprocess
 import sys
@@ -23,18 +23,18 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def smallest(monkeypatch):
-    """The suite at a size of a second."""
+    """Shrinks the suite to about a second."""
     smallest_kernels(monkeypatch)
 
 
 @pytest.fixture
 def pieces(monkeypatch):
-    """Few pairs at once, so that the last piece is a smaller one."""
+    """Lets only a few pairs be computed at once, so that the last piece is smaller."""
     monkeypatch.setattr(losses, "_AT_ONCE", 2 * 4 * 8 * 8)
 
 
 def by_autograd(case, inputs):
-    """Loss and gradient in float64 of B.2's differences; `ref_error` in the place of the reference's errors."""
+    """Returns loss and gradient in float64 from B.2's differences; `ref_error` replaces the reference's errors."""
     pred = inputs.pred.detach().double().requires_grad_()
     target = inputs.target.double().repeat(2, 1, 1, 1)
     ref_error = inputs.ref_error
@@ -55,7 +55,7 @@ def test_the_truth_is_autograds_in_float64(ahead, pieces):
     gaps = truth.gaps(loss * 1.5, grad)
     assert gaps["loss"] == pytest.approx(0.5) and gaps["gradient"] < 1e-9
     wrong = grad.clone()
-    wrong[4] *= -1  # the half of one pair
+    wrong[4] *= -1  # one half of one pair
     assert truth.gaps(loss, wrong)["gradient"] > 0.2
     assert truth.gaps(loss, torch.full_like(grad, torch.nan))["gradient"] != pytest.approx(0)
 
@@ -130,7 +130,7 @@ def test_a_layout_is_that_of_the_tensors_and_nothing_else(layout):
 
 
 def test_another_division_is_one_more_provider_on_a_gpu(monkeypatch):
-    """The kernels divide as its name says while it runs, and as before after it."""
+    """The kernels use the named division while it runs, and their former one afterwards."""
     seen, gpu = [], torch.device("cuda", 0)
 
     def run(inputs, overwrite):
@@ -161,7 +161,7 @@ GB = 10**9
     ("latent", "free", "fits", "graphs"),
     [
         ("SDXL 1024 px", 60 * GB, True, True),
-        ("video 16 x 512 px", 141 * GB, True, False),  # 133 GB, and 227 with graphs
+        ("video 16 x 512 px", 141 * GB, True, False),  # needs 133 GB, and 227 with graphs
         ("video 16 x 512 px", 230 * GB, True, True),
         ("video 16 x 512 px", 130 * GB, False, False),
     ],
@@ -169,14 +169,14 @@ GB = 10**9
 def test_graphs_are_made_where_memory_is_enough_for_their_calls_and_those_without(
     latent, free, fits, graphs, monkeypatch, capsys
 ):
-    """Memory that a graph keeps is not there for the calls that are timed without it."""
+    """Memory that a graph keeps is not available to the calls that are timed without it."""
     gpu, case, pool = Machine(torch.device("cuda"), quick=False), Case(8192, latent), object()
     monkeypatch.setattr(kernels, "free_bytes", lambda device: free)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pool)
     assert (kernels.missing(case, gpu) is None) == fits
     assert kernels.graph_pool(case, gpu) is (pool if graphs else None)
     needed = (9 + 2 * 22) * case.elements / GB
-    said = f"{case}: no CUDA graphs, {needed:.1f} GB are needed and {free / GB:.1f} GB free\n"
+    said = f"{case}: no CUDA graphs: {needed:.1f} GB are needed, {free / GB:.1f} GB are free\n"
     assert capsys.readouterr().out == ("" if graphs else said)
     assert kernels.graph_pool(case, MACHINE) is None
 
@@ -218,11 +218,11 @@ def test_what_does_not_fit_is_left_out_and_said(smallest, tmp_path, monkeypatch,
     assert code == 0
     assert {row["case"] for row in rows[1:]} == {str(small)}
     out, err = capsys.readouterr()
-    assert f"{large}: left out, " in out and err == f"missing: {large}: 0.0 GB are needed and 0.0 GB free\n"
+    assert f"{large}: left out: " in out and err == f"missing: {large}: 0.0 GB are needed, 0.0 GB are free\n"
 
 
 def test_the_bytes_of_a_case_are_those_that_pytorch_takes():
-    """At most, and nearly, for each provider that is not compiled, beside its inputs; on fake tensors."""
+    """They bound what each uncompiled provider needs besides its inputs, and are nearly reached; on fake tensors."""
     peaks = {}
     with FakeTensorMode():
         for ahead in (False, True):

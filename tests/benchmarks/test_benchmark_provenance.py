@@ -1,4 +1,4 @@
-"""Which device benchmarks run on, and which one stands beside their numbers."""
+"""Tests which device benchmarks run on, and which device their results name."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from benchmarks.harness.measure import Machine
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with a GPU."""
+    """Pretends that the machine has a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
 

@@ -1,4 +1,4 @@
-"""How the cases of a suite are chosen, run, kept and stopped; and that each suite fits six minutes by its estimates."""
+"""Tests how the cases of a suite are chosen, run, kept and stopped, and that they fit into six minutes by estimate."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ MINUTES = 6
 
 
 class Clock:
-    """A clock that a case moves."""
+    """A clock that cases advance."""
 
     def __init__(self):
         self.now = 100.0
@@ -42,7 +42,7 @@ def row(title, value_ok=True):
 
 
 def case(title, clock=None, takes=0.0, **fields):
-    """A case that makes a row and takes some seconds on the clock."""
+    """Returns a case that makes a row and advances the clock by `takes` seconds."""
 
     def made():
         for need in fields.get("needs", ()):
@@ -80,7 +80,10 @@ def test_a_case_begins_only_where_its_estimate_fits():
     cases = [case(name, clock, takes, seconds=takes) for name, takes in [("a", 20), ("b", 50), ("c", 30), ("d", 11)]]
     outcome = run_cases(cases, 60, clock=clock)
     assert titles(outcome.rows) == ["a", "c"]  # b would end at 70 s, d at 61
-    assert outcome.missing == {"b": "takes about 50 s, and 40 s are left", "d": "takes about 11 s, and 10 s are left"}
+    assert outcome.missing == {
+        "b": "needs about 50 s, but only 40 s are left",
+        "d": "needs about 11 s, but only 10 s are left",
+    }
 
 
 def test_an_estimate_grows_as_much_as_those_before_it_were_too_small():
@@ -89,14 +92,14 @@ def test_an_estimate_grows_as_much_as_those_before_it_were_too_small():
     assert titles(run_cases(cases, 60, clock=clock).rows) == ["a", "c"]  # b would take 50 s
     clock = Clock()
     cases = [case("a", clock, 5, seconds=10), case("b", clock, 50, seconds=50)]
-    assert titles(run_cases(cases, 60, clock=clock).rows) == ["a", "b"]  # one that was too large does not shrink it
+    assert titles(run_cases(cases, 60, clock=clock).rows) == ["a", "b"]  # overestimates do not shrink it
 
 
 def test_without_estimates_a_case_begins_as_long_as_time_is_left():
     clock = Clock()
     cases = [case(name, clock, 30, seconds=1000) for name in "abc"]
     outcome = run_cases(cases, 60, estimated=False, clock=clock)
-    assert titles(outcome.rows) == ["a", "b"] and outcome.missing == {"c": "the time is over"}
+    assert titles(outcome.rows) == ["a", "b"] and outcome.missing == {"c": "no time is left"}
 
 
 def recorded(events, name, **options):
@@ -168,16 +171,16 @@ def test_a_case_without_rows_does_not_take_the_others_with_it(capsys):
     assert outcome.missing == {
         "too large": "does not fit into memory",
         "no room": "there is room for 2",
-        "first": "failed, RuntimeError: no such kernel",
-        "second": "its set-up failed, RuntimeError: no such kernel",
+        "first": "failed with RuntimeError: no such kernel",
+        "second": "its set-up failed with RuntimeError: no such kernel",
     }
     out, err = capsys.readouterr()
-    assert "no room: left out, there is room for 2\n" in out and "RuntimeError: no such kernel" in err
+    assert "no room: left out: there is room for 2\n" in out and "RuntimeError: no such kernel" in err
 
 
 @pytest.fixture
 def played(monkeypatch):
-    """Lets suite `sampling` have these cases."""
+    """Returns a function that replaces the cases of suite `sampling`."""
 
     def play(*cases):
         monkeypatch.setattr(importlib.import_module("benchmarks.suites.sampling"), "cases", lambda machine: list(cases))
@@ -195,16 +198,16 @@ def test_what_is_missing_is_named_and_only_what_fails_changes_the_exit_code(play
     played(case("a"), Case("b", raising(RuntimeError("no such kernel"))), case("c"))
     assert run.main(words) == 1
     assert [row["case"] for row in json.loads(file.read_text())] == ["a", "c"]
-    assert capsys.readouterr().err.endswith("missing: b: failed, RuntimeError: no such kernel\n")
+    assert capsys.readouterr().err.endswith("missing: b: failed with RuntimeError: no such kernel\n")
     played(case("a"), Case("b", lambda: [row("b", value_ok=False)]))
     assert run.main(words) == 1
     played(case("a"))
     assert run.main([*words, "--minutes", "1e-9"]) == 0
-    assert capsys.readouterr().err.endswith("missing: a: the time is over\n")
+    assert capsys.readouterr().err.endswith("missing: a: no time is left\n")
 
 
 def test_a_killed_run_loses_one_case(played, tmp_path):
-    """In a process of its own, which kills itself in its third case."""
+    """The run is in a process of its own, which kills itself in its third case."""
     file = tmp_path / "rows.json"
     file.write_text("[]")
 
@@ -235,7 +238,7 @@ def test_a_file_is_the_old_one_where_the_new_one_is_not_whole(tmp_path, monkeypa
     assert [row["case"] for row in json.loads(file.read_text())] == ["a"]
 
 
-# Cases that six minutes of an H200 have no room for; all others have, one suite at a time.
+# Cases that do not fit into six minutes of an H200; all other cases of a suite do.
 BEYOND = {
     "sampling": {"64 samples, 50 DDIM steps", "128 samples, 10 DDIM steps"},
     "endtoend": {
@@ -247,13 +250,13 @@ BEYOND = {
         "sampling of 16 x 512 x 512, 1 sample, 5 DDIM steps",
         "sampling of 16 x 512 x 512, 2 samples, 5 DDIM steps",
         "step of 16 x 512 x 512, lora, 1 pair, recomputing",
-        *map(str, temporal.SIZES["gpu"].cases[len(temporal.FIRST) :]),  # seconds each: as many as time is left for
+        *map(str, temporal.SIZES["gpu"].cases[len(temporal.FIRST) :]),  # seconds each: as many as fit run
     },
 }
 
 
 def simulated(cases, clock):
-    """Cases that take what is estimated of them and of their set-up, on the clock."""
+    """Returns cases that advance the clock by their estimates, including those of their set-up."""
     shared = {}
 
     def played(one):

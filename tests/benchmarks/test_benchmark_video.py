@@ -1,4 +1,4 @@
-"""What suite `video` compares, that it refuses values of another schedule, and what is counted and said of clips."""
+"""Tests of suite `video`: what it compares, that it rejects another schedule's values, and what it counts for clips."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def place():
-    """The embedded pipeline with random motion modules."""
+    """Yields the embedded pipeline with random motion modules."""
     with models.workplace(MACHINE, FRAMES) as made:
         yield made
 
 
 @pytest.fixture
 def scaled_linear(monkeypatch):
-    """A family that forgets AnimateDiff's schedule and takes the base's."""
+    """Makes the family use the base pipeline's schedule instead of AnimateDiff's."""
     monkeypatch.setitem(animatediff._SCHEDULE, "beta_schedule", "scaled_linear")
 
 
@@ -98,7 +98,7 @@ def test_motion_modules_fit_the_pipeline_and_move_something(place):
     with torch.no_grad():
         clip = unet(samplers.noise, timestep, samplers.embeds.expand(FRAMES, -1, -1)).sample
         frame = unet(samplers.noise[:, :, :1], timestep, samplers.embeds).sample
-    assert distance([clip[:, :, :1]], [frame]) > 0.1  # what a frame becomes depends on the others
+    assert distance([clip[:, :, :1]], [frame]) > 0.1  # a frame's prediction depends on the others
 
 
 def test_flops_of_clips(place):
@@ -109,7 +109,7 @@ def test_flops_of_clips(place):
     assert 2 * forward[4] < forward[8] < 2.1 * forward[4]  # attention over frames grows with their square
     assert place.flops() == forward[8]
     trained = place.flops(place.config().model)
-    assert 1.9 * forward[8] < trained < 2.3 * forward[8]  # a LoRA: the forward again for its inputs' gradients
+    assert 1.9 * forward[8] < trained < 2.3 * forward[8]  # a LoRA: one more forward, for gradients of inputs
     assert place.flops(place.config(model={"gradient_checkpointing": True}).model) == trained
 
 
@@ -132,7 +132,7 @@ def test_the_update_at_true_size_takes_clips_that_fit_and_says_which():
 def test_frames_are_refused_where_there_are_none(capsys):
     with pytest.raises(SystemExit):
         full_size.parsed(["--frames", "8"])
-    assert "--frames is of clips" in capsys.readouterr().err
+    assert "--frames applies to clips only" in capsys.readouterr().err
 
 
 def test_the_table_of_an_update_says_what_it_was_made_of():

@@ -1,4 +1,4 @@
-"""The benchmark driver through its command line, what it refuses, and what is made from its rows."""
+"""Tests of the benchmark driver through its command line, what it rejects, and what is made from its rows."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def smallest(monkeypatch):
-    """Every suite at a size of a second or two."""
+    """Shrinks every suite to a second or two."""
     monkeypatch.setitem(sampling.SIZES, "quick", (sampling.Case(1, 2, 1), sampling.Case(3, 2, 1)))
     monkeypatch.setitem(step.SIZES, "quick", step.Size({"lora": (2, 1)}, rounds=1))
     monkeypatch.setitem(endtoend.SIZES, "quick", (endtoend.Size(4, 2, 1, 2, 2, 2, 2, 2),))
@@ -48,7 +48,7 @@ def smallest(monkeypatch):
 
 
 def smallest_video(monkeypatch):
-    """Two clips of four frames."""
+    """Shrinks suite `video` to two clips of four frames."""
     update = endtoend.Size(2, 1, 1, 2, micro_batch=2, samples=2)
     steps = step.Size({"lora": (2,)}, 1, ways=("ahead", "together"), checked=2, micro_batch=1)
     sizes = video.Size(32, (sampling.Case(2, 1, 1),), steps, update)
@@ -67,7 +67,7 @@ def test_the_command_as_a_user_types_it(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["provider"] for row in rows] == ["matmul", *PROVIDERS["1 sample"]]
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 * 3 + len(rows) + 1  # of each case its headings, its name, its seconds
+    assert len(lines) == 2 * 3 + len(rows) + 1  # per case its headings, its name, its seconds
     assert lines[-1].startswith("sampling on CPU")
     assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
     assert subprocess.run([*words[:4], "painting"], cwd=ROOT, capture_output=True).returncode == 2
@@ -77,7 +77,7 @@ def test_the_command_as_a_user_types_it(tmp_path):
     ("words", "problem"),
     [
         (["--json", "nowhere/rows.json"], "nowhere does not exist"),
-        (["--json", "/dev/null"], "/dev/null: exists and is not a file"),
+        (["--json", "/dev/null"], "/dev/null: exists and is not a regular file"),
         (["--minutes", "0"], "--minutes 0.0: must be more than 0"),
         (["--minutes", "nan"], "must be more than 0"),
     ],
@@ -124,7 +124,7 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
         assert whole == ["matmul", *PROVIDERS["exact"], *PROVIDERS["fast"]]
     if suite == "kernels":
         assert [row["provider"] for row in rows] == ["copy", *2 * WAYS]
-        assert [row["share_of_step"] is None for row in rows] == [True, *6 * [False], *6 * [True]]  # 1 pair, 3
+        assert [row["share_of_step"] is None for row in rows] == [True, *6 * [False], *6 * [True]]  # copy, 1 pair, 3
     if suite == "cache":
         switched, stepped = 2 * SWITCHES, [switches.ALONE, switches.SWITCH, switches.AHEAD]
         assert [row["provider"] for row in rows] == [*2 * switched, *stepped]
@@ -169,7 +169,7 @@ SWITCHES = [switches.LOAD, switches.READ, switches.COPY, switches.SWITCH, switch
 
 
 def phases_add_up(rows):
-    """Checks that the phases of each provider of each case are its whole; the number of cases."""
+    """Checks that each provider's phases add up to its whole in each case; returns the number of cases."""
     cases = {row["case"].partition(SEPARATOR)[0] for row in rows if row["provider"] != "matmul"}
     for case in cases:
         for provider in {row["provider"] for row in rows if row["case"] == case}:
@@ -194,7 +194,7 @@ def test_wrong_samples_get_no_ratio(smallest, tmp_path, monkeypatch, capsys):
 
 
 def test_compiled_diffusers_is_one_graph_of_the_whole_unet_channels_last(monkeypatch):
-    """Traced whole, but run as it is: an inductor and CUDA graphs need a GPU."""
+    """The UNet is traced as a whole, but its graph runs uncompiled: inductor with CUDA graphs needs a GPU."""
     graphs = []
     monkeypatch.setattr(
         sampling, "_COMPILE", {"backend": lambda graph, _: graphs.append(graph) or graph, "fullgraph": True}
@@ -227,7 +227,7 @@ def test_another_objective_gets_no_ratio(smallest, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_naive_loop_trains_to_our_weights(fast, tiny, tmp_path):
-    """In batches too; within 0.5 % of the change of the weights, which AdamW makes nearly a sign of the gradient."""
+    """In batches too; within 0.5 % of the weights' change, which AdamW makes nearly the sign of the gradient."""
     config = tiny_config(
         tiny,
         tmp_path,
@@ -283,7 +283,7 @@ def test_calls_take_turns_and_time_is_per_unit():
 
 
 def test_bytes_a_second_are_those_of_the_graph_where_there_is_one():
-    """Calls of 4 units of 2 pairs and 6 MB each, replays of 3 units."""
+    """Calls have 4 units of 2 pairs and 6 MB each; replays have 3 units."""
     work = copy_limit(MACHINE)
     bench = Bench(MACHINE, "kernels", work)
     limit = bench.limit_row
@@ -300,7 +300,7 @@ def test_bytes_a_second_are_those_of_the_graph_where_there_is_one():
 
 
 def test_a_graph_takes_its_inputs_in_turn_and_says_where_there_is_none(monkeypatch, capsys):
-    """The CUDA that this needs is played here."""
+    """CUDA is replaced by stand-ins."""
     replayed = []
     graph = SimpleNamespace(replay=lambda: replayed.append(1))
     for name in ("graph", "stream"):
@@ -315,7 +315,7 @@ def test_a_graph_takes_its_inputs_in_turn_and_says_where_there_is_none(monkeypat
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA error")
 
     assert captured("case, ours", refused, ["a"], 1, None) is None
-    assert capsys.readouterr().out == "case, ours: no CUDA graph, operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().out == "case, ours: no CUDA graph: operation not permitted when stream is capturing\n"
 
 
 def test_a_stopwatch_adds_up_what_a_phase_takes():
@@ -338,7 +338,7 @@ def test_flops_are_those_of_the_layers(tiny):
     assert counters.count_flops(lambda: layer(torch.empty(3, 5, device="meta"))) == 2 * 3 * 5 * 7
     forward = counters.unet_flops(str(tiny))
     trained = counters.unet_flops(str(tiny), tiny_config(tiny, tiny).model)
-    assert 2.5 * forward < trained < 3 * forward  # all weights: twice the forward again, less what the input needs not
+    assert 2.5 * forward < trained < 3 * forward  # all weights: two more forwards, less the input's gradient
 
 
 ROWS = [
@@ -372,7 +372,7 @@ def test_the_table_leaves_empty_what_was_not_measured():
 
 
 def written(folder, name, *rows):
-    """A file of results, with what every row holds."""
+    """Writes a file of results, with all keys of a row."""
     full = [
         dict.fromkeys(KEYS) | {"value_ok": True, "versions": {"torch": "2.11.0"}, "device": "NVIDIA H200"} | row
         for row in rows
@@ -381,7 +381,7 @@ def written(folder, name, *rows):
 
 
 def test_of_each_case_the_newest_results_stand_in_the_table(tmp_path, monkeypatch):
-    """`gpu_check` measures few cases of several suites; they stand until a suite has measured them."""
+    """`gpu_check` measures a few cases of several suites, which are shown until the suite has measured them."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     loss = [{"suite": "kernels", "case": f"{pairs} pairs", "provider": OURS} for pairs in (1, 16)]
     check = {"suite": "gpu_check", "provider": OURS, "commit": "b"}
@@ -405,7 +405,7 @@ def test_of_each_case_the_newest_results_stand_in_the_table(tmp_path, monkeypatc
         ("step", "lora / policy"): (7.0, by_check),
     }
     lines = speed.speed_table(rows).splitlines()
-    assert lines[0] == f"1 of 2 values right, not: loss, even. `{by_check}`: NVIDIA H200, torch 2.11.0, commit b."
+    assert lines[0] == f"1 of 2 values right; wrong: loss, even. `{by_check}`: NVIDIA H200, torch 2.11.0, commit b."
     assert f"`{by_check}`: NVIDIA H200, torch 2.11.0, commit b." in lines
     assert "`python -m benchmarks.run --suite kernels`: NVIDIA H200, torch 2.11.0, commit b." in lines
 
@@ -421,7 +421,7 @@ def test_the_projection_says_that_it_is_one_and_takes_right_values_on_a_gpu_alon
 
 
 def test_the_table_of_the_kernels():
-    """What is measured on a GPU alone has its columns where a GPU has measured it."""
+    """Columns of values that only a GPU can measure appear if a GPU has measured them."""
     measured = {"p50_ms": 0.05, "graph_p50_ms": 0.0123, "ratio": 3.0, "pairs_per_s": 123456.0, "launches": 1.0}
     measured |= {"limit": "copy", "limit_fraction": 0.912, "gb_per_s": 4000.0, "share_of_step": 0.00123}
     rows = [
@@ -450,7 +450,7 @@ def test_each_loop_of_each_mode_has_a_bar_of_its_own():
         for phase in PHASES
     ]
     assert {name: phases[PHASES[0]] for name, phases in speed._bars(rows).items()} == {
-        "naive loop": 80.0,  # it is the same in all, and stands once
+        "naive loop": 80.0,  # the same in all modes, so it has one bar
         "naive loop in batches, exact": 20.0,
         "ours, exact": 30.0,
         "naive loop, fast": 50.0,

@@ -1,4 +1,4 @@
-"""Counting without data, against counts by hand, and the shares that follow."""
+"""Tests of the census: counts without data against counts by hand, and the shares that follow from them."""
 
 import json
 import sys
@@ -26,13 +26,13 @@ def test_operations_bytes_and_flop_by_hand():
     # Views and empty memory launch nothing.
     assert count(lambda: x.t().reshape(5, 3)[1:].unsqueeze(0).detach(), META) == Count(0, 0, 0)
     assert count(lambda: torch.empty_like(x), META) == Count(0, 0, 0)
-    # What is expanded is read once; a number is no tensor.
+    # An expanded tensor is read once; a Python number is not a tensor.
     assert count(lambda: x[:1].expand(3, 5) * 2, META) == Count(1, 4 * (5 + 15), 0)
-    # In place: read and written; a copy and a fill do not read what they write over.
+    # In place: read and written; a copy and a fill do not read what they overwrite.
     assert count(lambda: x.add_(x), META) == Count(1, 4 * 3 * 15, 0)
     assert count(lambda: x.copy_(x.half()), META) == Count(2, 15 * (4 + 2) + 15 * (2 + 4), 0)
     assert count(lambda: x.zero_(), META) == Count(1, 4 * 15, 0)
-    # Lists of tensors, and what happens on the host.
+    # Lists of tensors count; operations on the host do not.
     assert count(lambda: torch._foreach_mul([x, y], 2.0), META) == Count(1, 2 * 4 * (15 + 35), 0)
     assert count(lambda: torch.ones(3) + 1, META) == Count(0, 0, 0)
 
@@ -49,7 +49,7 @@ def test_fused_attention_has_the_flop_of_its_products():
         attention = nn.functional.scaled_dot_product_attention
         assert count(lambda: attention(q, k, k), torch.device("cpu")).flops == forward
         whole = count(lambda: attention(q, k, k).sum().backward(), torch.device("cpu"))
-    assert whole.flops == forward * (1 + 5 / 2)  # backward: the scores again, and two products for each of the two
+    assert whole.flops == forward * (1 + 5 / 2)  # backward: the scores again, then two products for each forward one
 
 
 def test_the_unet_has_the_flop_of_one_whose_attention_is_plain_products():
@@ -79,22 +79,22 @@ def test_the_shares_of_a_pair_add_up(phases, train):
             whole = [row[share][mode] for name, row in rows.items() if name not in census.BESIDE]
             assert sum(whole) == pytest.approx(1)
     unet, ddim = rows[census.UNET], rows[census.SOLVERS["exact"]]
-    # 50 guided steps, of which each has both.
+    # 50 guided steps, each of which has both.
     assert ddim["share_of_launches"]["exact"] / unet["share_of_launches"]["exact"] == pytest.approx(
         ddim["operations"] / unet["operations"]
     )
-    # A round trip comes once a sample, of which the fast mode makes a quarter as many; it is beside the whole.
+    # A round trip occurs once per sample, of which the fast mode makes a quarter as many; it is not part of the whole.
     trip = [rows[census.ROUND_TRIP]["share_of_time"][mode] / unet["share_of_time"][mode] for mode in census.MODES]
     assert trip[0] * 50 == pytest.approx(trip[1] * 20)
     assert ddim["share_of_time"]["fast"] == 0 < rows[census.SOLVERS["fast"]]["share_of_time"]["fast"]
-    # Five steps a pair of the UNet, in the fast mode, and one forward of the reference.
+    # In the fast mode, five UNet steps per pair, and one forward of the reference.
     fast = [rows[name]["share_of_time"]["fast"] / rows[name]["floor_us"] for name in (census.UNET, census.REFERENCE)]
     assert fast[0] / fast[1] == pytest.approx(5)
 
 
 def test_the_phases_are_what_the_package_does(phases):
     lora, full = ({row["phase"]: row for row in phases[train]} for train in ("lora", "full"))
-    # Two numbers of a chunked prediction, scaled and added: cat of the latents, float, and three more.
+    # What guidance adds to a step: a cat of the latents, a subtraction, a product and a sum.
     assert lora[census.GUIDANCE]["operations"] == pytest.approx(4, abs=0.1)
     assert lora[census.LOSS]["operations"] == 1 and lora[census.LOSS]["moved_bytes"] == 5 * 2 * 4 * 64 * 64 * 16
     assert lora[census.LOSS_AUTOGRAD]["moved_bytes"] == 8 * 2 * 4 * 64 * 64 * 16

@@ -1,4 +1,4 @@
-"""The committed results of the demos, and what a demo says of them."""
+"""Tests of the demos' committed results, and of what a demo reports about them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""How exact the loss is at beta 2000, and how exact the public recipe is; run as test_loss.py."""
+"""Tests how exact the loss and the public recipe are at beta 2000; run it like test_loss.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.tables import RESULTS
 from seppo_fast.loss import denoising_errors, loss_and_grad, preference_loss
 from tests.helpers.preference_reference import INTERPRETED, PLACES, close, predictions, reference
 
-# SD-1.5's latents in one chunk, and a video's in four. The interpreter takes 0.1 s a chunk of a pair.
+# SD-1.5's latents in one chunk, and a video's in four. The interpreter takes 0.1 s per chunk of a pair.
 SHAPES = [(8 if INTERPRETED else 64, 4, 64, 64), (2 if INTERPRETED else 8, 4, 16, 32, 32)]
 
 
@@ -41,7 +41,7 @@ def test_bars_at_beta_2000(place, shape, apart):
     expected = reference(model_pred, target, ref_pred)
     pairs = len(expected.reject)
     assert 0.15 < expected.ref_error.min() and expected.ref_error.max() < 0.25
-    # Nearer to a tie than that, the anchor's sign (and with it the logit) is not promised.
+    # Closer to a tie than `TIE`, the anchor's sign (and with it the logit) is not promised.
     clear = expected.difference[:pairs].abs() >= TIE
     assert clear.any()
 
@@ -71,7 +71,7 @@ def test_equal_predictions_give_no_difference_at_all(place, dtype):
 
 
 def _rates(recipe, apart, dtype):
-    """Share of wrong anchor signs and RMS error of the logit, over 64 pairs."""
+    """Returns the share of wrong anchor signs and the RMS error of the logit, over 64 pairs."""
     inputs = pairs_apart(64, apart, dtype, seed=1)
     reject, logit, difference = truth(*inputs)
     clear = (difference.abs() >= TIE) | (apart == 0)

@@ -1,4 +1,4 @@
-"""The soak: does it count what it sees, and would it see a corrupt resume?"""
+"""Tests that the soak counts what happens, and that it would notice a corrupt resume."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def test_one_other_bit_or_another_log_is_seen(command):
         (POINT, -9, "", "", 1),
         (TERM, 130, BEGINS, "interrupted after update 2", 1),
         (TERM, 0, BEGINS, "", 0),
-        (FULL, 0, BEGINS + "the run goes on: no space left on this disk\n", "", 1),
+        (FULL, 0, BEGINS + "training continues without these pictures: no space left on this disk\n", "", 1),
         (FULL, 6, BEGINS, "error: no space left on this disk", 1),
         (FULL, 0, BEGINS, "", 0),
     ],
@@ -70,7 +70,7 @@ def test_what_several_workers_saw_adds_up():
 
 def test_lost_updates_and_the_seconds_of_a_resume():
     seen = Soak()
-    count(Ended(0, "going on after update 3 of 12\nupdate 4/12  loss 0.7\n", "", 3.0, (0.5, 0.75)), TIMED, 4, seen)
+    count(Ended(0, "resuming after update 3 of 12\nupdate 4/12  loss 0.7\n", "", 3.0, (0.5, 0.75)), TIMED, 4, seen)
     count(Ended(0, "no state was saved before the run ended; it begins anew\n", "", 3.0, (0.5,)), TIMED, 2, seen)
     assert seen.lost == [1, 2] and seen.resumed == [0.75] and seen.first == []
 

@@ -1,4 +1,4 @@
-"""A run of some hundred updates takes no more at its end than at its beginning; `benchmarks.flat` does 2000."""
+"""Tests that memory, threads and files of a run do not grow over 240 updates; `benchmarks.flat` runs 2000."""
 
 import pytest
 
@@ -12,8 +12,8 @@ def test_memory_threads_and_files_stay(tiny, tmp_path, capsys):
     assert len(looks) == LOOKS and looks[-1].update == 240
     more = growth(looks)
     assert more["threads"] == more["handles"] == 0
-    assert abs(more["files"]) <= 2  # states come and go, of as many files each
-    # 150 updates lie between: 16 kB an update would be a leak of 30 MB an hour at two a second.
+    assert abs(more["files"]) <= 2  # states are written and removed, each with as many files
+    # 150 updates lie between: 16 kB per update would be a leak of 30 MB per hour at two seconds per update.
     assert more["memory"] < 150 * 16e3
 
 

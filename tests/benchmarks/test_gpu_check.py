@@ -1,4 +1,4 @@
-"""The first check of a GPU: on a CPU its steps run small; it is resumed, and says what is wrong or missing."""
+"""Tests of `benchmarks.gpu_check`: small steps on a CPU, resuming, and reports of wrong or missing values."""
 
 import faulthandler
 import json
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 def test_all_steps_run_small_on_a_cpu(tmp_path):
-    """Through the command line, as on a GPU. It takes most of a minute: that is all of it, a run of each kind."""
+    """Runs through the command line, as on a GPU. It takes most of a minute, since it includes runs of each kind."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--output", tmp_path / "out"]
     done = subprocess.run([*command, "--json", tmp_path / "rows.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def broken(place, found):
 
 
 def crashing(place, found):
-    faulthandler.disable()  # whose page would stand in the middle of pytest's own
+    faulthandler.disable()  # its traceback would interrupt pytest's own output
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -69,7 +69,7 @@ def hanging(place, found):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Steps that take no time, in place of the true ones."""
+    """Returns a function that replaces the steps by ones that take no time."""
 
     def take(**chosen):
         monkeypatch.setattr(gpu_check, "STEPS", {name: Step(run, 1.0) for name, run in chosen.items()})
@@ -118,7 +118,7 @@ def test_a_step_that_cannot_run_takes_no_other_with_it_and_exits_3(steps, tmp_pa
 
 
 def count(path):
-    """A step that notes how often it ran, across processes."""
+    """Increments a counter in a file, across processes."""
     path.write_text(str(int(path.read_text()) + 1) if path.exists() else "1")
 
 
@@ -177,7 +177,7 @@ def test_what_does_not_fit_into_the_minutes_is_not_begun_and_exits_3(steps, tmp_
     monkeypatch.setitem(gpu_check.STEPS, "second", Step(good, 3600.0))
     assert check(tmp_path, "--minutes", "5") == 3
     page = capsys.readouterr().out
-    assert "first       right" in page and "not begun: it takes about 3600 s" in page
+    assert "first       right" in page and "not started: it takes about 3600 s" in page
     assert not (tmp_path / "second.json").exists()
 
 
@@ -219,7 +219,7 @@ def test_rows_that_cannot_be_written_take_no_page_with_them(steps, tmp_path, mon
 
 
 def test_steps_fit_ten_minutes_by_their_estimates():
-    assert sum(step.seconds for step in STEPS.values()) <= 610  # the last one may wait for a second call
+    assert sum(step.seconds for step in STEPS.values()) <= 610  # the last step may need a second call
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -238,7 +238,7 @@ def found_by(step, tmp_path, **machine):
 
 
 def test_a_loss_of_the_wrong_sign_or_gradient_is_found(monkeypatch, tmp_path):
-    """The checks can fail: the flipper turned around, and a gradient a hundredth too large."""
+    """The checks can fail: with the flipper reversed, and with a gradient 1 % too large."""
     assert found_by(value_checks.loss, tmp_path).wrong == []
     original = value_checks.loss_and_grad
 

@@ -1,4 +1,4 @@
-"""The dial: what it fills in, from how much memory, and that it changes speed alone."""
+"""The `memory` preset: what it fills in and from how much memory."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.helpers.calls import denoise_unet, inputs_of
 from tests.helpers.runs import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# No gradient is put aside: that is counted in test_estimate.py.
+# `log.health_every` is off, so that no winners' gradient is stored; test_estimate.py covers that.
 OPEN = {
     "train": {"micro_batch": None, "pairs_per_update": 24}, "sampler": {"batch": None}, "log": {"health_every": 0},
 }  # fmt: skip
@@ -46,7 +46,7 @@ def test_what_is_given_wins_over_the_dial():
 
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch):
-    """Counting takes a second, and these tests ask the same again and again."""
+    """Caches counts: one takes a second, and these tests repeat the same ones."""
 
     def once(count):
         known = {}
@@ -54,7 +54,7 @@ def counted_once(monkeypatch):
         def counting(model, denoise, inputs, **others):
             key = id(model), model.is_gradient_checkpointing, str([tuple(t.shape) for t in inputs(1)[:2]]), str(others)
             if key not in known:
-                known[key] = model, count(model, denoise, inputs, **others)  # kept, so that no other one gets its id
+                known[key] = model, count(model, denoise, inputs, **others)  # keeps the model, so its id is not reused
             return known[key][1]
 
         return counting
@@ -74,10 +74,10 @@ def chosen(trainer, config):
 
 
 def test_batches_are_the_largest_that_fit(tiny, tmp_path, trainer, monkeypatch):
-    """Next to the moments of Adam, and for sampling next to the policy's weights too, which wait meanwhile."""
+    """What fits beside Adam's moments and the pool: exactly the expected rows, and with slightly less memory fewer."""
     trained = sum(weight.numel() * 4 for weight in trainable(trainer.policy).values())
     slab = PackedLayout.of(trainer.policy).size
-    pool = 3 * slab  # two past policies, and the one that is resident
+    pool = 3 * slab  # two past policies and the resident one
     asked = trainer.policy, denoise_unet, inputs_of((4, 8, 8), (16, 16)), torch.float32, CPU
     pair, sample = training_footprint(*asked), sampling_footprint(*asked, guided=True)
     share = MEMORY_PRESETS["balanced"].share
@@ -103,7 +103,7 @@ def test_batches_have_a_ceiling_and_one_is_always_tried(tiny, tmp_path, trainer,
     for memory, expected in (("low", (1, 8)), ("balanced", (16, 32)), ("fast", (16, 32))):
         assert chosen(trainer, tiny_config(tiny, tmp_path, memory=memory, **OPEN)) == expected
     few = {"train": {"micro_batch": None, "pairs_per_update": 5}}
-    assert chosen(trainer, tiny_config(tiny, tmp_path, **few)) == (4, 4)  # no more than an update has
+    assert chosen(trainer, tiny_config(tiny, tmp_path, **few)) == (4, 4)  # at most what an update has
     monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device: 0)
     assert chosen(trainer, tiny_config(tiny, tmp_path, **OPEN)) == (1, 1)
 
@@ -128,7 +128,7 @@ def test_a_run_stores_what_was_chosen(tiny, tmp_path, memory):
 def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, tmp_path, trainer, monkeypatch):
     trained = sum(weight.numel() * 4 for weight in trainable(trainer.policy).values())
     slab = PackedLayout.of(trainer.policy).size
-    pool = 3 * slab  # two past policies, and the one that is resident
+    pool = 3 * slab  # two past policies and the resident one
     inputs = inputs_of((4, 8, 8), (16, 16))
     sample = sampling_footprint(trainer.policy, denoise_unet, inputs, torch.float32, CPU, guided=True)
     config = tiny_config(tiny, tmp_path, reference={"host_gib": 4 * slab / 2**30}, **OPEN)
@@ -137,4 +137,4 @@ def test_what_the_learner_holds_is_parked_where_few_samples_fit_beside_it(tiny, 
         monkeypatch.setattr(seppo_fast.capacity.presets, "free_bytes", lambda device, free=free: free)
         chosen = seppo_fast.capacity.presets._with_batch(config, trainer.policy, sample, trainer.processes)
         assert chosen.reference.park is park
-        assert chosen.sampler.batch >= 16  # parked, they fit
+        assert chosen.sampler.batch >= 16  # 16 samples fit once the state is parked

@@ -1,4 +1,4 @@
-"""What `check` and exit 4 say a run takes, against what runs take; what they suggest, and how long it lasts."""
+"""The memory estimate of `check` and of exit code 4 against what runs take; suggestions; estimated duration."""
 
 import json
 import os
@@ -29,7 +29,7 @@ KINDS = {
     "lora, bf16": {"train": "lora", "precision": "bf16"},
     "full, recomputed": {"train": "full", "gradient_checkpointing": True},
 }
-# Enough pixels and rows that activations are what counts.
+# Enough pixels and rows for activations to dominate.
 SIZES = {"train": {"pairs_per_update": 16, "micro_batch": 16, "updates": 4, "ema_decay": 0.9}, "sampler": {"batch": 16}}
 
 
@@ -40,19 +40,19 @@ def trainer_of(tiny, folder, kind, **sections):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
-    """Within 5 % below and 15 % above, set before it was measured; pairs that wait and norms are not counted."""
+    """Within -5 and +15 %, bounds set before measuring; waiting pairs and gradient norms are not counted."""
     trainer = trainer_of(tiny, tmp_path, kind)
     need = need_of(trainer.config, trainer.family, CPU, 2**40)
     trainer.add_checkpoint()
     (pairs, more) = collected(trainer, 0), collected(trainer, 1)
-    trainer.learner.step(pairs, 0)  # makes the moments of Adam, which stay
+    trainer.learner.step(pairs, 0)  # allocates Adam's moments, which stay
     learning = traced_peak(lambda: trainer.learner.step(more, 1), tmp_path)
     expected = need.pair.fixed + need.micro_batch * need.pair.per_row
     assert 0.95 * learning < expected < 1.15 * learning
     trainer.finished = 2
     trainer.add_checkpoint()
     sampling = traced_peak(lambda: collected(trainer, 2), tmp_path)
-    # The reference's errors are made there too, in the learner's micro-batches: a forward's activations.
+    # The rollout also computes the reference's errors, in the learner's micro-batches: a forward's activations.
     assert need.sample.fixed + need.batch * need.sample.per_row < 1.15 * sampling
     assert sampling < 1.05 * max(expected, need.sample.fixed + need.batch * need.sample.per_row)
     parameters = list(trainer.policy.parameters())
@@ -65,7 +65,7 @@ def test_a_run_takes_what_is_estimated(tiny, tmp_path, kind):
 
 
 def learning_on_a_gpu(pipeline, folder, kind):
-    """The device, the estimate of what learning takes there, and the peak of what it took; for a process of its own."""
+    """Returns the device, the estimated memory of learning and its measured peak; called in a separate process."""
     sizes = {"pairs_per_update": 256, "micro_batch": 256, "updates": 2, "ema_decay": 0.9}
     config = tiny_config(
         Path(pipeline), Path(folder), model=KINDS[kind], train=sizes, data={"source": "shapes:300:3", "resolution": 32}
@@ -101,7 +101,7 @@ def test_a_run_on_a_gpu_takes_what_is_estimated(tiny, tmp_path, kind):
 def test_the_peaks_add_up():
     need = Need(100, 80, 120, 40, 50, Footprint(30, 7), Footprint(3, 2), micro_batch=4, batch=8, parked=False)
     assert need.learning == 100 + 160 + 50 + 30 + 28 and need.sampling == 100 + 160 + 50 + 3 + 16
-    assert replace(need, parked=True).sampling == 20 + 40 + 50 + 3 + 16  # nothing parks the average
+    assert replace(need, parked=True).sampling == 20 + 40 + 50 + 3 + 16  # the average is never parked
     assert need.peak == 368
     assert replace(need, batch=200).peak == 313 + 400
 
@@ -123,7 +123,7 @@ def test_a_round_trip_takes_what_is_estimated(tiny, tmp_path):
 
 
 def test_a_round_trip_is_part_of_the_eta(tiny, tmp_path, monkeypatch):
-    """Once for each sample, whatever it serves; forwards take 1 second here and round trips 1000."""
+    """One round trip per sample, however often it is used; here a forward takes 1 second and a round trip 1000."""
     trainer = trainer_of(tiny, tmp_path, "full", sampler=SIZES["sampler"] | {"round_trip": True}, reference={"uses": 4})
     need = need_of(trainer.config, trainer.family, CPU, 2**40)
     trips = []
@@ -148,7 +148,7 @@ def test_open_batches_are_the_largest_that_fit(tiny, tmp_path):
     tree["train"]["micro_batch"] = tree["sampler"]["batch"] = None
     config = parse_config(tree)
     full = need_of(config, trainer.family, CPU, 2**40)
-    assert (full.micro_batch, full.batch) == (16, 32)  # the dial's, as many pairs as there are; what a CPU takes
+    assert (full.micro_batch, full.batch) == (16, 32)  # the preset's limit, which is all pairs; a CPU's limit
     for rows in (1, 2, 8):
         for spare, fitting in ((0, rows), (-1, max(1, rows // 2))):
             most = replace(full, micro_batch=rows).learning + spare
@@ -163,18 +163,18 @@ def test_suggestions_fit_and_the_mildest_comes_first(tiny, tmp_path):
     found = list(suggestions(trainer.config, trainer.family, CPU, 2**40, int(0.8 * need.peak)))
     batches, recomputed, on_disk = (changes for changes, _ in found)
     assert batches.keys() <= {"train.micro_batch", "sampler.batch"} and batches["train.micro_batch"] < 16
-    assert recomputed["model.gradient_checkpointing"] is True and "reference.park" not in recomputed  # on a CPU
+    assert recomputed["model.gradient_checkpointing"] is True and "reference.park" not in recomputed  # CPU: no effect
     assert on_disk["reference.host_gib"] == 0 and "model.train" not in on_disk
     assert all(lighter.peak <= 0.8 * need.peak for _, lighter in found)
     tree = trainer.config.model_dump(mode="json")
     for key, value in recomputed.items():
         section, name = key.split(".")
         tree[section][name] = value
-    assert need_of(parse_config(tree), trainer.family, CPU, 2**40).peak == found[1][1].peak  # as a user would type it
+    assert need_of(parse_config(tree), trainer.family, CPU, 2**40).peak == found[1][1].peak  # as if a user set it
 
 
 def test_what_stays_open_on_a_gpu_is_chosen_as_the_dial_does(tiny, tmp_path):
-    """Counted without one: past policies take a share of what is free, and few samples beside Adam's state park it."""
+    """Counted without a GPU: past policies get a share of free memory; Adam's state is parked if few samples fit."""
     trainer = trainer_of(tiny, tmp_path, "full")
     tree = trainer.config.model_dump(mode="json")
     tree["reference"]["park"] = tree["sampler"]["batch"] = tree["reference"]["gpu_gib"] = None
@@ -186,7 +186,7 @@ def test_what_stays_open_on_a_gpu_is_chosen_as_the_dial_does(tiny, tmp_path):
     tight = need_of(config, trainer.family, cuda, 2**40, few)
     assert tight.parked and tight.batch > 8 and tight.sampling <= few
     assert not need_of(config, trainer.family, cuda, 2**40, replace(full, batch=16).sampling).parked
-    # 15 % of what is free holds one past policy of the two; another one is on its way up.
+    # 15 % of free memory holds one of the two past policies; the others are the resident and a prefetched one.
     room = full.weights + int(1.5 * slab / 0.15)
     assert need_of(config, trainer.family, cuda, room).references == (1 + 1 + 1) * slab
 
@@ -195,7 +195,7 @@ def test_a_full_host_beside_a_gpu_gets_no_table_of_the_gpu(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, "full")
     cuda = torch.device("cuda")
     said = str(out_of_memory(trainer.config, trainer.family, cuda, RuntimeError("can't allocate memory: 2 GiB")))
-    assert said.startswith("out of host memory, not the GPU's: can't allocate memory: 2 GiB") and "\n" not in said
+    assert said.startswith("out of host memory (not GPU memory): can't allocate memory: 2 GiB") and "\n" not in said
 
 
 def test_a_run_with_states_is_not_told_to_become_another(tiny, tmp_path):
@@ -210,7 +210,7 @@ def test_a_run_with_states_is_not_told_to_become_another(tiny, tmp_path):
 def test_where_nothing_fits_it_says_so(tiny, tmp_path, monkeypatch):
     trainer = trainer_of(tiny, tmp_path, "full")
     monkeypatch.setattr(seppo_fast.capacity.plan, "room_on", lambda device: 1)
-    assert "no other batch, nor recomputing, would be enough" in str(
+    assert "no smaller batch or recomputation would be enough" in str(
         out_of_memory(trainer.config, trainer.family, CPU, MemoryError("no"))
     )
 
@@ -228,7 +228,7 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
     assert ended.code == 4, ended.err
     assert "out of memory: fault micro-batch" in ended.err and "Traceback" not in ended.err
     lines = ended.err.splitlines()
-    suggested = lines[lines.index("these would take less:") + 1 :]
+    suggested = lines[lines.index("settings that would fit:") + 1 :]
     assert len(suggested) == 3
     assert forks.run("train", tmp_path / "run.yaml", *suggested[0].partition(":")[0].split()).code == 0
 
@@ -244,8 +244,8 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
     ids=["seppo", "unguided, two uses", "sft", "recomputed"],
 )
 def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
-    """An iteration's rows through the UNet, counted at its first layer."""
-    # One of both updates is measured by halves; where there are none the first micro-batch is asked in vain.
+    """The rows of an iteration that pass through the UNet are counted by hooks on a convolution."""
+    # One of the two updates measures winners' and losers' gradients; without losers, the attempt would add a forward.
     every = 0 if sections.get("objective") == "sft" else 2
     config = tiny_config(tiny, tmp_path, **SIZES | sections, log={"health_every": every})
     trainer = Trainer(apply_preset(config, CPU))
@@ -257,7 +257,7 @@ def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sectio
     def backward(module, inputs, outputs):
         rows["backward"] += len(outputs[0])
 
-    last = trainer.policy.up_blocks[-1].resnets[-1].conv1  # within what is recomputed
+    last = trainer.policy.up_blocks[-1].resnets[-1].conv1  # inside a recomputed block
     last.register_forward_hook(forward)
     last.register_full_backward_hook(backward)
     trainer.add_checkpoint()

@@ -1,4 +1,4 @@
-"""Counted memory against what a profiler sees at the allocator, and free memory from made-up cgroups."""
+"""Counted memory against what a profiler sees at the allocator, and free memory computed from fake cgroups."""
 
 import functools
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 native_bf16 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"),
-    reason="this CPU unfolds the pictures of a convolution in bfloat16 in scratch space",
+    reason="bfloat16 convolutions on this CPU unfold their inputs into scratch space",
 )
 
 
@@ -58,7 +58,7 @@ def counted_training(kind, dtype):
 
 
 def allocated_at_peak(call, folder):
-    """As `traced_peak`, of a second call: the first makes what lasts, gradients and caches."""
+    """Returns `traced_peak` of a second call; the first call allocates what stays: gradients and caches."""
     call()
     return traced_peak(call, folder)
 
@@ -68,10 +68,10 @@ def autocast(dtype):
 
 
 def assert_counts(footprint, rows, real):
-    """At most 2 % too few bytes, and 8 % too many: between 1 and 256 rows the line lies above the peaks.
+    """Asserts that a count is at most 2 % too low and 8 % too high; between 1 and 256 rows its line is above the peaks.
 
-    Real kernels take scratch space beside, by the thread; and checkpointing keeps the state of the random generator,
-    5 kB a block (a few bytes on CUDA).
+    Real kernels also use scratch space per thread, and checkpointing stores the state of the random generator, 5 kB per
+    block (a few bytes on CUDA).
     """
     scratch = 2**17 * torch.get_num_threads()
     assert 0.98 * real - scratch < footprint.fixed + rows * footprint.per_row < 1.08 * real
@@ -143,7 +143,7 @@ def test_training_on_a_gpu_takes_what_is_counted(kind, dtype):
         (prediction.float() - target).square().mean().backward()
 
     train()
-    start = torch.cuda.memory_allocated()  # gradients are there now
+    start = torch.cuda.memory_allocated()  # includes the gradients
     torch.cuda.reset_peak_memory_stats()
     train()
     gradients = sum(4 * parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
@@ -188,7 +188,7 @@ def test_the_unet_is_left_as_it_was():
 
 
 class Recorder(TorchDispatchMode):
-    """What is computed, and in which dtypes."""
+    """Records every operation with the dtypes and shapes of its results."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
     ids=["group norm", "layer norm", "up", "down"],
 )
 def test_autocast_follows_the_rules_of_cuda(make, shape):
-    """torch's own autocast for CUDA, on fake tensors that say that they are on a GPU."""
+    """Compares with torch's own autocast for CUDA, on fake tensors whose device is a GPU."""
     seen = {}
     for device in ("cpu", "cuda"):
         with FakeTensorMode(), torch.no_grad():
@@ -224,7 +224,7 @@ def test_autocast_follows_the_rules_of_cuda(make, shape):
             x = torch.empty(shape, device=device, dtype=BF16)
             if device == "cpu":
                 follow_cuda(module)
-            # torch.autocast("cuda") turns itself off where there is no GPU.
+            # torch.autocast("cuda") disables itself without a GPU.
             torch.set_autocast_dtype(device, BF16)
             torch.set_autocast_enabled(device, True)
             try:
@@ -321,7 +321,7 @@ def test_free_bytes_on_cuda_include_what_the_allocator_holds_unused(monkeypatch)
 
 
 class Runtime:
-    """CUDA's runtime as far as it matters here: a refused registration is the next launch's error too."""
+    """A fake CUDA runtime in which a refused registration also makes the next launch fail."""
 
     def __init__(self, code):
         self.code, self.error = code, 0

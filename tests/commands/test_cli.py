@@ -1,4 +1,4 @@
-"""The command line as a user types it: what works, and what each mistake says and returns."""
+"""The command line as a user types it: what works, and the message and exit code of each mistake."""
 
 import json
 import os
@@ -21,20 +21,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments, cwd, module="seppo_fast.cli"):
-    """The real command in a process of its own; its return code and what it printed."""
+    """Runs the real command in a separate process; returns its exit code and output."""
     words = [sys.executable, "-c", f"import sys; from {module} import main; sys.exit(main())", *map(str, arguments)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture
 def forked(forks):
-    """The same without importing everything again."""
+    """Runs commands in processes forked from one that has imported everything."""
     return forks.run
 
 
 @pytest.fixture
 def config(tiny, tmp_path):
-    """A configuration file of a run of two updates; everything it writes lies in `tmp_path`."""
+    """A configuration file of a run with two updates that writes everything below `tmp_path`."""
     made = tiny_config(tiny, tmp_path, train={"updates": 2})
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(made))
@@ -50,7 +50,7 @@ def pictures(folder, count=3):
 
 
 def left_behind(folder):
-    """What a failed run must not leave: its folder, and anything half-written."""
+    """Returns what a failed run must not leave behind: its folder, and half-written files."""
     return [str(path) for path in folder.rglob("*") if path.name == "run" or path.name.startswith(".tmp")]
 
 
@@ -61,11 +61,12 @@ def test_train_prints_one_line_an_update_and_nothing_else(config, tmp_path):
     assert [line.split("  ")[0] for line in updates] == ["update 1/2", "update 2/2"]
     assert "(ref " in updates[0] and "reject 1.00" in updates[0] and "pairs/s" in updates[0]
     assert start.startswith("shapes:11:3") and end.startswith("weights: ")
-    assert warning.startswith("10 of 10 prompts have more tokens than the text encoder takes")  # a letter is one
+    # Each letter is a token.
+    assert warning.startswith("10 of 10 prompts have more tokens than the text encoder accepts")
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in entries] == [1, 2]
     given, stored = (read_config(file).model_dump() for file in (config, tmp_path / "run" / "config.yaml"))
-    given["model"] |= {"attention": "sdpa", "compile": False, "gradient_checkpointing": False}  # what was left open
+    given["model"] |= {"attention": "sdpa", "compile": False, "gradient_checkpointing": False}  # were null
     given["reference"] |= {"park": False}
     assert stored == given
 
@@ -225,7 +226,7 @@ def test_unknown_key_in_the_file_exits_2_with_a_suggestion(forked, config, tmp_p
 
 
 def test_no_space_left(config, tmp_path, tiny):
-    """On a real file system of 300 KiB: first for the cache, then for the weights."""
+    """On a real file system of 300 KiB: first too small for the cache, then for the weights."""
     small = tmp_path / "small"
     small.mkdir()
     command = (
@@ -252,7 +253,7 @@ def test_no_space_left(config, tmp_path, tiny):
 def test_a_run_that_diverges_exits_5_and_writes_no_weights(forked, config, tmp_path):
     done = forked("train", config, "--learning-rate", "1e30", "--train.updates", "9")
     assert done.code == 5, done.out + done.err
-    assert "not finite 3 times in a row" in done.err and "SKIPPED" in done.out
+    assert "non-finite 3 times in a row" in done.err and "SKIPPED" in done.out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".lock",
         "config.yaml",
@@ -268,7 +269,7 @@ def test_a_run_of_which_no_update_was_applied_exits_5_and_writes_no_weights(fork
     tensors = load_file(weights)
     tensors["conv_out.bias"].fill_(float("nan"))
     save_file(tensors, weights, metadata={"format": "pt"})
-    for _ in range(2):  # the second time it has nothing left to do
+    for _ in range(2):  # the second run finds all updates done
         done = forked("train", config, "--model.path", pipeline)
         assert done.code == 5, done.out + done.err
         assert "none of the run's 2 updates changed the weights" in done.err and "all 2 were skipped" in done.err
@@ -276,12 +277,12 @@ def test_a_run_of_which_no_update_was_applied_exits_5_and_writes_no_weights(fork
     refused = forked("export", tmp_path / "run", "--model", pipeline)
     assert refused.code == 2 and "all of its 2 updates were skipped, so there is nothing to export" in refused.err
     done = forked("train", config, "--model.path", pipeline, "--train.updates", 3)
-    assert done.code == 5 and "update 3: the gradient was not finite 3 times in a row" in done.err
+    assert done.code == 5 and "update 3: the gradient was non-finite 3 times in a row" in done.err
     assert done.out.count("SKIPPED") == 1 or "update 3/3" not in done.out
 
 
 def test_a_run_with_one_applied_update_is_finished(forked, config, tmp_path):
-    """At this rate the first update is applied, and breaks the weights."""
+    """At this learning rate the first update is applied and makes the weights useless."""
     for _ in range(2):
         done = forked("train", config, "--learning-rate", "1e30", "--train.updates", 3)
         assert done.code == 0, done.out + done.err
@@ -299,7 +300,7 @@ def scheduler_without_signal(folder, tiny):
 @pytest.mark.parametrize("command", ["train", "check"])
 def test_epsilon_without_signal_at_the_last_timestep_is_refused(forked, config, tmp_path, tiny, command):
     done = forked(command, config, "--model.path", scheduler_without_signal(tmp_path, tiny))
-    assert done.code == 2 and "predicts epsilon, and its last timestep keeps no signal" in done.err
+    assert done.code == 2 and "predicts epsilon, but its last timestep keeps no signal" in done.err
     assert not left_behind(tmp_path)
 
 
@@ -322,7 +323,7 @@ def test_interrupt_exits_130_and_writes_no_weights(config, tmp_path):
     words = [sys.executable, "-m", "seppo_fast.train", str(config), "--train.updates", "500"]
     with subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore SIGINT
     ) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("update 2/"):
@@ -330,7 +331,7 @@ def test_interrupt_exits_130_and_writes_no_weights(config, tmp_path):
                 break
         _, errors = process.communicate()
     assert process.returncode == 130
-    assert re.fullmatch(r"seppo-fast: interrupted after update \d+; the same command goes on", errors.strip())
+    assert re.fullmatch(r"seppo-fast: interrupted after update \d+; rerun the same command to resume", errors.strip())
     assert not (tmp_path / "run" / "weights").exists()
 
 
@@ -350,7 +351,7 @@ def test_out_of_memory_exits_4_with_what_takes_less(config, monkeypatch, capsys)
 
 
 def test_parquet_in_the_pick_a_pic_schema_trains(forked, config, tmp_path):
-    """Real JPEGs, ties included; DPO takes the labelled losers, SePPO-r a random one of the two."""
+    """Real JPEGs, including ties; DPO uses the labelled losers, SePPO-r a random one of the two images."""
     import io
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""Which rows the demo's picture shows, what it says, and its figure for plain fine-tuning."""
+"""Which rows the demo's picture shows, what the demo prints, and its figure for plain fine-tuning."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ def comparison(base, aligned, guidance=3.0):
 def test_the_first_changed_rows_and_some_at_random_no_prompt_twice():
     prompts = [f"prompt {row // 2}" for row in range(40)]  # two samples of each
     scores = {"base": np.zeros(40), "aligned": np.zeros(40)}
-    scores["aligned"][[1, 6, 12, 20, 30]] = 1  # of row 1 the first sample is shown, and that one has not changed
+    scores["aligned"][[1, 6, 12, 20, 30]] = 1  # row 1 is its prompt's second sample; only the first can be shown
     changed, drawn = demo.shown_rows(prompts, scores)
     assert changed == [6, 12, 20]
     assert len(drawn) == 3 and not set(drawn) & set(changed) and all(row % 2 == 0 for row in drawn)
     assert demo.shown_rows(prompts, scores) == (changed, drawn)
     worse = {"base": scores["aligned"], "aligned": scores["base"]}
-    assert demo.shown_rows(prompts, worse) == (changed, drawn)  # the rule looks for a difference, not for a gain
+    assert demo.shown_rows(prompts, worse) == (changed, drawn)  # the rule looks for differences, not for gains
 
 
 def test_each_guidance_has_its_lines_and_no_gain_is_said():

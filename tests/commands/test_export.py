@@ -1,4 +1,4 @@
-"""Exports: what diffusers loads from them makes the pictures that the run makes."""
+"""Exports: loaded by diffusers, they make the same pictures as the run."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ PROMPTS = ["a small red circle", "a large blue square"]
 
 
 def trained(tiny, folder, **sections):
-    """A finished run, and the pictures that its policy makes at the end: raw, and by its moving average."""
+    """Trains a run; returns its configuration and the final pictures of the raw weights and the moving average."""
     config = tiny_config(tiny, folder, **sections)
     held = {}
 
@@ -36,7 +36,7 @@ def trained(tiny, folder, **sections):
         if updates == config.train.updates:
             held["raw"] = pictures_of(trainer)
 
-    train(config, observe)  # it ends with the average in the policy's place
+    train(config, observe)  # afterwards the policy's weights are the average
     held["average"] = pictures_of(held["trainer"])
     return config, held
 
@@ -47,7 +47,7 @@ def pictures_of(trainer):
 
 
 def by_diffusers(pipe, config):
-    """The same prompts and seed through a pipeline of diffusers, by the family's sampler."""
+    """Returns pictures of the same prompts and seed by a diffusers pipeline, with the family's sampler."""
     from seppo_fast.models.families.sd15 import StableDiffusion
 
     family = StableDiffusion(pipe, torch.device("cpu"), torch.float32)
@@ -56,11 +56,11 @@ def by_diffusers(pipe, config):
 
 
 def close(ours, theirs):
-    """Equal but for a rounded pixel value here and there: merging a LoRA adds in another order."""
+    """Returns whether pictures differ by at most 1 per pixel value; merging a LoRA adds in another order."""
     return np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
-# Large enough for pixels to tell the average from the last weights: a fresh LoRA changes little.
+# Rates at which the pixels of average and last weights differ; a fresh LoRA changes little.
 @pytest.mark.parametrize(("weights", "rate"), [("full", 5e-3), ("lora", 0.1)])
 @pytest.mark.parametrize("raw", [False, True], ids=["average", "raw"])
 def test_a_pipeline_folder_makes_the_runs_pictures(tiny, tmp_path, weights, rate, raw):

@@ -1,4 +1,4 @@
-"""Files made to do harm, wherever files are read: a plain error, nothing run, no time and no memory lost."""
+"""Maliciously crafted files, wherever files are read: a plain error, no code run, no time or memory wasted."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ HOSTILE_YAML: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "50 MB in one word": (lambda _: b"x" * 50_000_000, "more than 65536 bytes"),
     "deep lists": (lambda _: b"seed: " + b"[" * 65_000, "nested too deeply|cannot be read as YAML"),
     "deep mappings": (lambda _: b"{a: " * 16_000, "nested too deeply|cannot be read as YAML"),
-    "a key twice": (lambda _: b"seed: 1\nseed: 2\n", "the key 'seed' is there twice"),
-    "a section twice": (lambda _: b"model: {path: a}\nmodel: {path: b}\n", "the key 'model' is there twice"),
-    "a key of a section twice": (lambda _: b"model: {path: a, path: b}\n", "the key 'path' is there twice"),
+    "a key twice": (lambda _: b"seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
+    "a section twice": (lambda _: b"model: {path: a}\nmodel: {path: b}\n", "the key 'model' is given twice"),
+    "a key of a section twice": (lambda _: b"model: {path: a, path: b}\n", "the key 'path' is given twice"),
     "tabs": (lambda _: b"model:\n\tpath: a\n", "cannot be read as YAML"),
     "NUL": (lambda _: b"model:\n  path: a\0b\n", "cannot be read as YAML"),
     "not UTF-8": (lambda _: "model: café".encode("latin-1"), "cannot be read as YAML"),
@@ -57,7 +57,7 @@ HOSTILE_YAML: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "no date": (lambda _: b"seed: 2001-99-99", "cannot be read as YAML"),
     "a list for a key": (lambda _: b"? [a]\n: b\n", "cannot be read as YAML"),
     "a long value": (lambda _: b"seed: [" + b"1," * 30_000 + b"1]", "seed = "),
-    "a number for a section": (lambda _: b"model: 3", "must hold keys of its own"),
+    "a number for a section": (lambda _: b"model: 3", "must be a mapping of keys"),
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_what_json_says_of_a_run_is_still_a_configuration(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny):
-    """A folder with a finished run and its configuration, run.yaml; read only."""
+    """A folder with a finished run and its configuration, run.yaml; tests must not change it."""
     folder = tmp_path_factory.mktemp("hostile")
     sizes = {"updates": 1, "updates_per_iteration": 1, "pairs_per_update": 2, "micro_batch": 2}
     file = run_config(folder, tiny, train=sizes | {"ema_decay": 0.5})
@@ -107,7 +107,7 @@ def run(tmp_path_factory, tiny):
 
 @pytest.fixture
 def copied(run, tmp_path):
-    """A copy of it, and its one saved state."""
+    """A copy of the run's configuration file, and its only saved state."""
     folder = tmp_path / "copied"
     shutil.copytree(run, folder)
     file = folder / "run.yaml"
@@ -116,8 +116,8 @@ def copied(run, tmp_path):
     return file, state
 
 
-def mend(state: Path) -> None:
-    """Makes sizes and checksums of a state those of its files, as somebody would who means harm."""
+def fix_checksums(state: Path) -> None:
+    """Updates the sizes and checksums in a state's manifest to match its files, as an attacker would."""
     tree = json.loads((state / "manifest.json").read_text())
     for name, row in tree["files"].items():
         content = (state / name).read_bytes()
@@ -164,7 +164,7 @@ HOSTILE_SAFETENSORS = {
 @pytest.mark.parametrize("case", HOSTILE_SAFETENSORS)
 def test_hostile_safetensors(tmp_path, tiny, run, case):
     content = HOSTILE_SAFETENSORS[case]
-    # of a cache
+    # a cache
     source = open_source(str(make_folder(tmp_path / "data", 3)))
     folder = opened(source, tmp_path / "cache").folder
     index = json.loads((folder / "index.json").read_text())
@@ -176,14 +176,14 @@ def test_hostile_safetensors(tmp_path, tiny, run, case):
         with pytest.raises(DataError, match="this cache is damaged"):
             opened(source, tmp_path / "cache").winners([0])
         (folder / name).write_bytes(before)
-    # of a saved state, its checksums mended
+    # a saved state with matching checksums
     (saved,) = (run / "run" / "state").iterdir()
     state = shutil.copytree(saved, tmp_path / "state" / saved.name)
     for name in ("policy", "optimizer"):
         (state / f"{name}.safetensors").write_bytes(content)
-    mend(state)
+    fix_checksums(state)
     if case in ("another tensor", "no tensor", "duplicate keys"):
-        assert set(checked_state(state).tensors("policy")) <= {"a"}  # well formed, and no policy's
+        assert set(checked_state(state).tensors("policy")) <= {"a"}  # well formed, but not a policy's tensors
     else:
         with pytest.raises(CheckpointError):
             checked_state(state).tensors("policy")
@@ -211,8 +211,8 @@ def test_weights_that_are_not_loaded_do_not_make_up_for_missing_ones(tmp_path, t
     for file, some in halves.items():
         save_file({name: tensors[name] for name in some}, model / part / file, {"format": "pt"})
     (model / part / f"{weights.name}.index.json").write_text(json.dumps(index))
-    StableDiffusion.load(str(model), torch.device("cpu"))  # of both, either is whole
-    # diffusers reads the index, transformers the single file: that one loses its largest tensor
+    StableDiffusion.load(str(model), torch.device("cpu"))  # the single file and the shards are each complete
+    # Diffusers reads the index, transformers the single file: the one that is read loses its largest tensor.
     largest = max(names, key=lambda name: tensors[name].numel())
     spoiled = weights if part == "text_encoder" else model / part / index["weight_map"][largest]
     held = load_file(spoiled)
@@ -232,13 +232,13 @@ def test_pickled_states_are_refused(copied, marker, capsys, name):
         (state / name).write_bytes(content)
         said = ends(capsys, 6, "train", file)
         assert Path(name).name in said or "none of its 1 saved states" in said
-        mend_pool(state)
-        mend(state)
+        fix_pool_checksums(state)
+        fix_checksums(state)
         assert Path(name).name in ends(capsys, 6, "train", file)
         ends(capsys, 6, "export", file.parent / "run") if name == "policy.safetensors" else None
 
 
-def mend_pool(state: Path) -> None:
+def fix_pool_checksums(state: Path) -> None:
     manifest = state / "references" / "manifest.json"
     tree = json.loads(manifest.read_text())
     for row in tree["members"]:
@@ -253,13 +253,13 @@ def test_tensors_of_another_model_are_refused(copied, capsys):
         weights = state / f"{name}.safetensors"
         before, tensors = weights.read_bytes(), load_file(weights)
         moment = next(place for place in tensors if not place.startswith("step/"))
-        # A single value would fit wherever it is copied to.
+        # A tensor of one value could be copied anywhere by broadcasting.
         for other in ({"a": torch.zeros(3)}, tensors | {moment: torch.zeros(1)}, tensors | {moment: torch.zeros(7, 7)}):
             save_file(other, weights)
-            mend(state)
-            assert "holds other" in ends(capsys, 6, "train", file)
+            fix_checksums(state)
+            assert "does not match this" in ends(capsys, 6, "train", file)
             if name == "average":
-                assert "holds other weights" in ends(capsys, 6, "export", state.parents[1])
+                assert "does not match this model's weights" in ends(capsys, 6, "export", state.parents[1])
         weights.write_bytes(before)
 
 
@@ -289,9 +289,9 @@ def test_hostile_json(tmp_path, tiny, run, case, capsys):
         state = shutil.copytree(saved, tmp_path / place.replace("/", "-") / "state" / saved.name)
         (state / place).write_bytes(content)
         if place != "manifest.json":
-            mend(state)
+            fix_checksums(state)
         if case in ("twice", "huge numbers") and place == "numbers.json":
-            # of two the last one counts, as JSON's readers have it; a run of fewer updates does not go on from more
+            # Of a repeated key JSON readers use the last value; a run with fewer updates does not resume from this.
             assert checked_state(state).update == (2 if case == "twice" else 123456789012345678901234567890)
         else:
             with pytest.raises(CheckpointError):
@@ -318,7 +318,7 @@ def test_hostile_json_of_a_scheduler(tmp_path, tiny, case, capsys):
     model = shutil.copytree(tiny, tmp_path / "model")
     file = model / "scheduler" / "scheduler_config.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if case in ("twice", "infinity", "wrong types", "huge numbers"):  # keys that no scheduler has
+    if case in ("twice", "infinity", "wrong types", "huge numbers"):  # only keys that schedulers do not have
         config = StableDiffusion.load(str(model), torch.device("cpu")).scheduler_config
         assert NoiseSchedule(config).num_timesteps == 1000
     else:
@@ -361,7 +361,7 @@ def test_numbers_of_other_types(copied, capsys, key, value):
     numbers = json.loads((state / "numbers.json").read_text())
     assert key in numbers
     (state / "numbers.json").write_text(json.dumps(numbers | {key: value}))
-    mend(state)
+    fix_checksums(state)
     code = main(["train", str(file)])
     assert "Traceback" not in capsys.readouterr().err
     assert code == 6

@@ -1,4 +1,4 @@
-"""A program that sets its locale, as those with windows do: numbers keep their point."""
+"""Numbers keep their decimal point in a program that sets a locale, as graphical programs do."""
 
 import locale
 from pathlib import Path
@@ -22,7 +22,7 @@ def trained(file, output):
 
 @pytest.fixture(scope="module")
 def plain(tiny, tmp_path_factory):
-    """A configuration's file, and the run that it makes in the locale of the tests."""
+    """A configuration's file, and the run made from it in the tests' own locale."""
     folder = tmp_path_factory.mktemp("locales")
     (folder / "pictures").mkdir()
     for number in range(3):
@@ -34,7 +34,7 @@ def plain(tiny, tmp_path_factory):
 
 
 def lacking(name):
-    """A mark for a locale that this machine does not have."""
+    """Returns a mark that skips if this machine lacks a locale."""
     before = locale.setlocale(locale.LC_ALL)
     try:
         locale.setlocale(locale.LC_ALL, name)
@@ -47,7 +47,7 @@ def lacking(name):
 
 @pytest.fixture(params=[pytest.param(name, marks=lacking(name)) for name in ("de_DE.UTF-8", "tr_TR.UTF-8")])
 def with_commas(request):
-    """Numbers of C have a comma inside the test."""
+    """Inside the test, the C library writes numbers with a comma."""
     before = locale.setlocale(locale.LC_ALL)
     locale.setlocale(locale.LC_ALL, request.param)
     yield

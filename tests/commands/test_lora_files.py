@@ -1,4 +1,4 @@
-"""LoRAs in files: scale, rank and names, as diffusers and ComfyUI read them."""
+"""LoRA files: scale, rank and key names, as diffusers and ComfyUI read them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ FORMATS = ("lora", "comfyui")
 
 @pytest.fixture(scope="module")
 def loras(tiny, tmp_path_factory):
-    """By rank: a folder with a LoRA in both formats, and what it adds to each weight, (alpha / r) B A in float64."""
+    """By rank: a folder with a LoRA in both formats, its weights, and what it adds, (alpha / r) B A in float64."""
     made = {}
     for rank in RANKS:
         family = StableDiffusion.load(str(tiny), torch.device("cpu"))
@@ -25,7 +25,7 @@ def loras(tiny, tmp_path_factory):
         make_trainable(family.model, model, seed=rank, family=UNetFamily)
         generator = torch.Generator().manual_seed(rank)
         for name, weight in trainable(family.model).items():
-            if "lora_B" in name:  # zero at the start
+            if "lora_B" in name:  # initialized to zero
                 weight.data.normal_(generator=generator)
         weights = {name: tensor.detach() for name, tensor in lora_weights(family.model).items()}
         folder = tmp_path_factory.mktemp(f"rank{rank}")
@@ -39,7 +39,7 @@ def loras(tiny, tmp_path_factory):
             place: weights[f"{place}.lora_B.weight"].double() @ weights[f"{place}.lora_A.weight"].double()
             for place in places
         }
-        made[rank] = (folder, weights, products)  # alpha is the rank
+        made[rank] = (folder, weights, products)  # alpha equals the rank, so the factor alpha / r is 1
     return made
 
 
@@ -49,7 +49,7 @@ def loaded(pipe, loras, rank, form):
 
 
 def assert_adds(pipe, base, sums, places):
-    """The weights at `places` are the base's plus `sums`, all others the base's."""
+    """Asserts that the weights at `places` are the base's plus `sums`, and all others the base's."""
     weights = dict(pipe.unet.named_parameters())
     for name, weight in base.items():
         place, kind = name.rpartition(".")[::2]
@@ -91,11 +91,11 @@ def test_one_after_the_other_in_one_pipeline(tiny, loras, form):
 
 
 def test_each_comfyui_key_is_one_layer_of_the_unet(tiny, loras):
-    """ComfyUI knows a layer as `lora_unet_` and its name in diffusers, each dot an underscore."""
+    """ComfyUI names a layer `lora_unet_` plus its name in diffusers with underscores for dots."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     layers = [name.removesuffix(".weight") for name, _ in pipe.unet.named_parameters() if name.endswith(".weight")]
     known = {"lora_unet_" + layer.replace(".", "_"): layer for layer in layers}
-    assert len(known) == len(layers)  # no two layers have one key
+    assert len(known) == len(layers)  # no two layers share a key
     for _, weights, products in loras.values():
         keys, _ = StableDiffusion.load(str(tiny), torch.device("cpu")).comfyui_lora(weights, 4)
         assert {known[key.partition(".")[0]] for key in keys} == products.keys()

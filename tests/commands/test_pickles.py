@@ -1,4 +1,4 @@
-"""Pickles, and code, behind every name and in every place: refused with what to do, never loaded."""
+"""Pickles and code under every file name and in every place: refused with a message that helps, never loaded."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_an_auto_map_is_never_followed(tmp_path, tiny, marker, capsys):
         names = ("AutoModel", "AutoConfig", "AutoTokenizer", "UNet2DConditionModel")
         (model / place).write_text(json.dumps(tree | {"auto_map": dict.fromkeys(names, "evil.Evil")}))
         (model / place).with_name("evil.py").write_text(CODE.format(marker=str(marker)))
-    main(["check", str(run_config(tmp_path, model))])  # loaded or refused: the code was not run
+    main(["check", str(run_config(tmp_path, model))])  # may succeed or fail; `marker` checks that no code ran
 
 
 def test_no_call_trusts_code_from_elsewhere():

@@ -1,4 +1,4 @@
-"""The HTML page of a run: what it shows, that nothing in it is live, and how it looks in a real browser."""
+"""The HTML report of a run: what it shows, that nothing in it is active, and how it looks in a real browser."""
 
 import base64
 import html
@@ -33,7 +33,7 @@ HOSTILE = "</pre></title><script>alert(1)</script><img src=x onerror=alert(2)> \
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text within each kind of tag."""
+    """Parses a page: its tags with their attributes, and the text inside each kind of tag."""
 
     def __init__(self, file):
         super().__init__()
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 
 def points_of(drawn):
-    """The points of the first line of a curve."""
+    """Returns the points of the first line of a curve."""
     path = re.search(r'<g class="line">\s*<path d="([^"]+)"', drawn)[1]
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
 
@@ -130,7 +130,7 @@ def test_a_run_that_is_not_finished_by_the_command_line(tiny, tmp_path, capsys):
         made = np.asarray(shown[name].convert("RGB"), dtype=float)
         wanted = np.asarray(first.crop((part[0], 0, part[1], first.height)), dtype=float)
         assert np.abs(made - wanted).mean() < 6
-    train(config)  # a report in its folder does not keep a run from going on
+    train(config)  # a report in its folder does not prevent a run from resuming
 
 
 def test_odd_logs(tmp_path):
@@ -215,8 +215,8 @@ ITERATIONS = "train:\n  updates: 40\n  pairs_per_update: 16\n  updates_per_itera
 
 
 def test_iterations_at_chance_are_noted(tmp_path):
-    """Ten of twenty updates' pairs: 80 an iteration of which 64 are untied, so a standard error of 1.25e-4."""
-    means = {1: 0.0, 2: 1e-3, 3: 2e-4, 4: -2e-4, 5: 2.7e-4}  # of an iteration
+    """An iteration has 80 pairs of which 64 are untied, so the standard error is 1.25e-4."""
+    means = {1: 0.0, 2: 1e-3, 3: 2e-4, 4: -2e-4, 5: 2.7e-4}  # by iteration
     log = [
         health(number, means[(number - 1) // 5 + 1], pairs=0.0 if number % 5 == 1 else 16.0) for number in range(1, 26)
     ]
@@ -240,7 +240,7 @@ def test_points_lie_where_the_axis_says():
     places = {float(text): float(x) for anchor, x, _, text in labels if anchor == "middle"}
     assert [places[number] for number in range(1, 6)] == [x for x, _ in points]
     assert len(heights) >= 3 and {0, 3} <= set(heights)
-    # The labels' middles stand a constant below their line.
+    # The labels' middles are a constant below their line.
     unit = (heights[0] - heights[3]) / 3
     zero = points[0][1]
     assert [zero - y for _, y in points] == pytest.approx([value * unit for value in values], abs=0.01)
@@ -263,7 +263,7 @@ def test_a_value_between_gaps_is_seen_and_two_lines_have_keys():
 
 def test_a_few_pictures_the_first_and_the_last_among_them_make_a_small_page(tmp_path):
     run = run_folder(tmp_path / "run", [entry(1)])
-    updates = range(999990, 1000010)  # names of one more digit from the middle on
+    updates = range(999990, 1000010)  # from the middle on, names have one more digit
     for update in updates:
         picture(run, update, size=(5000, 1000), colour=(update % 100, 0, 0))
     (run / "samples" / "notes.txt").write_text("not a picture")
@@ -322,7 +322,7 @@ def test_scores_stand_in_the_summary_and_broken_ones_are_named(tmp_path, capsys)
     ):
         (run / "scores.json").write_text(broken)
         assert main(["report", str(run)]) == 2
-        assert "scores.json: no scores of a run" in capsys.readouterr().err
+        assert "scores.json: malformed scores" in capsys.readouterr().err
 
 
 def test_numbers_that_are_too_large_are_gaps_and_end_the_log(tmp_path):
@@ -359,7 +359,7 @@ ODD_SETTINGS = {
 @pytest.mark.parametrize("settings", ODD_SETTINGS.values(), ids=ODD_SETTINGS)
 def test_odd_settings_take_nothing_from_the_page(tmp_path, settings):
     run = run_folder(tmp_path / "run", [entry(1), entry(2)], settings=settings)
-    report(run)  # imports and caches
+    report(run)  # warms up imports and caches
     tracemalloc.start()
     page = Page(report(run))
     peak = tracemalloc.get_traced_memory()[1]
@@ -421,7 +421,7 @@ def test_files_that_are_no_page_are_not_replaced(tmp_path):
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH")
 @pytest.mark.parametrize("width", [500, 1200])
 def test_in_a_real_browser(tmp_path, width):
-    """Both lines, the shaded spell and a sample are seen, in the colours of the light page; nothing sticks out."""
+    """Both lines, the shaded spell and a sample are visible in the light page's colours; nothing overflows."""
     log = [entry(number, winner_error=0.1 + number / 1e3, ref_winner_error=0.1) for number in range(1, 31)]
     run = run_folder(tmp_path / "run", log)
     picture(run, 1)

@@ -1,4 +1,4 @@
-"""The configuration: YAML, aliases, suggestions, and the command line on the same model."""
+"""The configuration: YAML files, aliases, suggestions, and command-line flags, which share one schema."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_config_is_frozen():
         ("train: {beta: .nan}", "train.beta"),
         ("train: {updates: many}", "train.updates = 'many'"),
         ("objective: sepo", "did you mean 'seppo'"),
-        ("train: 3", "section 'train' must hold keys"),
+        ("train: 3", "section 'train' must be a mapping of keys"),
         ("train: {sft_weight: -1}", "train.sft_weight = -1"),
         ("train: {safeguard_mu: 1}", "train.safeguard_mu = 1"),
         ("train: {lr_schedule: linear}", "train.lr_schedule = 'linear'"),
@@ -83,9 +83,9 @@ def test_aliases_of_the_diffusers_scripts():
 
 
 def test_an_alias_beside_its_own_key_is_refused():
-    with pytest.raises(ConfigError, match=r"'beta_dpo' is another name of train.beta"):
+    with pytest.raises(ConfigError, match=r"'beta_dpo' is another name for train.beta"):
         parse_config({"train": {"beta": 1}, "beta_dpo": 2})
-    with pytest.raises(ConfigError, match="given too"):
+    with pytest.raises(ConfigError, match="also set"):
         parse_config({"beta_dpo": 2, "beta": 1})
 
 
@@ -146,7 +146,7 @@ def test_yamls_words_are_understood_as_flags():
     [
         ("lr_scheduler: cosine\ntrain: {updates: 5, warmup_updates: 5}", "updates = 5 must be more than"),
         ("objective: sft\ntrain: {safeguard: true}", "'sft' has no losers to scale: set train.safeguard = false"),
-        ("objective: sft\ntrain: {sft_weight: 2}", "objective 'sft' has none: set it to 0"),
+        ("objective: sft\ntrain: {sft_weight: 2}", "objective 'sft' has none: set train.sft_weight = 0"),
         ("objective: diffusion-dpo\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
         ("train: {safeguard_mu: 0.5}", "train.safeguard_mu = 0.5 needs train.safeguard = true"),
     ],

@@ -1,4 +1,4 @@
-"""Every kind of file that a folder of pictures may hold: the right pixels or the right reason, never a crash."""
+"""Every kind of file that a folder of images may hold yields the right pixels or the right reason, never a crash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers.pictures import PICTURE, SIDE, encoded, header_only_png, png_
 
 def turned() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 8  # a quarter anticlockwise to show
+    exif[0x0112] = 8  # displayed rotated by 90 degrees counterclockwise
     return encoded(PICTURE, exif=exif)
 
 
@@ -49,7 +49,7 @@ def gray(levels: np.ndarray) -> np.ndarray:
 
 
 def animation(kind: str, **options: object) -> bytes:
-    """Red, then blue."""
+    """Returns an animation of a red and a blue frame."""
     frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:], loop=0, **options)
 
@@ -75,7 +75,7 @@ BITS = Image.fromarray(np.random.default_rng(3).random((SIDE, SIDE)) < 0.5)
 JPEG = encoded(PICTURE, "JPEG")
 WEBP = encoded(PICTURE, "WEBP", lossless=True)
 
-# suffix, content, pixels of the whole picture as a square of SIDE
+# suffix, content, expected pixels of the whole image as a square of SIDE
 GOOD: dict[str, tuple[str, Callable[[], bytes], np.ndarray]] = {
     "plain": ("png", lambda: encoded(PICTURE), PICTURE),
     "cmyk": ("jpg", lambda: encoded(Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0)), "JPEG"), RED),
@@ -92,13 +92,13 @@ GOOD: dict[str, tuple[str, Callable[[], bytes], np.ndarray]] = {
     "animated": ("webp", lambda: animation("WEBP", lossless=True), RED),
     "a GIF called PNG": ("png", lambda: animation("GIF"), RED),
     "a PNG called JPEG": ("jpg", lambda: encoded(PICTURE), PICTURE),
-    # of the pixels, which have a second one within
+    # of the pixel data, which zlib protects by a checksum of its own
     "a wrong checksum": ("png", lambda: with_wrong_crc(encoded(PICTURE), b"IDAT"), PICTURE),
     "a text bomb": ("png", lambda: png_with(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000), 9)), PICTURE),
     "a large text": ("png", lambda: encoded(PICTURE, pnginfo=text_chunk("x" * 300_000, zip=True)), PICTURE),
 }  # fmt: skip
 
-# suffix, content, part of the reason
+# suffix, content, part of the reason (alternatives separated by |)
 BAD: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "truncated JPEG": ("jpg", lambda: JPEG[: len(JPEG) // 2], "truncated or damaged"),
     "truncated PNG": ("png", lambda: encoded(PICTURE)[:700], "truncated or damaged"),
@@ -118,7 +118,7 @@ BAD: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "32-bit floats": ("png", lambda: encoded(Image.fromarray(np.ones((SIDE, SIDE), np.float32)), "TIFF"), "32-bit"),
 }  # fmt: skip
 
-# content of the caption's file, and its prompt
+# content of the caption file, expected prompt
 GOOD_CAPTIONS: dict[str, tuple[bytes, str]] = {
     "byte order mark": ("\ufeffa fox".encode(), "a fox"),
     "control characters": (b"a\x07 fox\x1b[31m\x7f", "a\x07 fox\x1b[31m\x7f"),
@@ -152,7 +152,7 @@ def jpeg_of(width: int, height: int) -> bytes:
 
 
 def webp_of(width: int, height: int) -> bytes:
-    """An extended WebP that says so of its canvas."""
+    """Returns an extended WebP whose header declares a canvas of this size."""
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + WEBP[12:]
     return b"RIFF" + struct.pack("<I", len(body)) + body
@@ -167,7 +167,7 @@ def one(folder: Path, suffix: str, content: bytes, caption: bytes | None = b"a f
 
 
 def refused(folder: Path, cache: Path, name: str) -> str:
-    """The one reason for which scan and cache refuse what is in the folder."""
+    """Returns the only reason for which scan and cache refuse the folder's content."""
     (problem,) = scan(open_source(str(folder)))
     assert problem.id == name
     with pytest.raises(DataError) as caught:
@@ -243,7 +243,7 @@ def test_half_characters_in_json(tmp_path):
     assert source.digest()
 
 
-# what is no file
+# entries that are not regular files
 
 
 def test_links_folders_pipes_and_names(tmp_path):
@@ -349,7 +349,7 @@ print(before, peak())
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_bombs_take_no_memory(tmp_path):
-    """In a process of its own, the whole of it: interpreter, imports and all."""
+    """Measures the peak of a whole separate process, interpreter and imports included."""
     for number, content in enumerate([bomb(), gif_bomb(), jpeg_of(65_000, 65_000), webp_of(16_383, 16_383)] * 2):
         one(tmp_path / "d", "png", content)
         for suffix in ("png", "txt"):

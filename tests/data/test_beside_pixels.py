@@ -1,4 +1,4 @@
-"""What stands beside the pixels of a picture: broken or large, it costs no picture; how to turn one is still read."""
+"""Broken or large metadata beside an image's pixels never makes it unreadable; the orientation is still applied."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def load(content: bytes) -> np.ndarray:
 
 
 def assert_used(content: bytes, kind: str, turned: bool = False) -> None:
-    """With the very pixels of the plain picture, a quarter clockwise where it is turned."""
+    """Asserts the same pixels as those of the plain image, rotated by 90 degrees clockwise if `turned`."""
     np.testing.assert_array_equal(load(content), np.rot90(load(PLAIN[kind]), -1 if turned else 0))
 
 
 Entry = tuple[int, int, int, bytes]
-"""Of a TIFF's directory: tag, type, count, value."""
+"""An entry of a TIFF's directory: tag, type, count, value."""
 ORIENTATION: Entry = (0x112, 3, 1, struct.pack("<H", 6))
 
 
 def directory(entries: list[Entry], place: int) -> bytes:
-    """A TIFF's directory, little-endian, that lies at this place."""
+    """Returns a little-endian TIFF directory for this offset."""
     values, rows = b"", b""
     start = place + 2 + 12 * len(entries) + 4
     for tag, kind, count, value in sorted(entries):
@@ -61,7 +61,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(*chunks: bytes, behind: bool = False) -> bytes:
-    """With more chunks, before the pixels or behind them."""
+    """Returns the plain PNG with more chunks, before or behind the pixels."""
     place = -12 if behind else 33
     return PLAIN["PNG"][:place] + b"".join(chunks) + PLAIN["PNG"][place:]
 
@@ -75,7 +75,7 @@ def jpeg(*segments: bytes) -> bytes:
 
 
 def tiff(kind: str, *entries: Entry) -> bytes:
-    """With more tags, in a directory at the end."""
+    """Returns the plain TIFF with more tags, in a new directory at the end."""
     content = PLAIN[kind] + bytes(len(PLAIN[kind]) % 2)
     (place,) = struct.unpack("<I", content[4:8])
     (count,) = struct.unpack("<H", content[place : place + 2])
@@ -101,7 +101,7 @@ ODD_TAGS: dict[str, Entry] = {
     "a huge count": (0x9999, 2, 0x7FFFFFFF, b"1234"),
     "a maker's note": (0x927C, 7, 10, bytes(10)),
 }
-WIDTH: Entry = (0x100, 12, 1, struct.pack("<d", 24.0))  # no picture's size in EXIF; writing it back fails
+WIDTH: Entry = (0x100, 12, 1, struct.pack("<d", 24.0))  # an image's size does not belong in EXIF; writing it back fails
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -118,7 +118,7 @@ def test_an_odd_tag_does_not_hide_the_orientation(case):
 
 @pytest.mark.parametrize("turn", range(2, 9))
 def test_every_orientation(turn):
-    """As EXIF 2.3 draws them: where the stored picture's first row and column are shown."""
+    """Follows the drawings of EXIF 2.3: where the stored image's first row and column are displayed."""
     shown = {
         2: PICTURE[:, ::-1], 3: PICTURE[::-1, ::-1], 4: PICTURE[::-1], 5: PICTURE.swapaxes(0, 1),
         6: np.rot90(PICTURE, -1), 7: PICTURE[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(PICTURE),
@@ -153,7 +153,7 @@ def test_exif_that_is_none(garbage):
 def test_orientation_in_xmp_alone():
     assert_used(encoded(PICTURE, "WEBP", lossless=True, xmp=XMP), "WEBP", turned=True)
     assert_used(encoded(PICTURE, "WEBP", lossless=True, xmp=bytes(range(256))), "WEBP")
-    if PILLOW >= (11, 0):  # older ones keep no XMP of a JPEG
+    if PILLOW >= (11, 0):  # older versions drop a JPEG's XMP
         assert_used(jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)), "JPEG", turned=True)
     for behind in (False, True):
         for head, body in ((b"\0\0", XMP), (b"\1\0", zlib.compress(XMP))):
@@ -230,12 +230,12 @@ SEGMENTS = [
 @pytest.mark.parametrize("number", range(len(SEGMENTS)))
 def test_segments_that_only_inform(number):
     assert_used(jpeg(segment(*SEGMENTS[number])), "JPEG")
-    turned = jpeg(segment(*SEGMENTS[number]), b"\xff\xff", segment(0xE1, exif(ORIENTATION))[1:])  # a byte of filling
+    turned = jpeg(segment(*SEGMENTS[number]), b"\xff\xff", segment(0xE1, exif(ORIENTATION))[1:])  # a fill byte
     assert_used(turned, "JPEG", turned=True)
 
 
 def test_segments_that_tell_colours_are_kept():
-    """Without Adobe's, one of RGB would be taken for YCbCr, and CMYK would not be inverted."""
+    """Without Adobe's segment, RGB would be decoded as YCbCr, and CMYK would not be inverted."""
     planes = Image.fromarray(PICTURE)
     told = encoded(planes, "JPEG", keep_rgb=True, quality=100) if PILLOW >= (10, 2) else None
     for content in filter(None, (told, encoded(Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0)), "JPEG"))):

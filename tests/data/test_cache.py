@@ -1,4 +1,4 @@
-"""The cache holds exactly what encoding gives, is keyed by all that changes it, and appears whole or not at all."""
+"""The cache holds exactly the encoder's outputs, is keyed by all that changes them, and is written atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.cache import FakeEncoder, direct, make_folder, opened, pictur
 
 
 def make_pairs(path: Path, count: int) -> Source:
-    """Every seventh a tie; the winner is image 0 in even rows."""
+    """Writes a table in which every seventh row is a tie; in other even rows the winner is image 0."""
     labels = [0.5 if i % 7 == 0 else float(i % 2 == 0) for i in range(count)]
     columns = {
         "jpg_0": [picture(2 * i) for i in range(count)],
@@ -145,7 +145,7 @@ def test_key_changes_with_each_thing_it_depends_on(monkeypatch):
     assert len(keys) == len(changes)
     assert cache_key(**(base | {"fingerprint": {"dtype": "f", "vae": "1"}})) == cache_key(**base)
     monkeypatch.setattr("seppo_fast.data.cache.opening.FORMAT_VERSION", 999)
-    assert cache_key(**base) in keys  # what is stored is the same in any format
+    assert cache_key(**base) in keys  # the content does not depend on the format
     assert cache_key(**base, format_version=2) not in keys
 
 
@@ -255,7 +255,7 @@ def test_infinite_latents_are_refused(tmp_path):
 
 
 class Failing(FakeEncoder):
-    """Raises at the third batch."""
+    """An encoder that raises at the third batch."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -363,7 +363,7 @@ def test_damaged_caches_say_so(tmp_path, small_shards):
             (whole / name).unlink()
         else:
             (whole / name).write_bytes(content)
-        with pytest.raises(DataError, match=r"this cache is damaged, .*Delete the folder"):
+        with pytest.raises(DataError, match=r"this cache is damaged: .*Delete the folder"):
             opened(source, tmp_path / "cache")
         (whole / name).write_bytes(before)
 
@@ -388,7 +388,7 @@ def test_truncated_prompts_are_counted_once_each_and_told_at_every_opening(tmp_p
         lines = []
         cache = opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)
         (line,) = [line for line in lines if "tokens" in line]
-        assert line.startswith("2 of 8 prompts have more tokens than the text encoder takes")
+        assert line.startswith("2 of 8 prompts have more tokens than the text encoder accepts")
         assert line.endswith(repr(" ".join(["red"] * 30)[:80] + " ..."))
         assert sorted(map(len, cache.truncated)) == [79, 119]
 

@@ -1,4 +1,4 @@
-"""One cache wanted by two processes: one fills it, the other waits, and takes over where the first is killed."""
+"""Two processes need the same cache: one fills it while the other waits, and takes over if the first is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Stopping(FakeEncoder):
-    """Tells that it has begun its third batch, then waits to be told to go on."""
+    """An encoder that signals the start of its third batch, then waits for permission to continue."""
 
     def __init__(self, begun: Any, go: Any) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class Stopping(FakeEncoder):
 
 
 def fill(data: Path, folder: Path, encoder: FakeEncoder, told: Any) -> None:
-    """In a process of its own; tells what it reports, and in the end how many images it encoded."""
+    """Fills the cache in a separate process; sends its messages and finally how many images it encoded."""
     opening.say = build.say = told.put
     cache = open_or_build(open_source(str(data)), encoder, resolution=RESOLUTION, folder=folder, batch_size=3)
     told.put((encoder.images, len(cache), cache.fingerprint))
 
 
 def told_by(queue: Any, wanted: Callable[[Any], bool]) -> Any:
-    """The next that fits of what a process tells."""
+    """Returns the next message of a process that satisfies `wanted`."""
     return next(said for said in iter(lambda: queue.get(timeout=60), None) if wanted(said))
 
 
@@ -61,9 +61,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def two(tmp_path, monkeypatch):
-    """Starts a process that stops in the middle, then one that waits for it; ends both."""
+    """Starts a process that pauses midway, then one that waits for it; finally kills both."""
     monkeypatch.setattr(build, "SHARD_SIZE", 4)
-    torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    torch.set_num_threads(1)  # a forked child lacks its parent's threads
     data, folder = make_folder(tmp_path / "data", 13), tmp_path / "cache"
     begun, go, first_told, second_told = FORK.Event(), FORK.Event(), FORK.Queue(), FORK.Queue()
     first = FORK.Process(target=fill, args=(data, folder, Stopping(begun, go), first_told))
@@ -125,11 +125,11 @@ def test_where_files_cannot_be_locked_it_is_said(tmp_path, monkeypatch):
     lines: list[str] = []
     cache = opened(open_source("shapes:3"), tmp_path, report=lines.append)
     assert len(cache) == 3
-    assert "cannot be locked there (No locks available); two runs may encode the same" in lines[0]
+    assert "cannot be locked there (No locks available); two runs may encode the same data" in lines[0]
 
 
 def test_two_runs_through_the_command_line(tmp_path, tiny):
-    """At once, into one empty cache folder; then with one killed while it writes."""
+    """Runs both at once with one empty cache folder; then again, killing one while it writes."""
     config = tmp_path / "run.yaml"
     tree = {
         "model": {"path": str(tiny), "train": "lora", "lora_rank": 2, "precision": "fp32"},
@@ -155,6 +155,6 @@ def test_two_runs_through_the_command_line(tmp_path, tiny):
         assert len(list((tmp_path / "both").iterdir())) == 1
         runs = [train(one, "a", "killed", "cache-write@2=kill"), train(other, "b", "killed")]
         first, second = (run.result() for run in runs)
-        # killed, unless the other one was sooner and had filled it
+        # The first is killed, unless the other was faster and filled the cache itself.
         assert (first.code, second.code) in {(-signal.SIGKILL, 0), (0, 0)}
         assert contents(tmp_path / "killed") == whole

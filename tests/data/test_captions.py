@@ -1,4 +1,4 @@
-"""Captions in other encodings: what they probably are, and a line that converts them; what is part of the prompt."""
+"""Captions in other encodings: the guessed encoding and the command that converts them; what is part of the prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tars import member, write_tar
 
 QUOTED = "it’s a dog – “good”"
 
-# the file's bytes, the encoding that is named, the caption once the file is converted
+# the file's bytes, the encoding named in the message, the caption after conversion
 OTHERS: dict[str, tuple[bytes, str, str]] = {
     "Windows quotes": (b"it\x92s a dog", "WINDOWS-1252", "it’s a dog"),
     "Windows": (QUOTED.encode("cp1252"), "WINDOWS-1252", QUOTED),
@@ -74,7 +74,7 @@ def test_no_encoding_is_named_where_none_is_likely(tmp_path, case):
 
 
 def test_hints_are_no_part_of_the_key(tmp_path):
-    """They may be worded better one day, and name the place of a file."""
+    """Hints may be reworded, and they contain a file's path."""
     first, second = (captioned(tmp_path / name, b"it\x92s a dog") for name in ("one", "two"))
     sources = [open_source(str(folder)) for folder in (first, second)]
     assert sources[0].problems[0].hint != sources[1].problems[0].hint
@@ -117,7 +117,7 @@ def test_byte_order_marks_are_no_part_of_a_prompt(tmp_path):
 
 
 def test_check_tells_the_line_for_every_caption(tmp_path, tiny, capsys):
-    """Of which the first one only was told by others, in the middle of encoding."""
+    """Not only for the first bad caption."""
     for number in range(10):
         captioned(tmp_path / "d", b"it\x92s a dog", f"x{number}")
     config = run_config(tmp_path, tiny, data={"source": str(tmp_path / "d"), "resolution": 16})
@@ -129,11 +129,11 @@ def test_check_tells_the_line_for_every_caption(tmp_path, tiny, capsys):
     assert main(["check", str(config)]) == 0
 
 
-# which caption belongs to which picture
+# which caption belongs to which image
 
 
 def rows_of(cache: LatentCache) -> dict[str, tuple[str, bytes]]:
-    """Prompt and embedding of each example."""
+    """Returns the prompt and embedding of each example."""
     embeds = cache.conditioning(range(len(cache)))["prompt_embeds"]
     return {
         id: (prompt, row.numpy().tobytes()) for id, prompt, row in zip(cache.ids, cache.prompts, embeds, strict=True)
@@ -141,7 +141,7 @@ def rows_of(cache: LatentCache) -> dict[str, tuple[str, bytes]]:
 
 
 def test_every_picture_keeps_its_own_caption(tmp_path):
-    """One cache folder over all changes, and a fresh one after each: keys change exactly where the content does."""
+    """Compares one cache folder kept over all changes with fresh ones: keys change exactly when the content does."""
     folder = tmp_path / "d"
     texts = [
         "a red fox\nby a lake\nat dawn",
@@ -162,7 +162,7 @@ def test_every_picture_keeps_its_own_caption(tmp_path):
 
     steps = [
         (lambda: None, True),
-        (lambda: (folder / "x0.txt").write_text(f"\ufeff  {texts[0]} \n\n"), False),  # the same once it is stripped
+        (lambda: (folder / "x0.txt").write_text(f"\ufeff  {texts[0]} \n\n"), False),  # the same once stripped
         (lambda: (folder / "x2.txt").touch(), False),
         (lambda: swap("x2", "x3"), False),  # equal texts
         (lambda: swap("x0", "x4"), True),

@@ -1,4 +1,4 @@
-"""Embedded profiles, against their arithmetic in float64; what they do to caches' keys; pictures that have none."""
+"""Embedded profiles against float64 references, their effect on cache keys, and images without usable profiles."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_display_p3(kind, options):
 def test_a_jpeg_is_converted_after_it_is_decoded():
     seen = load(encoded(PICTURE, "JPEG", quality=100))
     assert_near(encoded(PICTURE, "JPEG", quality=100, icc_profile=P3_PROFILE), in_srgb(seen, DISPLAY_P3))
-    # of many segments
+    # a profile split over many segments
     large = rgb_profile(DISPLAY_P3, gamma(2.2), zzzz=bytes(200_000))
     assert_near(encoded(PICTURE, "JPEG", quality=100, icc_profile=large), in_srgb(seen, DISPLAY_P3, lambda x: x**2.2))
 
@@ -88,7 +88,7 @@ def test_alpha_is_not_converted():
         assert_near(encoded(rgba, kind, icc_profile=P3_PROFILE), over_white(IN_SRGB, ALPHA))
     la = Image.merge("LA", (Image.fromarray(GRAY), Image.fromarray(ALPHA)))
     assert_near(encoded(la, icc_profile=LINEAR_GRAY), over_white(LINEAR_IN_SRGB, ALPHA))
-    # one colour is transparent
+    # one colour is marked as transparent
     keyed = encoded(PICTURE, "PNG", icc_profile=P3_PROFILE, transparency=tuple(PICTURE[3, 5].tolist()))
     expected = IN_SRGB.copy()
     expected[3, 5] = 255
@@ -110,7 +110,7 @@ def test_linear_gray():
         assert_near(encoded(Image.fromarray(GRAY), kind, icc_profile=LINEAR_GRAY), LINEAR_IN_SRGB)
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     seen = load_image(bytes_ref("x", lambda: encoded(Image.fromarray(ramp), icc_profile=LINEAR_GRAY)), 16)
-    np.testing.assert_allclose(seen[..., 0], 255 * encode(ramp / 255.0), atol=1)  # in the dark too
+    np.testing.assert_allclose(seen[..., 0], 255 * encode(ramp / 255.0), atol=1)  # holds in the dark range too
 
 
 def test_linear_gray_of_16_bits():
@@ -120,13 +120,13 @@ def test_linear_gray_of_16_bits():
     for kind in ("PNG", "TIFF"):
         content = encoded(Image.fromarray(deep), kind, icc_profile=LINEAR_GRAY)
         assert np.abs(load(content)[2:] - expected[2:]).max() <= 1
-        assert_near(content, expected, 4)  # between the two darkest of 256 levels the curve is taken for a line
+        assert_near(content, expected, 4)  # the curve is interpolated linearly between the two darkest of 256 levels
 
 
 def test_cmyk_with_a_profile_of_its_own():
-    """Where it is an ink or none the profile says the colour itself; the plain rule is far off."""
+    """At the corners of ink or no ink the profile states the colour directly; the plain formula is far off."""
     corners = np.random.default_rng(0).integers([120, 118, 118], [200, 138, 138], (2, 2, 2, 2, 3))
-    corners[..., 1, :] = 0, 128, 128  # black ink is black, and paper white: littlecms moves others there
+    corners[..., 1, :] = 0, 128, 128  # black ink is black and paper white: littlecms would shift other values there
     corners[0, 0, 0, 0] = 255, 128, 128
     inks = np.random.default_rng(1).integers(0, 2, (SIDE, SIDE, 4))
     image = Image.fromarray((255 * inks).astype(np.uint8), "CMYK")

@@ -1,4 +1,4 @@
-"""metadata.jsonl and metadata.csv, of images and of clips, and what is said where captions lie elsewhere."""
+"""metadata.jsonl and metadata.csv, for images and clips, and the notes on captions stored elsewhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_csv_is_read_as_json_lines_are(tmp_path):
     assert [problem.id for problem in scan(source)] == ["gone.png"]
     assert prompts(open_source(str(tmp_path / "metadata.csv"))) == expected
     digest = source.digest()
-    # of two listings the JSON lines are read
+    # if there are two listings, metadata.jsonl is read
     write_metadata(tmp_path, ["", *({"file_name": name, "text": text} for name, text in rows)])
     same = open_source(str(tmp_path))
     assert same.notes == [f"1 images in {tmp_path} are not listed in metadata.jsonl and are not used"]
@@ -62,7 +62,7 @@ def test_problems_of_a_csv_are_named(tmp_path):
         "metadata.csv:6": "1 fields in 2 columns: a caption with a comma needs quotes",
     }
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"open')
-    with pytest.raises(DataError, match="metadata.csv: the row that begins in line 2 has a quote that nothing closes"):
+    with pytest.raises(DataError, match="metadata.csv: the row that begins in line 2 has an unclosed quote"):
         open_source(str(tmp_path))
 
 
@@ -147,7 +147,7 @@ def test_a_clip_among_listed_pictures_is_a_bad_example(tmp_path):
     assert [(p.id, p.reason.partition(" (")[0]) for p in scan(source)] == [("a.mp4", "not an image")]
 
 
-# where captions lie elsewhere
+# notes on captions stored elsewhere
 
 
 def test_a_listing_below_is_pointed_at(tmp_path):
@@ -158,9 +158,9 @@ def test_a_listing_below_is_pointed_at(tmp_path):
     source = open_source(str(tmp_path))
     assert len(source) == 0
     assert source.notes == [
-        "captions.csv is not read: a listing of files is one that is called metadata.jsonl or metadata.csv and has "
-        "file_name and text in each row",
-        "train/metadata.jsonl is not read: it lists files below its own folder. Set data.source to "
+        "captions.csv is not read: a listing of files must be named metadata.jsonl or metadata.csv and have file_name "
+        "and text in each row",
+        "train/metadata.jsonl is not read: it lists files below its own folder. To use it, set data.source to "
         f"{tmp_path / 'train'}",
     ]
     assert len(open_source(re.search(r"data\.source to (.*)", source.notes[1])[1])) == 1
@@ -180,10 +180,10 @@ def test_captions_under_other_suffixes_are_pointed_at(tmp_path):
     (tmp_path / "good.json").write_text("{}")
     source = open_source(str(tmp_path))
     assert [problem.reason for problem in source.problems] == [f"no caption: {n}.txt is missing" for n in "abcde"]
-    said = "captions are read from .txt files only; rename or convert those that hold one"
+    said = "captions are read from .txt files only: rename or convert those that hold one"
     assert source.notes == [
-        f"files without a caption that have a .caption file beside them: 2, the first is a.caption: {said}",
-        f"files without a caption that have a .json file beside them: 2, the first is c.json: {said}",
+        f"2 files without a caption have a .caption file beside them, the first is a.caption; {said}",
+        f"2 files without a caption have a .json file beside them, the first is c.json; {said}",
     ]
 
 
@@ -194,8 +194,8 @@ def test_kinds_that_are_not_read_are_counted(tmp_path):
     digest = open_source(str(tmp_path)).digest()
     source = open_source(str(tmp_path))
     assert source.notes == [
-        "4 images are of kinds that are not read: .avif (2), .heic (1), .gif (1), the first is b.avif. To use them, "
-        "convert them to png, jpg or webp"
+        "4 images have unsupported formats and are not used: .avif (2), .heic (1), .gif (1); the first is b.avif. To "
+        "use them, convert them to png, jpg or webp"
     ]
     for name in ("b.avif", "c.AVIF", "d.heic", "e.gif"):
         (tmp_path / name).unlink()
@@ -204,7 +204,7 @@ def test_kinds_that_are_not_read_are_counted(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "x.wmv").write_bytes(b"x")
     with pytest.raises(
-        DataError, match=r"no images.* 1 clips are of kinds that are not read: \.wmv \(1\), the first is x"
+        DataError, match=r"no images.* 1 clips have unsupported formats and are not used: \.wmv \(1\); the first is x"
     ):
         open_source(str(tmp_path / "clips"))
 

@@ -1,4 +1,4 @@
-"""One file under several spellings of its name, linked folders, and what systems keep beside the data."""
+"""Different spellings of one file name, linked folders, and files that operating systems keep beside the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "
 
 
 def contents(source: Source) -> list[tuple[str, str, int]]:
-    """Id, prompt and seed of each picture."""
+    """Returns the id, prompt and seed of each image."""
     found = []
     for example in source:
         square = load_image(example.image, 24)
@@ -55,7 +55,7 @@ def test_the_exact_name_comes_first(tmp_path):
     assert contents(open_source(str(tmp_path))) == [(f"{NFD}.png", "decomposed", 1), (f"{NFC}.png", "composed", 2)]
     (tmp_path / f"{NFD}.txt").unlink()
     source = open_source(str(tmp_path))
-    assert contents(source) == [(f"{NFC}.png", "composed", 2)]  # a caption of one picture is not another's too
+    assert contents(source) == [(f"{NFC}.png", "composed", 2)]  # a caption is used for one image only
     assert [problem.reason for problem in source.problems] == [f"no caption: {NFD}.txt is missing"]
 
 
@@ -75,7 +75,7 @@ def test_a_listing_spells_names_otherwise(tmp_path):
         ("..\\x.png", "..\\x.png"),
         ("sub\\gone.png", "sub\\gone.png"),
     ]
-    assert source.notes == []  # none is left over
+    assert source.notes == []  # no file is unlisted
     assert {problem.id: problem.reason for problem in scan(source)} == {
         "..\\x.png": "the file is missing",
         "sub\\gone.png": "the file is missing",
@@ -115,7 +115,7 @@ def test_members_of_a_shard_in_two_spellings(tmp_path):
     assert list(refusals(source)) == [f"s.tar/b/{NFD}.png"]
 
 
-# other languages' letters, and none
+# letters of other languages, and bytes that are not letters
 
 ODD = ["ネコ é 🙂", "two\nlines", "n" * 240, os.fsdecode(b"caf\xe9"), " space ", "it's"]
 _OPEN = """
@@ -130,7 +130,7 @@ for spec in sys.argv[1:]:
 
 
 def test_names_are_the_same_in_every_locale(tmp_path):
-    """Under one of ASCII alone Python takes the bytes of other letters for half characters."""
+    """In an ASCII locale Python decodes the bytes of other letters as lone surrogates."""
     for number, name in enumerate(ODD):
         picture(tmp_path / "loose" / f"{name}.png", number, f"caption {number}")
     picture(tmp_path / "loose" / f"{NFD}.png", 7)
@@ -185,7 +185,7 @@ def test_each_folder_is_taken_once(tmp_path):
     (elsewhere / "b.png").touch()
     (root / "real").mkdir(parents=True)
     (root / "real" / "a.png").touch()
-    (root / "alias").symlink_to("real")  # sorted before what it points to
+    (root / "alias").symlink_to("real")  # sorts before its target
     (root / "first").symlink_to(elsewhere / "deep")
     (root / "second").symlink_to(elsewhere)
     (root / "third").symlink_to(elsewhere)
@@ -240,7 +240,7 @@ def test_a_linked_folder_that_cannot_be_listed_is_named(tmp_path):
         walk_files(tmp_path / "root")
 
 
-# what is no data
+# names that hold no data
 
 
 @pytest.mark.parametrize(

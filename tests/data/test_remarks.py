@@ -1,4 +1,4 @@
-"""What is told of pictures that are used all the same, in check and whenever a cache is opened."""
+"""Remarks on noteworthy images that are still used, in `check` and whenever a cache is opened."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.profiles import P3_PROFILE
 SMALL = "are enlarged more than twofold: their shorter side is below half of 16 pixels"
 CROPPED = "lose more than half of their area to the centre crop"
 SIZES = {"a": (7, 7), "b": (8, 8), "c": (8, 16), "d": (8, 17), "e": (40, 17), "f": (1, 1), "g": (3, 300)}
-"""Heights and widths, for squares of 16 pixels."""
+"""Heights and widths of images that become squares of 16 pixels."""
 
 
 def make(folder: Path, sizes: dict[str, tuple[int, int]] = SIZES) -> Path:
@@ -58,7 +58,7 @@ def test_small_and_long_pictures_are_counted_and_named(tmp_path, tiny, capsys):
     assert cache.remarks == {"small": small, "cropped": cropped}
     assert told(lines) == expected
     lines.clear()
-    opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)  # told again though nothing is encoded
+    opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)  # repeated although nothing is encoded
     assert lines == expected
     config = run_config(tmp_path, tiny, data={"source": str(folder), "resolution": RESOLUTION})
     assert main(["check", str(config)]) == 0
@@ -66,7 +66,7 @@ def test_small_and_long_pictures_are_counted_and_named(tmp_path, tiny, capsys):
 
 
 def test_the_turned_picture_counts(tmp_path):
-    """By its sides as shown: 8 x 17 stays long when it is turned, and no side is mistaken."""
+    """The size after rotation counts: a rotated 8 x 17 is still elongated, and its shorter side is still 8."""
     exif = Image.Exif()
     exif[0x0112] = 6
     folder = make(tmp_path / "d", {"a": (8, 17)})
@@ -123,7 +123,7 @@ def test_names_are_escaped_and_few():
 
 
 def test_a_kind_that_is_not_known_is_passed_over(tmp_path):
-    """An index may be of a later version, or damaged."""
+    """The index may come from a later version, or be damaged."""
     folder = make(tmp_path / "d", {"a": (16, 16)})
     cache = opened(open_source(str(folder)), tmp_path / "cache")
     index = json.loads((cache.folder / INDEX).read_text())
@@ -148,5 +148,5 @@ def test_that_profiles_are_not_read_is_told_once(tmp_path, monkeypatch, tiny, ca
         lines: list[str] = []
         opened(open_source(str(tmp_path)), tmp_path / "cache", report=lines.append)
         assert lines.count(said) == missing
-        assert remark_lines({}, 3, 16, frames=4) == []  # clips have none
+        assert remark_lines({}, 3, 16, frames=4) == []  # the line is for images only
     colours._conversion.cache_clear()

@@ -1,4 +1,4 @@
-"""Webdataset shards: true tar files, whole and damaged, read where they lie."""
+"""Webdataset shards: real tar files, intact and damaged, read in place."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_kind_of_member_that_is_data(tmp_path, form):
 def test_a_dot_in_a_name_is_told(tmp_path):
     picture = encoded(pixels(0))
     members = [
-        *pair("ok", 1), member("ok.mask.png", picture),  # another field of it
+        *pair("ok", 1), member("ok.mask.png", picture),  # a further field of example ok
         member("my.photo.png", picture), member("my.photo.txt", b"a photo"),
         member("my.second.jpg", picture), member("my.second.txt", b"another"), member("b.one.png", picture),
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_folder_a_pattern_and_a_file_are_alike(tmp_path):
         assert [e.id for e in same] == [e.id for e in source]
         assert same.digest() == digest
     assert [e.id for e in open_source(f"{folder}/{{000..001}}.tar")] == [e.id for e in source][:8]
-    assert len(open_source(f"{tmp_path}/{{data,data}}/00{{1..2}}.tar")) == 8  # a shard named again is one shard
+    assert len(open_source(f"{tmp_path}/{{data,data}}/00{{1..2}}.tar")) == 8  # a shard named twice is used once
     assert open_source(str(folder / "002.tar"))[0].id == "002.tar/2000.png"
     (tmp_path / "moved").mkdir()
     for path in folder.iterdir():
@@ -97,7 +97,7 @@ def test_a_folder_a_pattern_and_a_file_are_alike(tmp_path):
 
 def test_a_pattern_of_what_is_not_there(tmp_path):
     folder = shards(tmp_path, count=2, each=1)
-    with pytest.raises(DataError, match=re.escape("2 of 4 shards are not there, the first is") + ".*002.tar"):
+    with pytest.raises(DataError, match=re.escape("2 of 4 shards do not exist; the first is") + ".*002.tar"):
         open_source(f"{folder}/{{000..003}}.tar")
     with pytest.raises(DataError, match=r"3\.\.1 runs backwards"):
         open_source(f"{folder}/{{3..1}}.tar")
@@ -109,7 +109,7 @@ def test_a_pattern_of_what_is_not_there(tmp_path):
 
 
 def bad_members() -> dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str, str]]:
-    """By case: members, the id of the problem, its reason."""
+    """Returns by case: members, the id of the problem, part of its reason."""
     png, text = encoded(pixels(1)), b"caption"
     one, txt = member("x.png", png), member("x.txt", text)
     return {
@@ -214,7 +214,7 @@ def header_of(content: bytes, name: bytes) -> int:
 
 
 def resized(content: bytes, name: bytes, size: bytes) -> bytes:
-    """A tar whose member says another size, its checksum mended."""
+    """Returns a tar whose member declares another size, with a correct header checksum."""
     start = header_of(content, name)
     header = bytearray(content[start : start + 512])
     header[124:136] = size
@@ -243,7 +243,7 @@ def test_sizes_that_are_lies(tmp_path, size, reason):
 
 
 def test_a_long_name_that_never_ends(tmp_path):
-    """A header that says it is a name of 4 GiB, in a file that has them (sparse)."""
+    """The header declares a name of 4 GiB, and the (sparse) file is that large."""
     content = write_tar(tmp_path / "s.tar", [member("n" * 200, b"x"), *pair("a", 1)], tarfile.GNU_FORMAT).read_bytes()
     (tmp_path / "s.tar").write_bytes(resized(content, b"././@LongLink", b"%011o\0" % 2**32))
     with open(tmp_path / "s.tar", "r+b") as file:
@@ -340,7 +340,7 @@ def test_files_that_are_no_shards(tmp_path):
     assert "not a tar file" in found["page.tar"]
     assert "compressed: unpack it with gunzip" in found["packed.tar"]
     assert "No such file" in found["gone.tar"]
-    assert len(opened(source, tmp_path / "cache")) == 400  # 4 of 404 is not more than 1 %
+    assert len(opened(source, tmp_path / "cache")) == 400  # 4 of 404 do not exceed 1 %
 
 
 def test_random_damage_is_always_a_reason(tmp_path):
@@ -376,7 +376,7 @@ def test_the_digest_follows_the_content(tmp_path):
         digest([*pair("a", 1), *pair("b", 2), member("c.png", b"x")]),
     }
     assert len(others - {base}) == 6
-    # an image overwritten in place by another of the same length
+    # an image overwritten in place with other bytes of the same length
     path = write_tar(tmp_path / "d" / "s.tar", [*pair("a", 1), *pair("b", 2)])
     content = bytearray(path.read_bytes())
     content[content.index(b"IDAT") + 40] ^= 1

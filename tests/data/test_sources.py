@@ -1,4 +1,4 @@
-"""Images and data sets as users have them: every format, every kind of damage, each with its reason."""
+"""Images and data sets in every supported format, and every kind of damage with its reason."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_scaling_follows_the_shorter_side():
 
 @pytest.mark.parametrize(("height", "width"), [(10, 40), (40, 10), (48, 96)])
 def test_cutting_first_equals_scaling_first(height, width):
-    # smooth, so that nothing overshoots: Pillow clips between its two passes, whose order depends on the sizes
+    # smooth, to avoid overshoot: Pillow clips between its two passes, whose order depends on the sizes
     wave = np.sin(np.arange(height)[:, None, None] / 5 + np.arange(width)[None, :, None] / 7 + np.arange(3))
     image = Image.fromarray((128 + 90 * wave).astype(np.uint8))
     factor = 24 / min(height, width)
@@ -67,7 +67,7 @@ def test_cutting_first_equals_scaling_first(height, width):
 
 
 def test_a_line_of_pixels_becomes_a_square():
-    # scaled whole, this would be 64 x 6,400,000
+    # scaling before cropping would create 64 x 6,400,000 pixels
     line = np.full((1, 100_000, 3), 77, np.uint8)
     np.testing.assert_array_equal(load_bytes(encoded(line), 64), np.full((64, 64, 3), 77))
 
@@ -118,7 +118,7 @@ def test_cmyk_jpeg():
 def test_exif_orientation_is_applied():
     picture = pixels(7, 24, 24)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to show
+    exif[0x0112] = 6  # displayed rotated by 90 degrees clockwise
     content = encoded(picture, "PNG", exif=exif)
     np.testing.assert_array_equal(load_bytes(content), np.rot90(picture, -1))
 
@@ -133,7 +133,7 @@ def test_webp_is_read():
 def test_a_bomb_is_refused_before_decoding(side):
     with pytest.raises(ImageError, match="too large"):
         load_bytes(header_only_png(side, side))
-    # the limit itself is allowed through to the decoder, which finds no pixels
+    # an image exactly at the limit reaches the decoder, which finds no pixels
     with pytest.raises(ImageError, match="truncated or damaged"):
         load_bytes(header_only_png(8_000, 8_000))
 
@@ -145,7 +145,7 @@ def test_a_real_bomb_takes_no_memory(tmp_path, monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
-    with pytest.raises(ImageError, match=re.escape("9000 x 9000 is 81 megapixels, 64 at most")):
+    with pytest.raises(ImageError, match=re.escape("9000 x 9000 is 81 megapixels, the limit is 64")):
         load_image(file_ref(tmp_path / "bomb.png"), 24)
 
 
@@ -292,7 +292,7 @@ def test_folder_digest_follows_content_not_place(tmp_path):
     first, second = make("one"), make("two")
     digest = open_source(str(first)).digest()
     assert open_source(str(second)).digest() == digest
-    (second / "1.txt").write_text("caption 1\n")  # stripped: the same data
+    (second / "1.txt").write_text("caption 1\n")  # the same data once stripped
     assert open_source(str(second)).digest() == digest
     digests = {digest}
     (second / "1.txt").write_text("another")
@@ -357,7 +357,7 @@ def test_parquet_is_read_in_stretches(tmp_path, monkeypatch):
     for example in source:
         example.image.open()
         example.loser.open()
-    assert len(read) == 4  # of 32 rows; each once, winner and loser together
+    assert len(read) == 4  # stretches of 32 rows, each read once for winner and loser together
 
 
 def test_parquet_splits_by_file_name(tmp_path):
@@ -365,7 +365,7 @@ def test_parquet_splits_by_file_name(tmp_path):
         pickapic(tmp_path / "data" / f"{name}.parquet", [(1.0, 0.0)], [name])
     assert [e.prompt for e in open_source(str(tmp_path))] == ["train-00000-of-00002", "train-00001-of-00002"]
     assert [e.prompt for e in open_source(str(tmp_path), split="test")] == ["test-00000-of-00001"]
-    with pytest.raises(DataError, match="no parquet file of split 'validation'; there are test, train"):
+    with pytest.raises(DataError, match="no parquet files of split 'validation'; set data.split to one of test, train"):
         open_source(str(tmp_path), split="validation")
 
 
@@ -384,7 +384,7 @@ def test_damaged_and_odd_parquet(tmp_path):
     with pytest.raises(DataError, match="broken.parquet: not a readable parquet file"):
         open_source(str(tmp_path / "broken.parquet"))
     pq.write_table(pa.table({"url": ["a"], "caption": ["b"]}), tmp_path / "urls.parquet")
-    with pytest.raises(DataError, match="the columns are url, caption. Needed are jpg_0"):
+    with pytest.raises(DataError, match="columns found: url, caption. Required are jpg_0"):
         open_source(str(tmp_path / "urls.parquet"))
     pq.write_table(pa.table({"image": [b"x"], "caption": [3]}), tmp_path / "numbers.parquet")
     with pytest.raises(DataError, match="caption must hold text"):
@@ -421,7 +421,7 @@ def test_parquet_digest(tmp_path):
 
 
 def hub_cache(tmp_path: Path):
-    """What `load_dataset` returns for a hub data set: Arrow files, memory-mapped."""
+    """Returns what `load_dataset` returns for a hub data set: memory-mapped Arrow files."""
     datasets = pytest.importorskip("datasets")
     pickapic(tmp_path / "hub.parquet", LABELS, CAPTIONS)
     return datasets.Dataset.from_parquet(str(tmp_path / "hub.parquet"), cache_dir=str(tmp_path / "cache"))
@@ -476,7 +476,7 @@ def test_hub_errors_say_what_to_do(monkeypatch):
             open_source("owner/name")
 
 
-# shapes, and what is none of them
+# the embedded world, and specs that name no data set
 
 
 def test_shapes_world():

@@ -1,4 +1,4 @@
-"""Tables whose files hold the same columns as other types, as writers leave them where values are missing."""
+"""Tables whose files store the same columns in different types, as writers do when values are missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEXTS = {
     "string_view": pa.array(["a", None, " c "], pa.string_view()),
     "dictionary": pa.array(["a", None, " c "]).dictionary_encode(),  # pandas calls it categorical
     "dictionary of large": pa.array(["a", None, " c "], pa.large_string()).dictionary_encode(),
-    "binary": pa.array([b"a", None, b" c "]),  # as writers have it that know no UTF-8
+    "binary": pa.array([b"a", None, b" c "]),  # from writers that do not know about UTF-8
     "large_binary": pa.array([b"a", None, b" c "], pa.large_binary()),
 }
 
@@ -77,7 +77,7 @@ LABELS = {
 
 
 def test_labels_of_several_types_are_one_table(tmp_path):
-    """Winners are 0, none where a label is missing, and 1."""
+    """The rows' winners are 0, 1 (or undecided if a label is missing), and 1."""
     expected: dict[str, int | None] = {}
     for number, (kind, (first, type)) in enumerate(LABELS.items()):
         second = pa.array([0, 1, 1], pa.float64() if kind == "int" else pa.int64())
@@ -93,7 +93,7 @@ def test_labels_of_several_types_are_one_table(tmp_path):
     source = open_source(str(tmp_path))
     assert source.has_losers
     assert list(problems_of(source)) == [name for name, winner in expected.items() if winner is None]
-    assert set(problems_of(source).values()) == {"the labels name no winner (1 and 0)"}
+    assert set(problems_of(source).values()) == {"the labels name no winner (one must be 1, the other 0)"}
     for example in source:
         row, winner = int(example.id[-1]), expected[example.id]
         np.testing.assert_array_equal(load_image(example.image, 24), pixels(row + winner)[:, 4:28])
@@ -129,11 +129,11 @@ def test_columns_that_are_not_needed_may_differ(tmp_path):
     assert [example.prompt for example in source] == ["a", "b", "c"]
     np.testing.assert_array_equal(squares(tmp_path)[2], pixels(2)[:, 4:28])
     write(tmp_path / "3.parquet", image=PNG[:1], url=["x"])
-    held = r"image, url and image, text, score, url\. Needed are"
+    held = r"image, url instead of image, text, score, url\. Required are"
     with pytest.raises(DataError, match=rf"3.parquet: its columns differ from those of .*0.parquet: {held}"):
         open_source(str(tmp_path))
     (tmp_path / "3.parquet").unlink()
-    write(tmp_path / "4.parquet", image=PNG[:1], caption=["d"])  # all have a text, but not under one name
+    write(tmp_path / "4.parquet", image=PNG[:1], caption=["d"])  # every file has a caption, but under different names
     with pytest.raises(DataError, match="parquet: its columns differ"):
         open_source(str(tmp_path))
     for name in ("0", "1", "2"):
@@ -183,7 +183,7 @@ def test_check_and_cache_of_what_pandas_writes(tmp_path, tiny, capsys):
     assert main(["check", str(config)]) == 3
     out = capsys.readouterr().out
     assert "data: 4 examples, 1 bad" in out
-    assert "bad: 1.parquet:1: the labels name no winner (1 and 0)" in out
+    assert "bad: 1.parquet:1: the labels name no winner (one must be 1, the other 0)" in out
     for path in (tmp_path / "d").iterdir():
         assert len(open_source(str(path))) == (2 if path.name == "0.parquet" else 1)
     assert opened(open_source(str(tmp_path / "d" / "0.parquet")), tmp_path / "cache").prompts == ["a", "b"]

@@ -1,4 +1,4 @@
-"""The cache of clips: latents of the chosen frames, keyed by all that changes them; those of images are as before."""
+"""Caches of clips hold the chosen frames' latents, keyed by all that changes them; image caches are unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FRAMES, RESOLUTION = 4, 16
 
 
 class ClipEncoder:
-    """Latents (3, F, 16, 16) that are the clip itself; embeddings (2, 3) that are the prompt's length."""
+    """An encoder: latents (3, F, 16, 16) are the clip itself, and embeddings (2, 3) hold the prompt's length."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -63,7 +63,7 @@ def pixels(latent: Tensor) -> np.ndarray:
 
 
 def make_clips(folder: Path, lengths: list[int]) -> Path:
-    """Clip i is a time-lapse where i is even."""
+    """Writes clips and their csv; clip i is a time-lapse if i is even."""
     for i, length in enumerate(lengths):
         write_clip(folder / f"clip{i}.mp4", numbered_frames(length))
     rows = [f"clip{i},caption {i % 2},{i % 2}" for i in range(len(lengths))]
@@ -84,9 +84,9 @@ def test_the_chosen_frames_are_cached(tmp_path):
     assert chosen[1] == choose_frames(30, FRAMES, whole=False, key="clip1")
     assert np.diff(chosen[1]).tolist() == [4, 4, 4]
     assert chosen[3] == [0, 0, 1, 2]
-    assert cache.remarks == {"repeating": ["clip3"]}  # of clips that are no time-lapses none takes closer ones
+    assert cache.remarks == {"repeating": ["clip3"]}  # no window has frames closer together than usual
     assert lines[0].endswith("encoding 5 examples at 4 x 16 x 16")
-    assert lines[-1] == "1 of 5 clips have too few frames for 4 different ones and repeat some: clip3"
+    assert lines[-1] == "1 of 5 clips have too few frames to choose 4 different ones and repeat some: clip3"
     again = ClipEncoder()
     second = opened(open_source(str(tmp_path / "d")), tmp_path / "cache", encoder=again)
     assert (again.batches, second.remarks) == ([], {"repeating": ["clip3"]})
@@ -94,7 +94,7 @@ def test_the_chosen_frames_are_cached(tmp_path):
 
 
 def test_clips_with_a_smaller_stride_are_counted(tmp_path, capsys):
-    """Windows of 4 frames at stride 4 span 13."""
+    """Windows of 4 frames at stride 4 span 13 frames."""
     folder = tmp_path / "d"
     for name, length in {"a": 13, "b": 12, "c": 4, "d": 3, "e": 12}.items():
         write_clip(folder / f"{name}.mp4", numbered_frames(length))
@@ -102,8 +102,8 @@ def test_clips_with_a_smaller_stride_are_counted(tmp_path, capsys):
     (folder / "list.csv").write_text("\n".join(["videoid,name,is_transmit", *rows]))
     expected = [
         "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 7",
-        "1 of 5 clips have too few frames for 4 different ones and repeat some: d",
-        "2 of 5 clips are too short for 4 frames at the usual steps and take them from closer together: b, c",
+        "1 of 5 clips have too few frames to choose 4 different ones and repeat some: d",
+        "2 of 5 clips are too short for 4 frames at the usual spacing and use frames closer together: b, c",
     ]
     lines: list[str] = []
     cache = opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)
@@ -203,7 +203,7 @@ def test_images_and_clips_are_not_taken_for_each_other(tmp_path):
         opened(open_source("shapes:3"), tmp_path)
     with pytest.raises(ValueError, match="frames must be positive, got 0"):
         opened(open_source("shapes-motion:3"), tmp_path, frames=0)
-    with pytest.raises(ValueError, match="flip mirrors clips"):
+    with pytest.raises(ValueError, match="flip applies to clips only"):
         opened(open_source("shapes:3"), tmp_path, frames=None, flip=True)
     assert list(tmp_path.iterdir()) == []
 

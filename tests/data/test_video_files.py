@@ -1,4 +1,4 @@
-"""Clips as cameras and programs leave them: pixels that are not square, HDR, covers, sound, and threads."""
+"""Clips as cameras and programs write them: non-square pixels, HDR, cover images, sound, and decoding threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from seppo_fast.data.sources import open_source
 from tests.helpers.clips import frame_numbers, load, loaded, numbered_frames, set_display_matrix, write_clip
 from tests.helpers.hostile import run_config
 
-# Twelve `numbered_frames` of 64 x 64 by libx265, in an mp4, packed: the encoder itself crashes on some small pictures.
+# Twelve `numbered_frames` of 64 x 64 by libx265 in a compressed mp4: libx265 itself crashes on some small frames.
 HEVC = zlib.decompress(base64.b85decode(
     b"c-muNV30{GsVvAW&d+6FU}6B#Kx~v-U}DI?z`&7Kl$r{ppXR0{mH=r!4aW5kel$(6|G%8WS1}(bBFw~iK`^|<@WSiOIn&P1&2PO?cmOEO$-w"
     b"wPWq+H`?gdaaidSo03~K(iIVsQMU+%!Q4Jgb7RFk&#ubT^4kqA(c!PL<20tagToT!kfuoVjk*#H#h0jgT08~$BV;PHY6AYTBe&S7h4e6a@8!"
@@ -37,7 +37,7 @@ HEVC = zlib.decompress(base64.b85decode(
 
 
 def circle(width: int, height: int, aspect: Fraction) -> np.ndarray:
-    """Four frames of a disc that is round where pixels are shown `aspect` times as wide as high."""
+    """Returns four frames of a disc that is round if pixels are displayed `aspect` times as wide as high."""
     rows, columns = np.mgrid[:height, :width]
     distance = np.hypot((columns - (width - 1) / 2) * float(aspect), rows - (height - 1) / 2)
     bright = distance < 0.4 * min(width * aspect, height)
@@ -45,7 +45,7 @@ def circle(width: int, height: int, aspect: Fraction) -> np.ndarray:
 
 
 def extent(square: np.ndarray) -> tuple[int, int]:
-    """Width and height of what is bright."""
+    """Returns the width and height of the bright area."""
     bright = square[..., 1] > 125
     return int(bright.any(0).sum()), int(bright.any(1).sum())
 
@@ -72,7 +72,7 @@ def test_circles_stay_round_when_they_are_turned(tmp_path):
             path.write_bytes(content)
             turned = load(set_display_matrix(path, turn), 2, resolution=64).pixels
             expected = np.rot90(upright, quarters, axes=(1, 2)).astype(int)
-            np.testing.assert_allclose(turned, expected, atol=2)  # the filter's passes change places
+            np.testing.assert_allclose(turned, expected, atol=2)  # the filter's two passes swap their order
             wide, high = extent(turned[0])
             assert abs(wide - high) <= 2
 
@@ -83,7 +83,7 @@ def test_the_square_is_that_of_the_picture_scaled_first(width, height, aspect):
     wave = np.sin(np.arange(height)[:, None, None] / 5 + np.arange(width)[None, :, None] / 7 + np.arange(3))
     image = Image.fromarray((128 + 90 * wave).astype(np.uint8))
     shown = image.resize((round(width * aspect), height), Image.Resampling.BICUBIC)
-    inner = slice(2, -2)  # at the border a filter lacks what lies beyond
+    inner = slice(2, -2)  # at the border the filter has no neighbours
     direct, scaled = (
         square[inner, inner].astype(int) for square in (fit_square(image, 24, aspect), fit_square(shown, 24))
     )
@@ -93,7 +93,7 @@ def test_the_square_is_that_of_the_picture_scaled_first(width, height, aspect):
 def test_absurd_pixels_take_no_memory():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), dtype=np.uint8))
     wide, tall = fit_square(image, 32, Fraction(2**31)), fit_square(image, 32, Fraction(1, 2**31))
-    # of the one column, or row, in the middle
+    # all pixels come from the column, or row, in the middle
     assert (wide == wide[:, :1]).all() and wide.std(0).max() > 3
     assert (tall == tall[:1]).all() and tall.std(1).max() > 3
 
@@ -136,16 +136,16 @@ def test_check_names_hdr_clips(tmp_path, tiny, adapter, capsys):
     out = capsys.readouterr().out.splitlines()
     for kind, name in (("PQ", "hdr"), ("HLG", "another")):
         said = (
-            f"1 of 3 clips are HDR ({kind}) and are decoded as they are, so their colours are pale; convert them to SDR"
+            f"1 of 3 clips are HDR ({kind}) but decoded without conversion to SDR, so their colours are pale; convert "
         )
-        assert f"{said} to change that: {name}.mp4" in out
+        assert f"{said}them to avoid that: {name}.mp4" in out
 
 
 # streams
 
 
 def boxes(content: bytes) -> list[bytes]:
-    """Of an mp4 file, or of what is in one of its boxes."""
+    """Returns the boxes of an mp4 file, or of the content of one of its boxes."""
     found = []
     while content:
         (size,) = struct.unpack(">I", content[:4])
@@ -197,7 +197,7 @@ def test_sound_that_is_broken_costs_no_clip(tmp_path, suffix):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 def test_hevc_is_decoded_by_one_thread(tmp_path):
-    """With several, FFmpeg 7.1.0 waits for ever in some clips; and clips are decoded side by side anyway."""
+    """With several threads FFmpeg 7.1.0 hangs in some clips, and clips are decoded in parallel anyway."""
     path = tmp_path / "clip.mp4"
     path.write_bytes(HEVC)
     with open(path, "rb") as stream:

@@ -1,4 +1,4 @@
-"""Clips as users have them: which frames are taken, both folder layouts, and every kind of damage with its reason."""
+"""Data sets of clips: the frames chosen, both folder layouts, and every kind of damage with its reason."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_windows_start_anywhere_and_by_the_id_alone():
 
 
 def test_windows_stay_what_they_were():
-    # a cache's key does not hold these numbers: were they to change, old caches would hold other frames
+    # Keys do not include these numbers: if they changed, old caches would hold other frames under the same key.
     assert [choose_frames(400, 16, whole=False, key=key)[0] for key in ("a", "b", "clips/c.mp4")] == [286, 91, 141]
     assert [keyed_choice("flip", key, 2) for key in "abcdefgh"] == [0, 1, 1, 0, 1, 0, 1, 1]
 
@@ -110,7 +110,7 @@ def test_the_frames_that_were_chosen_are_decoded(tmp_path, codec, suffix):
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_fewer_frames_than_asked_for(tmp_path, codec):
     path = write_clip(tmp_path / "clip.mp4", numbered_frames(5), codec)
-    assert frame_numbers(loaded(path)) == [int(i * 4 / 15 + 0.5) for i in range(16)]  # the nearest in time
+    assert frame_numbers(loaded(path)) == [int(i * 4 / 15 + 0.5) for i in range(16)]  # the nearest frames in time
     for by_number, numbers in ((False, [0, 0, 1, 1, 1, 1]), (True, [0, 0, 0, 0, 1, 1])):
         example = Example("x", "y", file_ref(path), by_number=by_number)
         with open(path, "rb") as stream:
@@ -121,7 +121,7 @@ def test_fewer_frames_than_asked_for(tmp_path, codec):
 
 
 def test_hidden_frames_are_not_counted(tmp_path):
-    """An mp4 that begins in the middle of a group of pictures, as a cut without encoding leaves it."""
+    """An mp4 that begins within a group of pictures, as cutting without re-encoding produces."""
     whole = write_clip(tmp_path / "whole.mp4", numbered_frames(60), "libx264", gop=30)
     with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
         video = source.streams.video[0]
@@ -129,7 +129,7 @@ def test_hidden_frames_are_not_counted(tmp_path):
         for packet in source.demux(video):
             if packet.dts is None:
                 continue
-            shift = 10 * 512  # frames 0 to 9 get negative times, which an edit list hides
+            shift = 10 * 512  # frames 0 to 9 get negative times; an edit list hides them
             packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
             target.mux(packet)
     shown = frame_numbers(loaded(tmp_path / "cut.mp4", whole=True, frames=50))
@@ -169,10 +169,10 @@ def test_flip_mirrors_whole_clips_of_half_the_ids(tmp_path):
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        ((0, 1, -1, 0), lambda clip: np.rot90(clip, -1, axes=(1, 2))),  # as a phone held upright
+        ((0, 1, -1, 0), lambda clip: np.rot90(clip, -1, axes=(1, 2))),  # from a phone held upright
         ((0, -1, 1, 0), lambda clip: np.rot90(clip, 1, axes=(1, 2))),
         ((-1, 0, 0, -1), lambda clip: clip[:, ::-1, ::-1]),
-        ((-1, 0, 0, 1), lambda clip: clip[:, :, ::-1]),  # as a front camera
+        ((-1, 0, 0, 1), lambda clip: clip[:, :, ::-1]),  # from a front camera
         ((1, 0, 0, -1), lambda clip: clip[:, ::-1]),
         ((0, 1, 1, 0), lambda clip: clip.swapaxes(1, 2)),
         ((0, -1, -1, 0), lambda clip: clip[:, ::-1, ::-1].swapaxes(1, 2)),
@@ -236,9 +236,9 @@ def test_clips_that_are_none(tmp_path):
     (tmp_path / "picture.png").rename(tmp_path / "picture.mp4")
     for name, expected in {
         "empty": "zero bytes",
-        "text": "not a video (mp4, mov, m4v, webm, mkv and avi are read)",
-        "list": "not a video (mp4, mov, m4v, webm, mkv and avi are read)",
-        "picture": "not a video (mp4, mov, m4v, webm, mkv and avi are read)",
+        "text": "not a video (supported: mp4, mov, m4v, webm, mkv, avi)",
+        "list": "not a video (supported: mp4, mov, m4v, webm, mkv, avi)",
+        "picture": "not a video (supported: mp4, mov, m4v, webm, mkv, avi)",
     }.items():
         assert reason(tmp_path / f"{name}.mp4") == expected
     assert reason(write_audio(tmp_path / "audio.mp4")) == "audio only: no video stream"
@@ -294,7 +294,7 @@ def test_a_truncated_file_with_its_header_in_front(tmp_path):
 
 def test_size_that_changes_in_mid_stream(tmp_path):
     path = write_changing_clip(tmp_path / "clip.mov", numbered_frames(10), numbered_frames(10, 24, 40))
-    assert reason(path) == "changes size in mid-stream, 48 x 32 to 40 x 24 at frame 10"
+    assert reason(path) == "the frame size changes from 48 x 32 to 40 x 24 at frame 10"
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
@@ -302,7 +302,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr("seppo_fast.data.media.video_file.MAX_PIXELS", 48 * 32 - 1)
     monkeypatch.setattr(Image, "fromarray", lambda *_: pytest.fail("decoded"))
     assert reason(path).startswith("too large: 48 x 32")
-    monkeypatch.setattr("seppo_fast.data.media.video_file.MAX_PIXELS", 48 * 32 // 4)  # libavcodec refuses: no size
+    monkeypatch.setattr("seppo_fast.data.media.video_file.MAX_PIXELS", 48 * 32 // 4)  # libavcodec reports no size
     assert "megapixels" in reason(path)
 
 
@@ -310,7 +310,7 @@ def test_random_damage_is_always_a_reason(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     frames = np.stack([np.roll(pictures, 3 * i, 1) for i in range(20)])
     rng = np.random.default_rng(1)
-    # nothing in VP9 checks itself: what is damaged there shows other pictures
+    # VP9 has no checksums: damage shows as wrong pixels, not as an error
     for codec, suffix, least in (("libx264", ".mp4", 4), ("libvpx-vp9", ".webm", 0), ("mpeg4", ".avi", 4)):
         content = write_clip(tmp_path / f"clip{suffix}", frames, codec).read_bytes()
         found = 0
@@ -415,25 +415,25 @@ def test_csv_problems_are_named(tmp_path):
 
 def test_unreadable_csv(tmp_path):
     table = make_csv(tmp_path, ["a,b"], ["a.mp4"], "id,caption")
-    with pytest.raises(DataError, match="the columns are id, caption. Needed are videoid and name"):
+    with pytest.raises(DataError, match="columns found: id, caption. Required are videoid and name"):
         open_source(str(table))
     table.write_text("videoid;name\na;b\n")
-    with pytest.raises(DataError, match="the columns are videoid;name. Needed are .* separated by commas"):
+    with pytest.raises(DataError, match="columns found: videoid;name. Required are .* separated by commas"):
         open_source(str(table))
     table.write_text("")
-    with pytest.raises(DataError, match="the columns are none"):
+    with pytest.raises(DataError, match="columns found: none"):
         open_source(str(table))
     table.write_bytes("videoid,name\na,café\n".encode("latin-1"))
     with pytest.raises(DataError, match="list.csv: cannot be read as UTF-8 text"):
         open_source(str(table))
     table.write_text('videoid,name\na,"no end\nb,c\n')
-    with pytest.raises(DataError, match="list.csv: the row that begins in line 2 has a quote that nothing closes"):
+    with pytest.raises(DataError, match="list.csv: the row that begins in line 2 has an unclosed quote"):
         open_source(str(tmp_path))
     table.write_text('videoid,name\na,"an end" too soon\n')
     with pytest.raises(DataError, match="list.csv: line 2 is not csv"):
         open_source(str(tmp_path))
     table.write_text("videoid,name,name\na,b,c\n")
-    with pytest.raises(DataError, match="list.csv: the column name is there twice"):
+    with pytest.raises(DataError, match="list.csv: the column name appears twice"):
         open_source(str(tmp_path))
     (tmp_path / "other.csv").touch()
     with pytest.raises(DataError, match=r"2 csv files \(list.csv, other.csv\); give the path of the one to use"):

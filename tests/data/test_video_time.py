@@ -1,4 +1,4 @@
-"""Frames chosen by time: one motion looks the same whatever the rate of its file, even or uneven."""
+"""Frames chosen by time: a motion looks the same whatever the file's frame rate, constant or variable."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from seppo_fast.data.sources import open_source
 from tests.helpers.clips import frame_numbers, load, numbered_frames, write_clip
 
 SPEED, SIDE = 32, 96
-"""Of the dot, in pixels a second, and of its picture."""
+"""The dot's speed in pixels per second, and the side of a frame."""
 RATES = (12, 24, 25, 30, 50, 60)
 
 
 def dots(seconds: np.ndarray) -> np.ndarray:
-    """A round dot on its way to the right, at these seconds; uint8 (F, 96, 96, 3)."""
+    """Returns frames of a round dot that moves to the right, at these seconds; uint8 (F, 96, 96, 3)."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     distances = np.hypot(columns - (8 + SPEED * seconds[:, None, None]), rows - SIDE / 2)
     return (16 + 220 * np.clip(7 - distances, 0, 1)[..., None].repeat(3, axis=3)).astype(np.uint8)
 
 
 def seconds_of(pixels: np.ndarray) -> np.ndarray:
-    """At which second each picture of the dot was made, by its centre of brightness."""
+    """Returns the second of each frame of the dot, from its centre of brightness."""
     light = np.clip(pixels[..., 1].astype(float) - 60, 0, None).sum(1)
     return ((light * np.arange(SIDE)).sum(1) / light.sum(1) - 8) / SPEED
 
 
 def uneven_ticks(count: int, seed: int = 0) -> np.ndarray:
-    """So many times in 1/60 s, one to four of them apart, as where frames were dropped."""
+    """Returns `count` times in units of 1/60 s, one to four units apart, as if frames were dropped."""
     return np.cumsum([0, *np.random.default_rng(seed).integers(1, 5, count - 1)])
 
 
 def test_one_motion_is_as_fast_at_every_rate(tmp_path):
-    """Measured in the pictures: by frame numbers, at 60 frames a second it would be a fifth as fast as at 12."""
+    """Measured in the pixels; if chosen by number, it would be a fifth as fast at 60 frames per second as at 12."""
     ticks = {rate: np.arange(round(2.4 * rate)) for rate in RATES}
     ticks["uneven"] = uneven_ticks(57)
     windows, lapses = {}, {}
@@ -62,7 +62,7 @@ CONTAINERS = [("libx264", ".mp4"), ("libx264", ".mkv"), ("mpeg4", ".avi"), ("lib
 @pytest.mark.parametrize(("codec", "suffix"), CONTAINERS)
 @pytest.mark.parametrize("rate", [12, 30, 60])
 def test_every_container_tells_its_times(tmp_path, codec, suffix, rate):
-    """Frames between others (H.264 reorders them, and AVI does not say when they are shown) are found too."""
+    """Includes frames that H.264 reorders, and AVI, which does not store display times."""
     count = round(2.6 * rate)
     path = write_clip(tmp_path / f"clip{suffix}", numbered_frames(count), codec, rate)
     starts = set()
@@ -84,7 +84,7 @@ def test_uneven_rates_count_by_time(tmp_path, suffix):
         np.testing.assert_allclose(taken, taken[0] + np.arange(16) * 4 / 30, atol=2 / 60 + 0.002)
     taken = ticks[frame_numbers(load(path, time_lapse=True).pixels)] / 60
     np.testing.assert_allclose(taken, np.linspace(0, ticks[-1] / 60, 16), atol=2 / 60 + 0.002)
-    # between two frames a second apart each is taken for its half
+    # between two frames one second apart, each is chosen for its half of the gap
     held = [*range(30), *range(90, 120)]
     path = write_clip(tmp_path / f"held{suffix}", numbered_frames(60), "libx264", 60, times=held)
     clip = load(path, 18, time_lapse=True)
@@ -118,7 +118,7 @@ def test_short_clips_are_counted_by_time(tmp_path):
             numbers = [nearest(range(length), Fraction((length - 1) * place, 3)) for place in range(4)]
             assert frame_numbers(clip.pixels) == numbers
         assert load(path, 4, time_lapse=True).remarks == (remarks if remarks == ("repeating",) else ())
-    slow = write_clip(tmp_path / "slow.mp4", numbered_frames(20), rate=5)  # fewer frames a second than are taken
+    slow = write_clip(tmp_path / "slow.mp4", numbered_frames(20), rate=5)  # fewer frames per second than are chosen
     clip = load(slow, 4)
     assert (len(set(frame_numbers(clip.pixels))), clip.remarks) == (3, ("repeating",))
 
@@ -127,7 +127,7 @@ def test_short_clips_are_counted_by_time(tmp_path):
 
 
 def nearest(times: object, wanted: Fraction) -> int:
-    """By looking at all of them: the last of those as near as any."""
+    """Returns the last of the nearest times, by exhaustive search."""
     distances = [abs(time - wanted) for time in times]
     return len(distances) - 1 - distances[::-1].index(min(distances))
 
@@ -178,7 +178,7 @@ def test_windows_start_anywhere_they_fit():
     assert max(starts) == 9
 
 
-# files that say little, or something wrong
+# files with missing or wrong metadata
 
 
 def test_three_frames(tmp_path):
@@ -191,7 +191,7 @@ def test_three_frames(tmp_path):
 def test_without_a_duration(tmp_path):
     plain = write_clip(tmp_path / "plain.mkv", numbered_frames(100), "libx264", 30)
     live = write_clip(tmp_path / "live.mkv", numbered_frames(100), "libx264", 30, options={"live": "1"})
-    duration = b"\x44\x89\x88"  # the element's name and length
+    duration = b"\x44\x89\x88"  # the element's id and length
     assert (duration in plain.read_bytes(), duration in live.read_bytes()) == (True, False)
     for whole in (False, True):
         np.testing.assert_array_equal(load(live, time_lapse=whole).pixels, load(plain, time_lapse=whole).pixels)
@@ -210,6 +210,6 @@ def test_a_wrong_number_of_frames_in_the_header(tmp_path):
 
 
 def test_times_that_do_not_tell_frames_apart(tmp_path):
-    """An H.264 stream whose container has nothing but decoding times: the decoder's order holds."""
+    """An H.264 stream whose container stores decoding times only: the decoder's order is used."""
     path = write_clip(tmp_path / "clip.avi", numbered_frames(60), "libx264", 30)
     assert frame_numbers(load(path, 60, time_lapse=True).pixels) == list(range(60))

@@ -20,7 +20,7 @@ SD15 = {
 
 
 def alphas_cumprod():
-    """float64, from the definition."""
+    """Returns SD-1.5's alphas_cumprod in float64, from their definition."""
     return np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
@@ -69,7 +69,7 @@ def test_other_prediction_types_are_refused():
 
 
 def test_ddim_against_its_equation_in_float64():
-    """DDIM eq. 12 with eta 0 on a linear model; leading spacing with offset 1, as SD-1.5."""
+    """Compares with DDIM eq. 12 at eta 0 on a linear model; leading spacing with offset 1, as in SD-1.5."""
     steps, x = 7, torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     config = SamplerConfig(name="ddim", steps=steps, guidance=1.0)
     got = sampler_of(SD15, config)(
@@ -88,7 +88,7 @@ def test_ddim_against_its_equation_in_float64():
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_samples_equal_the_pipelines(tiny, name, guidance):
     pipe = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
-    pipe.unet.to(memory_format=torch.channels_last)  # as ours: a convolution's order of summation depends on it
+    pipe.unet.to(memory_format=torch.channels_last)  # like ours: a convolution's order of summation depends on it
     family = StableDiffusion.load(str(tiny), CPU)
     prompts = ["a fox", "two foxes on a hill"]
     noise = keyed_noise(0, "sample", [(0, 1), (0, 2)], (4, 8, 8))
@@ -123,7 +123,7 @@ def test_guidance_one_never_reads_the_empty_prompt():
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
 def test_no_step_waits_for_the_device(solver):
-    """A meta tensor has no values: whatever asks for one, as a host sync does, fails."""
+    """Samples meta tensors, which have no values: whatever reads one, as a host sync does, fails."""
     config = SamplerConfig(name=solver, steps=7, guidance=3.0)
     sampler = sampler_of(SD15, config)
     with pytest.raises(RuntimeError):

@@ -14,7 +14,7 @@ from seppo_fast.utils.errors import ConfigError
 from tests.helpers.launch import launch
 from tests.helpers.runs import log_of, tiny_config
 
-# Runs the real trainer and writes down this rank's pairs: by sample id, what data and reference made of them.
+# Runs the real trainer and records this rank's pairs by sample id: timestep, noise, loser and reference errors.
 RECORDER = """
 import json, sys
 from seppo_fast.config.overrides import configure
@@ -73,7 +73,7 @@ def test_two_processes_train_as_one(tiny, tmp_path, model, errors):
         assert set(both) == set(pairs)
         for sample, (timestep, noise, loser, errors_of_reference) in pairs.items():
             assert both[sample][:2] == [timestep, noise]
-            # Exactly the same in the first update; later ones sample from weights that differ by rounding.
+            # The first iteration samples from equal weights; later ones sample from weights that differ by rounding.
             tolerance = 1e-4 if update < 2 else 5e-2
             np.testing.assert_allclose(both[sample][2], loser, rtol=tolerance, atol=tolerance)
             np.testing.assert_allclose(both[sample][3], errors_of_reference, rtol=tolerance, atol=tolerance)
@@ -87,7 +87,8 @@ def test_two_processes_train_as_one(tiny, tmp_path, model, errors):
     start = saved_weights(Path(tiny))
     moved = torch.cat([(value - start.get(name, 0)).flatten() for name, value in one.items()])
     apart = torch.cat([(two[name] - value).flatten() for name, value in one.items()])
-    # Adam's step is the sign of a gradient that may be rounding, so single weights differ; the update as a whole not.
+    # Adam's first step is the sign of a gradient that may be mere rounding, so single weights may differ, but not the
+    # update as a whole.
     assert apart.norm() < 0.05 * moved.norm()
 
 
@@ -101,7 +102,7 @@ def saved_weights(folder):
 
 def test_too_few_pairs_for_the_processes_are_refused(tiny, tmp_path):
     cpu = torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"samples an update \(6\).*processes \(8\)"):
+    with pytest.raises(ConfigError, match=r"samples per update \(6\).*processes \(8\)"):
         preflight(tiny_config(tiny, tmp_path), cpu, 8)
-    with pytest.raises(ConfigError, match=r"samples an update \(5\).*processes \(8\)"):
+    with pytest.raises(ConfigError, match=r"samples per update \(5\).*processes \(8\)"):
         preflight(tiny_config(tiny, tmp_path, train={"pairs_per_update": 10}, reference={"uses": 2}), cpu, 8)

@@ -1,10 +1,11 @@
-"""One, two and four processes over gloo: the same data and noise, the same training; a dead one ends all.
+"""One, two and four processes over gloo get the same data and noise and train alike; if one dies, all end.
 
-In float32: losses and norms within 1e-5 of themselves, weights within 0.1 % of the way that they went. Sums in another
-order differ by some 1e-7, and Adam's first steps are the sign of a gradient that may itself be rounding.
+Tolerances in float32: losses and norms 1e-5 relative, weights 0.1 % of the distance that training moved them. Sums in
+another order differ by some 1e-7, and Adam's first steps are the sign of a gradient that may itself be rounding.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from tests.helpers.same_run import assert_same_run
 
 @pytest.fixture(scope="module")
 def straight(ranks, tiny, tmp_path_factory):
-    """Runs of one process in four micro-batches, two in two, four in one; the configuration, and folders by world."""
+    """The same run by one process in four micro-batches, by two processes in two, and by four in one."""
     folder = tmp_path_factory.mktemp("straight")
     config = tiny_config(
         tiny, folder, save={"minutes": 0, "keep": 9},
@@ -53,7 +54,7 @@ def test_a_run_goes_on_with_half_the_processes_and_again(ranks, straight, start,
         in_folder(straight.config, tmp_path / "run"), in_folder(straight.config, straight.runs[1]), start
     )
     rates = [entry["learning_rate"] for entry in log_of(in_folder(straight.config, tmp_path / "run"))]
-    assert rates == [1e-3 * update / 4 for update in (1, 2, 3)]  # whatever the processes and the updates in all
+    assert rates == [1e-3 * update / 4 for update in (1, 2, 3)]  # whatever the number of processes and `train.updates`
 
 
 @pytest.mark.parametrize(
@@ -67,25 +68,25 @@ def test_a_dead_process_ends_all_and_the_same_command_goes_on(ranks, straight, t
     for number, end in enumerate(ends):
         if number != rank:
             assert end.code == 7, end.out
-            assert "another process of this run is gone" in end.out and "the same command goes on" in end.out
+            assert "another process of this run is gone" in end.out and "the same command" in end.out
             assert "Traceback" not in end.out
     assert ends[rank].code == (-9 if fault.endswith("kill") else 70)
     newest = saved_states(tmp_path / "run")[0]
     assert newest in (state_folder(tmp_path / "run", left), state_folder(tmp_path / "run", left - 1))
     ends = ranks.run(world, *command)
     assert [end.code for end in ends] == [0] * world, ends[0].out
-    assert f"going on after update {int(newest.name[-6:])} of 3" in ends[0].out
+    assert f"resuming after update {int(newest.name[-6:])} of 3" in ends[0].out
     assert_same_run(in_folder(straight.config, tmp_path / "run"), in_folder(straight.config, straight.runs[world]))
 
 
 def test_less_memory_in_one_process_leaves_all_in_step(ranks, straight, tmp_path):
-    """Windows follow the sampling batch, and a process that rolls out alone would wait for the others forever."""
+    """Rollout windows depend on the sampling batch; if one process had other windows, it would wait forever."""
     sizes = ("--train.updates", 8, "--train.updates_per_iteration", 8, "--sampler.batch", 2)
     ends = ranks.run(
         2, "train", straight.file, "--output", tmp_path / "run", *sizes, faults={1: "sampling@1=memory"}, seconds=60
     )
     assert [end.code for end in ends] == [0, 0], ends[0].out
-    assert "process 1: out of memory with 2 samples; going on with sampler.batch = 1" in ends[1].out
+    assert re.search(r"process 1: out of memory with 2 samples; .* sampler\.batch = 1\b", ends[1].out)
     config = parse_config(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert config.sampler.batch == 2 and len(log_of(in_folder(straight.config, tmp_path / "run"))) == 8
     saved = json.loads((saved_states(tmp_path / "run")[0] / "numbers.json").read_text())

@@ -1,4 +1,4 @@
-"""Two processes of one machine with one pool between them, joined by a pipe."""
+"""Two processes of one machine that share one pool of past policies and communicate through a pipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gatherer(rank, pipe):
 
 
 def in_two(work, *arguments):
-    """What `work(rank, node, *arguments)` gives in two processes at once, by rank."""
+    """Returns, by rank, the results of `work(rank, node, *arguments)` in two processes that run at the same time."""
 
     def run(rank, pipe, result):
         torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def in_two(work, *arguments):
 
 
 def segments():
-    """Inodes of the nameless memory that this process maps."""
+    """Returns the inodes of the shared memory segments that this process maps."""
     with open("/proc/self/maps") as maps:
         return sorted({line.split()[4] for line in maps if "memfd:seppo-references" in line})
 
@@ -74,7 +74,7 @@ def share(rank, node, folder):
     pool = ReferencePool(0, keep=4, budget=Budget(host=2 * SIZE, disk=2 * SIZE), folder=folder, node=node)
     values = {}
     for number in range(9):
-        pool.add(weight_of(number + 100.0 * rank))  # the owner's are what is kept
+        pool.add(weight_of(number + 100.0 * rank))  # the owner's weights are kept
     layer = weight_of(-1.0)
     for number in pool.tiers:
         with pool.resident(layer, number):
@@ -97,7 +97,7 @@ def refuse_disk(rank, node, folder):
         def full(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        tiers.write_checkpoint = full  # in this process alone
+        tiers.write_checkpoint = full  # in this process only
     pool = ReferencePool(0, budget=Budget(host=SIZE, disk=SIZE), folder=folder, node=node)
     pool.add(weight_of(1.0))
     with pytest.raises(PoolFullError, match="no space left"):
@@ -132,7 +132,7 @@ def test_memory_that_one_does_not_get_sends_both_down_a_tier(tmp_path, refused):
 def survive(rank, pipes, result, folder, killed):
     torch.set_num_threads(1)
     pipe = pipes[rank]
-    pipes[1 - rank].close()  # inherited: the end of the other one must be its alone
+    pipes[1 - rank].close()  # inherited by fork; each end must be open in one process only
     pool = ReferencePool(0, budget=Budget(host=SIZE), folder=folder, node=Node(gatherer(rank, pipe), rank))
     pool.add(weight_of(7.0))
     if rank == killed:

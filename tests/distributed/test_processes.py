@@ -1,4 +1,4 @@
-"""Processes of a run: alone, and how a lost one is told from other errors."""
+"""Processes of a run: a single one, and how the loss of a process is distinguished from other errors."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_what_says_that_a_process_is_lost(error):
         torch.distributed.DistBackendError("NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         MemoryError(),
-        ConnectionResetError(104, "Connection reset by peer"),  # of a download, say
+        ConnectionResetError(104, "Connection reset by peer"),  # from a download, for example
     ],
 )
 def test_what_does_not(error):

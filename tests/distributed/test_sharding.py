@@ -1,6 +1,6 @@
-"""FSDP2 over gloo: what one process trains, what copies train, from shards; and what it refuses.
+"""FSDP2 over gloo: shards train like copies and like one process; and what is refused with FSDP.
 
-The tolerance is that of `test_four_processes`.
+Tolerances are those of `test_four_processes`.
 """
 
 import json
@@ -24,13 +24,13 @@ from tests.helpers.runs import log_of, tiny_config
 from tests.helpers.same_run import assert_same_run
 from tests.helpers.tiny import tiny_unet
 
-# Name: processes, sharded.
+# Name: (number of processes, sharded).
 RUNS = {"one": (1, False), "copies": (2, False), "shards": (2, True), "alone": (1, True)}
 
 
 @pytest.fixture(scope="module")
 def folder(ranks, tiny, tmp_path_factory):
-    """The same run by one process, by two, sharded over two and sharded over one."""
+    """The same run by one process, by two as copies, sharded over two, and sharded over one."""
     folder = tmp_path_factory.mktemp("sharding")
     config = settings(tiny, folder)
     (folder / "run.yaml").write_text(to_yaml(config))
@@ -78,7 +78,7 @@ def test_weights_of_shards_are_whole_and_load(folder):
 
 
 def test_a_run_goes_on_with_shards_with_copies_and_alone(ranks, tiny, folder, start, tmp_path):  # noqa: F811
-    """Of `spin` each reference is the policy itself here, so the two errors are one, however the weights lie."""
+    """With `spin`, each reference here is the current policy, so both errors must be equal, sharded or not."""
     flags = ("--objective", "spin", "--train.updates_per_iteration", 1, "--log.sample_every", 0)
     command = ("train", folder / "run.yaml", *flags, "--output")
     for updates, (world, fsdp) in enumerate([(2, True), (1, False), (2, True), (2, False)], start=1):
@@ -99,7 +99,7 @@ def test_a_dead_process_of_a_sharded_run_ends_all_and_it_goes_on_bit_for_bit(ran
     assert "another process of this run is gone" in ends[0].out
     ends = ranks.run(2, *command, fsdp=True)
     assert [end.code for end in ends] == [0, 0], ends[0].out
-    assert "going on after update " in ends[0].out
+    assert "resuming after update " in ends[0].out
     config = settings(tiny, folder)
     assert_same_run(in_folder(config, tmp_path / "run"), in_folder(config, folder / "shards"))
 
@@ -145,7 +145,7 @@ def test_the_launcher_asks_for_it(tiny, folder, tmp_path):
 def test_a_lora_is_refused_by_the_command_line(ranks, folder, tmp_path):
     ends = ranks.run(1, "train", folder / "run.yaml", "--output", tmp_path / "run", "--model.train", "lora", fsdp=True)
     assert ends[0].code == 2
-    assert "model.train = lora does not go with FSDP" in ends[0].out and "leave out --use_fsdp" in ends[0].out
+    assert "model.train = lora is not supported with FSDP" in ends[0].out and "leave out --use_fsdp" in ends[0].out
 
 
 @pytest.mark.parametrize(
@@ -201,4 +201,4 @@ def test_flags_of_the_launcher_that_are_not_followed_are_refused(monkeypatch, va
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         sharding_plugin()
-    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "False"  # else processes but the first have no text encoder
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "False"  # else only the first process has a text encoder

@@ -1,4 +1,4 @@
-"""Paired intervals, judged pictures, grids."""
+"""Paired confidence intervals, judged pictures and grids of pictures."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_an_item_without_a_score_is_left_out_and_said_and_never_a_zero(none):
     assert dataclasses.replace(result, left_out=0) == paired_difference([0.2, 0.4, 0.9], [0.3, 0.8, 0.7])
     assert (result.items, result.left_out) == (3, 2)
     assert str(result).endswith("(95 %, 3 pairs, 2 without a score left out)")
-    with pytest.raises(ValueError, match="1 of 3 items have a score of both"):
+    with pytest.raises(ValueError, match="1 of 3 items have a score from both models"):
         paired_difference([0.2, none, 0.4], [0.3, 0.5, none])
 
 
@@ -115,7 +115,7 @@ def test_clips_are_animated_side_by_side(tmp_path):
             wanted = side_by_side(["first", "second"], {name: clip[:, frame] for name, clip in clips.items()}, cell=16)
             shown = np.asarray(film.convert("RGB")).astype(int)
             assert film.size == wanted.size and film.info["duration"] == 70
-            assert np.abs(shown - np.asarray(wanted).astype(int)).mean() < 8  # the format loses a little
+            assert np.abs(shown - np.asarray(wanted).astype(int)).mean() < 8  # WebP is lossy
 
 
 def test_a_picture_of_clips_shows_their_frames_in_order():

@@ -1,4 +1,4 @@
-"""The embedded judges as a scorer."""
+"""The scorer made of the embedded worlds' judges."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The demo leaves its scores where the model card finds them; a picture without a score is no 0 in them."""
+"""The demo writes its scores where the model card finds them; a picture without a score does not count as 0."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,10 @@
-"""What short runs compute, kept: logs, digests of weights and pictures, and states to go on from.
+"""Records what short runs compute: logs, digests of weights and pictures, and states to resume from.
 
     python -m tests.golden.record        # writes record.json and states/ beside this file
 
-Written by the commit whose values later ones must keep; `tests/runs/test_golden.py` compares. Values are the same bits
-where torch, the CPU and what its kernels are made for are those of the record (`environment`); elsewhere only close.
+The record is written by the commit whose values later commits must reproduce; `tests/runs/test_golden.py` compares.
+Values are equal bit for bit if torch, the CPU and its instruction set are those of the record (`environment`);
+elsewhere they are only close.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.tiny import tiny_adapter, tiny_pipeline
 
 HERE = Path(__file__).parent
-UPDATES, KEPT = 4, 2  # of a run; after which a state of it is kept
+UPDATES, KEPT = 4, 2  # updates of a run; the state after this many is kept
 TWO = "two processes"
-STATES = ("full", "clips", "bounded", "average", "sft")  # runs of which a state is kept: the others' are alike
+STATES = ("full", "clips", "bounded", "average", "sft")  # runs whose state is kept; the others' states are similar
 
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -57,7 +58,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def environment() -> dict[str, Any]:
-    """What decides the bits of a run on a CPU."""
+    """Returns what decides the bits of a run on a CPU."""
     models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "torch": torch.__version__,
@@ -68,7 +69,7 @@ def environment() -> dict[str, Any]:
 
 
 def make_inputs(folder: Path) -> None:
-    """A pipeline, a motion adapter and labelled pairs, which runs in `folder` find by their relative names."""
+    """Writes a pipeline, a motion adapter and labelled pairs, which runs in `folder` find by relative paths."""
     tiny_pipeline(folder / "pipeline", channels=(8, 16))
     tiny_adapter(folder / "adapter", block_out_channels=(8, 16))
     draw = np.random.default_rng(0)
@@ -87,7 +88,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def config_of(name: str) -> Config:
-    """The configuration of a run, every path of it relative."""
+    """Returns the configuration of a run, with relative paths only."""
     tree: dict[str, Any] = {
         "output": f"runs/{name}",
         "model": {"path": "pipeline", "train": "lora", "lora_rank": 2, "precision": "fp32"},
@@ -106,12 +107,12 @@ def config_of(name: str) -> Config:
 
 
 def run(name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Trains a run in `folder`, or goes on with it, and returns what it computed.
+    """Trains or resumes a run in `folder` and returns what it computed.
 
     Args:
-        name: of `RUNS`.
-        folder: with the inputs; the working folder meanwhile.
-        ranks: starts the run of several processes.
+        name: key of `RUNS`.
+        folder: folder with the inputs; the working folder during the run.
+        ranks: starts the run that has several processes.
     """
     before = Path.cwd()
     os.chdir(folder)
@@ -131,7 +132,7 @@ def run(name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def computed(place: Path) -> dict[str, Any]:
-    """Log, tensors and pictures of a finished run: digests of their bits, and numbers to compare elsewhere."""
+    """Returns a finished run's log and, of its tensors and pictures, digests and numbers to compare elsewhere."""
     log = [{key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in logged(place)]
     newest = saved_states(place)[0]
     files = sorted(file for folder in (place / "weights", newest) for file in folder.rglob("*.safetensors"))
@@ -144,17 +145,17 @@ def computed(place: Path) -> dict[str, Any]:
 
 
 def keep(name: str, folder: Path) -> None:
-    """Copies the state of a run after `KEPT` updates beside this file."""
+    """Copies a run's state after `KEPT` updates into states/ beside this file."""
     shutil.copytree(state_folder(folder / config_of(name).output, KEPT), HERE / "states" / name)
 
 
 def put_back(name: str, folder: Path) -> None:
-    """Makes of a kept state a run in `folder` that can go on."""
+    """Copies a kept state into `folder` as a run that can be resumed."""
     shutil.copytree(HERE / "states" / name, state_folder(folder / config_of(name).output, KEPT))
 
 
 def _redraw(file: Path, draw: np.random.Generator) -> None:
-    """Gives what is random in a file of weights values of NumPy's, which are the same on every processor."""
+    """Replaces the random tensors in a weight file by values from NumPy, which are the same on every processor."""
     tensors = load_file(file)
     for name, tensor in sorted(tensors.items()):
         if tensor.is_floating_point() and tensor.unique().numel() > 1:
@@ -169,7 +170,8 @@ def _tensors(file: Path) -> dict[str, Any]:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    floats = [tensor.double() for tensor in tensors.values() if tensor.is_floating_point()]  # not a policy's bytes
+    # Past policies, which are stored as bytes, are skipped.
+    floats = [tensor.double() for tensor in tensors.values() if tensor.is_floating_point()]
     squares = sum(float(tensor.square().sum()) for tensor in floats)
     return {"sha256": digest.hexdigest(), "norm": squares**0.5}
 
@@ -184,7 +186,7 @@ def _lines(file: str) -> list[str]:
 
 
 def main() -> None:
-    """Writes the record anew."""
+    """Writes a new record."""
     shutil.rmtree(HERE / "states", ignore_errors=True)
     with tempfile.TemporaryDirectory() as temporary, Ranks(Path(temporary)) as ranks:
         folder = Path(temporary)

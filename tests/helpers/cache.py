@@ -1,4 +1,4 @@
-"""A cache of an encoder whose every row can be told."""
+"""Data caches by a fake encoder whose rows are easy to predict."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESOLUTION = 16
 
 
 class FakeEncoder:
-    """Latents (4, 4, 4) and embeddings (5, 3), each a function of its own image or prompt alone."""
+    """Returns latents (4, 4, 4) and embeddings (5, 3), each a function of its own image or prompt only."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, name: str = "fake") -> None:
         self.dtype = dtype
@@ -72,7 +72,7 @@ def quiet(_: str) -> None:
 
 
 def heard(report: Callable[[str], object], call: Callable[[], LatentCache]) -> LatentCache:
-    """What a call gives; each line that it prints goes to `report`, also where it raises."""
+    """Returns the result of a call, and passes each line that it prints to `report`, even if it raises."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

@@ -1,4 +1,4 @@
-"""Calls of bare UNets, as a family makes them."""
+"""Calls bare UNets as a model family would."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.models.family import Family
 
 denoise_unet: Any = partial(StableDiffusion.denoise, None)
-"""`Family.denoise` of a UNet for pictures; it needs no loaded pipeline."""
+"""`Family.denoise` for a UNet on pictures, without a loaded pipeline."""
 
 
 def embeds(tensor: Tensor) -> Conditioning:
-    """Text embeddings `(B, L, D)` as a model is given them."""
+    """Wraps text embeddings `(B, L, D)` as the conditioning that a model gets."""
     return Conditioning({PROMPT_EMBEDS: tensor})
 
 
 def inputs_of(latent: Sequence[int], prompt: Sequence[int]) -> Callable[[int], tuple[Tensor, Tensor, Conditioning]]:
-    """As `Family.example_inputs`, of these shapes."""
+    """Returns a function like `Family.example_inputs`, for these shapes."""
 
     def inputs(rows: int) -> tuple[Tensor, Tensor, Conditioning]:
         return torch.zeros(rows, *latent), torch.zeros(rows, dtype=torch.int64), embeds(torch.zeros(rows, *prompt))
@@ -35,17 +35,17 @@ def inputs_of(latent: Sequence[int], prompt: Sequence[int]) -> Callable[[int], t
 
 
 def call_of(latent: Sequence[int], prompt: Sequence[int]) -> Callable[[nn.Module, int], Tensor]:
-    """Runs a UNet on any number of rows of these shapes."""
+    """Returns a function that runs a UNet on any number of rows of these shapes."""
     inputs = inputs_of(latent, prompt)
     return lambda model, rows: denoise_unet(model, *inputs(rows))
 
 
 def sampler_of(scheduler_config: Mapping[str, Any], config: SamplerConfig) -> Sampler:
-    """A sampler by diffusers' solvers, of the settings of a scheduler."""
+    """Returns a sampler that uses diffusers' solvers with the settings of a scheduler."""
     DiffusionSolver(scheduler_config, config)
     return Sampler(config, lambda shape: DiffusionSolver(scheduler_config, config))
 
 
 def encoded(family: Family, prompts: Sequence[str]) -> Conditioning:
-    """The conditioning of prompts, one row each."""
+    """Returns the conditioning of prompts, one row per prompt."""
     return family.collate(family.encode_prompts(list(prompts)))

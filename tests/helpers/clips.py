@@ -1,4 +1,4 @@
-"""Real video files for tests, written by PyAV; a frame's greys tell its number."""
+"""Writes real video files with PyAV for tests; the grey levels of each frame encode its number."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _FINE = {
 
 
 def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """uint8 (count, height, width, 3): the greys of the upper and the lower half are a frame number's two digits."""
-    assert count <= BASE**2, "more frames than two digits tell apart"
+    """Returns uint8 (count, height, width, 3): the greys of upper and lower half are a frame number's two digits."""
+    assert count <= BASE**2, "more frames than two digits can encode"
     digits = np.stack(np.divmod(np.arange(count), BASE), axis=1)
     levels = (FIRST_LEVEL + LEVEL_STEP * digits).astype(np.uint8)
     rows = np.arange(height) * 2 // height
@@ -33,12 +33,12 @@ def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray
 
 
 def frame_numbers(pixels: np.ndarray) -> list[int]:
-    """The numbers of decoded `numbered_frames`, (F, H, W, 3); fails where a grey is no digit's."""
+    """Returns the frame numbers of decoded `numbered_frames`, (F, H, W, 3); fails if a grey encodes no digit."""
     quarter = pixels.shape[1] // 4
     halves = np.stack([pixels[:, :quarter], pixels[:, -quarter:]], axis=1).astype(float)
     places = (halves.mean((2, 3, 4)) - FIRST_LEVEL) / LEVEL_STEP
     digits = np.round(places).astype(int)
-    assert np.abs(places - digits).max() < 0.3, f"these are no digits: {places}"
+    assert np.abs(places - digits).max() < 0.3, f"these are not digits: {places}"
     return [int(high) * BASE + int(low) for high, low in digits]
 
 
@@ -58,17 +58,17 @@ def write_clip(
     """Encodes uint8 frames (F, H, W, 3) into a file whose container follows its suffix.
 
     Args:
-        path: Where to; its folder is made.
-        frames: The pictures; with none of them and audio, mkv and avi hold a video stream without a frame.
-        codec: An encoder of the PyAV wheel, such as mpeg4, libx264, libvpx-vp9, mjpeg.
-        rate: Frames a second.
-        audio: Whether a second of silence goes along.
-        gop: Frames from one key frame to the next.
+        path: The file to write; its folder is created.
+        frames: The pictures; without any, but with audio, mkv and avi files have a video stream without frames.
+        codec: An encoder in the PyAV wheel, such as mpeg4, libx264, libvpx-vp9, mjpeg.
+        rate: Frames per second.
+        audio: Whether to add a second of silence.
+        gop: Number of frames from one key frame to the next.
         begin: Time of the first frame, in frames.
-        times: When each frame is shown, in frames; one after the other where it is not given.
-        aspect: Width of a pixel to its height.
-        transfer: The transfer characteristic's number, as H.273 has it.
-        options: Of the container.
+        times: Time of each frame, in frames; None: consecutive.
+        aspect: Ratio of a pixel's width to its height.
+        transfer: Number of the transfer characteristic, as in H.273.
+        options: Options of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options or {}) as container:
@@ -94,7 +94,7 @@ def write_clip(
 
 
 def write_audio(path: Path) -> Path:
-    """A second of silence and no video stream."""
+    """Writes a file with a second of silence and no video stream."""
     with av.open(str(path), "w") as container:
         _mux_silence(container, container.add_stream("aac", rate=8000))
     return path
@@ -109,7 +109,7 @@ def _mux_silence(container: av.container.OutputContainer, stream: av.audio.Audio
 
 
 def write_changing_clip(path: Path, first: np.ndarray, second: np.ndarray) -> Path:
-    """One stream of JPEG pictures that changes its size where `second` begins."""
+    """Writes one stream of JPEG pictures whose size changes where `second` begins."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=24)
         stream.height, stream.width = first.shape[1:3]
@@ -129,10 +129,10 @@ def write_changing_clip(path: Path, first: np.ndarray, second: np.ndarray) -> Pa
 
 
 def set_display_matrix(path: Path, turn: tuple[int, int, int, int]) -> Path:
-    """Sets an mp4 file's display matrix: (a, b, c, d), by which (x, y) goes to (a x + c y, b x + d y), y down."""
+    """Sets an mp4 file's display matrix (a, b, c, d), which maps (x, y) to (a x + c y, b x + d y), with y down."""
     content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 44  # behind the box's name: version, times, id, duration, layer, volume
-    assert content[matrix : matrix + 4] == struct.pack(">i", 1 << 16), "not where the matrix begins"
+    matrix = content.index(b"tkhd") + 44  # after the box's name: version, times, id, duration, layer, volume
+    assert content[matrix : matrix + 4] == struct.pack(">i", 1 << 16), "the matrix does not begin here"
     a, b, c, d = (value << 16 for value in turn)
     content[matrix : matrix + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)

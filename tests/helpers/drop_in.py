@@ -1,4 +1,4 @@
-"""The block that every Diffusion-DPO trainer has, before and after; the README's diff shows these lines."""
+"""The loss block of Diffusion-DPO trainers, before and after the drop-in; the documented diff shows these lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files made to do harm, and the command line's answer to them, for tests."""
+"""Malicious files for tests, and the command line's error messages about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Payload:
-    """Unpickled, it writes a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -27,14 +27,14 @@ class Payload:
 
 
 def payloads(marker: Path) -> list[bytes]:
-    """As pickle writes it, and as torch does."""
+    """Returns the payload as pickle writes it and as torch writes it."""
     file = marker.with_name("payload")
     torch.save({"weight": Payload(marker)}, file)
     return [pickle.dumps(Payload(marker), protocol=2), file.read_bytes()]
 
 
 def run_config(folder: Path, pipeline: Path, **sections: Any) -> Path:
-    """A configuration file for a run of one update."""
+    """Writes a configuration file for a run of one update and returns its path."""
     small = {"train": {"updates": 1, "pairs_per_update": 2, "micro_batch": 2}, "sampler": {"steps": 1, "batch": 2}}
     file = folder / "run.yaml"
     file.write_text(to_yaml(tiny_config(pipeline, folder, **small | sections)))
@@ -42,10 +42,10 @@ def run_config(folder: Path, pipeline: Path, **sections: Any) -> Path:
 
 
 def ends(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
-    """What `seppo-fast WORDS` says as it ends with this code."""
+    """Runs `seppo-fast WORDS`, asserts its exit code, and returns its error message."""
     assert main([str(word) for word in words]) == code
     said = capsys.readouterr().err
-    said = said[said.rindex("seppo-fast: ") :]  # after the bars of those who load weights
+    said = said[said.rindex("seppo-fast: ") :]  # after the progress bars of libraries that load weights
     assert "Traceback" not in said
     assert len(said) < 5000
     return said

@@ -1,4 +1,4 @@
-"""Several processes over gloo, under `accelerate launch`."""
+"""Starts several processes over gloo with `accelerate launch`."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 def launch(
     processes: int, *command: object, folder: Path, seconds: float = 300, fsdp: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script with its arguments; raises subprocess.TimeoutExpired where it takes longer than `seconds`."""
+    """Runs a script with its arguments; raises subprocess.TimeoutExpired if it takes longer than `seconds`."""
     if fsdp:
         several = ["--use_fsdp", "--fsdp_version", "2"]
     else:
@@ -23,7 +23,7 @@ def launch(
     words = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1",
         "--num_processes", processes, "--main_process_port", port, "--mixed_precision", "no",
-        # accelerate has no flag for several processes on a CPU without MPI: this one means torchrun.
+        # accelerate has no flag for several processes on a CPU without MPI; --multi_gpu makes it use torchrun.
         "--dynamo_backend", "no", *several, *command,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -1,4 +1,4 @@
-"""Pictures in files, and the files of data sets around them."""
+"""Writes picture files and the other files of data sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoded(picture: np.ndarray | Image.Image, kind: str = "PNG", **options: obj
 def pickapic(
     path: Path, labels: list[tuple[float | None, float | None]], captions: list[str | None], **options: int
 ) -> None:
-    """A parquet file in the Pick-a-Pic v2 schema; images of row i are jpeg(pixels(2i)) and jpeg(pixels(2i + 1))."""
+    """Writes parquet in the Pick-a-Pic v2 schema; the images of row i are jpeg(pixels(2i)) and jpeg(pixels(2i + 1))."""
     table = {
         "jpg_0": [encoded(pixels(2 * i), "JPEG") for i in range(len(labels))],
         "jpg_1": [encoded(pixels(2 * i + 1), "JPEG") for i in range(len(labels))],
@@ -46,7 +46,7 @@ def problems_of(source) -> dict[str, str]:
 
 
 def header_only_png(width: int, height: int) -> bytes:
-    """A PNG that says it is this large and holds no pixels: decoding it cannot but fail."""
+    """Returns a PNG that declares this size but has no pixels, so decoding it always fails."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -65,7 +65,7 @@ PICTURE = pixels(1, SIDE, SIDE)
 
 
 def png_with(kind: bytes, data: bytes, broken: bool = False) -> bytes:
-    """`PICTURE` as a PNG with one more chunk after its header, perhaps with a wrong checksum."""
+    """Returns `PICTURE` as a PNG with one more chunk after its header, whose checksum is wrong if `broken`."""
     plain = encoded(PICTURE)
     check = zlib.crc32(kind + data) ^ broken
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)

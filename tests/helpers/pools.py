@@ -1,4 +1,4 @@
-"""A module with every kind of tensor, and what tests of the reference pool compare and count."""
+"""Helpers for tests of the reference pool: a module with every kind of tensor, comparisons, a counter of copies."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ KEPT = (
 
 
 class Odd(nn.Module):
-    """Odd sizes, many dtypes, tied and frozen weights, layouts of all kinds; `KEPT` are the names that a pool keeps."""
+    """A module of odd sizes, many dtypes, tied and frozen weights, all memory layouts; a pool keeps its `KEPT`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Odd(nn.Module):
 
 
 def scrambled(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Puts random bits, NaNs among them, into all parameters and buffers; returns copies of them by name."""
+    """Fills all parameters and buffers with random bits, NaNs included; returns copies of them by name."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -51,25 +51,25 @@ def scrambled(module: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def contents(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers by name."""
+    """Returns copies of all parameters and buffers by name."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def bits(tensor: Tensor) -> bytes:
-    """A tensor's dtype, shape and bits, to be compared."""
+    """Returns a tensor's dtype, shape and bits as bytes, to be compared."""
     dense = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return repr((tensor.dtype, tuple(tensor.shape))).encode() + dense.numpy().tobytes()
 
 
 def same(module: nn.Module, expected: dict[str, Tensor], names: tuple[str, ...] = KEPT) -> bool:
-    """Whether the module's tensors of these names are bit for bit the expected ones."""
+    """Returns whether the module's tensors of these names equal the expected ones bit for bit."""
     found = contents(module)
     return all(bits(found[name]) == bits(expected[name]) for name in names)
 
 
 def filled(checkpoints: int = 3, **settings) -> tuple[ReferencePool, dict[int, dict[str, Tensor]]]:
-    """A pool of random bits with these settings, and what each checkpoint must be."""
+    """Returns a pool with these settings whose checkpoints hold random bits, and each one's expected tensors."""
     pool, module, expected = ReferencePool(0, **settings), Odd(), {}
     for seed in range(checkpoints):
         tensors = scrambled(module, seed)
@@ -78,7 +78,7 @@ def filled(checkpoints: int = 3, **settings) -> tuple[ReferencePool, dict[int, d
 
 
 def assert_holds(pool: ReferencePool, expected: dict[int, dict[str, Tensor]]) -> None:
-    """All that the pool keeps is what it must be."""
+    """Asserts that every checkpoint that the pool keeps has the expected tensors."""
     module = Odd()
     for number in pool.tiers:
         scrambled(module, 99)
@@ -87,7 +87,7 @@ def assert_holds(pool: ReferencePool, expected: dict[int, dict[str, Tensor]]) ->
 
 
 class Copies(TorchDispatchMode):
-    """Lists the copies of this thread: `(target, source)`, each an address."""
+    """Records the copies that this thread makes, as `(target, source)` addresses."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The preference loss and its gradient in float64, written out by hand: what both backends are compared with.
+"""The preference loss and its gradient in float64, written out by hand, with which both backends are compared.
 
-Beside it what the tests of the loss share: where they run, inputs, tolerances.
+Also what the tests of the loss share: backends and devices, inputs, tolerances.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from seppo_fast.loss import PreferenceLoss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Backend and device. Triton needs a GPU, or a process of its own: tests/loss/test_interpreter.py starts that.
+# Backend and device. Triton needs a GPU, or a separate process in interpreter mode (tests/loss/test_interpreter.py).
 PLACES = (
     [("triton", "cpu")]
     if INTERPRETED
     else [("torch", "cpu")] + [("torch", "cuda"), ("triton", "cuda")] * torch.cuda.is_available()
 )
 SHAPES = [(2, 1), (4, 3), (6, 3, 5, 7), (10, 4, 9, 11), (2, 4, 64, 64), (4, 4, 3, 5, 6), (2, 1, 2, 2051)]
-# Relative RMS of a gradient rounded once to the dtype. Triton's interpreter truncates to bfloat16 where a GPU rounds.
+# Relative RMS error of a gradient rounded once to the dtype. Triton's interpreter truncates to bfloat16; a GPU rounds.
 ROUNDING = {
     torch.float64: 2e-6,
     torch.float32: 2e-6,
@@ -94,7 +94,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float, atol: float = 0.0) -> N
 
 
 def assert_matches(result: PreferenceLoss, expected: Reference, atol: float) -> None:
-    """Loss and statistics, the logit within `atol` and float32's rounding."""
+    """Asserts that loss and statistics match: the logit within `atol` and float32's rounding."""
     close(result.logit, expected.logit, rtol=2e-6, atol=atol)
     close(result.loss, expected.loss, rtol=1e-6, atol=atol)
     close(result.preference_loss, expected.preference_loss, rtol=1e-6, atol=atol)
@@ -110,7 +110,7 @@ def assert_matches(result: PreferenceLoss, expected: Reference, atol: float) -> 
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over the RMS of what is expected."""
+    """Returns the RMS of the difference, divided by the RMS of the expected values."""
     return float((actual.detach().cpu().double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt())
 
 
@@ -123,7 +123,7 @@ def predictions(
     shared: bool = False,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Policy predictions, target and reference predictions, `apart` RMS from the policy's; errors near 0.2."""
+    """Returns policy predictions, target and reference predictions, `apart` RMS from the policy's; errors near 0.2."""
     generator = torch.Generator().manual_seed(seed)
     rows = shape[0]
     target = torch.randn((rows // 2, *shape[1:]), generator=generator)

@@ -1,4 +1,4 @@
-"""Runs of several processes, and what of them must be the same."""
+"""Compares runs with different numbers of processes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def in_folder(config, name, **keys):
 
 
 def recorded(folder, world):
-    """Of each update what all ranks were given, by sample id."""
+    """Returns for each update the inputs that all ranks got, by sample id."""
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return [{row[0]: row[1:] for one in update for row in one["rows"]} for update in zip(*ranks, strict=True)]
 
 
 def assert_same_training(one, other, start):
-    """Two runs' logs, weights and averages agree within the tolerance; `start`: the weights of the beginning."""
+    """Asserts that two runs' logs, weights and averages agree within tolerance; `start`: the initial weights."""
     for ours, theirs in zip(log_of(one), log_of(other), strict=True):
         assert ours["aaf_rate"] == theirs["aaf_rate"] and ours["learning_rate"] == theirs["learning_rate"]
         for name in NUMBERS:

@@ -1,4 +1,4 @@
-"""ICC profiles made byte by byte, and in float64 what a picture with one looks like in sRGB."""
+"""Builds ICC profiles byte by byte, and computes in float64 what a picture with one looks like in sRGB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.03
 
 
 def to_d50(*chromaticities: tuple[float, float]) -> np.ndarray:
-    """The matrix from linear red, green and blue of these (x, y), under D65, to XYZ under D50."""
+    """Returns the matrix from linear RGB with primaries at these (x, y), under D65, to XYZ under D50."""
     primaries = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in chromaticities]).T
     adaptation = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ D65)) @ BRADFORD
     return adaptation @ (primaries * np.linalg.solve(primaries, D65))
@@ -24,24 +24,24 @@ DISPLAY_P3 = to_d50((0.68, 0.32), (0.265, 0.69), (0.15, 0.06))
 
 
 def decode(encoded: np.ndarray) -> np.ndarray:
-    """sRGB's curve: levels between 0 and 1 to linear light."""
+    """Converts sRGB levels between 0 and 1 to linear light."""
     return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
 
 
 def encode(linear: np.ndarray) -> np.ndarray:
-    """Its inverse, of what lies between 0 and 1; what lies beyond is cut off."""
+    """Converts linear light to sRGB levels, after clipping it to [0, 1]; the inverse of `decode`."""
     linear = np.clip(linear, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def in_srgb(levels: np.ndarray, matrix: np.ndarray, curve: Callable[[np.ndarray], np.ndarray] = decode) -> np.ndarray:
-    """Levels (..., 3) from 0 to 255, not rounded, of uint8 (..., 3) in a space of this matrix and curve."""
+    """Converts uint8 (..., 3) in a space with this matrix and curve to unrounded sRGB levels (..., 3), 0 to 255."""
     linear = curve(levels / 255.0) @ (np.linalg.inv(SRGB) @ matrix).T
     return 255 * encode(linear)
 
 
 def lab_in_srgb(lab: tuple[int, int, int]) -> np.ndarray:
-    """Levels (3,) of a colour in 8-bit Lab under D50."""
+    """Converts a colour in 8-bit Lab under D50 to unrounded sRGB levels (3,), 0 to 255."""
     y = (lab[0] * 100 / 255 + 16) / 116
     cubes = np.array([y + (lab[1] - 128) / 500, y, y - (lab[2] - 128) / 200])
     xyz = np.where(cubes > 6 / 29, cubes**3, 3 * (6 / 29) ** 2 * (cubes - 4 / 29)) * D50
@@ -53,14 +53,14 @@ def fixed(*values: float) -> bytes:
 
 
 def gamma(exponent: float | None = None) -> bytes:
-    """A curve that is a power, or the identity."""
+    """Returns a curve: a power, or without an exponent the identity."""
     return b"curv\0\0\0\0" + (
         struct.pack(">I", 0) if exponent is None else struct.pack(">IH", 1, round(exponent * 256))
     )
 
 
 def table(levels: np.ndarray) -> bytes:
-    """A curve through points between 0 and 1."""
+    """Returns a curve through points between 0 and 1."""
     points = np.round(65535 * levels).astype(">u2")
     return b"curv\0\0\0\0" + struct.pack(">I", len(points)) + points.tobytes()
 
@@ -69,7 +69,7 @@ SRGB_CURVE = b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 
 
 
 def profile(space: bytes, tags: dict[bytes, bytes], device: bytes = b"mntr", connection: bytes = b"XYZ ") -> bytes:
-    """A profile of version 2.4 with these tags and the ones that all need."""
+    """Returns a profile of version 2.4 with these tags and the ones that every profile needs."""
     tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x" + bytes(79),
         b"cprt": b"text\0\0\0\0none\0",
@@ -97,7 +97,7 @@ def gray_profile(curve: bytes) -> bytes:
 
 
 def cmyk_profile(corners: np.ndarray) -> bytes:
-    """Between 8-bit Lab colours (2, 2, 2, 2, 3) of no and full cyan, magenta, yellow and black."""
+    """Returns a profile that interpolates 8-bit Lab colours (2, 2, 2, 2, 3), of no and full C, M, Y and K."""
     straight = np.arange(256, dtype=np.uint8).tobytes()
     lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
     lut += 4 * straight + corners.astype(np.uint8).tobytes() + 3 * straight
@@ -109,7 +109,7 @@ SRGB_PROFILES = {
     "parametric": rgb_profile(SRGB, SRGB_CURVE),
     "table": rgb_profile(SRGB, table(decode(np.arange(1024) / 1023))),
     "coarse table": rgb_profile(SRGB, table(decode(np.arange(64) / 63))),
-    # the primaries as rounded in the profile that Hewlett-Packard made, which most files have
+    # the primaries as rounded in Hewlett-Packard's profile, which most files have
     "rounded": rgb_profile(
         np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]),
         table(decode(np.arange(1024) / 1023)),

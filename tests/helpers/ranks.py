@@ -1,4 +1,4 @@
-"""Several processes over gloo, forked from one that has imported everything: what torchrun would start, without it."""
+"""Starts several processes over gloo as torchrun would, but forked from one that has already imported everything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.harness.forks import Server
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative: the signal that killed it), and what it printed."""
+    """How a process ended: its exit code (negative: the signal that killed it) and its output."""
 
     code: int
     out: str
@@ -27,7 +27,7 @@ class Ranks(Server):
     """Forks the processes of each run.
 
     Args:
-        folder: for what they print.
+        folder: folder for the processes' output.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,19 +44,19 @@ class Ranks(Server):
         broken: bool = False,
         seconds: float = 120,
     ) -> list[Ended]:
-        """`seppo-fast ARGV` in each of `world` processes.
+        """Runs `seppo-fast ARGV` in each of `world` processes.
 
         Args:
-            world: how many; 1 without `fsdp`: no process group.
-            argv: of the command line.
-            fsdp: as `accelerate launch --use_fsdp --fsdp_version 2`.
+            world: number of processes; 1 without `fsdp` means no process group.
+            argv: arguments of the command line.
+            fsdp: whether to set what `accelerate launch --use_fsdp --fsdp_version 2` sets.
             faults: `SEPPO_FAULT` by rank.
-            record: a folder in which each rank writes what it was given and what it held, `RANK.json`.
-            broken: whether the last rank's winners of the second update are not finite.
-            seconds: after which those that still live are killed.
+            record: folder in which each rank records its inputs and the sizes of what it held, as `RANK.json`.
+            broken: whether the last rank's winners of the second update are made non-finite.
+            seconds: time after which the processes that are still running are killed.
 
         Returns:
-            How each ended, by rank.
+            How each process ended, by rank.
         """
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -79,7 +79,7 @@ class Ranks(Server):
 
 
 def _serve() -> None:
-    import seppo_fast.train.trainer  # noqa: F401 - what takes the time
+    import seppo_fast.train.trainer  # noqa: F401 - the slow imports, done once before forking
     from seppo_fast.utils.logging import quiet_libraries
 
     quiet_libraries()
@@ -133,7 +133,7 @@ def _forked(order: dict, rank: int) -> int:
 
 
 def _record(folder: Path, rank: int) -> None:
-    """From now on each update's pairs are written down, and how many numbers of each kind this process holds."""
+    """Patches the learner to record each update's pairs, and how many numbers of each kind this process holds."""
     import torch
 
     from seppo_fast.models.trainable import trainable

@@ -13,7 +13,7 @@ from seppo_fast.train.trainer import Trainer
 
 
 def tiny_config(pipeline: Path, folder: Path, **sections: Any) -> Config:
-    """A run of seconds on `tiny_pipeline`; `sections` (dictionaries, or top-level values) go over it."""
+    """Returns a run of a few seconds on `tiny_pipeline`; `sections` (dictionaries or top-level values) override it."""
     tree: dict[str, Any] = {
         "output": str(folder / "run"),
         "model": {"path": str(pipeline), "train": "full", "precision": "fp32"},
@@ -34,15 +34,15 @@ def tiny_config(pipeline: Path, folder: Path, **sections: Any) -> Config:
 
 
 def log_of(config: Config) -> list[dict[str, float]]:
-    """The log of a finished run."""
+    """Returns the log of a run."""
     return read_journal(Path(config.output))
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The trained weights as they are now."""
+    """Returns copies of the trained weights."""
     return {name: weight.detach().clone() for name, weight in trainable(trainer.policy).items()}
 
 
 def collected(trainer, update):
-    """What an update learns from, as the loop has it collected."""
+    """Returns the data that an update learns from, collected as in the training loop."""
     return trainer.method.collect(update, trainer.draws.reference(update))

@@ -1,4 +1,4 @@
-"""Two runs, bit for bit."""
+"""Compares two runs bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seppo_fast.runs.checkpoint import saved_states
 
 
 def content(run):
-    """All that a run computed: the tensors of its weights and of its last state, its references, its log."""
+    """Returns the tensors that a run computed: of its weights and its last state, including its references."""
     run = Path(run)
     found = {}
     for file in sorted([*run.rglob("weights/**/*.safetensors"), *saved_states(run)[0].rglob("*.safetensors")]):

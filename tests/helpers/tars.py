@@ -1,4 +1,4 @@
-"""Tar shards, and what is refused of them."""
+"""Writes tar shards and lists the problems that a source found in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline and a motion adapter of random weights, small enough for any test, as true folders."""
+"""Writes a tiny Stable Diffusion pipeline and motion adapter with random weights, as ordinary diffusers folders."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 def tiny_unet(
     seed: int = 0, second_block: str = "DownBlock2D", channels: tuple[int, int] = (16, 32)
 ) -> UNet2DConditionModel:
-    """Its UNet: attention in the first of two levels and in the middle, or in the second level too."""
+    """Returns the pipeline's UNet: two levels, attention in the first and the middle, optionally in the second too."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8,
@@ -31,7 +31,7 @@ def tiny_unet(
 def tiny_pipeline(
     folder: Path, prediction_type: str = "epsilon", seed: int = 0, channels: tuple[int, int] = (16, 32)
 ) -> Path:
-    """Writes a pipeline with latents of 4 x 8 x 8 for pictures of 16 pixels; returns `folder`."""
+    """Writes a pipeline for pictures of 16 x 16 pixels, with latents of 4 x 8 x 8; returns `folder`."""
     unet = tiny_unet(seed, channels=channels)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -59,7 +59,7 @@ def tiny_pipeline(
 
 
 def tiny_adapter(folder: Path, seed: int = 0, **settings) -> Path:
-    """Writes motion modules for `tiny_pipeline`, of at most 6 frames, that move something; returns `folder`."""
+    """Writes motion modules for `tiny_pipeline`, for at most 6 frames, whose output is not zero; returns `folder`."""
     torch.manual_seed(seed)
     fitting = {"block_out_channels": (16, 32), "motion_layers_per_block": 1, "motion_norm_num_groups": 8}
     small = {"motion_num_attention_heads": 2, "motion_max_seq_length": 6}
@@ -72,7 +72,7 @@ def tiny_adapter(folder: Path, seed: int = 0, **settings) -> Path:
 
 
 def _byte_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer that spells: printable ASCII, each also as the end of a word, and no merges."""
+    """Returns a CLIP tokenizer with two tokens per printable ASCII character (inside and ending a word), no merges."""
     letters = [chr(code) for code in range(33, 127)]
     words = letters + [letter + "</w>" for letter in letters]
     words += [f"<|unused{index}|>" for index in range(298 - len(words))] + [_BOS, _EOS]

@@ -1,6 +1,6 @@
-"""A model family and a training method that the package does not know, to show what one takes; public names only.
+"""A model family and a training method from outside the package, to show what they need; public names only.
 
-A network with two condition tensors, of which one is as long as its prompt, float times and a flow target.
+The network takes float times and two condition tensors, one of them as long as its prompt, and has a flow target.
 """
 
 from __future__ import annotations

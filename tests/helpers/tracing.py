@@ -1,4 +1,4 @@
-"""The most memory that a call takes, as the allocator sees it."""
+"""Measures the peak memory of a call with the allocator's own counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def traced_peak(call, folder):
-    """Bytes above those at the start, as the CPU's allocator reports them to the profiler."""
+    """Returns the peak in bytes above the start of the call, as the CPU's allocator reports it to the profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     profiler.export_chrome_trace(str(folder / "trace.json"))

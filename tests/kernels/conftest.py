@@ -1,4 +1,4 @@
-"""Which of these files a process can run: Triton decides between interpreter and compiler once, at import."""
+"""Selects the test files that this process can run: Triton chooses interpreter or compiler once, at import."""
 
 import importlib.util
 import os

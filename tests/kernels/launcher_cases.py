@@ -1,6 +1,6 @@
-"""The launches of test_launcher.py; as a module that is run, under `stub_driver.environment`: makes and prints them.
+"""The launches that test_launcher.py checks. Run as a module under `stub_driver.environment`, it makes and prints them.
 
-Sizes are small, and rows and clips have gaps, so that strides and numbers differ and a wrong order of arguments shows.
+Sizes are small, and rows and clips have gaps, so that strides and sizes differ and a wrong order of arguments shows.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ import seppo_fast.kernels.temporal_attention as temporal
 from seppo_fast.kernels.eager import LossForm
 
 PAIRS = 3
-ONE_CHUNK, CHUNKS = (4, 16, 24), (4, 64, 80)  # 2048 lanes; two chunks of five folds
+ONE_CHUNK, CHUNKS = (4, 16, 24), (4, 64, 80)  # one fold of 2048 lanes; two chunks of five folds
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
-# Widths of a head in AnimateDiff's motion modules, which have 8. Not each in each dtype, since compiling takes seconds.
+# Head widths in AnimateDiff's motion modules, which have 8 heads. Not every combination, since compiling takes seconds.
 WIDTHS = [
     *((width, torch.bfloat16) for width in (40, 80, 160)),
     (80, torch.float16),
     (40, torch.float32),
 ]
 CLIPS, FRAMES, POSITIONS, HEADS = 2, 16, 24, 8
-LAYOUTS = {"frames outside": "BFP", "frames inside": "BPF"}  # dims from the outermost to the innermost
+LAYOUTS = {"frames outside": "BFP", "frames inside": "BPF"}  # the dims in memory, outermost first
 FORWARD, BACKWARD, ERRORS = "_preference_fwd_kernel", "_errors_bwd_kernel", "_errors_fwd_kernel"
 TEMPORAL, TEMPORAL_BACKWARD = "_temporal_fwd_kernel", "_temporal_bwd_kernel"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call, and the kernels that it launches with the number of their programs."""
+    """A call, and the kernels that it launches, each with its number of programs."""
 
     call: Callable[[], Any]
     launches: dict[str, int]
 
 
 def _rows(rows: int, latent: tuple[int, ...], dtype: torch.dtype, gap: int) -> Tensor:
-    """(rows, N) with a gap behind each row."""
+    """Returns (rows, N) with a gap after each row."""
     size = latent[0] * latent[1] * latent[2]
     return torch.zeros(rows, size + gap, dtype=dtype)[:, :size]
 
 
 def _latents(latent: tuple[int, ...], dtype: torch.dtype, permuted: bool, separate: bool) -> tuple[Tensor, Tensor]:
-    """A prediction's rows and a target; permuted: a contiguous one, with its dims in the order of channels_last."""
+    """Returns a prediction's rows and a target; if permuted, the target's dims are in the order of channels_last."""
     pred = _rows(2 * PAIRS, latent, dtype, 16).requires_grad_()
     target = _rows(2 * PAIRS if separate else PAIRS, latent, dtype, 32)
     return pred, target.unflatten(1, latent).permute(0, 2, 3, 1) if permuted else target
 
 
 def _blocks(latent: tuple[int, ...], separate: bool) -> int:
-    """Programs of the kernel that writes gradients."""
+    """Returns the number of programs of the kernel that writes gradients."""
     return (2 * PAIRS if separate else PAIRS) * (1 if latent == ONE_CHUNK else 10)
 
 
@@ -73,7 +73,7 @@ def _preference(
     permuted: bool,
     separate: bool,
 ) -> Case:
-    """The loss: with its gradient at once, through autograd (with a tensor as its scale), or alone."""
+    """Returns a call of the loss: with its gradient at once, through autograd (if `scale_tensor`), or alone."""
     latent = CHUNKS if chunks else ONE_CHUNK
 
     def call() -> None:
@@ -100,7 +100,7 @@ def _preference(
 
 
 def _preferences() -> dict[str, Case]:
-    """Eight of the 128 ways through the loss, in which any two choices occur in all four combinations."""
+    """Returns eight of the 128 combinations of choices, so that every two choices occur in all four combinations."""
     names = ("chunks", "ref_error", "at_once", "weights", "scale_tensor", "permuted", "separate")
     cases = {}
     for number, (a, b, c) in enumerate(product([False, True], repeat=3)):
@@ -119,7 +119,7 @@ def _errors(dtype: torch.dtype, latent: tuple[int, ...], permuted: bool, separat
 
 
 def _errors_far_apart() -> None:
-    """Rows so far apart that their stride takes 64 bits; memory that nobody touches costs nothing."""
+    """Launches on rows whose stride needs 64 bits. Memory that is never touched costs nothing."""
     memory = torch.empty(2**31 + 64, dtype=torch.float16)
     errors.denoising_errors(
         memory.as_strided((2, 32), (2**31 + 16, 1)), torch.zeros(2, 48, dtype=torch.float16)[:, :32]
@@ -127,7 +127,7 @@ def _errors_far_apart() -> None:
 
 
 def _clips(order: str, width: int, dtype: torch.dtype, gap: int) -> Tensor:
-    """(B, F, P, H, D), its dims B, F and P in this order in memory, with a gap behind the innermost."""
+    """Returns (B, F, P, H, D) whose dims B, F and P have the given order in memory, with a gap after the innermost."""
     sizes = {"B": CLIPS, "F": FRAMES, "P": POSITIONS}
     memory = torch.zeros(*(sizes[dim] for dim in order), HEADS * width + gap, dtype=dtype)
     places = [order.index(dim) for dim in "BFP"]
@@ -135,7 +135,7 @@ def _clips(order: str, width: int, dtype: torch.dtype, gap: int) -> Tensor:
 
 
 def _temporal(dtype: torch.dtype, width: int, orders: tuple[str, str, str, str]) -> Case:
-    """Attention over frames and its gradient, for q, k, v and the output's gradient in these orders."""
+    """Returns a call of attention over frames and its gradient; the orders are those of q, k, v and the gradient."""
 
     def call() -> None:
         q, k, v, grad = (_clips(order, width, dtype, 16 * gap) for gap, order in enumerate(orders, 1))
@@ -156,14 +156,14 @@ CASES = {
         f"temporal, {name}, {width}, {str(dtype).removeprefix('torch.')}": _temporal(dtype, width, (order,) * 4)
         for (width, dtype), (name, order) in product(WIDTHS, LAYOUTS.items())
     },
-    # Gradients are dense in the layouts of q, k, v, so these differ in all strides.
+    # Gradients are dense in the layouts of q, k and v, so their strides differ here.
     "temporal, three layouts": _temporal(torch.bfloat16, 40, ("BFP", "PBF", "FPB", "BFP")),
 }
-SWAPPED = "errors"  # the case that is also made by a launcher that is wrong
+SWAPPED = "errors"  # the case that is also launched by a faulty launcher
 
 
 def main() -> None:
-    """Prints what was recorded of all cases, of the one with a wrong launcher, and what was warned of, as JSON."""
+    """Prints, as JSON, the records of all cases, those of one case with a faulty launcher, and the warnings."""
     from tests.kernels.stub_driver import recorded
 
     with warnings.catch_warnings(record=True) as told:

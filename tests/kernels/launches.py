@@ -1,4 +1,4 @@
-"""Launches seen from inside: which kernels, with which arguments."""
+"""Recording of kernel launches: which kernels, with which arguments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Launch:
     """One launch.
 
     Attributes:
-        kernel: its name.
-        arguments: the kernel's, by name.
-        options: all else that was passed: the grid, warps, whether products and sums are contracted.
-        result: what Triton's own `run` returned, or `around`.
+        kernel: the kernel's name.
+        arguments: the kernel's arguments, by name.
+        options: everything else that was passed: the grid, warps, whether products and sums are contracted.
+        result: the return value of `around`, by default that of Triton's `run`.
     """
 
     kernel: str
@@ -32,11 +32,12 @@ class Launch:
 def launches(
     around: Callable[[Callable[..., Any]], Any] = lambda run: run(), **replaced: Any
 ) -> Iterator[list[Launch]]:
-    """The launches made meanwhile, of kernels compiled or interpreted.
+    """Yields the launches made inside the context, of compiled or interpreted kernels.
 
     Args:
-        around: called in place of each launch, with the function that does it; that takes more options to replace.
-        replaced: arguments of Triton's `run` to replace.
+        around: a function called instead of each launch. Its argument is a function that makes the launch and accepts
+            further options to replace.
+        replaced: arguments of Triton's `run` to replace in every launch.
     """
     kind = type(errors._errors_fwd_kernel)
     original, seen = kind.run, []

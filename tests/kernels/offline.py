@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU that is not here, through their own launches, and what their machine code holds."""
+"""Compiles kernels, through their own launches, for GPUs that are not present, and inspects their machine code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class _Driver:
-    """As much of Triton's driver as compiling needs, with a device for each target: kernels are kept by device."""
+    """The part of Triton's driver that compiling needs, with one device per target, since Triton caches by device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -43,8 +43,8 @@ class Code:
     """A compiled kernel.
 
     Attributes:
-        kernel: Triton's, with the text of every stage.
-        folds: that a program was compiled for.
+        kernel: Triton's kernel object, with the code of every compilation stage.
+        folds: the number of folds that the program was compiled for.
     """
 
     kernel: Any
@@ -56,7 +56,7 @@ class Code:
 
     @cached_property
     def usage(self) -> dict[str, int]:
-        """Registers and bytes of stack of a thread, as `cuobjdump -res-usage` names them."""
+        """A thread's registers and bytes of stack, keyed as in the output of `cuobjdump -res-usage`."""
         text = self._tool("cuobjdump", "-res-usage")
         return {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
@@ -67,7 +67,7 @@ class Code:
         return line.findall(self._tool("nvdisasm", "-c"))
 
     def count(self, opcode: str) -> Counter[str]:
-        """How often each opcode of this name occurs, by its modifiers."""
+        """Returns how often an opcode occurs, for each of its modifiers."""
         return Counter(x.removeprefix(opcode) for x in self.operations if re.fullmatch(rf"{opcode}(\..*)?", x))
 
     def _tool(self, name: str, option: str) -> str:
@@ -78,7 +78,7 @@ class Code:
 
 
 def compiled(target: GPUTarget, call: Callable[[], Any]) -> list[Code]:
-    """The kernels that `call` launches, compiled for the target with what that launch specialises to, and not run."""
+    """Returns the kernels that `call` launches, compiled for the target as those launches specialise them, not run."""
     with mock.patch.object(driver, "_active", _Driver(target)), launches(warmup=True) as made:
         call()
     return [Code(launch.result, launch.arguments.get("FOLDS", 1)) for launch in made]

@@ -1,4 +1,5 @@
-/* A libcuda.so.1 without a device, with the functions that Triton's driver and launcher need (triton 3.6 to 3.9).
+/* A stub of libcuda.so.1 without a device, with the functions that Triton's driver and launcher need (triton 3.6 to
+ * 3.9).
  *
  * A launch is recorded, not run; stub_driver.py reads the record.
  */
@@ -8,9 +9,10 @@
 #include <string.h>
 
 #define MOST_PARAMETERS 128
-#define MOST_BYTES 8 /* of a parameter: a pointer, an int64 */
+#define MOST_BYTES 8 /* the largest parameter: a pointer or an int64 */
 
-/* The last launch. The sizes of the kernel's parameters are set before it: a real driver finds them in the cubin. */
+/* The last launch. stub_driver.py sets the sizes of the kernel's parameters before it; a real driver reads them from
+ * the cubin. */
 struct {
   int launches;
   int count;
@@ -24,7 +26,7 @@ struct {
 static char a_context, a_module;
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "an error of the stub in tests/kernels/stub_cuda.c";
+  *text = "an error from the stub in tests/kernels/stub_cuda.c";
   return CUDA_SUCCESS;
 }
 
@@ -33,7 +35,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   return CUDA_SUCCESS;
 }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  switch (attribute) { /* of an H100 */
+  switch (attribute) { /* the values of an H100 */
   case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
     *value = 9;
     break;
@@ -60,7 +62,7 @@ CUresult cuCtxGetDevice(CUdevice *device) {
   return CUDA_SUCCESS;
 }
 
-/* A function is its name. It is never freed: Triton keeps it for as long as the process lives. */
+/* A function handle is a copy of its name. It is never freed: Triton keeps it for as long as the process lives. */
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   *module = (CUmodule)&a_module;
   return CUDA_SUCCESS;
@@ -77,7 +79,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 
-/* The tensors are in host memory: a pointer is one of the device as it is. */
+/* The tensors are in host memory, whose pointers are used as device pointers. */
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER)
     return CUDA_ERROR_NOT_SUPPORTED;
@@ -107,7 +109,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   return CUDA_SUCCESS;
 }
 
-/* Never reached by our kernels, but Triton's module is not loaded without them. */
+/* Our kernels never call these, but Triton's module cannot be loaded without them. */
 CUresult cuDriverGetVersion(int *version) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPPORTED; }

@@ -1,6 +1,6 @@
 """Triton's own driver and launcher on a stub of libcuda: real launches of compiled kernels, recorded instead of run.
 
-A process must be started with `environment`, since the loader reads LD_LIBRARY_PATH only then.
+The process must be started with the variables of `environment`, since the loader reads LD_LIBRARY_PATH only at start.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from triton.runtime.driver import driver
 from tests.kernels.launches import Launch, launches
 
 CAPABILITY = (9, 0)
-STREAM = 0x5EED0  # a handle that no stream has by chance
+STREAM = 0x5EED0  # a handle that no stream has by accident
 _SOURCE = Path(__file__).with_name("stub_cuda.c")
 _MOST_PARAMETERS, _MOST_BYTES = 128, 8  # as in stub_cuda.c
 
 
 class _Record(ctypes.Structure):
-    """`stub_launch` of stub_cuda.c."""
+    """The struct `stub_launch` of stub_cuda.c."""
 
     _fields_ = (
         ("launches", ctypes.c_int),
@@ -42,7 +42,7 @@ class _Record(ctypes.Structure):
 
 
 def environment(compiler: str, folder: Path) -> dict[str, str]:
-    """Builds the stub in a folder; returns the variables with which a process takes it for the driver."""
+    """Builds the stub in a folder; returns the environment variables with which a process loads it as the driver."""
     headers = Path(nvidia.__file__).parent / "include"
     options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", headers]
     subprocess.run([compiler, *options, "-o", folder / "libcuda.so.1", _SOURCE], check=True)
@@ -50,12 +50,12 @@ def environment(compiler: str, folder: Path) -> dict[str, str]:
         **os.environ,
         "TRITON_LIBCUDA_PATH": str(folder),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
-        "TRITON_CACHE_DIR": str(folder / "cache"),  # modules of the driver are linked to this very stub
+        "TRITON_CACHE_DIR": str(folder / "cache"),  # not shared: Triton's driver modules are linked to this stub
     }
 
 
 class _Driver(nvidia.CudaDriver):
-    """Triton's, with the device and the stream that torch is asked for otherwise."""
+    """Triton's driver with a fixed device and stream, for which it would otherwise call torch."""
 
     def __init__(self, device: int, launcher: type) -> None:
         self.utils = nvidia.CudaUtils()
@@ -66,21 +66,21 @@ class _Driver(nvidia.CudaDriver):
 
 
 class _Swapped(nvidia.CudaLauncher):
-    """A launcher that is wrong: it swaps the kernel's first two arguments."""
+    """A faulty launcher that swaps the kernel's first two arguments."""
 
     def __call__(self, *args: Any) -> None:
-        # Before them: three sizes of the grid, stream, function, two pieces of metadata, two hooks.
+        # The nine arguments before them: three grid sizes, stream, function, two pieces of metadata, two hooks.
         super().__call__(*args[:9], args[10], args[9], *args[11:])
 
 
 def recorded(call: Callable[[], Any], *, swapped: bool = False) -> list[dict[str, Any]]:
-    """The launches that a call makes: what was passed in Python, what the kernel takes, and what arrived at the driver.
+    """Records a call's launches: the arguments in Python, the kernel's parameters, and what arrived at the driver.
 
     Args:
-        call: makes the launches.
-        swapped: whether the launcher is one that swaps the kernel's first two arguments.
+        call: a function that makes the launches.
+        swapped: whether to use a faulty launcher that swaps the kernel's first two arguments.
     """
-    # A device of its own, since Triton keeps kernels with their launchers by device.
+    # The faulty launcher has its own device, since Triton caches kernels with their launchers by device.
     driver.set_active(_Driver(1, _Swapped) if swapped else _Driver(0, nvidia.CudaLauncher))
     with launches(around=_record) as made:
         call()
@@ -88,7 +88,7 @@ def recorded(call: Callable[[], Any], *, swapped: bool = False) -> list[dict[str
 
 
 def _record(run: Callable[..., Any]) -> tuple[Any, int, _Record]:
-    """Compiles, tells the stub the sizes of the kernel's parameters, launches."""
+    """Compiles the kernel, tells the stub the sizes of its parameters, and launches it."""
     record = _Record.in_dll(ctypes.CDLL("libcuda.so.1"), "stub_launch")
     before = record.launches
     kernel = run(warmup=True)
@@ -100,13 +100,13 @@ def _record(run: Callable[..., Any]) -> tuple[Any, int, _Record]:
 
 
 def ptx_parameters(ptx: str) -> list[str]:
-    """The types of a kernel's parameters, in their order."""
+    """Returns the types of a kernel's parameters, in order."""
     (entry,) = re.findall(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
     return re.findall(r"\.param \.(\w+)", entry)
 
 
 def _flat(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, int | float]]:
-    """Name, type and value of what is passed of an argument; nothing of constants."""
+    """Yields name, type and value of everything that an argument passes to the kernel; constants pass nothing."""
     if isinstance(kind, tuple):
         for place, (of_one, x) in enumerate(zip(kind, value, strict=True)):
             yield from _flat(f"{name}[{place}]", of_one, x)

@@ -1,11 +1,11 @@
-"""The way of each launch from Python to the driver, through Triton's own compiler and launcher on a stub of libcuda.
+"""Each kernel launch from Python to the driver, through Triton's own compiler and launcher on a stub of libcuda.
 
-Proved for each kernel, as our functions launch it: Triton's launcher takes its arguments, nested tuples with constants
-and None included; the driver is called once, for that kernel, with its grid, block, shared memory and stream; and the
+Shown for each kernel, as our functions launch it: Triton's launcher accepts its arguments, including nested tuples with
+constants and None. The driver is called once, for that kernel, with its grid, block, shared memory and stream. The
 parameters are those that the PTX declares, in number, size and order, each with the bits of its Python argument.
 
-Not proved: that a GPU loads and runs the machine code, and what torch does there (memory, streams, graphs), which needs
-test_*_gpu.py. What the code holds is for test_*_compile.py, what it computes for test_*_interpreter.py.
+Not shown: that a GPU loads and runs the machine code, and what torch does there (memory, streams, graphs), which needs
+test_*_gpu.py. The machine code is checked in test_*_compile.py, its results in test_*_interpreter.py.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ pytestmark = [
     pytest.mark.skipif(not HEADER.exists(), reason="Triton's launcher needs Python.h"),
 ]
 
-# By Triton's types of arguments: as struct packs them, and as PTX declares them. Every pointer's is "*".
+# For each of Triton's argument types: the format in which `struct` packs it, its type in PTX. "*" is any pointer.
 FORMATS = {"*": ("<Q", "u64"), "i32": ("<i", "u32"), "i64": ("<q", "u64"), "fp32": ("<f", "f32")}
-SCRATCH = {"global scratch": 0, "profile scratch": 0}  # Triton's own memory, last; our kernels need none
+SCRATCH = {"global scratch": 0, "profile scratch": 0}  # Triton's own last arguments; our kernels need no such memory
 CONTRACTED = {
     "_errors_fwd_kernel": False,
     "_errors_bwd_kernel": False,
@@ -48,7 +48,7 @@ CONTRACTED = {
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """From a process on the stub: {"right": launches by case, "swapped": those of one case, "warnings": messages}."""
+    """Records of a process on the stub: {"right": launches by case, "swapped": of one case, "warnings": messages}."""
     variables = environment(COMPILER, tmp_path_factory.mktemp("stub"))
     command = [sys.executable, "-m", "tests.kernels.launcher_cases"]
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
@@ -61,7 +61,7 @@ def _type(kind):
 
 
 def _check(launch, programs):
-    """What was passed in Python, what the PTX declares, and what arrived at the driver agree."""
+    """Checks that the arguments in Python, the PTX's declarations and what arrived at the driver agree."""
     arrived, options = launch["arrived"], launch["options"]
     assert (arrived["launches"], arrived["kernel"], arrived["stream"]) == (1, launch["kernel"], STREAM)
     assert options["grid"] == [programs]
@@ -88,7 +88,7 @@ def test_each_argument_arrives_where_the_kernel_reads_it(case, records):
 
 
 def test_every_kernel_is_launched_and_says_whether_it_contracts(records):
-    """Triton's default changes with version 3.10, and 3.9 warns of a launch that leaves it open."""
+    """Triton 3.10 changes the default, and 3.9 warns about launches that do not set it."""
     source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "kernels").glob("*.py")))
     launches = [launch for made in records["right"].values() for launch in made]
     assert {launch["kernel"] for launch in launches} == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
@@ -107,7 +107,7 @@ def test_two_arguments_swapped_by_the_launcher_are_noticed(records):
 
 @pytest.mark.parametrize("kernel", CONTRACTED)
 def test_any_two_arguments_swapped_would_be_noticed(kernel, records):
-    """Two of one type have different values in some launch."""
+    """Checks that any two arguments of the same type have different values in some launch."""
     together, apart = set(), set()
     for made in records["right"].values():
         for launch in made:

@@ -1,4 +1,4 @@
-"""The operators that a compiled step calls: torch's own checks of an operator, and their values."""
+"""The operators that a compiled step calls: torch's own operator checks, and their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMS = [LossForm(20.0, -1.0, 1e-3), LossForm(20.0, -1.0, 1e-3, 2.0, 0.75)]
 
 
 def _inputs(shape, kind, shared, dtype=torch.float32):
-    """The tensors, of which only the prediction is differentiable."""
+    """Returns the input tensors, of which only the prediction requires a gradient."""
     model_pred, target, ref_pred = predictions(shape, dtype, shared=shared)
     rows = shape[0]
     ref = (ref_pred, None) if kind == "ref_pred" else (None, torch.linspace(0.1, 0.3, rows))

@@ -1,4 +1,4 @@
-"""The machine code of the kernels, compiled for GPUs that are not here from the arguments of real launches."""
+"""The machine code of the loss's kernels, compiled for GPUs that are not present, from arguments of real launches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seppo_fast.kernels.eager import LossForm
 from tests.kernels.offline import Code, compiled
 
 CAPABILITIES = (80, 90, 100)
-PAIRS = 1000  # so many that the means take their widest blocks; memory that nobody touches costs nothing
+PAIRS = 1000  # enough for the means to use their widest blocks; memory that is never touched costs nothing
 ONE_CHUNK, CHUNKS = 4 * 64 * 64, 4 * 128 * 128  # SD-1.5 and SDXL
 FORM = LossForm(2000.0, -1.0, 0.0)
 OPTIONS = LossForm(2000.0, -1.0, 0.0, sft_weight=4.0, safeguard=0.9)
@@ -42,7 +42,7 @@ def _at_once_from_errors(dtype):
 
 
 def _at_once_from_contiguous_target(dtype):
-    """Predictions are channels_last, so a contiguous target comes with its dims in their order."""
+    """Predictions are channels_last, so a contiguous target arrives with its dims permuted to that order."""
     pred, target, ref_pred = _latents(dtype)
     ordered = target.view(PAIRS, 4, 64, 64).permute(0, 2, 3, 1)
     preference.loss_and_grad(pred, ordered, ref_pred, None, None, FORM, 1.0, None)
@@ -64,15 +64,16 @@ def _errors(dtype):
 
 @dataclass(frozen=True)
 class Case:
-    """A launch and what its program should hold.
+    """A launch and what its machine code should contain.
 
     Attributes:
-        call: makes it, for latents of a dtype.
-        loaded: latents that a chunk's program loads, of the byte model.
-        stored: latents that it stores.
-        numbers: 4-byte loads outside the means: factors, reference errors, weights.
-        results: 4-byte stores: loss, four rates, ticket, and of both halves errors, coefficients, a logit.
-        registers: of a thread, at most, in programs of 8 warps.
+        call: a function that makes the launch, for latents of a dtype.
+        loaded: the number of latents that the program of a chunk loads, by the byte model.
+        stored: the number of latents that it stores.
+        numbers: the number of 4-byte loads outside the means: factors, reference errors, weights.
+        results: the number of 4-byte stores: loss, four rates, ticket, a logit, and errors and coefficients of both
+            halves.
+        registers: the most registers allowed per thread, in programs of 8 warps.
     """
 
     call: Callable[[torch.dtype], None]
@@ -84,20 +85,20 @@ class Case:
 
 
 CASES = {
-    # A thread keeps 8 elements x 8 folds x 2 halves of residuals; a program of 256 has a multiprocessor to itself.
+    # A thread keeps 8 elements x 8 folds x 2 halves of residuals; one program of 256 threads fills a multiprocessor.
     "at once, shared": Case(_at_once, 5, 2, 0, 13, 224),
     "at once, separate": Case(lambda dtype: _at_once(dtype, shared=False), 6, 2, 0, 13, 224),
     "at once, ref_error": Case(_at_once_from_errors, 3, 2, 4, 11, 224),
-    # Two programs or more at a time.
+    # Few enough registers for at least two programs at a time.
     "forward": Case(_forward, 5, 0, 0, 13, 96),
     "forward, chunks": Case(lambda dtype: _forward(dtype, size=CHUNKS), 5, 0, 0, 13, 96),
     "at once, options": Case(lambda dtype: _at_once(dtype, OPTIONS), 5, 2, 0, 13, 240),
     "forward, options, chunks": Case(lambda dtype: _forward(dtype, OPTIONS, size=CHUNKS), 5, 0, 0, 13, 96),
-    # Four or more.
+    # For at least four programs at a time.
     "gradient": Case(_gradient, 3, 2, 3, 0, 64),
     "errors": Case(_errors, 2, 0, 0, 1, 64),
 }
-# Code for float16 differs from that for bfloat16 in the conversions alone, so the dearest three show it.
+# float16 code differs from bfloat16 code only in the conversions, so the three most demanding cases are enough.
 COMPILED = [(torch.bfloat16, case) for case in CASES] + [
     (torch.float16, case) for case in ("at once, shared", "at once, ref_error", "gradient")
 ]
@@ -111,13 +112,13 @@ def test_largest_chunk_is_a_latent_of_sd15(division):
 
 @cache
 def _code(capability: int, case: str, dtype: torch.dtype, division: str = errors.DEFAULT) -> Code:
-    with mock.patch.dict(errors.CHOSEN, {None: division}):  # None: the tensors are on a CPU
+    with mock.patch.dict(errors.CHOSEN, {None: division}):  # the key is None because the tensors are on a CPU
         (code,) = compiled(GPUTarget("cuda", capability, 32), lambda: CASES[case].call(dtype))
     return code
 
 
 def _no_memory_of_its_own(code: Code) -> bool:
-    """Whether no register was spilled, and nothing else is kept on a stack."""
+    """Returns whether no register is spilled and nothing else is kept on a stack."""
     return code.usage["STACK"] == code.usage["LOCAL"] == 0 and not code.count("LDL") and not code.count("STL")
 
 
@@ -133,7 +134,10 @@ def test_no_spills_and_few_registers(capability, dtype, case):
 @pytest.mark.parametrize("case", [case for case in CASES if "options" not in case])
 @pytest.mark.parametrize("capability", CAPABILITIES[:2])
 def test_sixteen_warps_do_not_spill_and_keep_the_byte_model(capability, case):
-    """512 threads share 65,536 registers. Some bytes spill on sm_100 `at once`, and with options in chunks on sm_90."""
+    """512 threads share 65,536 registers.
+
+    Excluded because some bytes do spill there: sm_100 (in the `at once` cases), and options in chunks (on sm_90).
+    """
     code = _code(capability, case, torch.bfloat16, "16 warps")
     assert code.kernel.metadata.num_warps == 16
     assert _no_memory_of_its_own(code)
@@ -142,16 +146,16 @@ def test_sixteen_warps_do_not_spill_and_keep_the_byte_model(capability, case):
 
 
 def _check_traffic(code: Code, case: str, dtype: torch.dtype) -> None:
-    """16 bytes at a time, each latent once: as tests/kernels/test_traffic_interpreter.py counts the elements."""
+    """Checks that latents move 16 bytes at a time and once each, as test_traffic_interpreter.py counts for elements."""
     expected = CASES[case]
     at_a_time = 8 * dtype.itemsize // 16  # instructions for a thread's eight elements of a fold
     loads, stores = code.count("LDG"), code.count("STG")
-    # A loop over the folds is unrolled by a divisor of them.
+    # The loop over the folds is unrolled by a divisor of their number.
     unrolled, rest = divmod(loads[".E.128"], expected.loaded * at_a_time)
     assert rest == 0 and unrolled > 0 and code.folds % unrolled == 0
     assert unrolled == code.folds or not expected.stored
     assert stores[".E.128"] == expected.stored * at_a_time * code.folds
-    # The rest is numbers: no latent goes by another width.
+    # All other accesses are of single numbers: no latent is moved with another width.
     assert loads[".E"] == expected.numbers
     assert set(loads) <= {".E.128", ".E", ".E.STRONG.GPU", ".E.U8.STRONG.GPU", ".E.64.STRONG.GPU"}
     assert stores[".E"] == expected.results
@@ -184,7 +188,7 @@ def test_last_program_is_found_by_one_integer(capability, case):
     )
     assert list(code.count("ATOMG")) == [".E.ADD.STRONG.GPU"]
     assert not code.count("RED") and not code.count("ATOM")
-    # A barrier and a fence come between the program's last store and the ticket, a barrier between that and the means.
+    # A barrier and a fence separate the program's last store from the ticket, a barrier the ticket from the means.
     ticket = code.operations.index("ATOMG.E.ADD.STRONG.GPU")
     places = {
         name: [place for place, x in enumerate(code.operations) if x.startswith(name)]
@@ -199,11 +203,11 @@ def test_last_program_is_found_by_one_integer(capability, case):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_products_and_sums_of_latents_are_not_contracted(capability):
-    """Else an error's bits could depend on the kernel that takes it."""
+    """Otherwise an error's bits could depend on the kernel that computes it."""
     if capability == 100 and triton.__version__ < "3.7":
-        pytest.skip("its ptxas, of CUDA 12.9, contracts products and sums of two floats at a time, told not to")
+        pytest.skip("its ptxas (CUDA 12.9) contracts packed products and sums of two floats despite the option not to")
     contracted = {case: sum(_code(capability, case, torch.bfloat16).count("FFMA").values()) for case in CASES}
-    # Exponential, logarithm and divisions of a pair have some; what is done eight times as often has none.
+    # A pair's exponential, logarithm and divisions contain some; operations repeated for all eight elements have none.
     assert contracted["forward"] == contracted["at once, shared"] == contracted["at once, separate"]
     assert contracted["errors"] <= 1
     assert contracted["gradient"] == 0
@@ -235,7 +239,7 @@ def test_amd(call):
     for kept in ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"):
         assert re.findall(rf"{kept}:\s*(\d+)", text) == ["0"]
     assert not re.search(r"\bscratch_(load|store)", text)
-    # A wavefront is twice as wide, so a thread has four elements of a fold: 8 bytes.
+    # A wavefront has 64 threads instead of 32, so a thread has four elements of a fold: 8 bytes.
     assert re.search(r"\b(buffer|global)_load_dwordx2\b", text)
     assert not re.search(r"\b(buffer|global)_(load|store)_(short|ushort)", text)
     assert len(code.kernel.asm["hsaco"]) > 0

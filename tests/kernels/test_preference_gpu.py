@@ -1,4 +1,4 @@
-"""What a GPU alone can show: graphs, streams, launches, waits, memory beyond 2^31 elements, the sanitizer."""
+"""What only a GPU can show: graphs, streams, launches, host syncs, more than 2^31 elements, the sanitizer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.helpers.preference_reference import ROUNDING, predictions, reference,
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SD15, SDXL = (8, 4, 64, 64), (4, 4, 128, 128)  # one chunk a latent; four
+SD15, SDXL = (8, 4, 64, 64), (4, 4, 128, 128)  # one chunk per latent; four chunks per latent
 FORWARD, BACKWARD = "_preference_fwd_kernel", "_errors_bwd_kernel"
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 class _Step:
-    """Loss and gradient of some pairs, whose memory stays where it is."""
+    """Loss and gradient of some pairs, whose tensors keep their addresses."""
 
     def __init__(self, shape=SD15, dtype=torch.bfloat16, *, at_once=True, seed=0):
         inputs = predictions(shape, dtype, seed=seed, shared=True, device="cuda")
@@ -47,7 +47,7 @@ class _Step:
         return [x.detach() for x in (result.loss, result.logit, result.model_error, result.reject, grad)]
 
     def refill(self, seed):
-        """Other numbers into the same memory."""
+        """Writes other numbers into the same memory."""
         fresh = predictions(tuple(self.inputs[0].shape), self.inputs[0].dtype, seed=seed, shared=True, device="cuda")
         with torch.no_grad():
             for old, new in zip(self.inputs, fresh):
@@ -64,7 +64,7 @@ def _same_bits(ours, expected):
 
 
 def _kernels(call: Callable[[], object]) -> list[str]:
-    """All that the GPU was given to do, copies and fills too, by name."""
+    """Returns the names of everything that the GPU ran, including copies and fills."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -103,7 +103,7 @@ def test_launches(shape):
 def test_gpu_is_never_waited_for():
     steps = [_Step(shape, at_once=at_once) for shape in (SD15, SDXL) for at_once in (False, True)]
     weights = torch.rand(SD15[0] // 2, device="cuda", dtype=torch.float16)
-    for mode in ("default", "error"):  # the first time kernels are loaded, which waits
+    for mode in ("default", "error"):  # the first pass loads the kernels, which synchronizes
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for step in steps:
@@ -118,7 +118,7 @@ def test_gpu_is_never_waited_for():
 
 
 def _captured(step):
-    """A graph of the step and the outputs that its replays write."""
+    """Captures a CUDA graph of the step; returns it and the outputs that its replays write."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -175,7 +175,7 @@ def test_two_streams_at_once():
 
 
 def test_many_pairs_have_exact_means():
-    """Thousands of programs race for the last ticket; the mean of equal numbers is that number."""
+    """Thousands of programs race for the last ticket; the mean of equal numbers must be exactly that number."""
     model_pred = torch.randn(2 * 10_007, 64, device="cuda", dtype=torch.bfloat16)
     target = torch.randn(10_007, 64, device="cuda", dtype=torch.bfloat16)
     for _ in range(20):
@@ -189,7 +189,7 @@ def test_many_pairs_have_exact_means():
 def test_more_than_two_to_the_31_elements(size):
     pairs = 2**30 // size + 1
     rows = 2 * pairs
-    needed = 2 * rows * size + 2**30  # written over, a shared target of one row
+    needed = 2 * rows * size + 2**30  # only the predictions: the gradient overwrites them, the target has one row
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory")
     model_pred = torch.empty(rows, size, dtype=torch.float16, device="cuda").normal_()
@@ -284,9 +284,9 @@ torch.cuda.synchronize()
 def test_sanitizer(tool):
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9"]
     if tool == "memcheck":
-        command += ["--report-api-errors", "no"]  # PyTorch asks the driver for what older ones lack
+        command += ["--report-api-errors", "no"]  # PyTorch probes for functions that older drivers lack
     command += [sys.executable, "-c", SANITIZED]
-    # Each tensor an allocation of its own, so that the one behind it is out of bounds.
+    # Each tensor gets its own allocation, so that an access beyond its end is out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     place = Path(__file__).resolve().parents[2]
     result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)

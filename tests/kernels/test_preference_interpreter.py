@@ -1,4 +1,4 @@
-"""The Triton kernels under the interpreter, divided smaller than on a GPU.
+"""The loss's Triton kernels under the interpreter, mostly with smaller chunks than on a GPU.
 
 tests/loss/test_interpreter.py starts the process.
 """
@@ -23,7 +23,7 @@ from tests.kernels.launches import launches
 
 @pytest.fixture
 def poisoned_memory():
-    """Everything that `torch.empty` hands out holds NaN."""
+    """Makes `torch.empty` return memory filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -33,7 +33,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Chunks of two folds of 16 elements, and pairs two at a time."""
+    """Sets chunks of two folds of 16 elements, and blocks of two pairs."""
     _divide(monkeypatch, lanes=16, folds=2, pair_lanes=2)
 
 
@@ -47,7 +47,7 @@ def _values(result):
 
 
 def _all_results(model_pred, target, ref, **options):
-    """Loss, statistics and gradient through autograd and at once, apart and over the prediction."""
+    """Returns results and gradients: through autograd, and at once in new memory and over the prediction."""
     through = preference_loss(model_pred, target, **ref, **options, backend="triton")
     results = [(through, *torch.autograd.grad(through.loss, model_pred))]
     for overwrite in (False, True):
@@ -75,7 +75,7 @@ def test_this_process_interprets():
     assert errors.INTERPRETED
 
 
-# One chunk and several, one block of pairs and several, odd and even numbers of both.
+# One and several chunks, one and several blocks of pairs, odd and even numbers of each.
 @pytest.mark.parametrize("shape", [(2, 1), (6, 4, 5, 7), (14, 31), (10, 33), (4, 129)], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
 def test_many_small_chunks_and_blocks_of_pairs(shape, shared, small, poisoned_memory):
@@ -141,7 +141,7 @@ def test_programs_may_end_in_any_order(size, small, poisoned_memory, monkeypatch
     model_pred, target, ref_pred = predictions((14, size))
     expected = _all_results(model_pred, target, {"ref_pred": ref_pred})
     original = interpreter_builder.set_grid_idx
-    for step in (-1, 11):  # backwards; every eleventh, which visits all
+    for step in (-1, 11):  # backwards; in steps of eleven modulo the number of programs, which visits all of them
 
         def elsewhere(x, y, z, step=step):
             programs = interpreter_builder.grid_dim[0]
@@ -168,7 +168,7 @@ def test_a_ticket_serves_launch_after_launch(small, monkeypatch):
 
 
 def test_each_stream_has_a_ticket(monkeypatch):
-    """On two GPUs that are not here: their streams have numbers, and what is made on them is made on the CPU."""
+    """Simulates two GPUs: their streams are numbers, and tensors for them are made on the CPU."""
     zeros, streams, capturing = torch.zeros, {0: 0, 1: 0}, False
     monkeypatch.setattr(preference, "_tickets", {})
     monkeypatch.setattr(torch, "zeros", lambda *sizes, dtype, device: zeros(*sizes, dtype=dtype))
@@ -230,6 +230,6 @@ def test_short_run_follows_the_torch_backend():
             losses[backend].append(result.loss.item())
         weights[backend] = policy.weight.detach()
     assert losses["triton"][0] == losses["torch"][0]  # ln 2
-    assert len({round(loss, 3) for loss in losses["torch"]}) > 3  # it does train
+    assert len({round(loss, 3) for loss in losses["torch"]}) > 3  # training does change the loss
     torch.testing.assert_close(losses["triton"], losses["torch"], rtol=2e-5, atol=0)
     torch.testing.assert_close(weights["triton"], weights["torch"], rtol=1e-5, atol=1e-6)

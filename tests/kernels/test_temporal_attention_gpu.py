@@ -1,4 +1,4 @@
-"""Temporal attention on a GPU: values at true sizes, more rows than attention kernels take, graphs, launches."""
+"""Temporal attention on a GPU: values at true sizes, more rows than PyTorch's kernels support, graphs, launches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 # Positions and head width of AnimateDiff's four levels at 256 px; 8 heads.
 LEVELS = [(1024, 40), (256, 80), (64, 160), (16, 160)]
-# Of an output whose operands, weights and result are rounded to the dtype.
+# Relative RMS error of an output whose operands, weights and result are rounded to the dtype.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 FORWARD, BACKWARD = "_temporal_fwd_kernel", "_temporal_bwd_kernel"
 
 
 def _inputs(positions, width, dtype=torch.bfloat16, clips=2, frames=16, inside=False, seed=0):
-    """q, k, v and a gradient of the output, (B, F, P, H, D); `inside`: frames within positions."""
+    """Returns q, k, v and a gradient of the output, (B, F, P, H, D); with `inside`, frames are inside positions."""
     generator = torch.Generator("cuda").manual_seed(seed)
     sizes = (clips, positions, frames, 8, width) if inside else (clips, frames, positions, 8, width)
     made = [torch.randn(sizes, generator=generator, device="cuda").to(dtype) for _ in range(4)]
@@ -37,7 +37,7 @@ def _results(q, k, v, grad_out):
 
 
 def _expected(*inputs):
-    """In float64, by autograd through PyTorch's own attention."""
+    """Computes the same in float64, by autograd through PyTorch's own attention."""
     q, k, v, grad_out = (x.double().permute(0, 2, 3, 1, 4).detach().requires_grad_() for x in inputs)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -70,7 +70,7 @@ def test_other_frames_and_odd_numbers_of_positions(frames, width, dtype):
     results = _results(*inputs)
     for number, (ours, right) in enumerate(zip(results, _expected(*inputs), strict=True)):
         if frames == 1 and number in (1, 2):
-            assert not ours.any()  # all the weight is on the one frame
+            assert not ours.any()  # the one frame has all the weight, so q and k get no gradient
         else:
             assert relative_rms(ours.double(), right) < ROUNDING[dtype]
 
@@ -108,7 +108,7 @@ def test_more_than_two_to_the_31_elements():
 
 def test_gpu_is_never_waited_for():
     inputs = _inputs(256, 80)
-    for mode in ("default", "error"):  # the first time kernels are loaded, which waits
+    for mode in ("default", "error"):  # the first pass loads the kernels, which synchronizes
         torch.cuda.set_sync_debug_mode(mode)
         try:
             _results(*inputs)

@@ -1,6 +1,6 @@
-"""Temporal attention under the interpreter: values, gradients, layouts, bytes.
+"""Temporal attention under the interpreter: values, gradients, layouts, bytes moved.
 
-tests/loss/test_interpreter.py starts it.
+tests/loss/test_interpreter.py starts the process.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.kernels.launches import launches
 from tests.kernels.traffic import Traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of an output: float32 arithmetic, then a rounding to the dtype.
+# Relative RMS error of an output: float32 arithmetic, then one rounding to the dtype.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FRAMES_OUTSIDE, FRAMES_INSIDE, FUSED, HEADS_OUTSIDE, EXPANDED = "B F P", "B P F", "fused", "heads outside", "expanded"
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Everything that `torch.empty` hands out holds NaN."""
+    """Makes `torch.empty` return memory filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -34,7 +34,7 @@ def _poisoned_memory():
 
 @pytest.fixture
 def many_items(monkeypatch):
-    """A program takes 16 items, which the interpreter computes in about the time of one."""
+    """Gives each program 16 items, which the interpreter computes in about the time of one."""
     division = kernels.division
 
     def divided(*sizes):
@@ -45,7 +45,7 @@ def many_items(monkeypatch):
 
 
 def _inputs(shape, dtype=torch.float32, layout=FRAMES_OUTSIDE, seed=0):
-    """q, k, v and a gradient of the output, (B, F, P, H, D), surrounded by NaN where the layout leaves gaps."""
+    """Returns q, k, v and a gradient of the output, (B, F, P, H, D); gaps in the layout hold NaN."""
     clips, frames, positions, heads, width = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -54,7 +54,7 @@ def _inputs(shape, dtype=torch.float32, layout=FRAMES_OUTSIDE, seed=0):
 
     if layout == FRAMES_OUTSIDE:
         return [made(*shape) for _ in range(4)]
-    if layout == FRAMES_INSIDE:  # as motion modules hand it to a processor
+    if layout == FRAMES_INSIDE:  # as motion modules pass it to a processor
         return [made(clips * positions, frames, heads * width).view(clips, positions, frames, heads, width)
                 .transpose(1, 2) for _ in range(4)]  # fmt: skip
     if layout == FUSED:
@@ -68,14 +68,14 @@ def _inputs(shape, dtype=torch.float32, layout=FRAMES_OUTSIDE, seed=0):
 
 
 def _results(q, k, v, grad_out, backend="triton"):
-    """Output and gradients of q, k, v."""
+    """Returns the output and the gradients of q, k and v."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = temporal_attention(*leaves, backend)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
 def _expected(q, k, v, grad_out):
-    """The same in float64, by the formulas and without autograd."""
+    """Computes the same in float64 by the formulas, without autograd."""
     q, k, v, grad_out = (x.double().permute(0, 2, 3, 1, 4) for x in (q, k, v, grad_out))
     scale = q.shape[-1] ** -0.5
     scores = (q @ k.mT * scale).exp()
@@ -93,7 +93,7 @@ def _check(inputs):
         assert ours.dtype == dtype and ours.shape == right.shape
         if right.any():
             assert relative_rms(ours, right) < ROUNDING[dtype]
-        else:  # the gradient of q and k where the one frame has all the weight
+        else:  # with one frame, which has all the weight, the gradients of q and k are zero
             assert not ours.any()
     return results
 
@@ -109,11 +109,11 @@ def test_values_and_gradients(frames, width, many_items):
 def test_layouts_are_read_in_place_and_kept(layout, dtype, many_items):
     inputs = _inputs((2, 6, 5, 3, 40), dtype, layout)
     results = _check(inputs)
-    if layout not in (FUSED, EXPANDED):  # which have gaps and shared memory
+    if layout not in (FUSED, EXPANDED):  # these have gaps or shared memory, which results do not
         assert all(ours.stride() == given.stride() for ours, given in zip(results, [inputs[0], *inputs[:3]]))
 
 
-# A program has four, two or one items: these leave some over.
+# A program has four, two or one items; the last program of these shapes is partly empty where it can be.
 @pytest.mark.parametrize(
     "shape", [(1, 16, 1, 1, 40), (1, 16, 7, 1, 80), (1, 3, 3, 1, 160), (1, 17, 1, 3, 160)], ids=str
 )
@@ -125,7 +125,7 @@ def test_large_scores_do_not_overflow(many_items):
     q, k, v, grad_out = _inputs((1, 5, 2, 2, 40))
     results = _results(300 * q, 300 * k, v, grad_out)
     assert all(x.isfinite().all() for x in results)
-    weights = torch.einsum("bfphd,bgphd->bphfg", q, k).argmax(-1)  # all the weight is on one frame
+    weights = torch.einsum("bfphd,bgphd->bphfg", q, k).argmax(-1)  # one frame gets all the weight
     best = v.permute(0, 2, 3, 1, 4).gather(3, weights[..., None].expand(-1, -1, -1, -1, 40)).permute(0, 3, 1, 2, 4)
     torch.testing.assert_close(results[0], best)
 
@@ -163,7 +163,7 @@ def test_same_bits_twice_and_in_any_batch(layout):
 @pytest.mark.parametrize("layout", [FRAMES_OUTSIDE, FRAMES_INSIDE])
 @pytest.mark.parametrize("frames", [5, 16, 32])
 def test_each_byte_moves_once_in_one_launch_each(layout, frames, many_items):
-    """The byte model of kernels/temporal_attention.py."""
+    """Checks the byte model of kernels/temporal_attention.py."""
     q, k, v, grad_out = _inputs((2, frames, 3, 3, 40), torch.bfloat16, layout)
     for call, reads in ((lambda: [kernels.forward(q, k, v)], (q, k, v)),
                         (lambda: kernels.backward(q, k, v, grad_out), (q, k, v, grad_out))):  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a call moves and launches: the byte model of kernels/preference.py, counted element by element."""
+"""The memory traffic and launches of a call: the byte model of kernels/preference.py, counted element by element."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.kernels.launches import launches
 from tests.kernels.traffic import Traffic
 
 FORWARD, BACKWARD, ERRORS = "_preference_fwd_kernel", "_errors_bwd_kernel", "_errors_fwd_kernel"
-CHUNK = 64  # elements, here
+CHUNK = 64  # elements per chunk in these tests
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setitem(errors.DIVISIONS, errors.DEFAULT, (16, CHUNK // 16))
 
 
-# Latents moved a pair, where the target is shared; each time that it is not, one more.
+# Latents moved per pair if the target is shared; if not, one more each time it is read.
 MODEL = {
     ("at once", "one chunk"): {"ref_pred": 7, "ref_error": 5},
     ("at once", "chunks"): {"ref_pred": 10, "ref_error": 8},
@@ -37,7 +37,7 @@ def test_each_byte_moves_as_often_as_the_byte_model_says(way, division, kind, sh
     pairs, size = 3, (CHUNK - 3 if division == "one chunk" else 2 * CHUNK + 5)
     model_pred, target, ref_pred = predictions((2 * pairs, size), torch.bfloat16, shared=shared)
     ref = {kind: ref_pred if kind == "ref_pred" else torch.full((2 * pairs,), 0.2)}
-    # Both options move nothing more: half of the cases have them, of each way, division and kind.
+    # The two options add no traffic. Half of the cases have them, for each way, division and kind.
     more = {"sft_weight": 4.0, "safeguard": 0.9} if shared == (kind == "ref_pred") else {}
     with Traffic().watched() as traffic, launches() as made:
         if way == "at once":
@@ -68,7 +68,7 @@ def test_overwriting_moves_no_more():
 
 
 class _Operations(TorchDispatchMode):
-    """Names of torch's operations, but for what the interpreter does to launch."""
+    """Records the names of torch's operations, except those that the interpreter needs for a launch."""
 
     def __init__(self):
         super().__init__()
@@ -80,14 +80,14 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def around(self, run):
-        """Does a launch unseen."""
+        """Makes a launch without recording its operations."""
         self.launching = True
         result = run()
         self.launching = False
         return result
 
 
-# None of them starts anything on a GPU.
+# Operations that start nothing on a GPU.
 ON_THE_HOST = {"empty", "empty_like", "new_empty", "detach", "view", "split", "split_with_sizes", "unbind", "slice"}
 
 
@@ -113,6 +113,6 @@ def test_nothing_but_kernels_is_launched(size):
         with _Operations() as operations, launches(around=operations.around) as made:
             call()
         assert [launch.kernel for launch in made] == expected
-        # The ticket is zeroed for each launch here, once on a GPU.
+        # Here a ticket is zeroed for each launch; on a GPU this happens once per stream.
         assert set(operations.names) - {"zeros"} <= ON_THE_HOST
         assert operations.names.count("zeros") == expected.count(FORWARD)

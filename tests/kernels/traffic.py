@@ -1,4 +1,4 @@
-"""What kernels move under the interpreter, seen from inside."""
+"""Recording of the loads and stores of kernels under the interpreter."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 
 class Traffic:
-    """Addresses that kernels loaded and stored."""
+    """The addresses that kernels loaded and stored."""
 
     def __init__(self):
         self.loaded, self.stored = [], []
 
     @contextmanager
     def watched(self):
-        """Records what is moved meanwhile; lanes that are masked away move nothing."""
+        """Records loads and stores inside the context, without masked lanes."""
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
         def watched_load(builder, pointers, mask, *rest):
@@ -35,7 +35,7 @@ class Traffic:
             yield self
 
     def times(self, moved, tensor):
-        """How often each element of a dense tensor was moved: a number, the same for all of them."""
+        """Returns how often each element of a dense tensor was moved; fails unless it is the same for all elements."""
         addresses = np.concatenate([x.ravel() for x in moved])
         places = (addresses - np.uint64(tensor.data_ptr())) // np.uint64(tensor.element_size())
         counts = np.bincount(places[places < tensor.numel()].astype(np.int64), minlength=tensor.numel())

@@ -1,4 +1,4 @@
-"""A trainer in the style of Diffusion-DPO's, before and after its loss block is exchanged for ours."""
+"""A trainer in the style of Diffusion-DPO's, before and after its loss block is replaced by ours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dpo_after(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta_dpo: fl
 
 
 class TinyUNet(nn.Module):
-    """Takes what a UNet takes: noisy latents, timesteps, prompt embeddings."""
+    """A small network with the inputs of a UNet: noisy latents, timesteps, prompt embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_exchanging_the_block_changes_nothing(before: Block, after: Block) -> No
 
 
 def test_the_two_objectives_part_ways() -> None:
-    # Else the comparison above would pass with either loss in either place.
+    # Otherwise the test above would pass even if the two losses were swapped.
     dpo, seppo = train(dpo_before), train(seppo_before)
     assert dpo["loss"][:2] == seppo["loss"][:2]  # every pair of the first update ties
     assert max(abs(first - second) for first, second in zip(dpo["loss"], seppo["loss"])) > 0.05

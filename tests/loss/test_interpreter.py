@@ -1,4 +1,7 @@
-"""Runs the tests of the Triton kernels under Triton's interpreter, which needs processes of its own."""
+"""Runs the tests of the Triton kernels under Triton's interpreter, in separate processes.
+
+Triton decides at import whether it interprets, so the same process cannot do both.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of about the same length, since they run at once.
+# The parts run at the same time, so they should take about equally long.
 PARTS = {
     "kernels": ["tests/kernels"],
     "loss": ["tests/loss/test_loss.py", "tests/loss/test_loss_and_grad.py", "-k", "triton-cpu"],
@@ -23,7 +26,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """All parts at once; this file is among the last to run, when cores are free."""
+    """Starts all parts at once. This file is among the last to run, when cores are free."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     options = {
@@ -43,7 +46,7 @@ def interpreted():
 @pytest.mark.parametrize("name", PARTS)
 def test_under_the_interpreter(interpreted, name):
     output, _ = interpreted[name].communicate()
-    assert interpreted[name].returncode == 0, output  # 5 where nothing was collected
+    assert interpreted[name].returncode == 0, output  # pytest returns 5 if nothing was collected
 
 
 def test_kernels_is_no_package():

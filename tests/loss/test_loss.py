@@ -1,7 +1,7 @@
-"""The loss against its float64 reference, on whichever backend this process can run.
+"""The loss against its float64 reference, on every backend that this process can run.
 
-Without more that is the PyTorch twin on the CPU, and with a GPU Triton too; test_interpreter.py runs the file once more
-for Triton's interpreter.
+That is the PyTorch twin on the CPU, and Triton too if there is a GPU. test_interpreter.py runs this file again under
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_values_and_gradient_match_float64(place, shape, dtype):
             expected = reference(
                 model_pred.float(), target.float(), **{k: v.float() for k, v in ref.items()}, **options
             )
-            # 50 times the rounding of D_w - a D_l: of products near 1e-2, or of four errors near 0.2.
+            # beta/2 = 50 times the rounding error of D_w - a D_l: of products near 1e-2, or of four errors near 0.2.
             assert_matches(result, expected, atol=1e-6 if "ref_pred" in ref else 50 * 1e-7)
             assert grad.dtype == dtype
             assert relative_rms(grad, 3.0 * expected.grad) < ROUNDING[dtype]
@@ -107,7 +107,7 @@ def test_denoising_errors_are_differentiable(place):
 
 
 def _pair(winner_difference, loser_difference, place):
-    """One pair with target 0, latents of one element and r = 1, so that D is known exactly."""
+    """Returns one pair with target 0, latents of one element and r = 1, so that D is known exactly."""
     backend, device = place
     model_error = 1 + torch.tensor([winner_difference, loser_difference], dtype=torch.float64)
     model_pred = model_error.sqrt()[:, None].to(device).requires_grad_()
@@ -178,7 +178,7 @@ def test_weights_of_any_float_dtype_and_stride(place):
 @pytest.mark.parametrize("poisoned", ["winner", "loser", "reference", "target", "weights"])
 def test_nan_stays_visible(place, flipper, poisoned):
     backend, device = place
-    # Far apart and D_w > 0: with `indicator`, a = 0 must not hide a NaN in D_l.
+    # Policy and reference are far apart and D_w > 0, so with `indicator` a is 0, which must not hide a NaN in D_l.
     target = torch.zeros(6, 3, 5, device=device)
     model_pred, ref_pred = torch.full_like(target, 2.0), torch.full_like(target, 1.0)
     weights = torch.ones(3, device=device)
@@ -222,7 +222,7 @@ def test_gradient_reaches_what_made_the_prediction(place):
     backend, device = place
     model_pred, target, ref_pred = predictions((4, 3, 5), torch.float16, device=device)
     scale = torch.tensor(1.0, dtype=torch.float16, device=device, requires_grad=True)
-    # A gradient scaler's factor, so large that a gradient rounded before the multiplication would be lost.
+    # 2^16 is a gradient scaler's factor. A gradient rounded to float16 before it is multiplied would underflow.
     tiny = preference_loss(scale * model_pred, target, ref_pred, beta=1e-4, backend=backend).loss * 2.0**16
     (grad,) = torch.autograd.grad(tiny, model_pred)
     expected = reference(model_pred, target, ref_pred, beta=1e-4).grad * 2.0**16
@@ -230,7 +230,7 @@ def test_gradient_reaches_what_made_the_prediction(place):
 
 
 def test_twin_never_reads_a_value_on_the_host():
-    with FakeTensorMode() as mode:  # has shapes but no values: reading one raises
+    with FakeTensorMode() as mode:  # fake tensors have shapes but no values: reading a value raises
         model_pred, target, ref_pred = (torch.randn(4, 3, 5) for _ in range(3))
         model_pred.requires_grad_()
         for ref in ({"ref_pred": ref_pred}, {"ref_error": denoising_errors(ref_pred, target, "torch")}):

@@ -1,4 +1,4 @@
-"""Loss and gradient at once: against float64, against autograd, over the prediction's memory; run as test_loss.py."""
+"""`loss_and_grad`: against float64, against autograd, in place. Runs on the same backends as test_loss.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_values_and_gradient_match_float64(place, shape, dtype):
             result, grad = loss_and_grad(
                 pred, target, **ref, **options, grad_scale=scale, overwrite=overwrite, backend=backend
             )
-            # 50 times the rounding of D_w - a D_l: of products near 1e-2, or of four errors near 0.2.
+            # beta/2 = 50 times the rounding error of D_w - a D_l: of products near 1e-2, or of four errors near 0.2.
             assert_matches(result, expected, atol=1e-6 if "ref_pred" in ref else 50 * 1e-7)
             assert (grad.dtype, grad.shape) == (dtype, pred.shape)
             assert relative_rms(grad, float(scale) * expected.grad) < ROUNDING[dtype]
@@ -63,7 +63,7 @@ def test_values_and_gradient_match_float64(place, shape, dtype):
             assert (grad.data_ptr() == pred.data_ptr()) is overwrite
 
 
-# With a = 0, and where the halves' gradients do not oppose, nothing is scaled; at mu = 0 a part of the pairs is.
+# The safeguard scales nothing where a = 0 or the halves' gradients do not oppose; with mu = 0 it scales some pairs.
 @pytest.mark.parametrize(
     ("shape", "flipper", "more"),
     [
@@ -99,7 +99,7 @@ def test_winners_term_and_safeguard_match_float64(place, shape, flipper, more):
 def test_safeguard_leaves_the_winner_its_share(place):
     backend, device = place
     model_pred, target, ref_pred = (x.detach() for x in predictions((64, 3, 4), shared=True, device=device))
-    # Losers that miss the target as their winners do, from twice as far the other way to twice as far the same way.
+    # The losers' residuals are multiples of the winners', from -2 to 2.
     alike = torch.linspace(-2, 2, 32, device=device)[:, None, None]
     model_pred[32:] = target + alike * (model_pred[:32] - target)
     model_pred.requires_grad_()
@@ -113,11 +113,11 @@ def test_safeguard_leaves_the_winner_its_share(place):
         gained, taken = ((own * half).flatten(1).sum(1) for half in (winner, loser))
         return (gained + taken) / gained
 
-    assert progress(None).min() < 0  # some losers would undo more than all of it
+    assert progress(None).min() < 0  # unscaled, some losers would undo more than the whole gain
     for mu in (0.0, 0.5, 0.9):
         shares = progress(mu)
         assert shares.min() >= mu - 1e-5
-        assert (shares - mu).abs().min() < 1e-5 and shares.max() > 1  # some are scaled, others left alone
+        assert (shares - mu).abs().min() < 1e-5 and shares.max() > 1  # some losers are scaled, others are not
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -134,7 +134,8 @@ def test_gradient_is_that_of_autograd(place, dtype):
                 (expected,) = torch.autograd.grad(through.loss, model_pred, torch.tensor(scale, device=device))
                 result, grad = loss_and_grad(model_pred, target, **ref, **options, grad_scale=scale)
                 assert all(torch.equal(getattr(result, name), getattr(through, name)) for name in FIELDS)
-                # Autograd differentiates the twin's factored difference; the kernel multiplies in another order.
+                # Not bit for bit otherwise: with ref_pred, autograd differentiates the twin's factored difference, and
+                # the kernel multiplies by the scale in another order, which shows unless it is a power of two.
                 if (backend == "torch" and "ref_error" in ref) or (backend == "triton" and scale != 1 / 3):
                     assert torch.equal(grad, expected)
                 else:
@@ -156,7 +157,7 @@ def test_trainers_two_ways_give_the_same_update(place, scale):
         model_pred = policy(noisy)
         result, grad = loss_and_grad(model_pred, target, **options, grad_scale=scale, overwrite=overwrite)
         assert not any(x.requires_grad for x in (grad, *(getattr(result, name) for name in FIELDS)))
-        model_pred.backward(grad)  # a convolution keeps its input, not its output
+        model_pred.backward(grad)  # works after overwriting, since a convolution saves its input, not its output
         for parameter, before in zip(policy.parameters(), expected):
             torch.testing.assert_close(parameter.grad, before, rtol=1e-5, atol=1e-7)
 
@@ -230,7 +231,7 @@ def test_small_gradients_are_scaled_before_they_are_rounded(place):
     scale = torch.tensor(2.0**16, device=device)  # as a gradient scaler's
     _, grad = loss_and_grad(model_pred, target, ref_pred, beta=1e-4, grad_scale=scale, backend=backend)
     expected = reference(model_pred, target, ref_pred, beta=1e-4).grad
-    assert (expected.abs() < 2.0**-25).any()  # would be zeros
+    assert (expected.abs() < 2.0**-25).any()  # would round to zero in float16
     assert relative_rms(grad, expected * 2.0**16) < ROUNDING[torch.float16]
 
 
@@ -244,7 +245,7 @@ def test_same_bits_twice(place):
 
 
 def test_twin_never_reads_a_value_on_the_host():
-    with FakeTensorMode() as mode:  # has shapes but no values: reading one raises
+    with FakeTensorMode() as mode:  # fake tensors have shapes but no values: reading a value raises
         model_pred, target, ref_pred = (torch.randn(4, 3, 5) for _ in range(3))
         scale = torch.tensor(2.0, device="cpu")
         for ref in _references(ref_pred, target, "torch"):
@@ -267,8 +268,8 @@ BAD = [
     ({"grad_scale": torch.ones((), dtype=torch.float64)}, "grad_scale", "float32.*float64"),
     ({"grad_scale": torch.ones((), dtype=torch.float16)}, "grad_scale", "float32.*float16"),
     ({"grad_scale": torch.ones((), device="meta")}, "grad_scale", "cpu.*meta"),
-    ({"overwrite": True, "model_pred": torch.zeros(1, 3, 5).expand(4, 3, 5)}, "overwrite", "share their memory"),
-    ({"overwrite": True, "model_pred": torch.zeros(4, 3, 1).expand(4, 3, 5)}, "overwrite", "share their memory"),
+    ({"overwrite": True, "model_pred": torch.zeros(1, 3, 5).expand(4, 3, 5)}, "overwrite", "share memory"),
+    ({"overwrite": True, "model_pred": torch.zeros(4, 3, 1).expand(4, 3, 5)}, "overwrite", "share memory"),
     ({"model_pred": torch.zeros(3, 3, 5)}, "model_pred", "even number.*3"),
     ({"target": X.to("meta")}, "target", "cpu.*meta"),
     ({"ref_error": torch.zeros(4)}, "ref_pred, ref_error", "both"),
@@ -286,5 +287,5 @@ def test_windows_of_one_memory_are_written_where_they_do_not_overlap():
     x = torch.zeros(4, 15)
     apart, overlapping = torch.zeros(66).unfold(0, 15, 17), torch.zeros(30).unfold(0, 15, 5)
     loss_and_grad(apart, x, x, overwrite=True)
-    with pytest.raises(ValueError, match="^overwrite: .*share their memory"):
+    with pytest.raises(ValueError, match="^overwrite: .*share memory"):
         loss_and_grad(overlapping, x, x, overwrite=True)

@@ -1,4 +1,4 @@
-"""What the loss refuses and how it says so; what it needs installed."""
+"""The loss's checks of its arguments and their messages, and what must be installed to use it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BAD = [
     ({"model_pred": torch.zeros(4)}, "model_pred", r"\(4,\)"),
     ({"model_pred": X.long()}, "model_pred", "float32.*int64"),
     ({"model_pred": X.cfloat()}, "model_pred", "float32.*complex64"),
-    ({"model_pred": None}, "model_pred", "tensor is needed, got NoneType"),
+    ({"model_pred": None}, "model_pred", "expected a dense torch tensor, got NoneType"),
     ({"model_pred": X.to_sparse()}, "model_pred", "dense torch tensor.*sparse_coo"),
-    ({"target": X.numpy()}, "target", "tensor is needed, got ndarray"),
-    ({"ref_pred": [1.0]}, "ref_pred", "tensor is needed, got list"),
-    ({"weights": 1.0}, "weights", "tensor is needed, got float"),
+    ({"target": X.numpy()}, "target", "expected a dense torch tensor, got ndarray"),
+    ({"ref_pred": [1.0]}, "ref_pred", "expected a dense torch tensor, got list"),
+    ({"weights": 1.0}, "weights", "expected a dense torch tensor, got float"),
     ({"flipper": []}, "flipper", "unknown"),
     ({"beta": 10**400}, "beta", "finite"),
     ({"beta": 1e39}, "beta", "finite"),
@@ -101,7 +101,7 @@ def test_triton_missing(monkeypatch):
 
 
 class _Gpus:
-    """GPUs of one kind, and for which of them torch was asked."""
+    """Fake GPUs of one kind; records the devices whose properties were requested."""
 
     def __init__(self):
         self.properties, self.asked = SimpleNamespace(major=7, minor=5, name="Tesla T4"), []
@@ -139,7 +139,7 @@ def test_torch_is_asked_once_for_each_gpu(gpus):
         for device in (first, second):
             assert loss_arguments.kernels_for("auto", device) is eager
     assert gpus.asked == [first, second]
-    # Another GPU may be the current one by now.
+    # Not cached for plain "cuda": another GPU may be the current one by now.
     assert loss_arguments.kernels_for("auto", current) is eager
     gpus.properties.major = 9
     assert loss_arguments.kernels_for("auto", current) is not eager

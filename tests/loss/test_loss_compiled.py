@@ -1,4 +1,4 @@
-"""The loss inside a compiled step, without a graph break; run as test_loss.py."""
+"""The loss inside a compiled step, without a graph break. Runs on the same backends as test_loss.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def place(request):
 
 
 class _Policy(torch.nn.Module):
-    """One convolution and its training step: loss and gradient by both ways of taking them."""
+    """One convolution and its training step, with the gradient through autograd and from `loss_and_grad`."""
 
     def __init__(self, backend, device):
         super().__init__()
@@ -31,23 +31,23 @@ class _Policy(torch.nn.Module):
         self.options = {"beta": 50.0, "weights": torch.tensor([0.5, 1.5], device=device), "backend": backend}
 
     def by_autograd(self, ref):
-        """The loss, which a caller differentiates."""
+        """Returns the loss, for the caller to differentiate."""
         return preference_loss(self.net(self.noisy), self.target, **ref, **self.options)
 
     def at_once(self, ref, scale, overwrite):
-        """Loss, gradient, and the prediction that a caller sends it through."""
+        """Returns loss, gradient, and the prediction whose `backward` the caller gives the gradient."""
         model_pred = self.net(self.noisy)
         options = {**self.options, "grad_scale": scale, "overwrite": overwrite}
         return *loss_and_grad(model_pred, self.target, **ref, **options), model_pred
 
     def gradients(self):
-        """Of the parameters, which are then without one."""
+        """Returns the parameters' gradients and clears them."""
         found = [parameter.grad for parameter in self.parameters()]
         self.zero_grad()
         return found
 
     def reference(self, kind):
-        """Of either kind, `ref_pred` or `ref_error`."""
+        """Returns the reference as a keyword argument, either `ref_pred` or `ref_error`."""
         ref_pred = torch.ones_like(self.noisy)
         return {kind: ref_pred if kind == "ref_pred" else torch.full((4,), 1.5, device=ref_pred.device)}
 

@@ -1,4 +1,4 @@
-"""Memory formats: what is read and written in place, and what the gradient looks like; run as test_loss.py."""
+"""Memory formats: reads and writes in place, and the gradient's layout. Runs on the same backends as test_loss.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _channels_last(x):
 
 
 def _frames_first(x):
-    """(B, C, F, H, W) as a view of frames of images, as an AnimateDiff model returns it."""
+    """Returns (B, C, F, H, W) as a view of memory in the order (B, F, C, H, W), as an AnimateDiff model returns it."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -67,7 +67,7 @@ SAME = {
     "every other sample": ((4, 3, 5), _every_other_sample),
     "first channels": (IMAGE, _first_channels),
 }
-# Prediction, target: a target of up to three dims, after neighbours are merged, is read where it lies.
+# Layouts of prediction and target. A target with up to three dims after adjacent dims are merged is read in place.
 MIXED = {
     "channels_last, contiguous": (IMAGE, _channels_last, _plain),
     "contiguous, channels_last": (IMAGE, _plain, _channels_last),
@@ -92,7 +92,7 @@ def place(request):
 
 @contextmanager
 def _latents_read(backend):
-    """Where prediction, target and reference prediction lie, each time that a kernel reads all three."""
+    """Records the addresses of prediction, target and reference prediction for every kernel that reads all three."""
     seen = []
     if backend == "torch":
 
@@ -118,7 +118,7 @@ def _latents_read(backend):
 
 
 def _three_gradients(inputs, backend):
-    """Through autograd, apart, and written over the prediction; with the logit and where all of it was read."""
+    """Returns three gradients (through autograd, in new memory, over the prediction), the logit and addresses read."""
     model_pred = inputs[0].requires_grad_()
     with _latents_read(backend) as seen:
         result = preference_loss(*inputs, beta=50.0, backend=backend)
@@ -141,7 +141,7 @@ def test_dense_layouts_are_read_and_written_in_place(place, name, shared):
     close(logit, expected.logit, rtol=2e-6, atol=1e-6)
     for grad in gradients:
         assert relative_rms(grad, expected.grad) < 1e-6
-        # The order of a latent's elements in memory stays; its rows may come to lie side by side.
+        # The order of a latent's elements in memory is kept; gaps between rows may disappear.
         assert _strides(grad) == _strides(inputs[0])
     assert gradients[2].data_ptr() == inputs[0].data_ptr()
     assert gradients[2].stride() == inputs[0].stride()

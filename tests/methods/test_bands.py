@@ -1,4 +1,4 @@
-"""Numbers by band of timestep, and of pairs that are no exact tie, against means in float64."""
+"""Statistics by band of timestep, and of pairs that are not exact ties, compared with means in float64."""
 
 import math
 
@@ -25,13 +25,13 @@ def batch(pairs=7):
 
 
 def tie(pred, target, ref_error, pair):
-    """Makes the winner's error of a pair exactly its reference's."""
+    """Makes the winner of a pair an exact tie: sets its reference error to the policy's."""
     plain = step_loss(OBJECTIVES["seppo"], pred[[pair, pair]], target[[pair, pair]], ref_error[[pair, pair]], **OPTIONS)
     ref_error[pair] = plain.sums["winner_error"]
 
 
 def averaged(rows=slice(None), progress=PROGRESS, **changes):
-    """What the log shows of a batch, one pair of which ties, and its rows in float64."""
+    """Returns the logged values of a batch with one tie, and D_w and |logit| of its pairs in float64."""
     pred, target, ref_error = batch()
     tie(pred, target, ref_error, 2)
     for name, value in changes.items():

@@ -1,4 +1,4 @@
-"""The table of objectives: each row's loss against its formula in float64, and what the log averages."""
+"""The objectives: the loss of each compared with its formula in float64, and the averages in the log."""
 
 import math
 

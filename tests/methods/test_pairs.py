@@ -12,7 +12,7 @@ from tests.helpers.runs import tiny_config
 
 
 class FakeCache:
-    """Eight examples whose latents and embeddings say which they are."""
+    """Eight examples whose latents and embeddings hold their index."""
 
     latent_shape = (4, 2, 2)
 
@@ -75,7 +75,7 @@ def test_ranks_deal_out_the_same_pairs(tmp_path):
 
 
 def test_what_a_reference_samples_from(tmp_path):
-    """Noise of its own for every sample, and the pair's own prompt, dropped or not."""
+    """Each sample has its own noise, and the pair's own prompt even if the pair drops it."""
     make = maker(tmp_path, data={"prompt_dropout": 1.0})
     noise, own, uncond = make.generation([(0, 3), (1, 12), (0, 5)])
     assert own["prompt_embeds"][:, 0, 0].tolist() == [3, 4, 5] and uncond["prompt_embeds"][:, 0, 0].tolist() == [-1]
@@ -134,7 +134,7 @@ def test_labelled_losers_and_random_anchors(tmp_path):
 
 
 def test_pairs_are_sent_to_a_gpu_once():
-    """Sending again what is there leaves it alone: only host memory can be pinned. No GPU is needed to see that."""
+    """Sending them again leaves them alone, since only host memory can be pinned. This needs no GPU to test."""
     latents = torch.empty(2, 4, 2, 2, device="meta")
     prompts = embeds(torch.empty(2, 2, 3, device="meta"))
     pairs = Pairs((0, 1), latents, latents, torch.empty(2, device="meta"), latents, prompts)

@@ -1,4 +1,4 @@
-"""Three ways to the reference's errors: the same training, and what each refuses."""
+"""Three ways to compute the reference's errors: they train alike, and refuse settings that cannot work."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ LORA = {"train": "lora", "lora_rank": 3}
 
 
 def trained(tiny, folder, errors, **sections):
-    """Final weights and the log of 5 updates over three iterations; odd last micro-batches included."""
+    """Returns final weights and the log of 5 updates over three iterations, with smaller last micro-batches."""
     config = tiny_config(
         tiny, folder, **sections, reference={"errors": errors}, output=str(folder / errors),
         train={"updates": 5, "pairs_per_update": 7, "micro_batch": 3, "beta": 100.0},
@@ -51,7 +51,7 @@ def test_ahead_and_apart_train_to_the_same_weights_bit_for_bit(tiny, tmp_path, m
 
 
 def test_together_trains_to_the_same_weights(tiny, tmp_path):
-    """Its forward rounds as two do or by a little; Adam's sign of a gradient that is rounding may differ."""
+    """Its forward may round slightly differently than two forwards, which can flip Adam's sign of a tiny gradient."""
     weights, log = trained(tiny, tmp_path, "ahead", model=LORA)
     other, other_log = trained(tiny, tmp_path, "together", model=LORA)
     start = trained_start(tiny, tmp_path)
@@ -89,7 +89,7 @@ def test_apart_shares_what_is_frozen(tiny, tmp_path, model, copies):
 
 
 def test_ahead_keeps_the_weights_where_they_are(tiny, tmp_path):
-    """What a captured graph or compiled code has seen of them stays valid."""
+    """So captured graphs and compiled code stay valid."""
     trainer = Trainer(tiny_config(tiny, tmp_path))
     trainer.add_checkpoint()
     before = {name: weight.data_ptr() for name, weight in trainer.policy.named_parameters()}
@@ -101,7 +101,7 @@ def test_ahead_keeps_the_weights_where_they_are(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_code_is_exact_too(tiny, tmp_path):
-    """Sampling, the reference's errors and the policy are compiled for themselves; equal weights stay exactly equal."""
+    """Sampling, reference errors and the policy are compiled separately; equal weights still give equal errors."""
     config = tiny_config(
         tiny, tmp_path, objective="seppo-newest", model={"compile": True}, sampler={"batch": 12},
         train={"updates": 3, "updates_per_iteration": 2, "micro_batch": 6},
@@ -124,7 +124,7 @@ def test_compiled_code_is_exact_too(tiny, tmp_path):
     ("sections", "says"),
     [
         ({"reference": {"errors": "together"}}, "needs model.train = lora.*'ahead'"),
-        ({"reference": {"errors": "together"}, "model": LORA | {"compile": True}}, "model.compile goes with"),
+        ({"reference": {"errors": "together"}, "model": LORA | {"compile": True}}, "model.compile needs reference"),
         ({"reference": {"uses": 4}}, "must divide train.pairs_per_update = 6"),
         ({"reference": {"errors": "before"}}, "reference.errors"),
         ({"reference": {"errors": "apart"}, "objective": "sft"}, "'sft' has no reference"),
@@ -136,7 +136,7 @@ def test_settings_that_cannot_work(tiny, tmp_path, sections, says):
 
 
 def test_errors_of_many_micro_batches_take_no_more_memory_than_one(tiny, tmp_path):
-    """Their forward keeps activations for a backward that never comes; the next one must not wait beside them."""
+    """Their forward keeps activations for a backward that never runs; they must be freed before the next forward."""
     trainer = Trainer(tiny_config(tiny, tmp_path, train={"pairs_per_update": 12, "micro_batch": 4}))
     trainer.add_checkpoint()
     peaks = []
@@ -156,7 +156,7 @@ def memory_events(profiler):
 
 
 def test_8_bit_adam_trains_contiguous_weights(tiny, tmp_path, monkeypatch):
-    """Its step makes them so, and a forward in another memory format rounds otherwise than the reference's did."""
+    """Its step makes them contiguous; a forward in another memory format than the reference's rounds differently."""
     module = types.ModuleType("bitsandbytes.optim")
     module.AdamW8bit = torch.optim.AdamW
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))

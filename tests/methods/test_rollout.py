@@ -1,4 +1,4 @@
-"""Rolling out ahead: samples in batches of their own, errors in the learner's, and pairs that wait."""
+"""Rolling out ahead: samples in sampling batches, errors in the learner's micro-batches, and pairs that wait."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_samples_do_not_depend_on_the_batch(trainer):
 
 
 def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_prompt(trainer, tiny, tmp_path):
-    """Not from the policy, and never from the dropped prompt."""
+    """Neither from the policy nor from the empty prompt that replaces a dropped one."""
     before = collected(trainer, 1).losers
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
@@ -69,11 +69,11 @@ def test_the_references_samples_come_from_the_drawn_weights_and_the_pairs_own_pr
     [
         ({"train": {"updates": 10, "updates_per_iteration": 4}, "reference": {"window": 3}}, [3, 1, 3, 1, 2]),
         ({"train": {"updates": 5, "updates_per_iteration": 4}, "reference": {"redraw": "update"}}, [1, 1, 1, 1, 1]),
-        # 8 batches of 4 samples are 6 updates of 6 pairs
+        # 8 batches of 4 samples fill 6 updates of 6 pairs
         ({"train": {"updates": 12, "updates_per_iteration": 10}}, [6, 4, 2]),
         ({"train": {"updates": 3, "updates_per_iteration": 3}, "sampler": {"batch": 1}}, [2, 1]),
     ],
-    ids=["asked for", "drawn each update", "filling batches", "small batches"],
+    ids=["configured", "drawn each update", "filling batches", "small batches"],
 )
 def test_windows_follow_each_other_and_end_at_the_next_draw(tiny, tmp_path, sections, windows):
     rollout = started(tiny, tmp_path, **sections).method.rollout
@@ -81,7 +81,7 @@ def test_windows_follow_each_other_and_end_at_the_next_draw(tiny, tmp_path, sect
     while update < sections["train"]["updates"]:
         window = rollout.window(update)
         assert window[0] == update
-        assert all(rollout.window(later) == window for later in window)  # also where a run goes on in its middle
+        assert all(rollout.window(later) == window for later in window)  # also if a run resumes in its middle
         lengths.append(len(window))
         update = window[-1] + 1
     assert lengths == windows
@@ -92,13 +92,13 @@ def test_samples_of_a_window_are_made_in_full_batches(tiny, tmp_path):
     rows, denoise = [], trainer.denoiser.denoise
 
     def recording(model, latents, timesteps, embeds):
-        if not torch.is_grad_enabled():  # the errors are made with grad
+        if not torch.is_grad_enabled():  # the errors are computed with grad
             rows.append(len(latents))
         return denoise(model, latents, timesteps, embeds)
 
     trainer.denoiser.denoise = recording
     windows = [collected(trainer, update) for update in range(3)]
-    # 18 samples in batches of 4, doubled by guidance, two steps each; nothing is made for the updates that follow
+    # 18 samples in batches of 4, doubled by guidance, two steps each; nothing is generated for later updates
     assert rows == [8] * 8 + [4] * 2
     for update, ahead in enumerate(windows):
         alone = collected(started(tiny, tmp_path, reference={"window": 1}), update)
@@ -125,7 +125,7 @@ def test_a_batch_that_does_not_fit_halves_itself_and_says_so(tiny, tmp_path, cap
     said = capsys.readouterr().out
     assert "out of memory" in said and "sampler.batch = 3" in said and "sampler.batch = 1" not in said
     collected(trainer, 2)
-    assert "out of memory" not in capsys.readouterr().out  # once is enough
+    assert "out of memory" not in capsys.readouterr().out  # the smaller batch is kept
     largest = 0
     trainer.method.rollout.waiting.clear()
     with pytest.raises(torch.OutOfMemoryError):
@@ -156,7 +156,7 @@ def test_no_room_for_waiting_samples_says_so(tiny, tmp_path, monkeypatch):
 
 
 def test_low_memory_parks_the_learner_while_a_reference_is_resident(tiny, tmp_path):
-    """Where it is parked cannot be seen on a CPU; that it is, and that nothing changes by it, can."""
+    """On a CPU the test cannot see where the state is moved, only that it is moved and that results stay the same."""
     finals = []
     for memory in ("low", "balanced"):
         trainer = started(tiny, tmp_path, memory=memory, model={"gradient_checkpointing": False})

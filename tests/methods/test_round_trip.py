@@ -1,4 +1,4 @@
-"""Losers through pixels: what the data cache would hold of the samples' pictures, bit for bit."""
+"""Losers through pixels equal, bit for bit, what the data cache would hold for the samples' pictures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Policy and reference in one forward against two forwards: values, gradients, FLOPs, bytes kept for the backward."""
+"""One forward for policy and reference, compared with two: values, gradients, FLOPs, bytes kept for the backward."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -57,7 +57,7 @@ def reference_of(policy: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def models(precision: str = "fp32", checkpointing: bool = False) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
-    """A policy and a reference with large adapters of their own."""
+    """Returns a policy and a reference, each with large adapters of its own."""
     policy = tiny_policy(precision, checkpointing=checkpointing)
     reference = reference_of(policy)
     for unet in (policy, reference):
@@ -99,7 +99,7 @@ def two_passes(policy: nn.Module, reference: nn.Module, batch: Batch, rows: int)
 
 
 def gradients(policy: nn.Module, prediction: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-    """Of a sum with random weights, times `scale`; none is left on the policy."""
+    """Returns the gradients of a randomly weighted sum times `scale`, and clears them on the policy."""
     weights = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(1))
     ((prediction * weights).sum() * scale).backward()
     return take_gradients(policy)
@@ -113,7 +113,7 @@ def take_gradients(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference, relative to the largest entry of its tensor."""
+    """Returns the largest difference, relative to the largest entry of its tensor."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs)
 
@@ -123,9 +123,10 @@ def autocast(precision: str) -> torch.autocast:
 
 
 class RowByRow(TorchFunctionMode):
-    """An arithmetic that cannot depend on the size of the batch: one row at a time.
+    """Makes results independent of the batch size by computing one row at a time.
 
-    Of products, whose order of summation depends on it, and of functions whose last few elements are computed apart.
+    That applies to products, whose order of summation depends on the batch size, and to functions whose last few
+    elements are computed separately.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -143,8 +144,8 @@ class RowByRow(TorchFunctionMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_both_halves_are_bit_equal_to_two_passes(precision, pairs):
-    # Latents of 4 x 8 x 8. The order of a float32 sum can depend on the size of the batch: here, a 3x3 convolution sums
-    # one row otherwise than two, a 1x1 convolution of 16 channels 8 rows otherwise than 16.
+    # Latents of 4 x 8 x 8. The order of a float32 sum can depend on the batch size: here, a 3x3 convolution sums one
+    # row in another order than two, and a 1x1 convolution of 16 channels sums 8 rows in another order than 16.
     policy, reference = models(precision)
     rows = 2 * pairs
     batch = make_batch(2 * rows)
@@ -180,7 +181,7 @@ def test_halves_of_any_shape_are_close_to_two_passes(rows, total, size):
 
 
 def test_scale_and_dtype_of_an_adapter_are_kept():
-    # Without autocast, so that the layers themselves cast: a bfloat16 base, float32 adapters, and alpha / r is not 1.
+    # Without autocast, so that the layers themselves cast; a bfloat16 base, float32 adapters, and alpha / r is not 1.
     policy = UNet2DConditionModel(**TINY).requires_grad_(False).bfloat16().eval()
     policy.add_adapter(
         LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "to_out.0", "proj"], init_lora_weights=False)
@@ -319,7 +320,7 @@ def test_distributed_data_parallel_sees_every_gradient(tmp_path):
         reduced = []
         wrapped.register_comm_hook(reduced, _note_bucket)
         together = together_of(policy, reference)
-        for _ in range(2):  # the second forward fails where the first left a gradient out
+        for _ in range(2):  # the second forward fails if the first left out a gradient
             assert distance(gradients(policy, one_pass(wrapped, together, batch, 2)[0]), expected) < 1e-5
     finally:
         torch.distributed.destroy_process_group()
@@ -362,7 +363,7 @@ FLOPS = flop_registry | {
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of operations on fake tensors, and which storages that they made are alive, autograd's among them."""
+    """Counts FLOPs of operations on fake tensors, and tracks the storages that they created, autograd's included."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
@@ -372,7 +373,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:
-            return args[0].fake_device  # a question that fake tensors ask more often than they compute
+            return args[0].fake_device  # called by fake tensors more often than they compute
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket in FLOPS:
             self.flops += FLOPS[function.overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -385,12 +386,12 @@ class Meter(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
-        """Bytes."""
+        """Returns the bytes of the storages that are still alive."""
         return sum(size for storage, size in self._made.values() if not storage.expired())
 
 
 def sd15(mode: FakeTensorMode) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
-    """Policy and reference of fake tensors: shapes and dtypes, neither memory nor arithmetic."""
+    """Returns a policy and a reference of fake tensors, which have shapes and dtypes but no memory or arithmetic."""
     with torch.device("meta"):
         policy = UNet2DConditionModel(cross_attention_dim=768)
         make_trainable(
@@ -430,7 +431,7 @@ def cost(way: Callable[[], tuple[Tensor, Tensor]], given: Iterable[Tensor]) -> C
 
 @pytest.fixture(scope="module")
 def costs() -> tuple[Cost, Cost, int]:
-    """Of one forward, of two with gradient checkpointing, and the bytes of all inputs of the policy's blocks."""
+    """Costs of one forward, of two with gradient checkpointing, and the bytes of all inputs of the policy's blocks."""
     mode = FakeTensorMode()
     policy, reference = sd15(mode)
     with mode:
@@ -447,7 +448,7 @@ def costs() -> tuple[Cost, Cost, int]:
 
 def test_flops_are_at_most_8_percent_above_two_passes(costs):
     one, two, _ = costs
-    assert one.forward == two.forward == pytest.approx(4 * 0.803e12, rel=0.005)  # what is known of SD-1.5: all counted
+    assert one.forward == two.forward == pytest.approx(4 * 0.803e12, rel=0.005)  # known for SD-1.5: all are counted
     assert one.total <= 1.08 * two.total
 
 
@@ -458,7 +459,7 @@ def test_bytes_kept_are_the_policy_rows_of_the_blocks_inputs(costs):
 
 
 def test_a_flop_counter_sees_both_passes_of_a_block():
-    # It hangs hooks on the tensors that enter a module, also when a block runs again.
+    # It registers hooks on the tensors that enter a module, also when a block reruns.
     policy, reference = models(checkpointing=True)
     together, batch = together_of(policy, reference), make_batch(4)
     counted = []
@@ -477,7 +478,7 @@ def test_a_flop_counter_sees_both_passes_of_a_block():
 
 def test_full_weights_are_refused_with_the_way_out():
     policy = tiny_policy(train="full")
-    with pytest.raises(ValueError, match="208 trained weights are no LoRA weights, 'conv_in.weight'.*errors='ahead'"):
+    with pytest.raises(ValueError, match="208 trained weights do not belong.*'conv_in.weight'.*errors='ahead'"):
         together_of(policy, copy.deepcopy(policy))
 
 
@@ -495,7 +496,7 @@ def test_a_base_that_is_not_shared_is_refused():
 def test_other_lora_layers_are_refused(settings):
     policy = UNet2DConditionModel(**TINY).requires_grad_(False).eval()
     policy.add_adapter(LoraConfig(r=2, **settings))
-    with pytest.raises(ValueError, match="each LoRA layer has to be a peft Linear in a down, mid or up block"):
+    with pytest.raises(ValueError, match="each LoRA layer must be a peft Linear in a down, mid or up block"):
         together_of(policy, reference_of(policy))
 
 
@@ -521,7 +522,7 @@ def test_a_policy_in_training_mode_is_refused():
         pass
 
 
-# Clips: several rows inside for each row of the batch, of frames and of places
+# Clips: inside the network, each row of the batch becomes several rows, of frames or of places
 
 
 def motion_models(checkpointing: bool) -> tuple[UNetMotionModel, UNetMotionModel]:

@@ -1,4 +1,4 @@
-"""The AnimateDiff family against diffusers' own pipeline, and what it refuses."""
+"""The AnimateDiff family: compared with diffusers' own pipeline, and the models and settings that it refuses."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def family(tiny, adapter):
 
 
 def pipeline(tiny, adapter, **scheduler):
-    """diffusers' own, put together as its documentation does."""
+    """Returns diffusers' own pipeline, assembled as in its documentation."""
     pipe = AnimateDiffPipeline.from_pretrained(
         tiny,
         motion_adapter=MotionAdapter.from_pretrained(adapter),
@@ -101,7 +101,7 @@ def test_samples_equal_the_pipelines(tiny, adapter, family, solver, settings):
     ours, theirs = own_samples(family, **settings), sampled(pipeline(tiny, adapter), solver)
     assert distance(ours, theirs) < 1e-4
     other = sampled(pipeline(tiny, adapter, beta_schedule="scaled_linear"), solver)
-    assert distance(ours, other) > 0.05  # the schedule can be told from it
+    assert distance(ours, other) > 0.05  # another schedule gives visibly other samples
 
 
 def test_clips_equal_the_pipelines(tiny, adapter, family):
@@ -127,7 +127,7 @@ def test_without_motion_each_frame_is_the_pictures_model(tiny, adapter):
 
 
 def test_the_schedule_is_the_linear_one(tiny, adapter, family):
-    """Betas from 0.00085 to 0.012 in equal steps; the folder's own are equal steps of their roots."""
+    """Betas from 0.00085 to 0.012 in equal steps; the folder's own have equal steps of their square roots."""
     assert StableDiffusion.load(str(tiny), CPU).scheduler_config["beta_schedule"] == "scaled_linear"
     alpha = np.cumprod(1 - np.linspace(0.00085, 0.012, 1000))
     x, noise = torch.randn(2, 3, 4, FRAMES, 2, 2, generator=torch.Generator().manual_seed(0)).unbind()
@@ -176,7 +176,7 @@ def test_a_cache_is_that_of_the_base(tiny, family):
     assert family.fingerprint() == StableDiffusion.load(str(tiny), CPU).fingerprint()
 
 
-# What is written
+# Saved models and LoRAs
 
 
 @pytest.mark.parametrize("where", ["spatial", "motion", "both"])
@@ -197,7 +197,7 @@ def test_a_lora_in_the_pipeline_gives_the_runs_own_samples(tiny, adapter, tmp_pa
 
 @pytest.mark.parametrize(("where", "temporal", "spatial"), [("spatial", 0, 1), ("motion", 1, 0), ("both", 1, 1)])
 def test_where_the_lora_is(tiny, adapter, where, temporal, spatial):
-    """Of each of the four products of each attention layer: 14 temporal ones in 7 motion modules, 8 spatial ones."""
+    """Attention layers have four projections, each with two LoRA weights; 14 are temporal (7 modules), 8 spatial."""
     unet = load(tiny, adapter).model
     make_trainable(unet, ModelConfig(precision="bf16", lora_on=where), seed=0, family=UNetFamily)
     names = trainable(unet)
@@ -223,7 +223,7 @@ def test_full_weights_load_as_a_pipeline_and_again(tiny, adapter, tmp_path):
     assert distance(ours, sampled(pipe)) < 1e-4
     again = AnimateDiff.load(str(tmp_path / "saved"), CPU, frames=FRAMES)
     assert torch.equal(own_samples(again), ours)
-    with pytest.raises(ConfigError, match="data.frames = 7: this motion adapter takes 6"):
+    with pytest.raises(ConfigError, match="data.frames = 7: this motion adapter supports at most 6"):
         AnimateDiff.load(str(tmp_path / "saved"), CPU, frames=7)
 
 
@@ -236,7 +236,7 @@ def test_pictures_of_clips_show_frames_beside_each_other():
     assert image.shape == (44, 30 + 16 * 20, 3)
 
 
-# What is refused
+# Refused models and settings
 
 
 def broken(folder, adapter, damage):
@@ -268,8 +268,8 @@ def another_class(place):
     [
         (pickled, "pickled weights are not loaded"),
         (truncated, "could not be loaded as a MotionAdapter"),
-        (without_config, "holds no config.json"),
-        (another_class, "is a ControlNetModel, a MotionAdapter is needed"),
+        (without_config, "has no config.json"),
+        (another_class, "is a ControlNetModel; a MotionAdapter is needed"),
     ],
 )
 def test_broken_adapters_are_refused(tiny, adapter, tmp_path, damage, message):
@@ -286,7 +286,7 @@ def test_broken_adapters_are_refused(tiny, adapter, tmp_path, damage, message):
         ({"motion_layers_per_block": 2}, "motion_layers_per_block is 2, the UNet's layers_per_block is 1"),
         ({"motion_norm_num_groups": 4}, "motion_norm_num_groups"),
         ({"conv_in_channels": 9}, "PIA"),
-        ({"motion_max_seq_length": 4}, "data.frames = 5: this motion adapter takes 4 frames"),
+        ({"motion_max_seq_length": 4}, "data.frames = 5: this motion adapter supports at most 4 frames"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(tiny, tmp_path, monkeypatch, settings, message):
@@ -298,7 +298,7 @@ def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(tiny, tmp_
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("nowhere", "does not exist, and is no hub id"), ("mm.ckpt", "is a single file.*MotionAdapter.from_single_file")],
+    [("nowhere", "does not exist, and is not a hub"), ("mm.ckpt", "is a single file.*MotionAdapter.from_single_file")],
 )
 def test_adapters_that_are_not_there_are_refused(tiny, place, message):
     with pytest.raises(ConfigError, match="model.motion_adapter.*" + message):
@@ -316,7 +316,7 @@ def test_other_bases_are_refused(tiny, adapter, tmp_path):
         load(xl, adapter)
     odd = shutil.copytree(tiny, tmp_path / "odd")
     with_index(odd / "unet" / "config.json", '"resnet_time_scale_shift": "default"', '"resnet_time_scale_shift": "x"')
-    with pytest.raises(ConfigError, match="resnet_time_scale_shift = 'x', which AnimateDiff's UNet has not"):
+    with pytest.raises(ConfigError, match="resnet_time_scale_shift = 'x', which AnimateDiff does not support"):
         load(odd, adapter)
     with pytest.raises(ConfigError, match="it is a StableDiffusionPipeline"):
         AnimateDiff.load(str(tiny), CPU, frames=FRAMES)
@@ -325,10 +325,10 @@ def test_other_bases_are_refused(tiny, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"lora_on": "motion"}}, "model.lora_on = 'motion' is for clips: give model.motion_adapter"),
-        ({"model": {"temporal_attention": "triton"}}, "model.temporal_attention = 'triton' is for clips"),
-        ({"data": {"frames": 8}}, "data.frames = 8 is for clips"),
-        ({"data": {"flip": True}}, "data.flip = True is for clips"),
+        ({"model": {"lora_on": "motion"}}, "model.lora_on = 'motion' is for clips only: set model.motion_adapter"),
+        ({"model": {"temporal_attention": "triton"}}, "model.temporal_attention = 'triton' is for clips only"),
+        ({"data": {"frames": 8}}, "data.frames = 8 is for clips only"),
+        ({"data": {"flip": True}}, "data.flip = True is for clips only"),
         ({"data": {"frames": 0}}, "data.frames = 0"),
         (
             {"model": {"train": "full", "lora_on": "motion", "motion_adapter": "x"}},
@@ -355,7 +355,7 @@ def test_v_prediction_bases_keep_their_target(tmp_path, adapter):
 
 @pytest.mark.parametrize("change", ["missing", "renamed"])
 def test_an_adapter_whose_weights_have_other_names_is_refused(tiny, adapter, tmp_path, change):
-    """As a file in the original format that somebody renamed into a diffusers folder."""
+    """Such as a file in the original format that was renamed and put into a diffusers folder."""
     other = shutil.copytree(adapter, tmp_path / "other")
     file = other / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -364,5 +364,5 @@ def test_an_adapter_whose_weights_have_other_names_is_refused(tiny, adapter, tmp
     if change == "renamed":
         tensors[f"module.{name}"] = weight
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ConfigError, match=f"holds nothing for 1 weights of MotionAdapter, such as {name}"):
+    with pytest.raises(ConfigError, match=f"lacks 1 weights of MotionAdapter, such as {name}"):
         AnimateDiff.load(str(tiny), CPU, motion_adapter=str(other), frames=4)

@@ -1,4 +1,4 @@
-"""Attention backends: the same values in chunks, the choice between backends (with a made-up xformers), GPU values."""
+"""Attention backends: equal values in chunks, the choice between backends (with a fake xformers), values on a GPU."""
 
 import functools
 import warnings
@@ -31,7 +31,7 @@ def unet():
 
 
 def softmax_attention(query, key, value, attn_bias=None, op=None, scale=None):
-    """What xformers computes on (rows x heads, tokens, head_dim), in float64."""
+    """Computes what xformers computes on (rows x heads, tokens, head_dim), in float64."""
     scores = query.double() @ key.double().transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores if attn_bias is None else scores + attn_bias.double()
     return (scores.softmax(-1) @ value.double()).to(query.dtype)
@@ -39,7 +39,7 @@ def softmax_attention(query, key, value, attn_bias=None, op=None, scale=None):
 
 @pytest.fixture
 def xformers(monkeypatch):
-    """A made-up xformers, where the processor of diffusers looks for it; tests change its function."""
+    """A fake xformers where the diffusers processor looks for it; tests replace its function."""
     ops = SimpleNamespace(memory_efficient_attention=softmax_attention)
     monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=ops))
     return ops
@@ -89,7 +89,7 @@ def test_chunks_give_the_same_values(xformers, processor, mask_rows, cross, rows
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
     actual = run(ChunkedAttention(counted, limit))
-    # One row is never split.
+    # A single row is never split, even if its heads exceed the limit.
     assert max(largest) < max(limit, heads + 1)
     assert sum(largest) == rows * heads
     assert len(largest) == -(-rows // max(1, (limit - 1) // heads))
@@ -182,17 +182,17 @@ def test_other_attention_is_not_replaced(unet):
 
 
 def choose(unet, wanted="auto", device=CUDA, dtype=torch.float32, **kwargs):
-    """As on a GPU, but that the UNet is on the CPU."""
+    """Calls `choose_attention` as on a GPU, although the UNet is on the CPU."""
     return choose_attention(wanted, unet, call=call_of(LATENT, PROMPT), rows=ROWS, device=device, dtype=dtype, **kwargs)
 
 
 def no_timer(functions):
-    raise AssertionError("nothing is to be timed here")
+    raise AssertionError("nothing should be timed here")
 
 
 def test_layers_are_found_with_their_shapes(unet):
     layers = attention_layers(with_lora(unet), call_of(LATENT, PROMPT), 5, torch.bfloat16)
-    # Of the two cross-attention blocks, one has one layer and one has two; and there is the middle block's.
+    # One cross-attention block has one such layer, the other has two; the middle block's shapes differ.
     found = {(shape.hidden, shape.context, shape.heads, shape.head_dim): len(names) for shape, names in layers.items()}
     text = (5, 7, 16)
     assert found == {
@@ -231,16 +231,16 @@ def test_xformers_on_the_cpu_is_refused(unet, xformers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_takes_the_faster_by_the_sum_over_all_layers(unet, xformers, dtype):
-    """xformers is faster in the shapes that occur once, slower in the others."""
+    """xformers is faster for the shapes that occur once, slower for the others."""
     counts = [len(names) for names in attention_layers(unet, call_of(LATENT, PROMPT), ROWS, dtype).values()]
     assert sorted(counts) == [1, 1, 1, 3, 3]
 
     def made_up(slower):
-        # The milliseconds of SDPA and xformers, shape by shape.
+        # Milliseconds of SDPA and of xformers, shape by shape.
         times = iter([(1.0, 1.0 + slower) if count == 3 else (2.0, 1.0) for count in counts])
         return lambda functions: [(function(), time)[1] for function, time in zip(functions, next(times), strict=True)]
 
-    # All in all: SDPA 6 + 6, xformers 6 + 6 slower + 3.
+    # In total: SDPA 6 + 6, xformers 6 + 6 * slower + 3.
     assert choose(unet, dtype=dtype, timer=made_up(0.4)) == "xformers"
     assert choose(unet, dtype=dtype, timer=made_up(0.6)) == "sdpa"
     assert all(parameter.grad is None for parameter in unet.parameters())
@@ -249,7 +249,7 @@ def test_auto_takes_the_faster_by_the_sum_over_all_layers(unet, xformers, dtype)
 
 @pytest.mark.parametrize(("forwards", "faster"), [(0, "sdpa"), (1.9, "sdpa"), (2.1, "xformers"), (50, "xformers")])
 def test_sampling_weighs_as_much_as_it_is_called(unet, xformers, forwards, faster):
-    """Made up: with a backward xformers takes 2 ms more, without 1 ms less."""
+    """In this example xformers takes 2 ms more with a backward, and 1 ms less without."""
     graphs = []
 
     def timer(functions):
@@ -310,7 +310,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("function", PROBLEMS, ids=lambda function: function.__name__)
 def test_xformers_that_does_not_work(unet, xformers, function):
     xformers.memory_efficient_attention = function
-    with pytest.warns(UserWarning, match=PROBLEMS[function] + ".*sdpa is used"):
+    with pytest.warns(UserWarning, match=PROBLEMS[function] + ".*using sdpa instead"):
         assert choose(unet, timer=no_timer) == "sdpa"
     with pytest.raises(ConfigError, match=PROBLEMS[function] + ".*use sdpa or auto"):
         choose(unet, "xformers")
@@ -343,7 +343,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
     [(2, tokens, keys, head_dim) for tokens, head_dim in SD15 for keys in (None, 77)] + [(8193, 16, None, 40)],
 )
 def test_backends_on_a_gpu(backend, dtype, rows, tokens, keys, head_dim):
-    """Against SDPA's plain arithmetic in float64; 8193 rows of 8 heads are more than a kernel takes at once."""
+    """Compares with plain attention in float64. 8193 rows of 8 heads are more than a kernel supports at once."""
     if backend == "xformers" and attention_processor.xformers is None:
         pytest.skip("needs xformers")
     torch.manual_seed(0)
@@ -360,7 +360,7 @@ def test_backends_on_a_gpu(backend, dtype, rows, tokens, keys, head_dim):
             output = processor(attn, *inputs)
         return [output, *torch.autograd.grad(output, inputs, gradient[rows].to(output.dtype))]
 
-    some = [0, rows - 1]  # where there are two chunks, a row of each
+    some = [0, rows - 1]  # if there are two chunks, one row of each
     actual = run(attention._processor(backend), dtype, slice(None))
     expected = run(attention_processor.AttnProcessor(), torch.float64, some)
     for a, b in zip(actual, expected, strict=True):

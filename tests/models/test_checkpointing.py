@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a UNet with motion modules: the same bits, and what it keeps for the backward."""
+"""Gradient checkpointing of a UNet with motion modules: it changes no bit, and how much it keeps for the backward."""
 
 import copy
 
@@ -31,7 +31,7 @@ def motion_unet(train="lora", precision="fp32", enable=None):
     )
     make_trainable(unet, ModelConfig(train=train, precision=precision, lora_rank=2), seed=0, family=UNetFamily)
     for weight in trainable(unet).values():
-        nn.init.normal_(weight, std=0.2)  # a LoRA starts as no change
+        nn.init.normal_(weight, std=0.2)  # a LoRA starts as a zero change
     if enable is not None:
         enable(unet)
     return unet
@@ -64,7 +64,7 @@ def test_prediction_and_gradients_keep_their_bits(train, precision):
 def test_every_residual_unit_runs_twice_and_no_more(monkeypatch):
     unet, runs = motion_unet("full", enable=UNetFamily.recompute), []
     units = [module for module in unet.modules() if isinstance(module.forward, Recomputed)]
-    # Resnets, spatial transformers, motion modules: 2 + 1 + 2 down, 2 + 1 + 1 in the middle, 4 + 2 + 4 up.
+    # Resnets + spatial transformers + motion modules: 2 + 1 + 2 down, 2 + 1 + 1 in the middle, 4 + 2 + 4 up.
     assert len(units) == 19
     for unit in units:
         inner = next(iter(unit.children()))
@@ -107,7 +107,7 @@ def test_a_unet_for_pictures_is_checkpointed_as_diffusers_does():
 
 
 def kept_bytes(enable):
-    """Between forward and backward, besides the prediction; on fake tensors, 32 pixels a side of the latent."""
+    """Returns the bytes kept between forward and backward, without the prediction; fake tensors, latents of 32 x 32."""
     unet = motion_unet(enable=enable)
     with FakeTensorMode(), torch.enable_grad():
         unet = fake_copy(unet)
@@ -119,14 +119,14 @@ def kept_bytes(enable):
 
 
 def test_what_is_kept_is_a_fifth_of_what_diffusers_checkpointing_keeps():
-    """The bound was counted before it was measured, in units of the features at full resolution, 16 channels wide.
+    """The expected sizes were counted before measuring, in units of the features at full resolution (16 channels wide).
 
-    Ours: of each unit its input, of a convolution between units and of the tail what they save. Down 3 + 1 + 0.75, in
-    the middle 2, up 1.5 + 1.25 + 2 and 4 + 4, the head 0.25, the tail 3: 23 in all (the input of a resnet that follows
-    a concatenation is as wide as that). diffusers leaves out the motion modules of the six layers that are not in the
-    middle, of which each saves 26 of its width (two attentions 5 each, their norms 2, the feed-forward 13, its own norm
-    1) where ours saves 1, and of each of four spatial transformers 3 more: 25 (3 + 3 / 2) + 3 (3 + 1 / 2) = 123 more.
-    So 146 against 23, a factor of 6; 5 is what is asked for.
+    Ours keeps the input of each unit, and what the convolutions between units and the tail save. Down 3 + 1 + 0.75, in
+    the middle 2, up 1.5 + 1.25 + 2 and 4 + 4, the head 0.25, the tail 3: 23 in all (the input of a resnet after a
+    concatenation is as wide as the concatenation). diffusers does not checkpoint the motion modules of the six layers
+    outside the middle. Each of them saves 26 times its width (two attentions 5 each, their norms 2, the feed-forward
+    13, its own norm 1) where ours saves 1. diffusers also saves 3 more for each of four spatial transformers: in all
+    25 (3 + 3 / 2) + 3 (3 + 1 / 2) = 123 more. So 146 against 23, a factor of 6; the test requires 5.
     """
     unit = 4 * 2 * FRAMES * 16 * 32 * 32
     nothing, theirs, ours = (
@@ -138,7 +138,7 @@ def test_what_is_kept_is_a_fifth_of_what_diffusers_checkpointing_keeps():
 
 
 def test_units_are_named_as_diffusers_names_them():
-    """What a new version of diffusers adds to a block must not stay outside."""
+    """Fails if a new version of diffusers adds a layer to a block that would not be recomputed."""
     unet = motion_unet()
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         layers = {name for name, _ in block.named_children()} - {"downsamplers", "upsamplers"}

@@ -1,4 +1,4 @@
-"""The Stable Diffusion family against diffusers' own parts."""
+"""The Stable Diffusion family: compared with diffusers' own parts, and the folders that it loads or refuses."""
 
 import json
 import os
@@ -94,12 +94,12 @@ def test_an_inpainting_model_is_refused(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "inpainting")
     config = UNet2DConditionModel.load_config(folder / "unet")
     UNet2DConditionModel.from_config(config | {"in_channels": 9}).save_pretrained(folder / "unet")
-    with pytest.raises(ConfigError, match="its UNet takes 9 channels and gives 4, .* of its VAE have 4"):
+    with pytest.raises(ConfigError, match="its UNet has 9 input and 4 output channels, .* of its VAE have 4"):
         StableDiffusion.load(str(folder), torch.device("cpu"))
 
 
 def changed(folder, name, **keys):
-    """Sets keys of a JSON file in a folder; None removes one."""
+    """Sets keys of a JSON file in a folder; None removes a key."""
     file = folder / name
     tree = json.loads(file.read_text()) | keys
     file.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
@@ -120,7 +120,7 @@ def test_prompts_are_as_long_as_the_text_encoder_takes_whatever_the_tokenizer_sa
 
 
 def as_variant(folder, parts, variant="fp16", keep=False):
-    """Gives the weights of some parts of a pipeline folder the names and the dtype of a variant."""
+    """Turns the weights of some parts of a pipeline folder into a variant: renames them and changes their dtype."""
     for part in parts:
         (plain,) = (folder / part).glob("*.safetensors")
         halves = {name: tensor.half() for name, tensor in load_file(plain).items()}
@@ -152,14 +152,14 @@ def test_plain_weights_come_before_a_variant(tiny, tmp_path, family):
 
 
 def renamed(folder, part, rename):
-    """Gives the weights of a part of a pipeline folder other names."""
+    """Renames the weights of one part of a pipeline folder."""
     (file,) = (folder / part).glob("*.safetensors")
     save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     return folder
 
 
 def test_text_encoders_of_older_and_newer_transformers_are_the_same(tiny, tmp_path, family):
-    """Up to 5.5 the names of a CLIPTextModel's weights begin with `text_model.`; what is saved has them so."""
+    """In transformers up to 5.5, names of a CLIPTextModel's weights begin with `text_model.`; saved files use these."""
     assert "text_model.final_layer_norm.bias" not in load_file(tiny / "text_encoder" / "model.safetensors")
     older = renamed(shutil.copytree(tiny, tmp_path / "older"), "text_encoder", "text_model.{}".format)
     for number, source in enumerate((tiny, older)):
@@ -185,7 +185,7 @@ def test_text_encoders_of_older_and_newer_transformers_are_the_same(tiny, tmp_pa
 )
 def test_weights_under_names_that_the_library_does_not_know_are_refused(tiny, tmp_path, part, old, new, missing):
     folder = renamed(shutil.copytree(tiny, tmp_path / "copy"), part, lambda name: name.replace(old, new, 1))
-    with pytest.raises(ConfigError, match=f"{part} holds nothing for .*{missing}"):
+    with pytest.raises(ConfigError, match=f"{part} lacks .*{missing}"):
         StableDiffusion.load(str(folder), CPU)
 
 
@@ -241,7 +241,7 @@ def test_a_hub_id_with_nothing_but_a_variant_is_loaded_and_one_of_unknown_names_
     identity, refused, pickled = done.stdout.splitlines()[-3:]
     expected = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abcd"
     assert identity == StableDiffusion.load(str(expected), CPU).identity()
-    assert "holds nothing for 20 weights of CLIPTextModel" in refused
+    assert "lacks 20 weights of CLIPTextModel" in refused
     assert "'somebody/pickled' holds pickled weights" in pickled and "safe_serialization=True" in pickled
 
 
@@ -262,7 +262,7 @@ def test_parts_that_training_never_uses_are_not_needed(tiny, tmp_path, family):
 
 
 def test_a_scheduler_that_needs_a_package_is_not_needed(tiny, tmp_path, family):
-    """LMS needs scipy; of a scheduler its settings alone are used."""
+    """LMS needs scipy, but only a scheduler's settings are used."""
     try:
         import scipy  # noqa: F401
     except ImportError:
@@ -281,7 +281,7 @@ def test_a_scheduler_that_needs_a_package_is_not_needed(tiny, tmp_path, family):
 def test_epsilon_without_signal_at_its_last_timestep_is_refused(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     changed(folder / "scheduler", "scheduler_config.json", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    with pytest.raises(ConfigError, match=r"predicts epsilon, and its last timestep keeps no signal .*0\.0e\+00"):
+    with pytest.raises(ConfigError, match=r"predicts epsilon, but its last timestep keeps no signal .*0\.0e\+00"):
         NoiseSchedule(StableDiffusion.load(str(folder), CPU).scheduler_config)
     changed(folder / "scheduler", "scheduler_config.json", prediction_type="v_prediction")
     NoiseSchedule(StableDiffusion.load(str(folder), CPU).scheduler_config)
@@ -293,15 +293,15 @@ def test_epsilon_without_signal_at_its_last_timestep_is_refused(tiny, tmp_path):
         (
             "FlowMatchEulerDiscreteScheduler",
             None,
-            "its scheduler is a FlowMatchEulerDiscreteScheduler and describes no",
+            "its scheduler is a FlowMatchEulerDiscreteScheduler and does not",
         ),
-        ("CMStochasticIterativeScheduler", None, "its scheduler is a CMStochasticIterativeScheduler and describes no"),
+        ("CMStochasticIterativeScheduler", None, "its scheduler is a CMStochasticIterativeScheduler and does not"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "a UniPCMultistepScheduler with use_flow_sigmas and"),
     ],
     ids=["flow matching", "consistency", "flow sigmas"],
 )
 def test_a_scheduler_that_is_none_of_diffusion_is_refused_by_its_class(tiny, tmp_path, scheduler, settings, said):
-    """Its settings have no betas and no prediction type, and would be read as epsilon's defaults."""
+    """Its settings have no betas and no prediction type, so the defaults (epsilon) would silently be used."""
     folder = shutil.copytree(tiny, tmp_path / "copy")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))

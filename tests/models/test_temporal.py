@@ -1,4 +1,4 @@
-"""Attention over frames without a GPU: its arguments, and motion modules on features as they lie, by the twin."""
+"""Attention over frames without a GPU: argument checks, and motion modules without transposes, by the PyTorch twin."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _inputs(clips=2, frames=5, dtype=torch.float32):
 
 
 def _results(unet, inputs):
-    """The prediction and the gradients of the input and of all trained weights."""
+    """Returns the prediction and the gradients of the input and of all trained weights."""
     unet.zero_grad()
     sample = inputs[0].clone().requires_grad_()
     out = unet(sample, *inputs[1:]).sample
@@ -64,9 +64,9 @@ def _results(unet, inputs):
 
 
 def _far(ours, expected):
-    """The largest distance, relative to the tensor's norm, or to a thousandth of the largest where that is more.
+    """Returns the largest distance, relative to the tensor's norm, or to a thousandth of the largest norm if greater.
 
-    Those of q and k are roundings of nothing where there is one frame.
+    The latter is for one frame, where the gradients of q and k are zero up to rounding.
     """
     least = 1e-3 * max(b.norm() for b in expected)
     return max(((a - b).norm() / max(b.norm(), least)).item() for a, b in zip(ours, expected, strict=True))
@@ -74,7 +74,7 @@ def _far(ours, expected):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """The twin without the check of dtypes: in float64, sums in another order differ by 1e-14, mistakes by more."""
+    """Removes the dtype check: in float64, another order of sums differs by about 1e-14, and mistakes by more."""
     monkeypatch.setattr(temporal, "temporal_attention", lambda q, k, v, backend: twin(q, k, v))
 
 
@@ -130,10 +130,10 @@ def test_checkpointing(first, in_float64):
         module.norm.register_forward_hook(lambda *_: calls.append(1))
     copied = copy.deepcopy(unet)
     assert _far(_results(unet, inputs), expected) < 1e-12
-    assert len(calls) == 2 * len(_motion_modules(unet))  # once more in the backward
+    assert len(calls) == 2 * len(_motion_modules(unet))  # each runs once more in the backward
     for module in _motion_modules(copied):
         torch.nn.init.zeros_(module.proj_out.weight)
-    assert _far(_results(copied, inputs)[:1], expected[:1]) > 1e-3  # the copy runs its own weights
+    assert _far(_results(copied, inputs)[:1], expected[:1]) > 1e-3  # the copy runs with its own weights
     set_temporal_attention(unet, "sdpa")
     del calls[:]
     assert all(map(torch.equal, _results(unet, inputs), expected))
@@ -152,7 +152,7 @@ def test_blocks_compile_whole():
 
 
 class _Copies(TorchDispatchMode):
-    """Elements that are copied, or divided by a number."""
+    """Counts elements that are copied, or divided by a number."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +168,7 @@ class _Copies(TorchDispatchMode):
 
 
 def test_no_permuted_copy_is_made(monkeypatch):
-    """What the module's docstring counts: read and written, two turns and two divisions."""
+    """Checks the counts in the docstring of `models.temporal_attention`: two transposes and two divisions."""
     monkeypatch.setattr(temporal, "temporal_attention", lambda q, k, v, backend: q)
     unet = _unet()
     module = _motion_modules(unet)[0]
@@ -219,7 +219,7 @@ def test_frames_beyond_the_positional_embedding_are_refused():
 
 def test_what_cannot_be_set():
     unet = _unet()
-    with pytest.raises(ConfigError, match="temporal_attention = triton needs CUDA and triton, use sdpa"):
+    with pytest.raises(ConfigError, match="temporal_attention = triton needs CUDA and triton; use sdpa"):
         set_temporal_attention(unet, "triton")
     assert all(type(x) is AnimateDiffTransformer3D for x in _motion_modules(unet))
     with pytest.raises(ValueError, match="backend: 'flash' is unknown, use one of sdpa, triton, torch"):
@@ -255,13 +255,13 @@ def _qkv(shape=(2, 5, 3, 2, 8), **options):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda q, k, v: ([1], k, v), "q: a dense torch tensor is needed, got list"),
-        (lambda q, k, v: (q[0], k, v), r"q: a shape \(B, F, P, H, D\), nowhere empty, is needed, got \(5, 3, 2, 8\)"),
-        (lambda q, k, v: (q[:0], k[:0], v[:0]), "q: a shape"),
-        (lambda q, k, v: (q.double(), k, v), "q: float32, bfloat16 or float16 is needed, got torch.float64"),
-        (lambda q, k, v: _qkv((1, 33, 1, 1, 8)), "q: at most 32 frames .* got 33 frames and heads of 8"),
-        (lambda q, k, v: _qkv((1, 2, 1, 1, 161)), "q: at most .* got 2 frames and heads of 161"),
-        (lambda q, k, v: (q, k[:, :4], v), r"k: \(2, 5, 3, 2, 8\) torch.float32 on cpu as q is needed, got \(2, 4"),
+        (lambda q, k, v: ([1], k, v), "q: expected a dense torch tensor, got list"),
+        (lambda q, k, v: (q[0], k, v), r"q: .*non-empty tensor \(B, F, P, H, D\), got shape \(5, 3, 2, 8\)"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), "q: expected a non-empty tensor"),
+        (lambda q, k, v: (q.double(), k, v), "q: expected dtype float32, bfloat16 or float16, got torch.float64"),
+        (lambda q, k, v: _qkv((1, 33, 1, 1, 8)), "q: at most 32 frames .* got 33 frames and a head width of 8"),
+        (lambda q, k, v: _qkv((1, 2, 1, 1, 161)), "q: at most .* got 2 frames and a head width of 161"),
+        (lambda q, k, v: (q, k[:, :4], v), r"k: expected \(2, 5, 3, 2, 8\) torch.float32 on cpu, like q, got \(2, 4"),
         (lambda q, k, v: (q, k, v.half()), "v: .* got .* torch.float16"),
         (lambda q, k, v: (q, k, v.mT.contiguous().mT), "v: the last dim must have stride 1, got strides"),
     ],

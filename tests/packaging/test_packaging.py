@@ -1,4 +1,4 @@
-"""What is installed and under which names: wheel, sdist, light imports, and the name `kernels` left to HuggingFace."""
+"""What the package installs: wheel, sdist, light imports, and no conflict with HuggingFace's package `kernels`."""
 
 import email
 import os
@@ -20,7 +20,7 @@ ROOMS = ("kernels", "seppo_fast", "tests", "benchmarks")
 
 
 def run_python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter in `cwd`, with `arguments` as its sys.argv[1:]."""
+    """Runs `code` in a new interpreter in `cwd`, with `arguments` as its sys.argv[1:]."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=clean_environment(), capture_output=True, text=True, timeout=300)
 
@@ -30,14 +30,14 @@ def clean_environment() -> dict[str, str]:
 
 
 def python_output(code: str, *arguments: object, cwd: Path) -> list[str]:
-    """Run `code` as `run_python` does, and return the lines it prints; a failure shows what it wrote."""
+    """Runs `code` as `run_python` does and returns the lines it prints; a failure shows its stderr."""
     done = run_python(code, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """Build a `wheel` or an `sdist` of `source` into `target` through the hook that pip itself calls."""
+    """Builds a `wheel` or an `sdist` of `source` into `target` through the hook that pip itself calls."""
     target.mkdir()
     code = f"import setuptools.build_meta as backend, sys; backend.build_{kind}(sys.argv[1])"
     python_output(code, target, cwd=source)
@@ -51,14 +51,14 @@ def files_of(wheel: Path) -> set[str]:
 
 
 def files_under(folder: Path, pattern: str) -> set[str]:
-    """Return the files below `folder` that match `pattern`, as posix paths relative to `folder`."""
+    """Returns the files below `folder` that match `pattern`, as POSIX paths relative to `folder`."""
     found = (path for path in folder.rglob(pattern) if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder).as_posix() for path in found}
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the repository ships, so that no build folder is left in the checkout."""
+    """A copy of the files that the repository ships, so that builds leave nothing in the checkout."""
     copy = tmp_path_factory.mktemp("tree")
     for name in SHIPPED:
         shutil.copy(ROOT / name, copy)
@@ -79,13 +79,13 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a stand-in for HuggingFace's `kernels`, of a version that transformers imports on sight.
+    """A folder with a stand-in for HuggingFace's `kernels`, of a version that transformers imports if it is installed.
 
-    A package stands beside the metadata, as in any real installation: transformers then breaks only where another
-    package of that name is found first. With metadata alone even a folder without `__init__.py` is taken for it.
+    It has a package and its metadata, as in a real installation: transformers then breaks only if another package of
+    that name is found first. With metadata alone, even a folder without `__init__.py` would be imported as the package.
     """
     folder = tmp_path_factory.mktemp("hub_package")
-    version = transformers.utils.import_utils.KERNELS_MIN_VERSION  # each transformers wants its own small range
+    version = transformers.utils.import_utils.KERNELS_MIN_VERSION  # each transformers accepts only a narrow range
     package, metadata = folder / "kernels", folder / f"kernels-{version}.dist-info"
     package.mkdir()
     metadata.mkdir()
@@ -117,7 +117,7 @@ def test_transformers_finds_its_own_kernels(hub_package: Path, tmp_path: Path) -
 
 
 def test_a_kernels_package_would_break_transformers(hub_package: Path, tmp_path: Path) -> None:
-    """The test above can fail: an `__init__.py` in kernels/ is enough."""
+    """Shows that the test above can fail: an `__init__.py` in kernels/ is enough."""
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "kernels" / "__init__.py").touch()
     done = run_python(IMPORT_CLIP, tmp_path, hub_package, cwd=tmp_path)
@@ -139,7 +139,7 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
 
 def test_wheel_holds_pipeline_and_recipes(wheel: Path) -> None:
     pipeline = {f"seppo_fast/shapes/pipeline/{name}" for name in files_under(ROOT / "seppo_fast/shapes/pipeline", "*")}
-    assert not any(name.startswith("seppo_fast/shapes/motion_pipeline/vae/") for name in files_of(wheel))  # the other's
+    assert not any(name.startswith("seppo_fast/shapes/motion_pipeline/vae/") for name in files_of(wheel))  # shared
     recipes = {
         f"seppo_fast/config/recipes/{name}" for name in files_under(ROOT / "seppo_fast/config/recipes", "*.yaml")
     }
@@ -170,7 +170,7 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -
 
 
 def test_wheel_uses_its_own_kernels(wheel: Path, hub_package: Path, tmp_path: Path) -> None:
-    """Installed beside HuggingFace's package, as site-packages holds them, neither reaches into the other."""
+    """Installed beside HuggingFace's package in site-packages, neither package imports the other's modules."""
     site = tmp_path / "site"
     shutil.copytree(hub_package, site)
     with zipfile.ZipFile(wheel) as archive:
@@ -204,7 +204,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_loss_works_without_triton_and_model_libraries(tmp_path: Path) -> None:
-    """The loss at equal predictions is ln 2 where neither triton nor any model library can be imported."""
+    """The loss at equal predictions is ln 2 even if neither triton nor any model library can be imported."""
     code = """
 import sys
 for name in ("triton", "diffusers", "transformers", "accelerate", "peft", "datasets", "pydantic", "tyro"):

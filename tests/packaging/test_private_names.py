@@ -1,6 +1,6 @@
-"""The private names of torch and triton that the code relies on: all of them are listed here and exist as installed.
+"""The private names of torch and triton that the code relies on: all are listed here and exist in what is installed.
 
-Looked up besides in the wheels of torch 2.10 and 2.11 and of triton 3.6 (see the commit that added this file).
+They were also looked up in the wheels of torch 2.10 and 2.11 and of triton 3.6 (see the commit that added this file).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("seppo_fast", "kernels", "benchmarks", "tests")
-# Triton documents its language; its compiler, driver and interpreter are private without an underscore.
+# Triton documents only its language; its compiler, driver and interpreter are private although they lack an underscore.
 PRIVATE = re.compile(r"torch(\.\w+)*\._[a-zA-Z]\w*(\.\w+)*|triton\.(backends|runtime|knobs)(\.\w+)+")
 
 NAMES = [
@@ -42,12 +42,12 @@ NAMES = [
     "triton.runtime.interpreter.InterpreterBuilder",
     "triton.runtime.interpreter.interpreter_builder",
 ]
-# Not in builds of torch for a CPU.
+# Missing in CPU builds of torch.
 OF_CUDA = {"torch._C._cuda_getCurrentRawStream"}
 
 
 def resolved(name: str) -> object:
-    """What a dotted name stands for; raises AttributeError or ImportError where there is no such thing."""
+    """Returns the object with a dotted name; raises AttributeError or ImportError if it does not exist."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -61,7 +61,7 @@ def resolved(name: str) -> object:
 
 
 def used(file: Path) -> set[str]:
-    """The private names in a file, and what they are attributes of."""
+    """Returns the private names that a file uses, including prefixes of longer ones."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:

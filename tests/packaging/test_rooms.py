@@ -1,4 +1,4 @@
-"""The rooms of the package: which may import which, and how many modules one may hold."""
+"""The subpackages ("rooms"): which may import which, and how many modules one may have."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each room imports from those before it and from itself.
+# Each room may import from those before it and from itself.
 ROOMS = (
     *("utils", "shapes", "kernels", "loss", "config", "diffusion", "scorers", "data", "models", "distributed"),
     *("references", "runs", "methods", "evaluation", "capacity", "train", "commands", "cli"),
 )
 FLAT = {"__init__", "__main__", "cli", "loss", "_loss_arguments"}
-MOST = 10  # modules of a package besides `__init__`; a package within it counts for itself
-LAZY = {"seppo_fast"}  # its public names are imported when they are asked for
+MOST = 10  # the most modules of a package, without `__init__`; subpackages are counted separately
+LAZY = {"seppo_fast"}  # imports its public names on first access
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name, a package by its own; those of kernels/ as they are imported."""
+    """Returns all modules and packages by dotted name; those in kernels/ have the names they are imported under."""
     files = {file: file.relative_to(ROOT) for file in (ROOT / "seppo_fast").rglob("*.py")}
     files |= {file: Path("seppo_fast") / file.relative_to(ROOT) for file in (ROOT / "kernels").glob("*.py")}
     named = {".".join(place.with_suffix("").parts).removesuffix(".__init__"): file for file, place in files.items()}
@@ -29,7 +29,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, file: Path, known: set[str]) -> set[str]:
-    """The modules of the package that a module imports, inside functions too; not those for annotations alone."""
+    """Returns the package's modules that a module imports, also inside functions, but not under TYPE_CHECKING."""
     found: set[str] = set()
     tree = ast.parse(file.read_text(encoding="utf-8"))
     unused = {
@@ -114,7 +114,7 @@ def test_no_test_file_imports_another():
 
 
 def test_a_network_and_an_objective_are_known_in_one_place():
-    """Outside models/ no class of a UNet, a pipeline's part or a block; an objective is looked up by name once."""
+    """Outside models/ nothing refers to UNets, pipeline parts or blocks; one place looks an objective up by name."""
     words = ("UNet", ".pipe.", "tokenizer", "cross_attention_dim", "Transformer2DModel", "ResnetBlock2D", "peft")
     files = [file for file in (ROOT / "seppo_fast").rglob("*.py") if "models" not in file.parts]
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}

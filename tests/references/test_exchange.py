@@ -1,4 +1,4 @@
-"""A module that computes with other tensors for a while."""
+"""Swapping a module's tensors for others, and back."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ def test_every_place_of_a_tied_tensor_has_the_other_one_and_all_come_back():
     assert module.head.weight is module.embedding.weight is others["embedding.weight"]
     by_hand = (others["embedding.weight"][rows] @ others["embedding.weight"].T + others["head.bias"]) * 3.0
     torch.testing.assert_close(module(rows), by_hand)
-    module.scale = module.scale + 1  # bound anew meanwhile
+    module.scale = module.scale + 1  # reassigned in the meantime
     restore_parameters(places)
     assert all(trainable_state_dict(module)[name] is tensor for name, tensor in own.items())
     assert torch.equal(module(rows), expected)

@@ -1,4 +1,4 @@
-"""Saved pools that are damaged or made up: every damage is named, and nothing worse happens."""
+"""Damaged or forged saved pools: every damage is named, and nothing worse happens."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_every_damaged_checkpoint_is_named_and_no_other(saved, damage):
             if damage is a_folder:
                 (folder / NAMES[number]).rmdir()
             (folder / NAMES[number]).write_bytes(whole[NAMES[number]])
-        pool.restore(folder, CPU)  # the pool stayed empty, and takes the whole folder
+        pool.restore(folder, CPU)  # the pool stayed empty, and loads the intact folder
         assert_holds(pool, expected)
 
 
@@ -89,7 +89,8 @@ def test_a_disk_that_fails_to_read_names_the_checkpoint(saved, monkeypatch):
         return digest(file)
 
     monkeypatch.setattr(manifest, "digest", read)
-    with pytest.raises(CheckpointError, match=f"1 cannot be used: {NAMES[1]} cannot be read.*Input/output"):
+    message = f"1 of 3 checkpoints cannot be used: {NAMES[1]} cannot be read.*Input/output"
+    with pytest.raises(CheckpointError, match=message):
         ReferencePool(0).restore(saved[0], CPU)
 
 
@@ -128,7 +129,7 @@ def test_a_manifest_that_is_none_is_named(saved, change):
     file = saved[0] / "manifest.json"
     tree = json.loads(file.read_text())
     file.write_text(change(tree), encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(CheckpointError, match="manifest.json: no manifest"):
+    with pytest.raises(CheckpointError, match="manifest.json: not a valid manifest"):
         ReferencePool(0).restore(saved[0], CPU)
 
 
@@ -138,7 +139,7 @@ def test_a_missing_manifest_and_one_of_a_newer_format_are_named(saved):
     with pytest.raises(CheckpointError, match="manifest.json: format 2 is newer"):
         ReferencePool(0).restore(saved[0], CPU)
     file.unlink()
-    with pytest.raises(CheckpointError, match="manifest.json: no manifest"):
+    with pytest.raises(CheckpointError, match="manifest.json: not a valid manifest"):
         ReferencePool(0).restore(saved[0], CPU)
 
 
@@ -153,7 +154,7 @@ def test_paths_in_a_manifest_lead_nowhere(saved, tmp_path):
 
 
 def test_checkpoints_of_different_modules_are_no_pool(saved, tmp_path):
-    """Each whole, with the right checksum."""
+    """Each is intact and has the right checksum."""
     folder, _ = saved
     other = ReferencePool(0)
     other.add(nn.Linear(2, 2))
@@ -162,12 +163,12 @@ def test_checkpoints_of_different_modules_are_no_pool(saved, tmp_path):
     os.replace(tmp_path / "other" / NAMES[0], folder / NAMES[1])
     tree["members"][1] |= {key: row["members"][0][key] for key in ("size", "sha256")}
     (folder / "manifest.json").write_text(json.dumps(tree))
-    with pytest.raises(CheckpointError, match="pool: its checkpoints are of different modules"):
+    with pytest.raises(CheckpointError, match="pool: its checkpoints come from different modules"):
         ReferencePool(0).restore(folder, CPU)
 
 
 def table_of(**keys):
-    """The header of a slab of 256 bytes with one tensor, with `keys` of it changed."""
+    """Returns the header, with `keys` changed, of a slab of 256 bytes with one tensor."""
     slot = {"name": "a", "shape": [4], "stride": [1], "dtype": "float32", "offset": 128}
     size = keys.pop("size", 256)
     return {"table": json.dumps({"size": size, "entries": [{**slot, **keys}]})}
@@ -200,7 +201,7 @@ HEADERS = {
 
 @pytest.mark.parametrize(("slab", "header"), HEADERS.values(), ids=HEADERS.keys())
 def test_a_made_up_header_is_refused(tmp_path, slab, header):
-    """Nothing is allocated by what it says: exabytes would raise something else."""
+    """Nothing of the size that it claims is allocated: exabytes would raise another exception."""
     file = tmp_path / "made-up.safetensors"
     save_file({"slab": slab}, file, metadata=header)
     with pytest.raises(CheckpointError, match="made-up.safetensors: "):
@@ -212,15 +213,15 @@ def test_files_of_another_kind_are_refused(tmp_path):
     save_file({"weight": SLAB}, file, metadata=table_of())
     for content in (file.read_bytes(), b"", b"PK\3\4", (2**60).to_bytes(8, "little") + b"{}", b"\0" * 64):
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match="file: no checkpoint"):
+        with pytest.raises(CheckpointError, match="file: not a valid checkpoint"):
             map_checkpoint(file)
     for place in (tmp_path, tmp_path / "none"):
-        with pytest.raises(CheckpointError, match=f"{place.name}: no checkpoint"):
+        with pytest.raises(CheckpointError, match=f"{place.name}: not a valid checkpoint"):
             map_checkpoint(place)
 
 
 def test_no_change_of_a_header_does_worse_than_being_refused(tmp_path):
-    """500 of them, one byte each: what is not refused has a layout that lies in its slab."""
+    """Changes one byte, 500 times: a header is refused, or its layout fits into the slab."""
     module, file = Odd(), tmp_path / "file"
     layout = PackedLayout.of(module)
     slab = torch.zeros(layout.size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Saved pools: bit for bit, whole or absent."""
+"""Saved pools: restored bit for bit, and complete or absent on disk."""
 
 import hashlib
 import json
@@ -42,14 +42,14 @@ def test_a_saved_pool_comes_back_bit_for_bit_whatever_the_budgets(saved, tmp_pat
     folder, expected = saved
     with ReferencePool(0, budget=Budget(host=host * SLAB), folder=tmp_path) as pool:
         pool.restore(folder, CPU)
-        shutil.rmtree(folder)  # nothing of it is needed afterwards
+        shutil.rmtree(folder)  # it is not needed afterwards
         assert list(pool.tiers.values()) == tiers and len(pool) == 3
         assert_holds(pool, expected)
 
 
 @pytest.mark.parametrize("like", [Odd(), None], ids=["like a module", "as it was"])
 def test_a_pool_of_an_older_version_is_laid_out_anew(tmp_path, monkeypatch, like):
-    """Its slabs were aligned to 128 bytes, at which cuBLASLt may take another algorithm than for the policy."""
+    """Its slabs were aligned to 128 bytes, for which cuBLASLt may choose another algorithm than for the policy."""
     monkeypatch.setattr(slab, "_ALIGNMENT", 128)
     pool, expected = filled(2)
     pool.save(tmp_path / "pool")
@@ -82,7 +82,7 @@ def test_a_restored_pool_lies_in_memory_as_it_is_asked_to(tmp_path, saved_as):
         pool.restore(last, CPU, layer(9, torch.contiguous_format))
         pool.add(layer(2, torch.contiguous_format))
         last = tmp_path / "second"
-        pool.save(last, previous=tmp_path / "first")  # two of its files are the first ones
+        pool.save(last, previous=tmp_path / "first")  # two of its files are links to the first folder's
     plain = layer(9, torch.contiguous_format)
     restored = ReferencePool(0)
     restored.restore(last, CPU, plain)
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_nothing_half_saved(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no space left"):
         pool.save(tmp_path / "pool")
     monkeypatch.undo()
-    # And one that refuses in the middle of a file, for real.
+    # And a disk that really refuses a write in the middle of a file.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SLAB // 2, limits[1]))
     try:
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_nothing_half_saved(tmp_path, monkeypatch):
 
 
 def killed_at_line(save, line):
-    """Kills this process when `save` comes to its `line`th line of Python."""
+    """Kills this process when `save` reaches its `line`th line of Python."""
     lines = iter(range(line))
 
     def trace(*_):
@@ -208,7 +208,7 @@ def killed_after(save, seconds):
 
 
 def counts_lines(save, file):
-    """Writes down how many lines of Python it runs."""
+    """Writes to a file how many lines of Python `save` runs."""
     lines = 0
 
     def trace(*_):
@@ -223,7 +223,7 @@ def counts_lines(save, file):
 
 
 def died(kill, *args):
-    """Whether a child in which `kill(*args)` runs is killed before that returns."""
+    """Returns whether a child process that calls `kill(*args)` is killed before the call returns."""
     child = os.fork()
     if child == 0:
         try:
@@ -235,7 +235,7 @@ def died(kill, *args):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_save_that_is_killed_leaves_a_whole_folder_or_none(tmp_path):
-    """At 40 lines of Python, from the first to well after the folder has its name, and at 20 moments, within writes."""
+    """Kills it at 40 lines of Python, from the first to well after the folder has its name, and at 20 moments."""
     pool, expected = filled()
     started = time.perf_counter()
     pool.save(tmp_path / "first")

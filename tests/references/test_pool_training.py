@@ -1,4 +1,4 @@
-"""Training with a bounded reference pool: the same run wherever past policies lie, and what it says when it is full."""
+"""Training with a bounded pool: the run is the same wherever past policies are stored; messages if the pool is full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEDULE = {"updates": 6, "updates_per_iteration": 2}
 
 
 def finished(tiny, folder, **reference):
-    """The trained weights, where its past policies lay at the end, and which one each prefetch asked for."""
+    """Trains; returns the final tiers of the past policies, the trained weights, and the index of each prefetch."""
     seen, asked = {}, []
 
     def observe(trainer, updates):
@@ -57,7 +57,7 @@ def test_a_policy_for_which_there_is_no_room_is_left_out_and_said(tiny, tmp_path
     tiers, _, _ = finished(tiny, tmp_path / "run", host_gib=room, disk_gib=0)
     assert tiers == {0: "host"}
     said = [line for line in capsys.readouterr().out.splitlines() if "this policy is not kept" in line]
-    assert len(said) == 2 and "draws go on among the 1 before it: a checkpoint takes" in said[0]
+    assert len(said) == 2 and "references are still drawn from the 1 before it: a checkpoint takes" in said[0]
 
 
 def test_no_room_for_the_initial_policy_is_a_mistake_in_the_settings(tiny, tmp_path):
@@ -66,7 +66,7 @@ def test_no_room_for_the_initial_policy_is_a_mistake_in_the_settings(tiny, tmp_p
 
 
 def test_no_room_at_all_is_refused_before_anything_is_loaded(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"with 0 for all no past policy has room \(gpu_gib is for a GPU\)"):
+    with pytest.raises(ConfigError, match=r"no room for past policies \(gpu_gib counts only on a GPU\)"):
         finished(tiny, tmp_path, host_gib=0, disk_gib=0, gpu_gib=1)
     assert not (tmp_path / "cache").exists()
     train(tiny_config(tiny, tmp_path, objective="sft", reference={"host_gib": 0, "disk_gib": 0}))  # it has no reference

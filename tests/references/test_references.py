@@ -24,7 +24,7 @@ def weight_of(value, size=1):
 
 
 def filled_with_numbers(count, seed=0, **settings):
-    """A pool of `count` checkpoints of one weight each, which is its number."""
+    """Returns a pool of `count` checkpoints, each of one weight that equals the checkpoint's number."""
     pool = ReferencePool(seed, **settings)
     for number in range(count):
         pool.add(weight_of(float(number)))
@@ -64,7 +64,7 @@ def test_what_is_frozen_or_not_saved_is_left_alone(pool_of_odd):
 
 
 def test_a_policy_is_a_reference_in_the_block_and_itself_after_it(pool_of_odd):
-    """Its tensors are the same objects at the same places, tied as they were."""
+    """Its tensors are the same objects at the same addresses, tied as before."""
     pool, expected = pool_of_odd
     policy = Odd()
     own = scrambled(policy, 9)
@@ -96,7 +96,7 @@ def test_the_policy_comes_back_after_an_error(compute):
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_training_goes_on_as_if_there_had_been_no_reference(compute):
-    """Gradients, and the hooks by which distributed training reduces them."""
+    """Gradients are the same, and the hooks by which distributed training reduces them still fire."""
     policy, pool, fired = weight_of(1.0, 3), ReferencePool(0, compute=compute), []
     pool.add(policy)
     x = torch.arange(6.0).view(2, 3)
@@ -113,7 +113,7 @@ def test_training_goes_on_as_if_there_had_been_no_reference(compute):
 
 
 def test_what_runs_in_the_block_changes_no_checkpoint():
-    """Batch norm writes its statistics in its forward."""
+    """Batch norm updates its statistics in its forward."""
     module = nn.BatchNorm1d(3)
     with ReferencePool(0) as pool:
         pool.add(module)
@@ -193,7 +193,7 @@ def test_a_draw_is_known_before_its_pool_has_grown():
 
 @pytest.mark.parametrize("rule", ["newest", "spread", "reservoir"])
 def test_a_bounded_pool_draws_the_initial_policy_as_often_as_an_unbounded_one(rule):
-    """1/k of the draws, and the others share the rest evenly."""
+    """It gets 1/k of the draws, and the others share the rest evenly."""
     checkpoints, keep, draws = 12, 4, 6000
     pool = filled_with_numbers(checkpoints, keep=keep, rule=rule)
     counts = collections.Counter(pool.draw(number) for number in range(draws))
@@ -204,7 +204,7 @@ def test_a_bounded_pool_draws_the_initial_policy_as_often_as_an_unbounded_one(ru
 
 
 def test_a_reservoir_draws_every_past_policy_as_often_as_an_unbounded_pool():
-    """One draw from each of 1200 pools, among them policies that most of these have dropped."""
+    """One draw from each of 1200 pools, including policies that most of them have dropped."""
     checkpoints, seeds, counts, layer = 10, 1200, collections.Counter(), weight_of(0.0)
     for seed in range(seeds):
         pool = ReferencePool(seed, keep=4)
@@ -225,7 +225,7 @@ def test_a_bounded_pool_holds_the_right_policies(rule):
         pool.load_into(layer, number)
         assert layer.weight.item() == number
     (dropped, *_) = set(range(30)) - set(pool.tiers)
-    with pytest.raises(ValueError, match=f"index: {dropped} is not one of the checkpoints that are kept, .0, "):
+    with pytest.raises(ValueError, match=f"index: {dropped} is not one of the kept checkpoints, .0, "):
         pool.load_into(layer, dropped)
 
 
@@ -276,7 +276,7 @@ WRONG_USE = {
 
 @pytest.mark.parametrize("use", WRONG_USE.values(), ids=WRONG_USE.keys())
 def test_the_policy_cannot_be_used_otherwise_while_it_is_a_reference(use):
-    """Each would put other weights in the reference's place, or the reference's in the policy's, without a word."""
+    """Each would silently replace the reference's weights, or store the reference's weights as the policy's."""
     pool, policy = filled_with_numbers(2), weight_of(9.0)
     with pool.resident(policy, 0):
         with pytest.raises(ValueError, match="resident"):
@@ -295,7 +295,7 @@ def test_one_module_is_bound():
 
 
 def test_a_bound_module_is_not_loaded_while_another_is_a_reference():
-    """Both read one slab."""
+    """Both are views of the same slab."""
     pool, policy, bound = filled_with_numbers(2), weight_of(9.0), weight_of(9.0)
     pool.bind(bound)
     with pool.resident(policy, 0):

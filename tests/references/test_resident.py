@@ -1,4 +1,4 @@
-"""The slab that is on the device: switches, what comes up ahead of time, and predictions from it."""
+"""The slab on the device: switches, prefetching, and predictions from it."""
 
 import threading
 from concurrent.futures import Future
@@ -21,7 +21,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 class Inline:
-    """In place of the thread that reads: it reads at once, in this thread, where its copies are counted."""
+    """Replaces the reading thread: reads at once, in this thread, where copies are counted."""
 
     def submit(self, function, *args):
         future = Future()
@@ -34,7 +34,7 @@ class Inline:
 
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
-    """A pool on disk whose every copy is counted, with a module that is bound to it."""
+    """A pool on disk whose every copy can be counted, a module bound to it, and each checkpoint's tensors."""
     monkeypatch.setattr(resident, "reading_thread", lambda device: Inline())
     pool, expected = filled(4, budget=Budget(host=0), folder=tmp_path)
     module = Odd()
@@ -88,7 +88,7 @@ def test_a_prefetched_checkpoint_is_read_once_and_is_what_is_switched_to(counted
     assert copies.made == [(slot._slab.data_ptr(), ahead)]
     assert same(module, expected[2])
     with Copies() as copies:
-        pool.prefetch(2)  # it is resident
+        pool.prefetch(2)  # it is resident already
     assert copies.made == []
 
 
@@ -166,7 +166,7 @@ def test_the_thread_that_reads_is_on_the_slabs_gpu(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_prefetches_and_switches_gives_the_right_bits(tmp_path, seed):
-    """With the thread that reads."""
+    """With the real reading thread."""
     rng = np.random.default_rng(seed)
     pool, expected = filled(5, budget=Budget(host=2 * SLAB), folder=tmp_path)
     with pool:
@@ -182,7 +182,7 @@ def test_any_order_of_prefetches_and_switches_gives_the_right_bits(tmp_path, see
 
 
 def unet_of(kind):
-    """A tiny UNet whose zero-initialised weights are not zero."""
+    """Returns a tiny UNet whose zero-initialised weights are not zero."""
     unet = tiny_unet()
     if kind == "lora":
         unet.requires_grad_(False)
@@ -193,7 +193,7 @@ def unet_of(kind):
 
 
 def nudged(module, seed):
-    """Random values in every trained parameter."""
+    """Adds random values to every trained parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -202,7 +202,7 @@ def nudged(module, seed):
 
 
 def predictions(unet, compute):
-    """With and without autograd, whose kernels may differ."""
+    """Returns predictions with and without autograd, whose kernels may differ."""
     device = next(unet.parameters()).device
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=generator).to(device)
@@ -246,7 +246,7 @@ def test_a_unet_predicts_the_same_from_the_pool_bit_for_bit(kind, compute):
 
 
 class Language(nn.Module):
-    """Layers of which autocast casts some: a head tied to an embedding, norms, a weight that is made from others."""
+    """Layers only some of which autocast casts: a head tied to an embedding, norms, a weight computed from others."""
 
     def __init__(self):
         super().__init__()
@@ -295,7 +295,7 @@ def test_on_a_gpu_a_unet_predicts_the_same_from_the_pool_bit_for_bit(kind, compu
 @needs_gpu
 @pytest.mark.parametrize("seed", range(3))
 def test_on_a_gpu_a_captured_graph_computes_with_the_weights_of_each_switch(tmp_path, seed):
-    """Its replay right after a switch, whatever comes up on the other stream, from all three tiers."""
+    """It is replayed right after each switch, whatever is prefetched on the other stream, from all three tiers."""
     torch.manual_seed(seed)
     module = nn.Linear(257, 129).cuda()
     slab, expected = PackedLayout.of(module).size, []

@@ -1,4 +1,4 @@
-"""Which past policies bounded pools keep."""
+"""The past policies that bounded pools keep."""
 
 import collections
 import itertools
@@ -13,7 +13,7 @@ RULES = ("newest", "spread", "reservoir")
 
 
 def kept_of(rule, count, keep, seed=0):
-    """After each of `count` checkpoints, those that are kept."""
+    """Yields the kept checkpoints after each of `count` additions."""
     kept = []
     for number in range(count):
         goes = evict(rule, kept, number, keep, seed)
@@ -36,12 +36,12 @@ def test_newest_keeps_the_last_ones():
 
 @pytest.mark.parametrize("keep", range(2, 14))
 def test_spread_stays_spread(keep):
-    """Bounds that hold at every moment, by reasoning.
+    """Bounds that can be proved for every moment.
 
-    Before a checkpoint goes there are `keep` gaps, hence `keep // 2` disjoint pairs of neighbouring gaps, whose lengths
-    add up to at most the newest number: the shortest pair, which becomes one gap, is at most their mean.
-    And as it is the shortest pair, none of those that remain is shorter than it, nor, by induction, than any gap made
-    before: two neighbouring gaps together are never shorter than the longest.
+    Before a checkpoint is evicted there are `keep` gaps, hence `keep // 2` disjoint pairs of neighbouring gaps, whose
+    lengths add up to at most the newest number. So the shortest pair, which becomes one gap, is at most their mean.
+    And as it is the shortest pair, none of the remaining pairs is shorter than the new gap nor, by induction, than any
+    gap made before: two neighbouring gaps together are never shorter than the longest gap.
     """
     for kept in kept_of("spread", 500, keep):
         gaps = [after - before for before, after in itertools.pairwise(kept)]
@@ -54,7 +54,7 @@ def test_spread_always_holds_the_newest():
 
 
 def test_the_reservoir_makes_every_subset_equally_likely(monkeypatch):
-    """Exactly, from all the numbers that its generator can give."""
+    """Exact, by going through all the numbers that its generator can return."""
     keep, count = 4, 8
     ways = itertools.product(*(range(number) for number in range(keep, count)))
     subsets = collections.Counter()
@@ -76,7 +76,7 @@ def test_the_reservoir_makes_every_subset_equally_likely(monkeypatch):
 
 
 def test_the_reservoir_keeps_every_past_policy_equally_often():
-    """A seed keeps 4 of 11, so that counts have a variance of p (1 - p) a seed and a covariance of -p (1 - p) / 10."""
+    """Each seed keeps 4 of 11, so per seed counts have variance p (1 - p) and covariance -p (1 - p) / 10."""
     seeds, others, keep = 3000, 11, 4
     counts = collections.Counter()
     for seed in range(seeds):

@@ -1,4 +1,4 @@
-"""Where tensors lie in a slab, and in which dtypes."""
+"""The layout of tensors in a slab, and their dtypes."""
 
 import copy
 import json
@@ -78,7 +78,7 @@ def test_the_state_is_live_and_what_is_frozen_or_not_saved_is_not_in_it():
     assert state["norm.running_mean"] is module.norm.running_mean
 
 
-# float32's largest finite, beyond float16's range, halfway cases to even, subnormal in each, minus zero, NaN.
+# float32's largest finite value, beyond float16's range, halfway cases to even, subnormal in each, minus zero, NaN.
 VALUES = [3.4028235e38, -65520.0, 65519.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1e-7, 1e-40, -0.0, float("nan"), 1.1]
 
 
@@ -91,7 +91,7 @@ def test_weights_are_rounded_as_autocast_rounds_them(compute):
     slab = slab_of(layout)
     layout.fill(slab, trainable_state_dict(module))
     assert bits(layout.views(slab)["weight"]) == bits(module.weight.to(compute))
-    # A one-hot row times the weights is one of them, as autocast's product sees it.
+    # A one-hot row times the weights is one of the weights, as autocast's product sees it.
     row = torch.zeros(1, len(VALUES))
     row[0, -1] = 1
     with torch.autocast("cpu", compute), torch.no_grad():
@@ -100,7 +100,7 @@ def test_weights_are_rounded_as_autocast_rounds_them(compute):
 
 
 class Reads(nn.Linear):
-    """A layer that reads its weight beside the product."""
+    """A layer that also uses its weight outside the product."""
 
     def forward(self, x):
         return super().forward(x) * self.weight.sum()
@@ -128,7 +128,7 @@ def test_only_what_autocast_casts_is_kept_in_half_precision(compute):
 def test_float32_keeps_everything_as_it_is():
     expected = {name: tensor.dtype for name, tensor in trainable_state_dict(Odd()).items()}
     assert dtypes_of(Odd(), FP32) == expected
-    # Tied to an embedding, of another dtype already, not of a layer: as they are.
+    # Weights tied to an embedding, of another dtype or outside a layer stay as they are.
     assert dtypes_of(Odd(), BF16) == expected | dict.fromkeys(("head.bias", "conv.weight", "conv.bias"), BF16)
     wide = nn.Linear(3, 3, dtype=torch.float64)
     assert dtypes_of(wide, FP16) == {"weight": torch.float64, "bias": torch.float64}
@@ -144,7 +144,7 @@ def test_a_weight_that_is_computed_from_others_keeps_them_as_they_are():
 
 @pytest.mark.parametrize("compute", [FP32, BF16])
 def test_a_slab_of_sd15_is_its_payload_and_next_to_nothing_more(compute):
-    """Host bytes at most 1.02 times the payload, full weights and LoRA."""
+    """The host bytes are at most 1.02 times the payload, for full weights and for LoRA."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest is SD-1.5's by default
         full = PackedLayout.of(unet, compute)

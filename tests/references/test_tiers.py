@@ -1,4 +1,4 @@
-"""Where checkpoints lie, within their budgets."""
+"""The placement of checkpoints, within their budgets."""
 
 import errno
 import os
@@ -22,14 +22,14 @@ SLAB = PackedLayout.of(Odd()).size
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder for the files of a pool. They lose their names at once: at the end there must be none."""
+    """A folder for the files of a pool. Files lose their names at once, so none may be left at the end."""
     (tmp_path / "work").mkdir()
     yield tmp_path / "work"
     assert [place for place in (tmp_path / "work").rglob("*") if place.name not in ("deep", "er")] == []
 
 
 def mapped_files(folder):
-    """Bytes, in whole pages, of files under a folder that this process maps; their names may be gone."""
+    """Returns the bytes, in whole pages, of each file under a folder that this process maps, named or not."""
     sizes = {}
     with open("/proc/self/maps") as maps:
         for line in maps:
@@ -41,7 +41,7 @@ def mapped_files(folder):
 
 
 def host_slabs(pool):
-    """Bytes of host memory that the pool has taken, by address."""
+    """Returns the bytes of host memory that the pool has allocated, by address."""
     held = [*pool._tiers.stored.values(), *pool._tiers._left]
     storages = [stored.slab.untyped_storage() for stored in held if stored.tier == "host"]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -72,7 +72,7 @@ def test_without_budgets_a_share_of_what_is_free_is_taken(work, monkeypatch):
 
 
 class Big(nn.Module):
-    """64 KiB and a little: a header takes next to nothing beside it."""
+    """A module of a little over 64 KiB, next to which a file's header is negligible."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ def test_two_hundred_random_calls_never_exceed_the_budgets_and_give_the_right_bi
     names = tuple(contents(module))
     with ReferencePool(0, keep=keep, rule=rule, budget=budget, folder=work) as pool:
         for call in range(200):
-            # An add first, then one call in eight.
+            # The first call adds a checkpoint, and of the later ones one in eight.
             if call == 0 or rng.integers(8) == 0:
                 tensors = scrambled(module, call)
                 before = pool.tiers
@@ -127,7 +127,7 @@ def test_a_full_pool_uses_the_memory_that_it_has(monkeypatch, rule):
     pool, expected = filled(4, keep=4, rule=rule, budget=Budget(host=4 * SLAB))
     taken, module = host_slabs(pool), Odd()
     assert len(taken) == 4
-    monkeypatch.setattr(tiers, "host_bytes", None)  # no more of it
+    monkeypatch.setattr(tiers, "host_bytes", None)  # no more host memory
     for seed in range(4, 30):
         tensors = scrambled(module, seed)
         expected[pool.add(module)] = tensors
@@ -139,7 +139,7 @@ def test_a_budget_smaller_than_a_checkpoint_says_how_much_is_needed(work):
     size = PackedLayout.of(nn.Linear(1024, 1024)).size / 2**30
     pool = ReferencePool(0, budget=Budget(host=2**20, disk=0), folder=work)
     for _ in range(2):
-        with pytest.raises(PoolFullError, match=rf"takes {size:.3g} GiB; left are \(GiB\) host 0.000977, disk 0"):
+        with pytest.raises(PoolFullError, match=rf"takes {size:.3g} GiB; room left \(GiB\): host 0.000977, disk 0"):
             pool.add(nn.Linear(1024, 1024))
         assert len(pool) == 0 and pool.tiers == {}
     assert pool.add(nn.Linear(8, 8)) == 0  # a smaller one still fits
@@ -167,7 +167,7 @@ REFUSALS = [
 @pytest.mark.parametrize("keep", [None, 3])
 @pytest.mark.parametrize(("name", "refuse", "words"), REFUSALS)
 def test_a_disk_that_refuses_leaves_the_pool_as_it_was(work, monkeypatch, keep, name, refuse, words):
-    """Bounded or not; and once there is room it goes on."""
+    """Whether it is bounded or not; and it works again once there is room."""
     pool, expected = filled(3, keep=keep, rule="newest", budget=Budget(host=SLAB), folder=work)
     before, draws = pool.tiers, [pool.draw(number) for number in range(30)]
     place = tiers.tempfile if "." in name else tiers
@@ -219,7 +219,7 @@ def test_close_frees_everything_and_can_be_called_twice(work):
     pool.close()
     assert len(pool) == 0 and pool.tiers == {} and mapped_files(work) == {}
     assert same(module, expected)  # a bound module keeps its tensors
-    assert pool.add(Odd()) == 0  # and the pool begins anew
+    assert pool.add(Odd()) == 0  # and the pool can be used again
 
 
 def test_an_error_in_its_block_closes_the_pool(work):

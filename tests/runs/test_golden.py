@@ -1,7 +1,8 @@
-"""Later commits compute what the recorded one did, from the beginning and from the states that it wrote.
+"""Later commits compute the same as the recorded commit, both from the beginning and from the states that it wrote.
 
-Bit for bit where torch and the machine are those of the record. Elsewhere, set before it was tried: the numbers of the
-first update within 0.1 % (10 % in half precision), norms of weights and moments at the end within 2 %.
+Bit for bit if torch and the machine are those of the record. Elsewhere, with tolerances fixed before they were tried:
+the numbers of the first update within 0.1 % (10 % in half precision), norms of weights and moments at the end within
+2 %.
 """
 
 import json
@@ -22,7 +23,7 @@ def inputs(tmp_path_factory):
 
 
 def assert_alike(found, kept, name):
-    """Whether a run computed what is kept of it; its log may hold more than it did then."""
+    """Asserts that a run computed what was recorded of it; its log entries may have keys that were added since."""
     assert len(found["log"]) == len(kept["log"])
     entries = zip(found["log"], kept["log"], strict=True)
     found = found | {"log": [{key: entry.get(key) for key in known} for entry, known in entries]}
@@ -44,7 +45,7 @@ def test_a_run_computes_what_it_did(ranks, inputs, name):
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_run_goes_on_from_the_state_that_is_kept(ranks, inputs, name):
-    """Its log begins after that state, and so do its pictures."""
+    """Log and pictures start after the kept state."""
     other = inputs.with_name(f"{inputs.name}-{name}")
     other.mkdir()
     for part in inputs.iterdir():

@@ -1,4 +1,4 @@
-"""What a run says of itself: log, progress, warnings, samples of skipped updates; `test_watch` has the rules."""
+"""The journal: log, progress line, warnings and samples of skipped updates; `test_watch` tests the health rules."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def test_a_broken_last_line_and_what_is_no_entry_end_the_log(tmp_path):
 
 
 def poison(trainer, updates):
-    """Non-finite winners from the second update on."""
+    """Makes the winners non-finite from the second update on."""
     maker, real = trainer.method.rollout.maker, trainer.method.rollout.maker.pairs
 
     def pairs(update, *arguments):
@@ -108,7 +108,7 @@ def test_samples_of_skipped_updates_are_written_down(tiny, tmp_path, capsys):
     with pytest.raises(NonFiniteError, match="skipped.jsonl"):
         train(config, poison)
     lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
-    # The third in a row ends the run, and is there too.
+    # The third skipped update in a row ends the run, and is recorded too.
     assert [line["update"] for line in lines] == [2, 3, 4]
     assert [line["sample_ids"] for line in lines] == expected
     assert not any(line["scaler_searching"] for line in lines)
@@ -122,8 +122,8 @@ def test_a_scaler_that_searches_is_no_fault_of_the_pairs(tiny, tmp_path):
         if updates == 0:
             trainer.learner.scaler.load_state_dict(trainer.learner.scaler.state_dict() | {"scale": 2.0**60})
 
-    # No update of it is applied; that is said with the scaler's part in it.
-    with pytest.raises(NonFiniteError, match=r"run's 3 updates .* More train\.updates \(fp16 still searched"):
+    # No update is applied; the message says that the scaler was still searching.
+    with pytest.raises(NonFiniteError, match=r"run's 3 updates .* more train\.updates \(fp16 was still searching"):
         train(config, large)
     lines = [json.loads(line) for line in (Path(config.output) / "skipped.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [entry["update"] for entry in log_of(config) if entry["skipped"]]
@@ -145,13 +145,13 @@ def test_what_saving_costs_is_in_the_log(tiny, tmp_path):
     stalled = {}
     train(config, lambda trainer, updates: stalled.update({updates: trainer.saver.stalled}))
     log = log_of(config)
-    assert log[0]["save_stall_seconds"] == 0  # the first state is begun after its line
+    assert log[0]["save_stall_seconds"] == 0  # the first state is saved after the first log line
     assert all(entry["save_stall_seconds"] > 0 for entry in log[1:])
     assert sum(entry["save_stall_seconds"] for entry in log) <= stalled[3]
 
 
 def test_two_processes_write_down_the_samples_of_both(ranks, tiny, tmp_path):
-    """Of an update for which one of them has winners that are not finite."""
+    """One process has non-finite winners in an update."""
     config = tiny_config(tiny, tmp_path, save={"minutes": 60})
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     ends = ranks.run(2, "train", tmp_path / "run.yaml", broken=True)

@@ -1,4 +1,4 @@
-"""Disks that lack a call: locks, flushing of folders, permissions, allocation. A run goes on there."""
+"""Runs survive on disks without file locks, fsync of folders, permissions or allocation."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from tests.helpers.runs import log_of, tiny_config
 
 
 def refuse(monkeypatch, module, name, number, only=lambda *args: True):
-    """Lets a call fail, for some of its arguments."""
+    """Makes a function fail with an errno, for the arguments where `only` is true."""
     original = getattr(module, name)
 
     def call(*args, **kwargs):
@@ -42,15 +42,18 @@ def test_without_locks_a_run_goes_on_and_says_so(tiny, tmp_path, monkeypatch, nu
     train(config)
     printed = capsys.readouterr().out
     assert len(log_of(config)) == 1 and (tmp_path / "run" / "weights").is_dir()
-    assert printed.count(f"run: files cannot be locked there ({os.strerror(number)})") == 1
+    assert printed.count(f"run: this disk does not support file locks ({os.strerror(number)})") == 1
     assert printed.count("cache: files cannot be locked there") == 1
-    train(tiny_config(tiny, tmp_path, train={"updates": 2}, save={"minutes": 0}))  # it is resumed there
-    assert "going on after update 1 of 2" in capsys.readouterr().out
+    train(tiny_config(tiny, tmp_path, train={"updates": 2}, save={"minutes": 0}))  # resumes the run on this disk
+    assert "resuming after update 1 of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("number", "error", "says"),
-    [(errno.EAGAIN, ConfigError, "another run is writing there"), (errno.EIO, CheckpointError, "cannot be locked")],
+    [
+        (errno.EAGAIN, ConfigError, "another run is writing to this folder"),
+        (errno.EIO, CheckpointError, "cannot be locked"),
+    ],
     ids=["held", "broken"],
 )
 def test_other_failures_of_locks_end_a_run(tmp_path, monkeypatch, number, error, says):
@@ -65,7 +68,7 @@ def test_other_failures_of_locks_end_a_run(tmp_path, monkeypatch, number, error,
 def test_without_flushing_of_folders_states_and_caches_are_written_with_a_warning(tiny, tmp_path, monkeypatch, number):
     refuse(monkeypatch, os, "fsync", number, is_folder)
     config = tiny_config(tiny, tmp_path, train={"updates": 1}, save={"minutes": 0})
-    with pytest.warns(RuntimeWarning, match="does not flush what is written on request: after a power failure"):
+    with pytest.warns(RuntimeWarning, match="does not support fsync: after a power failure"):
         train(config)
     assert (tmp_path / "run" / "state" / "update-000001" / "manifest.json").is_file()
     assert (tmp_path / "run" / "weights").is_dir()
@@ -93,7 +96,7 @@ def test_without_allocation_zeros_are_written(tmp_path, monkeypatch, number):
     with open(tmp_path / "file", "w+b") as file:
         allocate(file.fileno(), 2501)
         assert file.read() == bytes(2501)
-    assert os.stat(tmp_path / "file").st_blocks * 512 >= 2501  # no hole: the space is taken
+    assert os.stat(tmp_path / "file").st_blocks * 512 >= 2501  # no hole: the space is allocated
 
 
 def test_an_allocation_without_space_is_refused(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A run that was interrupted and goes on is the run that was not: weights, optimizer, average, references, log."""
+"""A resumed run equals the uninterrupted run: weights, optimizer, moving average, references, log."""
 
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ SETTINGS = {
     "lora, bf16, several uses": {
         "model": {"train": "lora", "precision": "bf16"}, "reference": {"uses": 2, "window": 2},
     },
-    # The scaler skips two updates before it has its scale.
+    # The scaler skips two updates before it has found its scale.
     "half, scaled": {"model": {"precision": "fp16"}, "train": {"warmup_updates": 4, "beta": 100.0}},
     "newest": {"objective": "spin", "train": {"safeguard": True, "lr_schedule": "cosine", "warmup_updates": 2}},
     "no reference": {"objective": "sft"},
@@ -71,13 +71,13 @@ def test_a_cosine_is_not_made_longer_or_shorter(tiny, tmp_path):
     config = run_config(tiny, tmp_path, **keys)
     train(config)
     rates = [entry["learning_rate"] for entry in log_of(config)]
-    # Warm-up 1/2, 1; then half a cosine over the four updates that are left: 1, (1 + cos 45 degrees) / 2, ...
+    # Warm-up 1/2, 1; then half a cosine over the remaining four updates: 1, (1 + cos 45 degrees) / 2, ...
     cosine = [1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
     assert rates == pytest.approx([1e-3 * share for share in (0.5, 1.0, *cosine)])
 
 
 def test_a_run_that_goes_on_with_other_batches_takes_the_same_pairs(tiny, tmp_path, monkeypatch):
-    """Memory dial, micro-batch and updates in all change: each update keeps its samples, noises and learning rate."""
+    """If the memory preset, micro-batch and length change, each update keeps its samples, noise and learning rate."""
     taken, step = {}, Learner.step
 
     def recording(self, pairs, update):

@@ -1,4 +1,4 @@
-"""Two processes: one is killed in mid-step, all leave, and the run goes on with two processes or with one."""
+"""Two processes: one is killed in the middle of a step, all end, and the run resumes with two processes or with one."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.helpers.launch import launch
 from tests.helpers.runs import log_of, tiny_config
 from tests.helpers.same_run import assert_same_run
 
-# The second process of two fails where the variable says; alone, none does.
+# The second of two processes fails at the given point; a single process does not fail.
 SCRIPT = """
 import os, sys
 if os.environ.get("RANK", "0") == "1":
@@ -35,12 +35,12 @@ def test_one_process_killed_ends_all_and_the_run_goes_on_with_any_number(forks, 
         return launch(processes, *words, folder=tmp_path, seconds=seconds)
 
     assert run(2, "straight").returncode == 0
-    # Three of seven pairs are the second process's, in micro-batches of two: the sixth one is of the third update.
+    # The second process has three of the seven pairs, in micro-batches of two: its sixth is in the third update.
     killed = run(2, "killed", "micro-batch@6=kill", seconds=60 + 60)  # a minute to start in, a minute to leave in
     assert killed.returncode not in (0, None)
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     before = len(log_of(config.model_copy(update={"output": str(tmp_path / "killed")})))
-    # A signal to one of them, between two states: both end after the update, when its state is there.
+    # A signal to one of them, when no state is due: both end after the update and save its state.
     (tmp_path / "run.yaml").write_text(to_yaml(config).replace("minutes: 0.0", "minutes: 60.0"))
     ended = run(2, "killed", "micro-batch@1=term", seconds=120)
     assert ended.returncode != 0 and "SIGTERM: ending after this update" in ended.stdout
@@ -50,7 +50,7 @@ def test_one_process_killed_ends_all_and_the_run_goes_on_with_any_number(forks, 
     assert done.returncode == 0, done.stderr[-3000:]
     alone = forks.run("train", tmp_path / "run.yaml", "--output", tmp_path / "alone")
     assert alone.code == 0, alone.err
-    assert all("going on after update " in said for said in (done.stdout, alone.out))
+    assert all("resuming after update " in said for said in (done.stdout, alone.out))
 
     straight, two, one = (
         config.model_copy(update={"output": str(tmp_path / name)}) for name in ("straight", "killed", "alone")

@@ -1,4 +1,4 @@
-"""Kills, signals, damage and full disks through the real command line: the same command goes on, exactly."""
+"""Kills, signals, damaged files and full disks through the real command line: rerunning it resumes bit for bit."""
 
 import errno
 import fcntl
@@ -45,7 +45,7 @@ def config_of(shared, tiny, output, **sections):
 
 
 class Run:
-    """A run's folder and its command line."""
+    """A run's configuration, folder and command line."""
 
     def __init__(self, forks, config, folder):
         self.forks, self.config, self.output = forks, config, Path(config.output)
@@ -63,7 +63,7 @@ def run(forks, shared, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(forks, shared, tiny):
-    """The configuration of a run that nothing interrupted."""
+    """The configuration of an uninterrupted run."""
     run = Run(forks, config_of(shared, tiny, shared / "straight"), shared)
     ended = run.train()
     assert ended.code == 0, ended.err
@@ -88,7 +88,7 @@ def test_killed_at_a_point_the_same_command_finishes_the_run(run, straight, poin
 
 
 def test_killed_again_and_again(run, straight):
-    """At random points, until a run gets through by itself."""
+    """Kills at random points; each run that finishes nevertheless is compared."""
     choose, kills = random.Random(1), 0
     names = sorted({point.partition("@")[0] for point in POINTS})
     while kills < 20:
@@ -114,7 +114,7 @@ def test_a_signal_saves_the_last_finished_update(run, straight, name):
     assert f"interrupted after update {finished}" in ended.err
     assert [path.name for path in saved_states(run.output)] == [f"update-{finished:06d}"]
     ended = run.train()
-    assert ended.code == 0 and f"going on after update {finished} of {UPDATES}" in ended.out
+    assert ended.code == 0 and f"resuming after update {finished} of {UPDATES}" in ended.out
     assert_same_run(run.config, straight)
 
 
@@ -136,7 +136,7 @@ def test_a_run_outlives_its_terminal_where_hangups_are_ignored():
 
 def test_a_signal_during_sampling_and_before_an_update_leaves_nothing(run):
     ended = run.train(fault="sampling@1=term")
-    assert ended.code == 130 and "interrupted before an update" in ended.err
+    assert ended.code == 130 and "interrupted before the first update" in ended.err
     assert not run.output.exists()
 
 
@@ -158,14 +158,14 @@ def test_a_save_at_the_end_that_fails_is_an_error(run):
     assert ended.code == 130
     ended = run.train("--save.minutes", 60, fault="save-manifest@1=full")
     assert ended.code == 6 and "no space left" in ended.err
-    assert (run.output / "weights").is_dir(), "what was learned is there all the same"
+    assert (run.output / "weights").is_dir(), "the weights must be written nevertheless"
     assert run.train().code == 0
 
 
 def test_an_interruption_whose_save_fails_does_not_promise_to_go_on(forks, run):
     run.file.write_text(run.file.read_text().replace("minutes: 0.0", "minutes: 60.0"))
     ended = forks.run("train", run.file, fault="micro-batch@8=term,save-manifest@1=full")
-    assert ended.code == 6 and "goes on" not in ended.err and "no space left" in ended.err
+    assert ended.code == 6 and "rerun the same command" not in ended.err and "no space left" in ended.err
 
 
 def test_a_disk_that_stays_full_ends_the_run_after_three_saves(run):
@@ -187,7 +187,7 @@ def flip(file):
 
 @pytest.fixture(scope="module")
 def stopped(forks, shared, tiny):
-    """A run with two saved states, after updates 2 and 3, the third in a member of its own."""
+    """A run with two saved states, after updates 2 and 3; the later one adds a past policy."""
     run = Run(forks, config_of(shared, tiny, shared / "stopped", train={"updates_per_iteration": 2}), shared)
     ended = run.train("--train.updates", 3)
     assert ended.code == 0
@@ -201,7 +201,7 @@ FILES += ["references/manifest.json", "references/checkpoint-000001.safetensors"
 
 @pytest.fixture
 def damaged(stopped, tmp_path, forks):
-    """A copy of the run, in which the tests may damage what they like."""
+    """A copy of the stopped run, which tests may damage."""
     shutil.copytree(stopped.output, tmp_path / "run")
     return Run(forks, stopped.config.model_copy(update={"output": str(tmp_path / "run")}), tmp_path)
 
@@ -211,14 +211,14 @@ def damaged(stopped, tmp_path, forks):
 def test_a_damaged_file_is_named_and_the_state_before_taken(damaged, stopped, name, damage):
     newest = saved_states(damaged.output)[0]
     file = newest / name
-    copy = file.read_bytes()  # members are linked: the older state's must stay what it is
+    copy = file.read_bytes()  # past policies are hard links: the older state's file must stay intact
     file.unlink()
     file.write_bytes(copy)
     damage(file)
     ended = damaged.train("--train.updates", 3)
     assert ended.code == 0, ended.err
     assert file.name in ended.out and "looking for an older state" in ended.out
-    assert "going on after update 2 of 3" in ended.out
+    assert "resuming after update 2 of 3" in ended.out
     assert_same_run(damaged.config, stopped.config)
     assert (newest.parent / "damaged-update-000003").is_dir()
 
@@ -235,7 +235,7 @@ def test_where_all_states_are_damaged_nothing_is_deleted_and_nothing_begun(damag
 
 
 def rewritten(folder, change):
-    """Changes a manifest and makes its own checksum right again."""
+    """Changes a manifest and recomputes its own checksum."""
     manifest = folder / "manifest.json"
     tree = json.loads(manifest.read_text())
     change(tree)
@@ -258,7 +258,7 @@ def test_states_are_ordered_and_pruned_by_number_and_other_folders_stay(tmp_path
 def test_nothing_is_begun_over_states_under_other_names(damaged, weights):
     for folder in saved_states(damaged.output):
         folder.rename(folder.with_name(f"{folder.name}.bak"))
-    if not weights:  # stopped before its end
+    if not weights:  # as if stopped before its end
         shutil.rmtree(damaged.output / "weights")
     log = (damaged.output / "log.jsonl").read_bytes()
     (damaged.output / "state" / ".DS_Store").touch()
@@ -266,12 +266,12 @@ def test_nothing_is_begun_over_states_under_other_names(damaged, weights):
     assert ended.code == 2 and "holds no saved state, but update-000002.bak, update-000003.bak." in ended.err
     assert (damaged.output / "log.jsonl").read_bytes() == log
     (damaged.output / "state" / "update-000003.bak").rename(damaged.output / "state" / "update-000003")
-    assert "going on after update 3" in damaged.train("--train.updates", 4).out
+    assert "resuming after update 3" in damaged.train("--train.updates", 4).out
 
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_nothing_is_begun_over_states_that_cannot_be_listed(damaged, tmp_path, weights):
-    """A file in the place of their folder stands for one without permission, which root can list."""
+    """A file in place of the folder of states represents a folder without permission, which root could list."""
     states = damaged.output / "state"
     states.rename(tmp_path / "elsewhere")
     if not weights:
@@ -286,7 +286,7 @@ def test_nothing_is_begun_over_states_that_cannot_be_listed(damaged, tmp_path, w
 
 
 def test_what_systems_keep_beside_states_refuses_no_run(run):
-    """As on a disk of its own, or where a Mac has looked."""
+    """Such files exist in the root of a disk, or after a Mac has opened the folder."""
     for name in (".DS_Store", "state/lost+found/x", "state/._a", "@eaDir/x"):
         file = run.output / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +332,7 @@ def test_a_manifest_of_a_newer_format_or_one_that_leads_elsewhere_is_refused(dam
     rewritten(older, lambda tree: tree.update(format=2))
     ended = damaged.train()
     assert ended.code == 6
-    assert "leads out of the folder" in ended.out and "format 2 is newer" in ended.err
+    assert "resolves to a path outside the folder" in ended.out and "format 2 is newer" in ended.err
 
 
 def test_a_state_of_a_newer_version_is_neither_passed_over_nor_renamed(damaged):
@@ -340,7 +340,7 @@ def test_a_state_of_a_newer_version_is_neither_passed_over_nor_renamed(damaged):
     rewritten(states[0], lambda tree: tree.update(format=2))
     for flags in ((), ("--train.beta", 5)):
         ended = damaged.train(*flags)
-        assert ended.code == 6 and "take the version that wrote it" in ended.err
+        assert ended.code == 6 and "use the version that wrote it" in ended.err
         assert saved_states(damaged.output) == states
 
 
@@ -389,8 +389,8 @@ def test_a_finished_run_stays_as_it_is(damaged):
 
 def test_other_data_or_another_model_are_refused(damaged, tmp_path, shared, tiny):
     ended = damaged.train("--data.source", "shapes:11:4")
-    assert ended.code == 2 and "the data changed since the run was begun" in ended.err
-    assert "encoding" not in ended.out  # which can take hours
+    assert ended.code == 2 and "the data changed since the run was started" in ended.err
+    assert "encoding" not in ended.out  # refused before encoding, which can take hours
     other = tiny_pipeline(tmp_path / "other", seed=1)
     ended = damaged.train("--model.path", other)
     assert ended.code == 2 and "the model" in ended.err
@@ -409,7 +409,7 @@ def test_another_noise_schedule_is_another_model(damaged, tmp_path, tiny):
 
 def test_no_room_for_the_past_policies_when_a_run_goes_on(damaged):
     ended = damaged.train("--reference.host_gib", "1e-6", "--reference.disk_gib", "1e-6")
-    assert ended.code == 2 and "no room for the past policies of the run" in ended.err
+    assert ended.code == 2 and "no room for the run's past policies" in ended.err
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "samples"])
@@ -420,7 +420,7 @@ def test_somebodys_own_files_are_left_alone(run, name):
     else:
         (run.output / name).write_text("mine")
     ended = run.train()
-    assert ended.code == 2 and "holds no run that can go on" in ended.err
+    assert ended.code == 2 and "holds no run that can be resumed" in ended.err
     assert [path.name for path in run.output.iterdir()] == [name]
 
 
@@ -428,12 +428,12 @@ def test_two_runs_do_not_share_a_folder(damaged):
     with (damaged.output / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         ended = damaged.train()
-    assert ended.code == 2 and "another run is writing there" in ended.err
+    assert ended.code == 2 and "another run is writing to this folder" in ended.err
     assert damaged.train("--train.updates", 3).code == 0
 
 
 def test_a_run_keeps_its_folder_from_its_first_moment(run):
-    """It reads its own lock file while it is set up, and has no saved state yet."""
+    """The run reads its own lock file during set-up, when it has no saved state yet; the lock must survive that."""
     others = []
 
     def observe(trainer, updates):
@@ -442,7 +442,7 @@ def test_a_run_keeps_its_folder_from_its_first_moment(run):
 
     train(run.config.model_copy(update={"save": SaveConfig(minutes=60)}), observe)
     (other,) = others
-    assert other.code == 2 and "another run is writing there" in other.err
+    assert other.code == 2 and "another run is writing to this folder" in other.err
     assert [entry["update"] for entry in log_of(run.config)] == list(range(1, UPDATES + 1))
 
 
@@ -464,7 +464,7 @@ def test_a_folder_whose_disk_is_full_is_left_as_it_was(tmp_path, monkeypatch):
 
 @pytest.fixture
 def default_ctrl_c():
-    """Python's own handler, also where the tests run as a shell's background job, which ignores the signal."""
+    """Installs Python's own handler, in case the tests run as a shell's background job, which ignores the signal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -472,7 +472,7 @@ def default_ctrl_c():
 
 @pytest.mark.usefixtures("default_ctrl_c")
 def test_ctrl_c_is_not_lost_in_the_end_of_an_object():
-    """As while libraries are imported: what is raised in a `__del__` is printed, and forgotten."""
+    """An exception raised in a `__del__`, as can happen during imports, would only be printed."""
 
     class Ends:
         def __del__(self):
@@ -495,7 +495,7 @@ def test_ctrl_c_is_not_lost_in_the_end_of_an_object():
 
 
 def test_a_run_that_saved_nothing_begins_again(damaged):
-    """Killed before its first state: what it logged is not kept beside a second beginning."""
+    """A run killed before its first state starts over, and the log of the first attempt is dropped."""
     for name in ("state", "weights"):
         shutil.rmtree(damaged.output / name)
     ended = damaged.train("--train.updates", 2)

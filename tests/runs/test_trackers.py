@@ -1,4 +1,4 @@
-"""Trackers: the numbers of the log, step by step, also over a resume; wandb by a stand-in that notes its calls."""
+"""Trackers get the logged numbers step by step, also across a resume; wandb is a fake that records its calls."""
 
 import importlib.util
 import sys
@@ -21,7 +21,7 @@ needs_tensorboard = pytest.mark.skipif(
 
 
 class Run:
-    """wandb's run: keeps what is logged, and as wandb does no step that is not after the last."""
+    """A fake wandb run: records logged values and, like wandb, ignores steps that are not after the last one."""
 
     def __init__(self, config, **settings):
         self.config, self.settings, self.steps, self.finished = config, settings, {}, 0
@@ -36,7 +36,7 @@ class Run:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module `wandb` without a network; `runs` by id."""
+    """A fake module `wandb` without network access; it keeps its `runs` by id."""
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.util.spec_from_loader("wandb", None)
     module.runs, module.started, module.config = {}, [], {}
@@ -54,7 +54,7 @@ def wandb(monkeypatch):
 
 
 def interrupted_and_resumed(config, after):
-    """The same run twice: the first time a signal comes after an update of which no state was saved."""
+    """Trains a run that is interrupted one update after its last saved state, then resumes it."""
 
     def observe(trainer, updates):
         if updates == after:
@@ -120,7 +120,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tiny, tmp_path, wandb, capsys
     wandb.init = init
     train(config)
     out = capsys.readouterr().out
-    assert out.count("the run goes on without wandb: ConnectionError: the network is gone") == 1
+    assert out.count("the run continues without wandb: ConnectionError: the network is gone") == 1
     assert len(read_journal(Path(config.output))) == 3
 
 

@@ -1,4 +1,4 @@
-"""The rules by which a run warns: logs made ill on purpose, healthy ones, and real runs made ill on purpose."""
+"""The health rules: on logs made unhealthy on purpose, on healthy logs, and on real runs made unhealthy on purpose."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ ILL = {
 
 
 def log_of_values(name, ill):
-    """One healthy update, then those where `ill` is true are ill in the rule's way."""
+    """Returns one healthy update, then one for each value of `ill`: if it is true, with the rule's condition met."""
     return [entry(1), *(entry(number, **(ILL[name] if bad else {})) for number, bad in enumerate(ill, 2))]
 
 
@@ -42,7 +42,7 @@ def test_each_rule_holds_while_its_mean_is_ill_and_no_other_does(name):
     assert list(found) == [name]
     ((first, last),) = found[name]
     assert first == WINDOW + 1  # one of the first five updates is healthy
-    assert last == 11  # one healthy update takes each of these means back
+    assert last == 11  # one healthy update brings each of these means back below its limit
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +58,7 @@ def test_the_other_side_of_a_limit_is_no_spell(name):
 
 
 def test_a_mean_is_what_counts():
-    """One update far above its limit is a spell of the five whose mean it lifts."""
+    """One update far above the limit causes a spell of the five updates whose mean it raises."""
     values = [0.2] * 10 + [4.5] + [0.2] * 10
     found = intervals([entry(number, logit_abs=value) for number, value in enumerate(values, 1)])
     assert found == {"logits_large": [(11, 15)]}  # (4.5 + 4 * 0.2) / 5 = 1.06
@@ -138,7 +138,7 @@ def test_logs_without_a_loss_of_preference_have_their_loss():
     ],
 )
 def test_real_runs_made_ill_on_purpose_warn(tmp_path_factory, capsys, objective, learning_rate, expected):
-    """A rate ten or thirty times that of a healthy run, and no warm-up."""
+    """The learning rate is ten or thirty times that of a healthy run, without warm-up."""
     folder = tmp_path_factory.mktemp("ill")
     tree = {
         "objective": objective, "output": str(folder / "run"),

@@ -1,4 +1,4 @@
-"""The shapes world, its judge and its pipeline: does the judge agree with the truth, and does the pipeline load?"""
+"""The world of shapes: the judge agrees with the true captions, and the shipped pipeline loads and follows prompts."""
 
 import itertools
 import subprocess
@@ -27,7 +27,7 @@ def pictures(scenes) -> np.ndarray:
 
 
 def altered(scene: world.Scene) -> list[tuple[str, str]]:
-    """Captions of `scene` with one attribute altered, each with the name of the entry that is now wrong."""
+    """Returns captions of `scene` with one attribute altered, each with the judge's entry that is now wrong."""
     description, wrong = scene.description, []
     used = {thing.colour for thing in description.things}
     for position, thing in enumerate(description.things):
@@ -183,7 +183,7 @@ def test_noisy_captions_are_wrong_as_often_as_asked(scenes):
     assert [world.noisy_caption(one, 1, i, 0.0) for i, one in enumerate(scenes)] == [world.caption(s) for s in scenes]
     noisy = [world.noisy_caption(one, 1, index) for index, one in enumerate(scenes)]
     assert noisy == [world.noisy_caption(one, 1, index) for index, one in enumerate(scenes)]
-    # 600 draws at 0.35, less the few replacements that are true by chance: four standard deviations are 0.08.
+    # 600 draws at 0.35, minus the few replacements that are true by chance; four standard deviations are 0.08.
     wrong = [text != world.caption(one) for text, one in zip(noisy, scenes, strict=True)]
     assert np.mean(wrong) == pytest.approx(0.35, abs=0.08)
     with pytest.raises(ValueError, match="wrong must lie"):

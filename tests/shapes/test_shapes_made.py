@@ -1,4 +1,4 @@
-"""The pictures that the embedded pipeline made: what ships, how it was made, and as a data set."""
+"""The pictures that the embedded pipeline made: the shipped file, how it was made, and its use as a data set."""
 
 import hashlib
 
@@ -53,12 +53,12 @@ def test_what_ships(shipped):
 def test_no_prompt_is_among_those_that_results_are_judged_on(shipped):
     development, report = prompt_sets(open_source("shapes-made:1024"))
     assert not {*development, *report} & set(shipped.prompts)
-    # The same ones for any number of them, and for a source without prompts of the world's.
+    # The judged prompts are the same for any number of winners.
     assert prompt_sets(open_source("shapes-made:1")) == (development, report)
 
 
 def test_pictures_are_the_familys_and_scores_the_judges(shipped, family):
-    """By another path than the data set's; on another machine a pixel may round otherwise, and rarely a score."""
+    """Decoded independently of the data set; on another machine a pixel may round differently, rarely a score."""
     for role in made.ROLES:
         pictures = family.decode(shipped.latents[role][:192].float())
         own = np.stack([made.picture(role, index) for index in range(192)])
@@ -85,7 +85,7 @@ def test_the_choice_is_the_best_and_any_other():
     scores = np.tile([[0.2, 1.0, 0.4, 1.0], [0.5, 0.5, 0.5, 0.5]], (2000, 1))
     best, other = make_pictures.choose(scores)
     assert (best != other).all() and set(best[::2]) == {1, 3}
-    # Ties are broken at random, and the other one is any of the rest: each of four is as likely, or of three.
+    # Ties are broken at random, and the other picture is any of the rest, all with equal probability.
     np.testing.assert_allclose(np.bincount(best[::2], minlength=4) / 2000, [0, 0.5, 0, 0.5], atol=0.05)
     np.testing.assert_allclose(np.bincount(best[1::2]) / 2000, 0.25, atol=0.05)
     np.testing.assert_allclose(np.bincount(other[::2]) / 2000, [1 / 3, 1 / 6, 1 / 3, 1 / 6], atol=0.05)
@@ -137,7 +137,7 @@ def test_what_is_no_number_of_prompts(count):
 
 @pytest.mark.parametrize("count", [0, 1025, 10**9])
 def test_more_prompts_than_ship_or_none(count):
-    with pytest.raises(DataError, match=rf"shapes-made:{count}: pictures of 1 to 1024 prompts ship"):
+    with pytest.raises(DataError, match=rf"shapes-made:{count}: N must be from 1 to 1024"):
         open_source(f"shapes-made:{count}")
 
 

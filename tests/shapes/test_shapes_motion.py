@@ -1,4 +1,4 @@
-"""The world of clips, its judge and its motion adapter: does the judge agree with the truth, does the adapter move?"""
+"""The world of clips: the judge agrees with the true captions, and the shipped motion adapter follows prompts."""
 
 import sys
 from dataclasses import replace
@@ -26,7 +26,7 @@ from seppo_fast.shapes.motion_judge import judge, judge_all, motion_of, score, s
 FOLDER = PIPELINE.parent
 HELD_OUT = 7001  # a seed that neither pretraining nor the demo uses
 COUNT = 200
-FEW = 60  # for the tests that need no more
+FEW = 60  # for tests that need fewer
 OPPOSITE = {
     "grows": "shrinks",
     "shrinks": "grows",
@@ -53,7 +53,7 @@ def prompts(scenes) -> list[str]:
 
 
 def shown(scenes: list[motion.MovingScene], clips: np.ndarray) -> list[str]:
-    """The motions that the judge sees in clips of the scenes' colours."""
+    """Returns the motion that the judge sees in each clip for the scene's colour."""
     return [motion_of(track(clip, one.action.colour)) for clip, one in zip(clips, scenes, strict=True)]
 
 
@@ -172,7 +172,7 @@ def test_the_judge_agrees_with_the_truth_after_the_autoencoder(clips, prompts):
 
 
 def altered(action: motion.Action) -> list[tuple[str, str]]:
-    """Captions with one attribute altered, each with the name of the entry that is now wrong."""
+    """Returns captions with one attribute altered, each with the judge's entry that is now wrong."""
     colours = [new for new in world.COLOURS if new != action.colour]
     shapes = [new for new in world.SHAPES if new != action.shape]
     sizes = [new for new in world.SIZES if action.size and new != action.size]
@@ -266,7 +266,7 @@ def test_the_source_holds_true_captions_and_clips(prompts, clips):
     assert source.clips and len(source) == 5 and not source.has_losers
     assert [example.prompt for example in source] == prompts[:5]
     assert source[3].id == "shapes-motion-7001-3"
-    assert source[3].time_lapse  # all frames belong to the motion: none may be cut off
+    assert source[3].time_lapse  # the motion fills the whole clip, so no frame may be cut off
     assert np.array_equal(source[3].image.open(), clips[3])
     assert len({example.id for example in source}) == 5
     assert source.digest() == MovingShapesSource("again", 5, HELD_OUT).digest()
@@ -275,10 +275,10 @@ def test_the_source_holds_true_captions_and_clips(prompts, clips):
 
 
 def animate(folder: Path, prompts: list[str], steps: int, guidance: float = 3.0) -> np.ndarray:
-    """Clips uint8 (n, FRAMES, 32, 32, 3) of the pipeline and the motion adapter in `folder`."""
+    """Returns clips uint8 (n, FRAMES, 32, 32, 3) made by the pipeline and the motion adapter in `folder`."""
     adapter = MotionAdapter.from_pretrained(folder / "motion_adapter", local_files_only=True)
     own = DDIMScheduler.from_pretrained(folder / "motion_pipeline", subfolder="scheduler", local_files_only=True)
-    # As AnimateDiff does it: its own schedule, all else from the folder.
+    # As in AnimateDiff: its own noise schedule, everything else from the folder.
     scheduler = DDIMScheduler.from_config(own.config, beta_schedule="linear", timestep_spacing="linspace")
     assert {name: scheduler.config[name] for name in SCHEDULE} == SCHEDULE
     pipeline = AnimateDiffPipeline.from_pretrained(
@@ -300,7 +300,7 @@ def animate(folder: Path, prompts: list[str], steps: int, guidance: float = 3.0)
 
 @pytest.fixture(scope="module")
 def shipped_clips(tmp_path_factory):
-    """Prompts that ask for a motion, and what the shipped adapter makes of them."""
+    """Prompts that name a motion, and the clips that the shipped adapter makes for them."""
     moving = [text for text in motion.all_captions() if motion.parse(text).motion != "stays still"]
     prompts = [moving[number] for number in np.random.default_rng(1).permutation(len(moving))[:48]]
     folder = tmp_path_factory.mktemp("shipped")
@@ -312,12 +312,12 @@ def shipped_clips(tmp_path_factory):
 def test_the_shipped_adapter_moves_what_it_is_told_to(shipped_clips):
     prompts, clips = shipped_clips
     followed = np.mean([list(entry.values())[-1] for entry in judge_all(prompts, clips)])
-    # A still clip follows none of these motions, and a random one of the seven each seventh time.
+    # A still clip never shows one of these motions; a random motion of the seven is right one time in seven.
     assert followed >= 0.3
 
 
 def test_the_shipped_adapter_tells_a_motion_from_its_opposite(shipped_clips):
-    """Three times as often the one that is asked for; a base that knew only the axis did them alike."""
+    """The named motion is three times as frequent; a model that knew only the axis would show both equally often."""
     prompts, clips = shipped_clips
     actions = [motion.parse(prompt) for prompt in prompts]
     seen = [motion_of(track(clip, action.colour)) for clip, action in zip(clips, actions, strict=True)]
@@ -350,11 +350,11 @@ def test_a_written_pipeline_has_all_its_parts_and_loads_by_itself(name, tmp_path
     written, embedded = load_shipped(str(folder)), load_shipped(name)
     assert written.identity() == embedded.identity() and written.fingerprint() == embedded.fingerprint()
     assert (folder / "README.md").read_bytes() == (SHIPPED[name] / "README.md").read_bytes()
-    assert pipeline_folder(str(folder), name) == folder  # over itself
+    assert pipeline_folder(str(folder), name) == folder  # overwriting itself
 
 
 def test_the_embedded_models_are_the_ones_that_runs_were_begun_with():
-    """A saved state names them; measured before the two shared their VAE and tokenizer."""
+    """Saved states store these identities; recorded before the two pipelines shared VAE and tokenizer."""
     assert load_shipped("shapes").identity().startswith("9f8ab6b937bec864")
     assert load_shipped("shapes-motion").identity().startswith("e6dba673e5573383")
     parts = load_shipped("shapes-motion").fingerprint()

@@ -1,4 +1,4 @@
-"""The training path on clips: the same loop as on pictures, in five dims."""
+"""Training on clips: the same loop as for pictures, on five-dimensional tensors."""
 
 import json
 import math
@@ -40,7 +40,7 @@ FRAMES = 3
 
 
 def clip_config(tiny, adapter, folder, **sections):
-    """As `tiny_config`, a LoRA on clips of three frames."""
+    """Returns a `tiny_config` that trains a LoRA on clips of three frames."""
     model = {"train": "lora", "lora_rank": 2, "motion_adapter": str(adapter)} | sections.pop("model", {})
     data = {"source": "shapes-motion:5:3", "frames": FRAMES} | sections.pop("data", {})
     shorter = {"pairs_per_update": 4, "micro_batch": 3} | sections.pop("train", {})
@@ -48,7 +48,7 @@ def clip_config(tiny, adapter, folder, **sections):
 
 
 def trained(config):
-    """Final weights and the log."""
+    """Trains; returns the final weights and the log."""
     seen = {}
 
     def observe(trainer, updates):
@@ -91,7 +91,7 @@ def test_equal_weights_give_a_difference_of_exactly_zero(tiny, adapter, tmp_path
 
 
 def test_ahead_apart_and_together_train_alike(tiny, adapter, tmp_path):
-    """The first two bit for bit; a batch of both may round otherwise."""
+    """The first two agree bit for bit; a batch of both may round differently."""
     weights, logs = {}, {}
     for errors in ("ahead", "apart", "together"):
         weights[errors], logs[errors] = trained(
@@ -121,7 +121,7 @@ def trainer(tiny, adapter, tmp_path):
 
 
 def test_training_noises_clips_on_the_linear_schedule(trainer):
-    """Betas from 0.00085 to 0.012 in equal steps, in float64; on the folder's own schedule this is off by a tenth."""
+    """Betas go from 0.00085 to 0.012 in equal steps, in float64; the folder's own schedule would be off by a tenth."""
     pairs = collected(trainer, 0)
     assert pairs.winners.shape == pairs.losers.shape == pairs.noise.shape == (4, 4, FRAMES, 8, 8)
     assert pairs.conditioning["prompt_embeds"].shape == (4, 16, 16)
@@ -140,7 +140,7 @@ def test_a_clips_noise_is_keyed_by_its_sample_id(trainer):
     pairs = trainer.method.rollout.maker.pairs(update, ids)
     expected = keyed_noise(trainer.config.seed, "noise", [(update, sample) for sample in ids], (4, FRAMES, 8, 8))
     assert torch.equal(pairs.noise, expected)
-    assert expected[0, :, 0].ne(expected[0, :, 1]).all()  # of each frame its own
+    assert expected[0, :, 0].ne(expected[0, :, 1]).all()  # each frame has its own
 
 
 def test_gradients_add_up_over_micro_batches(tiny, adapter, tmp_path):
@@ -158,7 +158,7 @@ def test_gradients_add_up_over_micro_batches(tiny, adapter, tmp_path):
         assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
 
-# Machine
+# Attention, memory, batches and compilation
 
 
 def test_attention_is_found_with_its_shapes(trainer):
@@ -167,7 +167,7 @@ def test_attention_is_found_with_its_shapes(trainer):
         trainer.policy, lambda model, rows: trainer.family.denoise(model, *inputs(rows)), 2, torch.float32
     )
     found = {(shape.hidden, shape.context): len(names) for shape, names in layers.items()}
-    # Six rows of frames within, and as many rows of three frames as there are places in two clips.
+    # Within frames there are six rows; over time there is one row of three frames per place of the two clips.
     assert found == {
         ((6, 64, 16), None): 3,
         ((6, 64, 16), (6, 16, 16)): 3,
@@ -180,7 +180,7 @@ def test_attention_is_found_with_its_shapes(trainer):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_is_counted_for_clips(trainer, device):
-    """Twice the frames take twice the memory; on CUDA norms are in float32, so it is more."""
+    """Twice the frames take twice the memory; on CUDA it is more, since norms are in float32."""
     one, two = (
         training_footprint(
             trainer.policy,
@@ -198,12 +198,12 @@ def test_batches_are_chosen_for_clips(tiny, adapter, tmp_path, trainer):
     config = clip_config(tiny, adapter, tmp_path, train={"micro_batch": None}, sampler={"batch": None})
     config = apply_preset(config, CPU)
     chosen = fit_to_device(config, trainer.family, trainer.processes)
-    assert (chosen.train.micro_batch, chosen.sampler.batch) == (4, 32)  # of an update no more; a CPU's ceiling
+    assert (chosen.train.micro_batch, chosen.sampler.batch) == (4, 32)  # all of an update; the ceiling for a CPU
 
 
 @pytest.mark.parametrize("limit", [GRID_LIMIT, 50], ids=["whole", "chunks"])
 def test_compiled_blocks_predict_the_same(trainer, monkeypatch, limit):
-    """Traced whole, motion modules too; run as it was traced, without a compiler."""
+    """Blocks are traced as a whole, motion modules too, and run as traced, without a compiler."""
     trainer.policy.set_attn_processor(ChunkedAttention(AttnProcessor2_0(), limit))
     inputs = keyed_noise(0, "x", [(0,), (1,)], (4, FRAMES, 8, 8)), torch.tensor([3, 700]), embeds(torch.ones(2, 16, 16))
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_full_weights_train_and_load(tiny, adapter, tmp_path):
 
 
 def test_full_training_goes_on_from_its_own_export(tiny, adapter, tmp_path, capsys):
-    """An AnimateDiffPipeline's folder is a model: checked, trained, exported, judged, and by no other name."""
+    """The folder of an AnimateDiffPipeline is a model by itself: it is checked, trained, exported and judged as one."""
     first = clip_config(tiny, adapter, tmp_path, model={"train": "full"}, train={"updates": 1})
     train(first)
     assert main(["export", first.output, "--output", str(tmp_path / "export")]) == 0
@@ -267,7 +267,7 @@ def test_full_training_goes_on_from_its_own_export(tiny, adapter, tmp_path, caps
     assert trainer.cache.fingerprint == Trainer(first.model_copy(update={"output": "x"})).cache.fingerprint
     train(config)
     assert log_of(config)[0]["aaf_rate"] == 1
-    assert main(["train", str(tmp_path / "on.yaml"), "--train.updates", "4"]) == 0  # and goes on
+    assert main(["train", str(tmp_path / "on.yaml"), "--train.updates", "4"]) == 0  # and resumes
     (tmp_path / "export").rename(tmp_path / "moved")
     words = ["export", config.output, "--model", str(tmp_path / "moved"), "--output", str(tmp_path / "second")]
     assert main(words) == 0
@@ -283,7 +283,7 @@ def test_full_training_goes_on_from_its_own_export(tiny, adapter, tmp_path, caps
         Trainer(both)
     model["path"] = str(tmp_path / "second")
     pictures = clip_config(tiny, adapter, tmp_path, model=model, data={"source": "shapes:5:3"})
-    with pytest.raises(ConfigError, match="an AnimateDiffPipeline, makes clips, and data.source = .* holds pictures"):
+    with pytest.raises(ConfigError, match="an AnimateDiffPipeline, makes clips, but data.source = .* holds pictures"):
         Trainer(pictures)
 
 
@@ -301,10 +301,10 @@ def test_a_pipeline_that_diffusers_wrote_with_its_adapter_loads(tiny, adapter, t
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"source": "shapes:5:3"}}, "holds pictures: leave the adapter out, or give clips"),
-        ({"model": {"motion_adapter": ""}, "data": {"frames": 16}}, "holds clips: give model.motion_adapter"),
+        ({"data": {"source": "shapes:5:3"}}, "holds pictures: remove the adapter, or provide clips"),
+        ({"model": {"motion_adapter": ""}, "data": {"frames": 16}}, "holds clips: set model.motion_adapter"),
         ({"model": {"temporal_attention": "triton"}}, "model.temporal_attention = triton needs"),
-        ({"data": {"frames": 7}}, "data.frames = 7: this motion adapter takes 6 frames"),
+        ({"data": {"frames": 7}}, "data.frames = 7: this motion adapter supports at most 6 frames"),
         ({"objective": "diffusion-dpo"}, "needs two images per prompt"),
     ],
 )

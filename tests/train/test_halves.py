@@ -1,4 +1,4 @@
-"""The winners' and the losers' part of the gradient: values, sums over processes, and that training does not notice."""
+"""The winners' and the losers' part of the gradient: values, sums over processes, and no effect on training."""
 
 import math
 from copy import deepcopy
@@ -21,7 +21,7 @@ NAMES = ("winner_grad_norm", "loser_grad_norm", "grad_cosine")
 
 
 def moved(tiny, tmp_path, **sections):
-    """A trainer whose policy is no longer its reference, and what its first update learns from."""
+    """Returns a trainer whose policy has moved away from its reference, and the pairs of its first update."""
     sections["train"] = {"beta": 50.0} | sections.get("train", {})
     trainer = Trainer(tiny_config(tiny, tmp_path, **sections))
     trainer.add_checkpoint()
@@ -33,7 +33,7 @@ def moved(tiny, tmp_path, **sections):
 
 
 def float64_halves(trainer, pairs):
-    """Gradients of eq. 8 to 10 by autograd in float64, with the error of one half held constant."""
+    """Returns gradients of eq. 8 to 10 by autograd in float64, with the error of one half held constant."""
     policy = deepcopy(trainer.policy).double()
     shown = noised(pairs, trainer.family.schedule, torch.device("cpu"))
     prediction = denoise_unet(policy, shown.latents.double(), shown.times, shown.conditioning.map(torch.Tensor.double))
@@ -61,7 +61,7 @@ def test_the_parts_are_those_of_autograd_and_add_up(tiny, tmp_path, micro_batch)
     assert stats["grad_cosine"] == pytest.approx((w @ l / w.norm() / l.norm()).item(), abs=1e-3)
     a, b, cosine = (stats[name] for name in NAMES)
     assert math.sqrt(a * a + b * b + 2 * a * b * cosine) == pytest.approx(stats["grad_norm"], rel=1e-5)
-    assert abs(cosine) < 0.9999 and a != pytest.approx(b, rel=1e-2)  # else the sum would say less
+    assert abs(cosine) < 0.9999 and a != pytest.approx(b, rel=1e-2)  # otherwise the test of the sum would be weak
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_scale_of_half_precision_is_taken_out(tiny, tmp_path):
     found = []
     for precision in ("fp32", "fp16"):
         trainer, pairs = moved(tiny, tmp_path, model={"precision": precision}, output=str(tmp_path / precision))
-        if trainer.learner.scaler.is_enabled():  # the scale that it begins with is found too large
+        if trainer.learner.scaler.is_enabled():  # the initial scale is too large here
             trainer.learner.scaler.load_state_dict(trainer.learner.scaler.state_dict() | {"scale": 2.0**7})
         stats = trainer.learner.step(pairs, 0)
         found.append([stats[name] for name in NAMES])
@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_are_left_out(tiny, tmp_path):
 
 
 def test_no_angle_where_a_part_is_zero(tiny, tmp_path):
-    """Where a = 0 for every pair the losers have no gradient."""
+    """With a = 0 for every pair, the losers have no gradient."""
     trainer, pairs = moved(tiny, tmp_path, objective="seppo-indicator")
     pairs.ref_error.fill_(0.0)  # the policy is worse everywhere
     stats = trainer.learner.step(pairs, 0)
@@ -128,7 +128,7 @@ def test_no_angle_where_a_part_is_zero(tiny, tmp_path):
 
 @pytest.mark.parametrize("asked_at", [1, 2, 3, 4])
 def test_an_interruption_leaves_weights_and_no_gradient_of_the_extra_pass(tiny, tmp_path, monkeypatch, asked_at):
-    """Micro-batches 1 and 2 are the extra pass, 3 and 4 the true one."""
+    """Micro-batches 1 and 2 belong to the extra pass, 3 and 4 to the real one."""
     trainer, pairs = moved(tiny, tmp_path)
     before, seen = weights_of(trainer), []
 

@@ -1,4 +1,4 @@
-"""An update of the learner: accumulation, warm-up, what is not finite, and what is cut off."""
+"""An update of the learner: accumulation, warm-up, non-finite gradients, and tensors without a gradient."""
 
 import math
 from dataclasses import replace
@@ -61,7 +61,7 @@ def test_accumulation_is_the_same_arithmetic(tiny, tmp_path):
         train(config, observe)
         finals.append((seen["change"], log_of(config)[0]))
     for change, entry in finals[1:]:
-        # Adam's first step is the sign of the gradient: where the gradient is rounding, the sign is too.
+        # Adam's first step is the sign of the gradient, which is arbitrary if the gradient is only rounding error.
         assert (change - finals[0][0]).abs().gt(1e-5).double().mean() < 0.02
         assert entry["grad_norm"] == pytest.approx(finals[0][1]["grad_norm"], rel=1e-4)
         assert entry["winner_error"] == pytest.approx(finals[0][1]["winner_error"], rel=1e-5)
@@ -91,7 +91,7 @@ def test_not_finite_is_skipped_and_the_third_in_a_row_stops(tiny, tmp_path, valu
         stats = learner.step(poisoned, update)
         assert stats["skipped"] == 1 and not math.isfinite(stats["loss"])
     assert all(torch.equal(before[name], weight) for name, weight in trainable(trainer.policy).items())
-    assert learner.scaler.get_scale() == scale  # which is no cause of it
+    assert learner.scaler.get_scale() == scale  # the scale is not the cause
     assert learner.step(pairs, 2)["skipped"] == 0  # the count starts again
     assert all(moment.isfinite().all() for state in learner.optimizer.state.values() for moment in state.values())
     for update in range(2):

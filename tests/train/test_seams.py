@@ -1,4 +1,4 @@
-"""A family and a method from outside the package go through the ordinary loop."""
+"""A model family and a method from outside the package work in the ordinary training loop."""
 
 import ast
 import importlib
@@ -28,7 +28,7 @@ FILE = Path(__file__).parents[1] / "helpers" / "toy_family.py"
 
 @pytest.fixture(scope="module", autouse=True)
 def toys():
-    """The module that registers the toys, for as long as these tests run: others go through all that is registered."""
+    """Registers the toys only while these tests run: other tests go through everything that is registered."""
     known = [(table, dict(table)) for table in (OBJECTIVES, method_registry._METHODS, model_registry._FAMILIES)]
     module = importlib.import_module("tests.helpers.toy_family")
     yield module
@@ -60,7 +60,7 @@ class Ended(Exception):
     ("objective", "round_trip"), [("toy", False), ("sft", False), ("seppo", False), ("seppo", True)]
 )
 def test_a_toy_trains_is_saved_resumes_and_is_exported(toys, toy, tmp_path, objective, round_trip):
-    """Bit for bit, by a method of its own, and by the package's with a rollout of the toy's solver."""
+    """Bit for bit, with a method of its own, and with the package's, whose rollout uses the toy's solver."""
     save, sampler = {"minutes": 0}, {"round_trip": round_trip}
     settings = {"objective": objective, "save": save, "sampler": sampler, "log": {"sample_every": 1}}
     straight = toy_config(toy, tmp_path, output=str(tmp_path / "straight"), **settings)
@@ -123,12 +123,12 @@ def test_names_that_are_taken_are_refused(toys, toy, tmp_path):
     class Other(toys.ToyFamily):
         pass
 
-    with pytest.raises(ValueError, match="'ToyPipeline' is that of ToyFamily"):
+    with pytest.raises(ValueError, match="'ToyPipeline' already belongs to ToyFamily"):
         register(Other)
     Other.pipelines = ()
     with pytest.raises(ValueError, match="must name at least one"):
         register(Other)
-    with pytest.raises(ValueError, match="'sft' is taken"):
+    with pytest.raises(ValueError, match="'sft' is already registered"):
         register_method("sft", Objective("never", None, None, "preferred", ""), toys.ToyMethod)
     assert register(toys.ToyFamily) is toys.ToyFamily  # again
     assert family_of(toy_config(toy, tmp_path).model) is toys.ToyFamily
@@ -136,11 +136,11 @@ def test_names_that_are_taken_are_refused(toys, toy, tmp_path):
 
 def test_what_the_toy_lacks_is_refused_by_name(toy, tmp_path):
     for sections, said in (
-        ({"model": {"train": "lora"}}, "model.train = lora: ToyFamily has no parts for that"),
+        ({"model": {"train": "lora"}}, "model.train = lora: ToyFamily does not support this"),
         ({"model": {"gradient_checkpointing": True}}, "model.gradient_checkpointing = true: ToyFamily"),
         ({"model": {"compile": True}}, "model.compile = true: ToyFamily"),
         ({"model": {"attention": "xformers"}}, "model.attention = xformers: ToyFamily"),
-        ({"data": {"frames": 4}}, "data.frames = 4 is for clips"),
+        ({"data": {"frames": 4}}, "data.frames = 4 is for clips only"),
     ):
         with pytest.raises(ConfigError, match=said):
             train(toy_config(toy, tmp_path, **sections))

@@ -44,8 +44,8 @@ MODELS = {
 )  # fmt: skip
 @pytest.mark.parametrize("train_keys", [{}, {"share_noise": False, "micro_batch": 1}], ids=["shared", "independent"])
 def test_equal_weights_give_a_difference_of_exactly_zero(tiny, tmp_path, model, train_keys):
-    """At the start of each iteration of `seppo-newest` policy and reference are the same weights."""
-    keys = {"beta": 20.0, **train_keys}  # a beta at which half precision's first scale overflows nothing
+    """At the start of each iteration of `seppo-newest`, policy and reference have the same weights."""
+    keys = {"beta": 20.0, **train_keys}  # at this beta the initial loss scale of fp16 causes no overflow
     config = tiny_config(tiny, tmp_path, objective="seppo-newest", model=model, train=keys)
     train(config)
     log = log_of(config)
@@ -131,12 +131,12 @@ def test_overfitting_one_pair_drives_the_winners_error_down(tiny, tmp_path):
     )  # fmt: skip
     train(config, observe)
     before, after = seen[1:]
-    # The target is unit noise: 1 is the error of predicting nothing at all.
+    # The target is unit noise: 1 is the error of always predicting 0.
     assert after < 1 < before, f"winner error {before:.3f} -> {after:.3f}"
 
 
 def test_never_pushes_samples_away_where_adaptive_learns_from_them(tiny, tmp_path):
-    """With a reference better than the policy everywhere, the anchor test says learn; without it, unlearn."""
+    """With a reference that is better everywhere, the anchor test says to learn; without it, samples are unlearned."""
     errors = {}
     for objective in ("seppo", "seppo-never"):
         config = tiny_config(
@@ -168,7 +168,7 @@ def test_full_weights_load_in_diffusers(tiny, tmp_path):
 
 
 def test_pipelines_of_half_precision_encoders_are_saved_as_they_were_loaded(tiny, tmp_path):
-    """On a GPU the encoders compute in half precision; what is exported must still load and run by itself."""
+    """On a GPU the encoders compute in half precision; the exported pipeline must still load and run on its own."""
     family = StableDiffusion.load(str(tiny), torch.device("cpu"), torch.bfloat16)
     assert family.encode_prompts(["a fox"])[0]["prompt_embeds"].dtype == torch.bfloat16
     family.save(tmp_path / "saved")
@@ -235,7 +235,7 @@ def test_moving_average_is_what_is_exported(tiny, tmp_path):
 
 
 def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
-    """Each starts from the same noise and prompts, without dropout of any kind, and the run is the run without them."""
+    """All start from the same noise and prompts, without dropout of any kind, and they do not change the run."""
     pipeline = shutil.copytree(tiny, tmp_path / "pipeline")
     for part, dropout in (("unet", "dropout"), ("text_encoder", "attention_dropout")):
         file = pipeline / part / "config.json"
@@ -243,7 +243,7 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
     started, sample = [], Denoiser.sample
 
     def recording(denoiser, model, sampler, noise, own, uncond):
-        if len(noise) == 3:  # a rollout takes 4 and 2
+        if len(noise) == 3:  # a rollout has batches of 4 and 2
             started.append((noise, own["prompt_embeds"], uncond["prompt_embeds"]))
         return sample(denoiser, model, sampler, noise, own, uncond)
 
@@ -257,11 +257,11 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
     log = {"sample_every": 2, "sample_prompts": ["a fox", "b", "c"]}
     config = tiny_config(pipeline, tmp_path, log=log, train={"updates": 4}, **keys)
     train(config, observe)
-    assert len(started) == 4  # the base, once more above, after updates 2 and 4
+    assert len(started) == 4  # the base, again in `observe`, and after updates 2 and 4
     for ours in started[1:]:
         assert all(torch.equal(one, base) for one, base in zip(ours, started[0], strict=True))
-    assert len({row.numpy().tobytes() for row in started[0][1]}) == 3  # no prompt was left out
-    assert log_of(config)[0]["logit_abs"] == 0  # nor does a policy differ from itself
+    assert len({row.numpy().tobytes() for row in started[0][1]}) == 3  # no prompt was dropped
+    assert log_of(config)[0]["logit_abs"] == 0  # and a policy does not differ from itself
     first, second = sorted((Path(config.output) / "samples").iterdir())
     assert (first.name, second.name) == ("update-000002.png", "update-000004.png")
     one, other = (np.asarray(Image.open(file)) for file in (first, second))
@@ -295,7 +295,7 @@ def test_pairs_are_asked_for_where_there_are_none(tiny, tmp_path, objective):
 
 
 def test_triton_backend_follows_the_torch_one(tiny, tmp_path):
-    """The same run in the interpreter, in processes of their own: triton decides when kernels are defined."""
+    """Runs in Triton's interpreter and in separate processes: Triton chooses it when kernels are defined."""
     script = (
         "import sys; from seppo_fast.cli import main; "
         "sys.exit(main(['train', sys.argv[1], '--output', sys.argv[2], '--train.backend', sys.argv[3]]))"

@@ -1,4 +1,4 @@
-"""Real video files, through the command line: checked, trained on, interrupted, gone on with, exported, loaded."""
+"""Real video files, through the command line: checked, trained on, interrupted, resumed, exported, loaded."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture
 def clips(tmp_path):
-    """Six clips as MagicTime has them: a time-lapse, a short one, and others."""
+    """Six clips in the format of MagicTime: a time-lapse, a short one, and others."""
     folder = tmp_path / "clips"
     with_captions = [("sunrise", 40, 0), ("short", 3, 1), *((f"clip{number}", 30, 1) for number in range(4))]
     for name, length, _ in with_captions:
@@ -55,7 +55,7 @@ def test_videos_train_through_the_command_line(tiny, adapter, clips, tmp_path, f
     assert "data: 6 examples, 0 bad" in checked.out
     ended = forks.run("train", file)
     assert ended.code == 0, ended.err
-    assert f"1 of 6 clips have too few frames for {FRAMES} different ones and repeat some: short\n" in ended.out
+    assert f"1 of 6 clips have too few frames to choose {FRAMES} different ones and repeat some: short\n" in ended.out
     stopped, other = run_file(tiny, adapter, clips, tmp_path, "stopped")
     assert forks.run("train", other, fault="micro-batch@3=kill").code < 0
     assert forks.run("train", other).code == 0
@@ -73,7 +73,7 @@ def test_videos_train_through_the_command_line(tiny, adapter, clips, tmp_path, f
     made = pipe("a clip", num_frames=FRAMES, num_inference_steps=1, latents=noise, output_type="np").frames
     assert made.shape == (1, FRAMES, 16, 16, 3) and np.isfinite(made).all()
     merged = AnimateDiffPipeline.from_pretrained(tmp_path / "whole")
-    pipe.scheduler = merged.scheduler  # the linear one, which the base's folder does not carry
+    pipe.scheduler = merged.scheduler  # the linear one, which the base's folder does not contain
     made = pipe("a clip", num_frames=FRAMES, num_inference_steps=1, latents=noise, output_type="np").frames
     again = merged("a clip", num_frames=FRAMES, num_inference_steps=1, latents=noise, output_type="np").frames
     assert np.abs(again - made).max() < 1e-4

@@ -1,4 +1,4 @@
-"""`model.deterministic`: what it sets, that it gives everything back, and what it refuses."""
+"""`model.deterministic`: what it sets, that it restores everything, and what it refuses."""
 
 import os
 
@@ -71,5 +71,5 @@ def test_a_run_is_deterministic_where_it_is_requested_and_computes_the_same(tiny
 def test_xformers_is_refused(tiny, tmp_path):
     tree = tiny_config(tiny, tmp_path).model_dump(mode="json")
     tree["model"] |= {"deterministic": True, "attention": "xformers"}
-    with pytest.raises(ConfigError, match="model.deterministic = true goes with model.attention = sdpa"):
+    with pytest.raises(ConfigError, match="model.deterministic = true needs model.attention = sdpa"):
         parse_config(tree)

@@ -1,4 +1,4 @@
-"""A run is the same within whatever torch mode its caller has entered."""
+"""A run computes the same whichever torch mode its caller has entered."""
 
 import contextlib
 
@@ -37,14 +37,14 @@ def weights_within(mode, kind, tiny, folder):
 
 @pytest.fixture(scope="module")
 def plain(tiny, tmp_path_factory):
-    """Weights of runs that no mode surrounds, by what is trained."""
+    """Weights of runs outside any torch mode, by `model.train`."""
     folder, mode = tmp_path_factory.mktemp("plain"), contextlib.nullcontext
     return {kind: weights_within(mode(), kind, tiny, folder / kind) for kind in ("full", "lora")}
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("autocast", "full"), *((mode, "lora") for mode in MODES)])
 def test_a_callers_modes_change_nothing(tiny, tmp_path, plain, mode, kind):
-    """Autocast's cache would serve training the casts that sampling made without gradients, and the last update's."""
+    """Without isolation, training would reuse casts that sampling or the previous update left in autocast's cache."""
     found = weights_within(MODES[mode](), kind, tiny, tmp_path)
     assert all(torch.equal(weight, found[name]) for name, weight in plain[kind].items())
 

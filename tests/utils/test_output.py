@@ -1,4 +1,4 @@
-"""Printing never ends a command: terminals that lack letters, pipes that close, full disks."""
+"""Printing never ends a command: terminals that lack characters, closed pipes, full disks."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.helpers.runs import log_of, tiny_config
 
 ROOT = Path(__file__).parents[2]
 ASCII = {"PYTHONIOENCODING": "ascii"}
-C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # file names too are ASCII to Python there
+C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # Python then treats file names as ASCII
 PROMPTS = ["ein Füchschen", "狐 🦊", "half a \udce9 name"]
 
 
@@ -77,7 +77,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch, encoding):
 
 
 def test_without_any_stream(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)  # as pythonw and some services have it
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw and some services
     with tolerant_output():
         print("nothing")
     assert sys.stdout is None
@@ -104,7 +104,7 @@ def config(tiny, tmp_path):
 
 
 def finished(folder):
-    """Whether a run of two updates is complete."""
+    """Returns whether a run of two updates is complete."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [entry["update"] for entry in entries] == [1, 2] and (folder / "weights").is_dir()
 
@@ -180,7 +180,7 @@ def test_a_full_disk_behind_stdout_does_not_end_a_run(ascii_only, config, tmp_pa
 
 
 def test_the_interpreter_ends_well_behind_a_pipe_that_closed(config):
-    """It flushes stdout once more at its end, and would exit with 120."""
+    """The interpreter flushes stdout once more at exit, and without care would exit with code 120."""
     command = [sys.executable, "-m", "seppo_fast", "train", str(config), "--help"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.close()

@@ -1,1 +1,1 @@
-"""Latents and prompt embeddings, computed once and kept."""
+"""The on-disk cache of latents and prompt embeddings."""

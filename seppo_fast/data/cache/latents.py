@@ -21,29 +21,29 @@ INDEX = "index.json"
 
 
 class LatentCache:
-    """Random access to a finished cache; rows are copied out, in the dtype they were stored in.
+    """Random access to a finished cache; rows are returned as copies, in the dtype in which they were stored.
 
     Attributes:
         ids: Each example's id, in order.
         prompts: Each example's prompt, in order.
-        num_examples: How many; also `len(cache)`.
+        num_examples: The number of examples; also `len(cache)`.
         has_losers: Whether `losers` may be called.
-        latent_shapes: The shapes that latents have, such as (4, 64, 64), or (4, 16, 32, 32) of clips.
-        fingerprint: The full key, sha256 in hex: equal exactly for equal content, whatever the format.
-        former: The key that caches of the same content had while it depended on the format; states of runs name it.
-        numbers: A number of each example, such as a label or a score, or None; None where no example has one.
-        truncated: Prompts of which the text encoder sees only the beginning.
+        latent_shapes: The distinct latent shapes, such as (4, 64, 64) for images or (4, 16, 32, 32) for clips.
+        fingerprint: The full key, sha256 in hex: equal exactly if the content is equal, whatever the format.
+        former: The key of the same content from the time when keys included the format; older run states record it.
+        numbers: One number per example (such as a label or score) or None; None if no example has one.
+        truncated: The prompts that the text encoder truncates.
         dropped: The examples left out while building, each with its reason.
-        remarks: By kind the names of images and clips that are used all the same; see `remarks.remark_lines`.
+        remarks: The names of noteworthy images and clips (used all the same), by kind; see `remarks.remark_lines`.
 
     Args:
-        folder: The cache.
-        key: Its fingerprint.
-        former: See above.
-        collate: Puts rows of conditions together where they differ in shape; see `Family.collate`.
+        folder: The cache's folder.
+        key: The expected fingerprint.
+        former: The value for the attribute `former`.
+        collate: Batches single prompt embeddings that differ in shape; see `Family.collate`.
 
     Raises:
-        DataError: the cache is not complete, or has another key.
+        DataError: the cache is incomplete or damaged, or has another key.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class LatentCache:
         try:
             self._take(index)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._damaged(f"{INDEX} is not readable ({error!r})") from error
-        self.conditioning([None])  # so that damage shows now
+            raise self._damaged(f"{INDEX} is malformed ({error!r})") from error
+        self.conditioning([None])  # opens the first prompt shard, so that damage is found early
 
     def _take(self, index: dict[str, Any]) -> None:
         self.fingerprint: str = index["key"]
@@ -72,45 +72,50 @@ class LatentCache:
         self._prompt_rows: list[int] = index["prompt_rows"]
         self.prompts: list[str] = [index["prompts"][row] for row in self._prompt_rows]
         if self.numbers is not None and len(self.numbers) != self.num_examples:
-            raise ValueError(f"{len(self.numbers)} numbers of {self.num_examples} examples")
+            raise ValueError(f"{len(self.numbers)} numbers for {self.num_examples} examples")
         if not len(self.ids) == len(self.prompts) == self.num_examples:
-            raise ValueError(f"{len(self.ids)} ids and {len(self.prompts)} prompts of {self.num_examples} examples")
+            raise ValueError(f"{len(self.ids)} ids and {len(self.prompts)} prompts for {self.num_examples} examples")
         self.truncated: list[str] = index["truncated"]
         self.dropped = [Problem(*entry) for entry in index["dropped"]]
-        # Caches of clips had entries of their own for these two; those of images may have none.
+        # Older caches of clips have top-level entries for these two kinds; those of images may have no entry at all.
         remarks = dict(index.get("remarks") or {kind: index.get(kind, []) for kind in ("repeating", "closer")})
         self.remarks = {str(kind): [str(name) for name in names] for kind, names in remarks.items() if names}
         prompts = int(index["shard_size"])
         self._shard_sizes: dict[str, int] = {"prompts": prompts, "latents": index.get("latent_shard_size", prompts)}
         self._mapped: dict[str, dict[str, PackedRows]] = {}
         if min(self._shard_sizes.values()) < 1:
-            raise ValueError(f"shards of {self._shard_sizes} rows")
+            raise ValueError(f"invalid shard sizes {self._shard_sizes}")
 
     def __len__(self) -> int:
         return self.num_examples
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The shape of every latent; raises DataError where they differ."""
+        """The one shape that all latents have; raises DataError if they differ."""
         if len(self.latent_shapes) != 1:
-            raise DataError(f"{self.folder} holds latents of {len(self.latent_shapes)} shapes, one is needed")
+            raise DataError(f"{self.folder} holds latents of {len(self.latent_shapes)} shapes; one shape is required")
         return self.latent_shapes[0]
 
     def winners(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Latents (B, *latent) of the winners, all of one shape; raises IndexError."""
+        """Returns the winners' latents (B, *latent), which must have one shape; raises IndexError."""
         return self._stacked("winners", indices)
 
     def losers(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Latents (B, *latent) of the losers; raises IndexError, and DataError if this cache has none."""
+        """Returns the losers' latents (B, *latent); raises IndexError, or DataError if this cache has no losers."""
         if not self.has_losers:
             raise DataError(
-                f"{self.folder} holds no losers: this data set has winners only, and the method asks for labelled "
-                "pairs. Use a data set with jpg_0, jpg_1, label_0, label_1, or a method that needs winners only."
+                f"{self.folder} holds no losers: this data set has winners only, but the method needs labelled pairs. "
+                "Use a data set with jpg_0, jpg_1, label_0 and label_1, or a method that needs winners only."
             )
         return self._stacked("losers", indices)
 
     def conditioning(self, indices: Sequence[int | None] | Tensor) -> Conditioning:
-        """B rows, of the examples' prompts or, where an index is None, of the empty one; raises IndexError."""
+        """Returns B rows: each example's prompt embeddings, or the empty prompt's if the index is None.
+
+        Raises:
+            IndexError: an index is out of range.
+            DataError: the cache is damaged.
+        """
         known = self._rows([index for index in indices if index is not None])
         places = iter(known)
         rows = [0 if index is None else self._prompt_rows[next(places)] for index in indices] or [0]
@@ -123,7 +128,7 @@ class LatentCache:
         try:
             return self._collate(made).take(slice(0, len(indices)))
         except ValueError as error:
-            raise self._damaged(f"its conditions do not go together ({error})") from error
+            raise self._damaged(f"its prompt embeddings cannot be batched ({error})") from error
 
     def _stacked(self, name: str, indices: Sequence[int] | Tensor) -> Tensor:
         rows = self._rows(indices)
@@ -138,9 +143,10 @@ class LatentCache:
         return rows
 
     def _gather(self, stem: str, name: str, rows: Sequence[int]) -> Tensor | list[Tensor]:
-        """Rows of one name, which is split over shards of `_shard_sizes[stem]`: a copy of them all, or views.
+        """Returns the requested rows of one tensor name, which is split over shards of `_shard_sizes[stem]` rows.
 
-        Views where they differ in shape. One copy a shard else: a copy a row would be a parallel region a row.
+        Rows of one shape are copied into one tensor, with one copy per shard: copying row by row would start a parallel
+        region for each row. Rows of different shapes are returned as a list of views.
         """
         size = self._shard_sizes[stem]
         places: dict[int, list[int]] = {}
@@ -165,7 +171,7 @@ class LatentCache:
         return out
 
     def _shard(self, stem: str, shard: int) -> dict[str, PackedRows]:
-        """A shard's rows by name, as views of the file: pages are read when rows are taken."""
+        """Returns a shard's rows by tensor name, memory-mapped: pages are read from disk when rows are used."""
         file_name = f"{stem}-{shard:05d}.safetensors"
         if file_name not in self._mapped:
             try:
@@ -186,10 +192,10 @@ class LatentCache:
     def _check_latents(self, name: str, rows: PackedRows, values: Tensor) -> None:
         other = rows.distinct() - set(self.latent_shapes)
         if other or not values.is_floating_point():
-            raise ValueError(f"{name} is {sorted(other)} {values.dtype}")
+            raise ValueError(f"{name} has unexpected shapes {sorted(other)} or dtype {values.dtype}")
 
     def _read_index(self, key: str) -> dict[str, Any]:
-        """The index, once its version, its key and every file's size are as they should be."""
+        """Returns the index after checking its version, its key and every file's size."""
         try:
             index = read_json(self.folder / INDEX, most=1 << 32)
             sizes = {name: (self.folder / name).stat().st_size for name in index["files"]}
@@ -198,11 +204,11 @@ class LatentCache:
         except OSError as error:
             raise self._damaged(f"{error.filename}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"{INDEX} is not readable ({error!r})") from error
+            raise self._damaged(f"{INDEX} is malformed ({error!r})") from error
         for name, size in index["files"].items():
             if sizes[name] != size:
                 raise self._damaged(f"{name} has {sizes[name]} bytes instead of {size}")
         return index
 
     def _damaged(self, reason: str) -> DataError:
-        return DataError(f"{self.folder}: this cache is damaged, {reason}. Delete the folder; it is then made again.")
+        return DataError(f"{self.folder}: this cache is damaged: {reason}. Delete the folder; it is then rebuilt.")

@@ -1,8 +1,8 @@
-"""Opens the latent cache of a data set, or has it built first.
+"""Opens the latent cache of a data set, building it first if necessary.
 
 A cache is a folder `latents-<format>-<key>` of safetensors shards and an `index.json`. Its key is a digest of
-everything that changes what is in it, so a cache is never updated: other data, another resolution or another encoder
-make another one.
+everything that determines its content, so a cache is never updated: other data, another resolution or another encoder
+lead to a separate cache.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from seppo_fast.utils.logging import say
 __all__ = ["Encoder", "LatentCache", "cache_key", "open_or_build", "truncation"]
 
 _ABANDONED_SECONDS = 3600
-_IN_KEYS = 2  # the format that was part of every key, while one was
-_SHOWN = 80  # characters of a prompt
+_IN_KEYS = 2  # the last format version that was part of every key; later formats are not
+_SHOWN = 80  # characters of a prompt shown in a message
 
 
 def open_or_build(
@@ -48,31 +48,31 @@ def open_or_build(
     losers: bool = True,
     accept: Callable[[str, str], object] = lambda fingerprint, former: None,
 ) -> LatentCache:
-    """Opens the cache of `source` below `folder`; encodes it first where it is not there yet.
+    """Opens the cache of `source` below `folder`, encoding the data first if the cache does not exist.
 
     Args:
-        source: The data.
-        encoder: Turns images and prompts into what is stored. Not called when the cache exists, but for its
-            fingerprint.
+        source: The data set.
+        encoder: Encodes images and prompts. If the cache exists, only its fingerprint and `collate` are used.
         resolution: Side of the square images in pixels.
-        frames: How many frames to take of each clip, as `frames.choose_frames` does; None where the source has images.
-        flip: Mirror half of the clips, by their ids. Clips only.
+        frames: The number of frames taken from each clip, see `media.frames`; None if the source holds images.
+        flip: Whether to mirror half of the clips, selected by their ids. Clips only.
         crop: See `images.load_image`.
-        folder: Where caches are kept; made if missing.
-        batch_size: Images encoded at once; of clips as many as have so many frames, but at least one. Not part of the
-            key.
+        folder: The folder that holds all caches; created if missing.
+        batch_size: The number of images encoded at once. For clips, the number of frames encoded at once, but at least
+            one clip. Not part of the key.
         losers: Whether the losers of labelled pairs are encoded too; a method that needs winners only can save half.
         accept: Called with the cache's `fingerprint` and `former` before anything is encoded; may raise.
 
     Returns:
-        The cache, whole: it is built in a folder beside its place and renamed once complete, by one process, while
-        others that want the same one wait; where that one is killed, another of them builds it.
+        The complete cache. One process builds it in a temporary folder that is renamed once complete; other processes
+        that need the same cache wait, and one of them takes over if the builder is killed.
 
     Raises:
-        DataError: no data; more than 1 % of them bad; no space left or `folder` not writable; a cache that is damaged;
-            clips without `frames`, or images with; PyAV needed and not installed.
-        NonFiniteError: the encoder gave infinities or NaN.
-        ValueError: resolution, frames, flip, crop or batch_size is not allowed.
+        DataError: the data set is empty, or more than 1 % of its examples are bad; no space is left or `folder` is not
+            writable; the cache is damaged; clips without `frames`, or images with `frames`; PyAV is needed but not
+            installed.
+        NonFiniteError: the encoder returned infinities or NaN.
+        ValueError: resolution, frames, flip, crop or batch_size is invalid.
     """
     check_framing(resolution, crop)
     if batch_size < 1:
@@ -80,7 +80,7 @@ def open_or_build(
     if frames is not None and frames < 1:
         raise ValueError(f"frames must be positive, got {frames}")
     if flip and frames is None:
-        raise ValueError("flip mirrors clips, and frames is None: these are images")
+        raise ValueError("flip applies to clips only, but frames is None: the data are images")
     require_kind(source, frames)
     losers = losers and source.has_losers
     settings: dict[str, Any] = {
@@ -97,7 +97,7 @@ def open_or_build(
     _remove_abandoned(folder)
     if not final.exists():
         with _alone(final):
-            if not final.exists():  # it may have been finished while we waited
+            if not final.exists():  # another process may have finished it while this one waited
                 _build(source, encoder, final, key, resolution, batch_size, losers, frames, flip)
     cache = LatentCache(final, key, former, encoder.collate)
     for line in truncation(cache.truncated, len(set(cache.prompts))):
@@ -108,22 +108,22 @@ def open_or_build(
 
 
 def _build(source: Source, encoder: Encoder, final: Path, *settings: Any) -> None:
-    """`build` into a folder that appears whole or not at all."""
+    """Runs `build` in a temporary folder that is renamed to `final` only once it is complete."""
     try:
         with staged_folder(final, DataError) as staging:
             build(source, encoder, staging, *settings)
     except DataError:
-        # without locks another process may have finished this very cache meanwhile, and then the rename fails
+        # Without locks another process may have finished the same cache meanwhile, so that the rename fails.
         if not (final / INDEX).exists():
             raise
 
 
 @contextmanager
 def _alone(final: Path) -> Iterator[None]:
-    """Holds the building of a cache, after waiting for another process that has it; one that is killed lets go.
+    """Holds the lock on building a cache, waiting for another process that holds it; a killed process releases it.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder is not writable.
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _alone(final: Path) -> Iterator[None]:
     try:
         if handle is not None:
             for left in final.parent.glob(f".tmp-{final.name}-*"):
-                shutil.rmtree(left, ignore_errors=True)  # who wrote it was killed: it would hold the lock
+                shutil.rmtree(left, ignore_errors=True)  # its writer was killed, or it would still hold the lock
         yield
     finally:
         if handle is not None:
@@ -146,13 +146,13 @@ def _lock_file(final: Path) -> Path:
 
 
 def _locked(final: Path) -> int | None:
-    """The open and locked lock file; None where the file system has no locks, so that two may build the same."""
+    """Returns a handle of the locked lock file, or None if the file system has no locks: two may build the same."""
     waiting = False
     while True:
         handle = os.open(_lock_file(final), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
-            # Who had it before us removes the file; then ours is a file without a name, which locks nobody out.
+            # The previous holder removes the file. Ours is then an unlinked file, which locks nobody out: try again.
             if os.path.samestat(os.fstat(handle), _lock_file(final).stat()):
                 return handle
             os.close(handle)
@@ -162,7 +162,10 @@ def _locked(final: Path) -> int | None:
                 say(f"another process is filling this cache, {final}; waiting for it")
                 waiting = True
             elif problem.errno in NO_LOCKS:
-                say(f"{final.parent}: files cannot be locked there ({problem.strerror}); two runs may encode the same")
+                say(
+                    f"{final.parent}: files cannot be locked there ({problem.strerror}); two runs may encode the same "
+                    "data"
+                )
                 return None
             elif problem.errno != errno.ENOENT:
                 raise
@@ -172,13 +175,13 @@ def _locked(final: Path) -> int | None:
 
 
 def truncation(too_long: Sequence[str], prompts: int) -> list[str]:
-    """The line that says how many of the prompts are truncated; none where none is."""
+    """Returns a line that says how many of the prompts are truncated, or an empty list if none are."""
     if not too_long:
         return []
     first = too_long[0] if len(too_long[0]) <= _SHOWN else f"{too_long[0][:_SHOWN]} ..."
     return [
-        f"{len(too_long)} of {prompts} prompts have more tokens than the text encoder takes; it sees their beginning "
-        f"only. The first: {first!r}"
+        f"{len(too_long)} of {prompts} prompts have more tokens than the text encoder accepts and are truncated. "
+        f"The first: {first!r}"
     ]
 
 
@@ -193,9 +196,10 @@ def cache_key(
     flip: bool = False,
     format_version: int | None = None,
 ) -> str:
-    """sha256 (hex) over everything that changes a cache's content; `frames` and `flip` where they are clips.
+    """Returns the sha256 (hex) over everything that changes a cache's content; for clips, also `frames` and `flip`.
 
-    The format is no part of it; with `format_version` it is the key that the same content had while it was.
+    The key does not depend on the cache's format. With `format_version` the result is the key that the same content
+    had when the format was still part of it.
     """
     parts: dict[str, object] = {} if format_version is None else {"format_version": format_version}
     parts |= {
@@ -211,9 +215,9 @@ def cache_key(
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Clears what a killed build left: its process is gone and nothing was written for an hour.
+    """Removes what killed builds left: their process no longer exists and nothing was written for an hour.
 
-    The hour is for folders shared by machines, where a build's process is alive but not here.
+    The hour protects folders shared between machines, where the process of a running build is on another machine.
     """
     for staging in folder.glob(".tmp-latents-*"):
         owner = staging.name.rpartition("-")[2]
@@ -221,7 +225,7 @@ def _remove_abandoned(folder: Path) -> None:
             newest = max(path.stat().st_mtime for path in (staging, *staging.iterdir()))
             if owner.isdigit() and not _alive(int(owner)) and time.time() - newest > _ABANDONED_SECONDS:
                 shutil.rmtree(staging, ignore_errors=True)
-        except FileNotFoundError:  # its owner finished or cleared it while we looked
+        except FileNotFoundError:  # its owner finished or removed it meanwhile
             continue
 
 

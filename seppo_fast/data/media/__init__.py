@@ -1,1 +1,1 @@
-"""Reads one picture or one clip."""
+"""Decoding of single images and clips."""

@@ -1,4 +1,4 @@
-"""From a clip wherever it lies to a few square frames of it, and a plain reason when that cannot be done."""
+"""Decodes a clip into a few square frames, or raises an `ImageError` with the reason."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Clip:
 
     Attributes:
         pixels: uint8 (F, resolution, resolution, 3).
-        size: Width and height at which it is shown, in pixels, before it is turned.
-        remarks: What is remarkable about it, by the names that `remarks` has for that.
+        size: Display width and height in pixels, before rotation.
+        remarks: The kinds of remarks that apply to it, as named in `data.remarks`.
     """
 
     pixels: np.ndarray
@@ -35,16 +35,17 @@ def load_clip(example: Example, name: str, opened: Opened, resolution: int, fram
     """Decodes `frames` frames of a clip into squares as `images.fit_square` makes them, and closes it.
 
     Args:
-        example: Whose clip it is; its id decides on the window and on flipping.
-        name: How an error names the clip.
-        opened: What the example's `image.open` gave: a stream of a video file, or uint8 pixels (N, H, W, 3).
+        example: The example that the clip belongs to; its id selects the window and whether to flip.
+        name: The clip's name in error messages.
+        opened: The result of the example's `image.open`: a stream of a video file, or uint8 pixels (N, H, W, 3).
         resolution: Side of the result in pixels.
-        frames: How many, F. Pixels, and clips with `example.by_number`, by number; others by time. See `frames`.
-        flip: Mirror the clips of half of all ids.
+        frames: The number of frames F. They are chosen by number if `opened` is an array or `example.by_number` is set,
+            else by time; see `media.frames`.
+        flip: Whether to mirror the clips of half of all ids.
 
     Raises:
-        ImageError: zero bytes, not a video, no video stream, no frames, truncated or damaged, frames of several
-            sizes or of more than 64 megapixels.
+        ImageError: the file has zero bytes, is not a video, is truncated or damaged, or has no video stream or frames;
+            or its frames differ in size or exceed 64 megapixels.
         DataError: PyAV is not installed.
     """
     by_number = example.by_number or isinstance(opened, np.ndarray)
@@ -81,7 +82,7 @@ def _from_file(name: str, stream: BinaryIO, choice: Choice, resolution: int) -> 
         places = choice.places(times, file.unit) if times else []
         squares = _squares_at(file, [times[place] for place in places], resolution) if times else None
         if times is None or squares is None:
-            # A packet need not be one frame (hidden or packed ones), nor tell when that is shown: the decoder says so.
+            # Packets may be hidden, hold several frames, or lack a time stamp: decode to learn the frames' times.
             times = file.frame_times()
             places = choice.places(times, file.unit)
             squares = _squares_of(file, places, resolution)
@@ -91,12 +92,12 @@ def _from_file(name: str, stream: BinaryIO, choice: Choice, resolution: int) -> 
         raise
     except av.FFmpegError as error:
         raise ImageError(name, f"truncated or damaged ({error.strerror})") from error
-    except Exception as error:  # a damaged file raises whatever PyAV trips over
+    except Exception as error:  # damaged files raise arbitrary exceptions in PyAV
         raise ImageError(name, f"truncated or damaged ({error})") from error
 
 
 def _squares_at(file: VideoFile, wanted: Sequence[int], resolution: int) -> list[np.ndarray] | None:
-    """The frames shown at these times; None where there are none, or frames come in another order than their times."""
+    """Returns the frames shown at these times, or None if one is not found or frames are not decoded in time order."""
     squares: dict[int, np.ndarray] = {}
     last = None
     for frame in file.frames():
@@ -111,7 +112,7 @@ def _squares_at(file: VideoFile, wanted: Sequence[int], resolution: int) -> list
 
 
 def _squares_of(file: VideoFile, wanted: Sequence[int], resolution: int) -> list[np.ndarray]:
-    """The frames of these numbers, by the order in which they are shown."""
+    """Returns the frames with these numbers, counted in display order."""
     numbered = zip(range(max(wanted) + 1), file.frames())
     squares = {number: file.square(frame, resolution) for number, frame in numbered if number in wanted}
     return [squares[number] for number in wanted]

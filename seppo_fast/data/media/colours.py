@@ -1,7 +1,7 @@
-"""Colours as an embedded ICC profile declares them, converted to sRGB, which is what models are trained on.
+"""Converts images with an embedded ICC profile to sRGB, the colour space that models are trained on.
 
-Profiles of RGB, gray and CMYK are followed. One that is broken, is of another kind than the picture, or differs from
-sRGB by rounding only is not, so that such a picture has the pixels that it has without one.
+RGB, gray and CMYK profiles are applied. A profile that is broken, is for another colour mode than the image, or differs
+from sRGB by rounding only is ignored: such an image keeps the pixels that it would have without a profile.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ import numpy as np
 from PIL import Image, ImageCms, features
 
 _SPACES = {"RGB": b"RGB ", "RGBA": b"RGB ", "L": b"GRAY", "LA": b"GRAY", "CMYK": b"CMYK"}
-_TOLERANCE = 2  # of 255 levels: small sRGB profiles describe its curve by a few points
+_TOLERANCE = 2  # of 255 levels: small sRGB profiles approximate the sRGB curve by a few points
 _SHARED, _FINE, _EXACT = 0x40, 0x400, 0x100
-"""littlecms: threads may use one transform; precalculated in finer steps; not precalculated."""
+"""Flags of littlecms: no cache (threads may share a transform); finer precalculated steps; no precalculation."""
 
 Conversion = Callable[[Image.Image], Image.Image]
 
 
 def can_convert() -> bool:
-    """Whether this Pillow has littlecms, which reads profiles."""
+    """Returns whether this Pillow was built with littlecms, which applies profiles."""
     return bool(features.check("littlecms2"))
 
 
 def converts(mode: str, profile: object) -> bool:
-    """Whether a picture that Pillow opens in this mode gets other pixels by this profile."""
+    """Returns whether this profile changes the pixels of an image that Pillow opens in this mode."""
     plain = {"P": "RGB", "PA": "RGBA"}.get(mode, "L" if mode.startswith("I;16") else mode)
     return isinstance(profile, bytes) and _conversion(plain, profile) is not None
 
 
 def to_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """A picture of mode RGB, RGBA, L, LA or CMYK in sRGB, CMYK as RGB; others, and with no such profile, as it is."""
+    """Returns an image of mode RGB, RGBA, L, LA or CMYK (as RGB) in sRGB.
+
+    Images of other modes, or without an applicable profile, are returned unchanged.
+    """
     conversion = _conversion(image.mode, profile) if isinstance(profile, bytes) else None
     return image if conversion is None else conversion(image)
 
 
 def gray_to_srgb(levels: np.ndarray, profile: object) -> np.ndarray:
-    """uint16 levels of gray as uint8: in sRGB where the profile changes them, else the upper byte."""
+    """Converts uint16 gray levels to uint8: to sRGB if the profile changes them, else their upper byte."""
     curve = _gray_curve(profile) if isinstance(profile, bytes) else None
     if curve is None:
         return (levels >> 8).astype(np.uint8)
@@ -49,7 +52,7 @@ def gray_to_srgb(levels: np.ndarray, profile: object) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _conversion(mode: str, profile: bytes) -> Conversion | None:
-    """What turns such pictures into sRGB; None where nothing does, or nothing is to be done."""
+    """Returns the conversion to sRGB of images with this mode and profile, or None if it is impossible or unneeded."""
     if profile[16:20] != _SPACES.get(mode) or not can_convert():
         return None
     if mode in ("L", "LA"):
@@ -68,16 +71,16 @@ def _conversion(mode: str, profile: bytes) -> Conversion | None:
 
 
 def _follow(curve: np.ndarray, image: Image.Image) -> Image.Image:
-    """Gray by the curve, alpha as it is."""
+    """Applies the curve to gray and leaves alpha unchanged."""
     return image.point([*curve.tolist(), *range(256)][: 256 * len(image.mode)])
 
 
 @lru_cache(maxsize=32)
 def _gray_curve(profile: bytes) -> np.ndarray | None:
-    """The sRGB level, (256,) uint8, of each level of gray."""
+    """Returns the sRGB level of each gray level, (256,) uint8, or None if impossible or unneeded."""
     if profile[16:20] != _SPACES["L"] or not can_convert():
         return None
-    transform = _transform(profile, "L", "RGB", _EXACT)  # precalculated it is off by ten levels where a curve is steep
+    transform = _transform(profile, "L", "RGB", _EXACT)  # precalculation errs by ten levels where curves are steep
     if transform is None:
         return None
     levels = np.arange(256, dtype=np.uint8)
@@ -86,7 +89,7 @@ def _gray_curve(profile: bytes) -> np.ndarray | None:
 
 
 def _transform(profile: bytes, mode: str, into: str, flags: Any) -> ImageCms.ImageCmsTransform | None:
-    """None where littlecms cannot make anything of the profile."""
+    """Returns the transform from the profile to sRGB, or None if littlecms rejects the profile."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         srgb = ImageCms.createProfile("sRGB")

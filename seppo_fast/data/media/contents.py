@@ -1,4 +1,4 @@
-"""Digests of files' contents, by which a cache knows that a picture or a clip is another one."""
+"""Digests of files' contents, which let a cache's key change when an image or clip changes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import BinaryIO
 
 from seppo_fast.data.media.images import is_converted, open_file
 
-_BLOCK = 1 << 20  # at once: every core hashes a file, and whole ones would be gigabytes
+_BLOCK = 1 << 20  # bytes per read: every core hashes a file, and reading whole files would take gigabytes of memory
 _END_BYTES = 1 << 20
 
 
 def picture_sha256(stream: BinaryIO) -> str:
-    """sha256 of an encoded picture, with a mark where its profile changes the pixels.
+    """Returns the sha256 of an encoded image, with a suffix if its colour profile changes the pixels.
 
-    So caches made before profiles were followed stay valid for all pictures that are not changed by it.
+    Caches from before profiles were applied thereby stay valid for images that no profile changes.
     """
     sha = hashlib.sha256()
     while block := stream.read(_BLOCK):
@@ -26,19 +26,19 @@ def picture_sha256(stream: BinaryIO) -> str:
 
 
 def picture_file_sha256(path: Path) -> str:
-    """As `picture_sha256`, or what kept the file from being read (a missing file is a bad example later on)."""
+    """Returns `picture_sha256` of a file, or the exception's name if it cannot be read (decoding reports it later)."""
     try:
         with open_file(path) as file:
             return picture_sha256(file)
-    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: the name is invalid for a file
         return type(error).__name__
 
 
 def clip_file_sha256(path: Path) -> str:
-    """sha256 of a clip's size, first and last MiB, or what kept them from being read.
+    """Returns the sha256 of a clip's size, first and last MiB, or the exception's name if they cannot be read.
 
-    At one end lies its table of every frame's size and place. A large clip overwritten by another of the same length
-    and ends is not noticed; hashing all of it would read, at every start, as much as encoding does.
+    One of these ends holds the table of every frame's size and offset. Overwriting a large clip with another of the
+    same length and the same ends goes unnoticed; hashing all of it would read as much as encoding, at every start.
     """
     try:
         with open_file(path) as file:

@@ -1,4 +1,4 @@
-"""Dynamic frame extraction: which frames of a clip are taken, by their numbers or by their times."""
+"""Dynamic frame extraction: selects a clip's frames by their numbers or by their times."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 STRIDE = 4
-"""Frames of the clip from one frame of a window to the next (the paper's setting for AnimateDiff)."""
+"""The distance in frames between consecutive frames of a window (the paper's setting for AnimateDiff)."""
 STEP = Fraction(STRIDE, 30)
-"""Seconds, of those windows in clips of 30 frames a second, as most of AnimateDiff's training clips have."""
+"""The same distance in seconds, at the 30 frames per second that most of AnimateDiff's training clips have."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How `frames` frames of a clip are chosen; see `choose_frames` and `choose_times`."""
+    """The rule by which `frames` frames of a clip are chosen; see `choose_frames` and `choose_times`."""
 
     frames: int
     whole: bool
@@ -24,13 +24,13 @@ class Choice:
     key: str
 
     def places(self, times: Sequence[int], unit: Fraction) -> list[int]:
-        """Which of the frames shown at these times are taken, in order."""
+        """Returns the indices of the chosen frames, in order, given the times at which all frames are shown."""
         if self.by_number:
             return choose_frames(len(times), self.frames, whole=self.whole, key=self.key)
         return choose_times(times, unit, self.frames, whole=self.whole, key=self.key)
 
     def remarks(self, times: Sequence[int], unit: Fraction, places: Sequence[int]) -> tuple[str, ...]:
-        """What is remarkable of that: frames that repeat, or that a window has closer together than usual."""
+        """Returns the remarks on this choice: repeated frames, or a window with frames closer together than usual."""
         if len(set(places)) < len(places):
             return ("repeating",)
         short = len(times) <= STRIDE * (self.frames - 1) if self.by_number else is_short(times, unit, self.frames)
@@ -38,10 +38,11 @@ class Choice:
 
 
 def choose_frames(length: int, frames: int, *, whole: bool, key: str) -> list[int]:
-    """By number: which `frames` of a clip's `length` frames are taken, in order, as MagicTime does it.
+    """Chooses `frames` of a clip's `length` frames by number, as MagicTime does; returns their indices in order.
 
-    Of a time-lapse (`whole`) evenly from its first frame to its last; else a window with stride 4, or the largest
-    stride that fits, whose start is a pure function of `key`. A clip with too few frames repeats them evenly.
+    A time-lapse (`whole`) is sampled evenly from its first frame to its last. Otherwise the frames form a window with
+    stride 4, or the largest stride that fits, whose start is a pure function of `key`. A clip with fewer frames than
+    requested repeats them evenly.
     """
     if length < frames:
         return [place * length // frames for place in range(frames)]
@@ -56,18 +57,19 @@ def choose_frames(length: int, frames: int, *, whole: bool, key: str) -> list[in
 
 
 def choose_times(times: Sequence[int], unit: Fraction, frames: int, *, whole: bool, key: str) -> list[int]:
-    """By time: which frames of those shown at `times` are taken, so that motion is as fast in clips of every rate.
+    """Chooses frames by time, so that motion is equally fast whatever the clip's frame rate; returns their indices.
 
-    They are the nearest to equal steps of time, the later one of two as near. Of a time-lapse (`whole`) the steps lead
-    from its first frame to its last. Else they are `STEP`, from a frame that is a pure function of `key`, among those
-    from which a whole window fits; where none does, the largest steps that fit. Too few frames repeat.
+    The chosen frames are the nearest to equally spaced times (the later of two equally near ones). For a time-lapse
+    (`whole`) these times run from the first frame to the last. Otherwise they are `STEP` apart and begin at a frame
+    that is a pure function of `key`, among those from which a whole window fits; if the clip is shorter than a window,
+    they are spread over the whole clip. A clip with too few frames repeats some.
 
     Args:
-        times: when each frame is shown, in ascending order, at least one.
-        unit: seconds to one of `times`.
-        frames: how many are taken.
-        whole: whether it is a time-lapse.
-        key: what chooses the window, the example's id.
+        times: the time at which each frame is shown, in ascending order; at least one.
+        unit: the length in seconds of one unit of `times`.
+        frames: the number of frames to choose.
+        whole: whether the clip is a time-lapse.
+        key: the example's id, which determines the window.
     """
     if frames == 1:
         return [0 if whole else keyed_choice("window", key, len(times))]
@@ -81,7 +83,7 @@ def choose_times(times: Sequence[int], unit: Fraction, frames: int, *, whole: bo
 
 
 def is_short(times: Sequence[int], unit: Fraction, frames: int) -> bool:
-    """Whether a window of so many frames at `STEP` is longer than the clip."""
+    """Returns whether a window of this many frames, `STEP` apart, is longer than the clip."""
     return (times[-1] - times[0]) * unit < (frames - 1) * STEP
 
 
@@ -93,6 +95,6 @@ def _nearest(times: Sequence[int], wanted: Fraction) -> int:
 
 
 def keyed_choice(purpose: str, key: str, choices: int) -> int:
-    """A number below `choices`, evenly drawn, that depends on (purpose, key) alone."""
+    """Returns an evenly distributed number below `choices` that depends on (purpose, key) alone."""
     digest = hashlib.blake2b(repr((purpose, key)).encode(), digest_size=16).digest()
-    return int.from_bytes(digest, "little") % choices  # of 2^128: the remainder's bias is nothing
+    return int.from_bytes(digest, "little") % choices  # the bias is negligible for a digest of 128 bits

@@ -1,4 +1,4 @@
-"""From an image wherever it lies to a square of pixels, and a plain reason when that cannot be done."""
+"""Decodes an image into a square of pixels, or raises an `ImageError` with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from seppo_fast.data.media.colours import converts, gray_to_srgb, to_srgb
 from seppo_fast.utils.errors import DataError
 
 MAX_PIXELS = 64_000_000
-# Named, so that Pillow never hands a file to a decoder that runs another program (EPS) or that nobody trains on.
+# An explicit list, so that Pillow never picks a decoder that runs another program (EPS) or that training never needs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 CROPS = ("center",)
 _TURNS = {
@@ -33,17 +33,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What shows an image upright, by EXIF's orientation."""
+"""The transposition that makes an image upright, by EXIF orientation."""
 
 Opened = BinaryIO | np.ndarray
 
 
 class ImageError(DataError):
-    """One image or clip that cannot be used.
+    """Raised for one image or clip that cannot be used.
 
     Attributes:
-        name: The file (or file and row) that it is.
-        reason: Why, in a few words.
+        name: Its file, or file and row.
+        reason: Why it cannot be used, in a few words.
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -54,12 +54,12 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image or a clip that is not read yet.
+    """A reference to an image or clip that has not been read yet.
 
     Attributes:
-        name: How an error names it.
-        open: Gives a binary stream of an encoded file, or pixels as a uint8 array: (H, W, 3), of a clip
-            (F, H, W, 3). May raise OSError or ValueError.
+        name: Its name in error messages.
+        open: Returns a binary stream of an encoded file, or pixels as a uint8 array: (H, W, 3) for an image,
+            (F, H, W, 3) for a clip. May raise OSError or ValueError.
     """
 
     name: str
@@ -67,16 +67,16 @@ class ImageRef:
 
 
 def file_ref(path: Path) -> ImageRef:
-    """An image or a clip in a file of its own."""
+    """Returns a reference to an image or clip that is a file of its own."""
     return ImageRef(str(path), lambda: open_file(path))
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file for reading.
+    """Opens a file for reading.
 
     Raises:
         OSError: it cannot be opened, or is a device or a pipe, which may never end.
-        ValueError: no file can have that name.
+        ValueError: the name is invalid for a file.
     """
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -85,7 +85,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def bytes_ref(name: str, read: Callable[[], bytes | None]) -> ImageRef:
-    """An encoded image inside something larger, such as a table's cell; `read` fetches it when it is wanted."""
+    """Returns a reference to an encoded image inside a larger file, such as a table; `read` loads it on demand."""
 
     def open_bytes() -> Opened:
         content = read()
@@ -97,26 +97,27 @@ def bytes_ref(name: str, read: Callable[[], bytes | None]) -> ImageRef:
 
 
 def load_image(ref: ImageRef, resolution: int, crop: str = "center") -> np.ndarray:
-    """The image as a square: upright, RGB over white, shorter side scaled to `resolution`, the middle cut out.
+    """Decodes an image into an upright RGB square over white: shorter side scaled to `resolution`, centre-cropped.
 
     Args:
         ref: The image.
         resolution: Side of the result in pixels.
-        crop: "center" is all there is.
+        crop: Must be "center".
 
     Returns:
         uint8 array (resolution, resolution, 3).
 
     Raises:
-        ImageError: missing, empty, truncated, not an image, or larger than 64 megapixels (known before decoding).
-        ValueError: `resolution` or `crop` is not allowed.
+        ImageError: the file is missing, empty, truncated, not an image, or larger than 64 megapixels (checked before
+            decoding).
+        ValueError: `resolution` or `crop` is invalid.
     """
     check_framing(resolution, crop)
     return fit_square(decode_image(ref.name, open_image(ref)), resolution)
 
 
 def check_framing(resolution: int, crop: str) -> None:
-    """Raises ValueError unless `load_image` knows how to make this square."""
+    """Raises ValueError unless `load_image` accepts this resolution and crop."""
     if resolution < 1:
         raise ValueError(f"resolution must be a positive number of pixels, got {resolution}")
     if crop not in CROPS:
@@ -131,17 +132,17 @@ def open_image(ref: ImageRef) -> Opened:
         raise ImageError(ref.name, "the file is missing") from None
     except OSError as error:
         raise ImageError(ref.name, f"cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # pyarrow raises its own kind of ValueError on a damaged page
+    except ValueError as error:  # pyarrow raises a subclass of ValueError for a damaged page
         raise ImageError(ref.name, str(error)) from error
 
 
 def decode_image(name: str, opened: Opened, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Decodes what `open_image` gave, closes it, and returns it upright in mode RGB; raises ImageError.
+    """Decodes the result of `open_image`, closes it, and returns it upright in mode RGB; raises ImageError.
 
     Args:
-        name: how an error names it.
-        opened: what to decode.
-        formats: Pillow's names of those that it may be in.
+        name: the image's name in error messages.
+        opened: the stream or pixels to decode.
+        formats: the accepted formats, by Pillow's names.
     """
     if isinstance(opened, np.ndarray):
         if opened.dtype != np.uint8 or opened.ndim != 3 or opened.shape[2] != 3:
@@ -156,20 +157,20 @@ def decode_image(name: str, opened: Opened, formats: tuple[str, ...] = FORMATS) 
         except ImageError:
             raise
         except Image.UnidentifiedImageError:
-            raise ImageError(name, f"not an image ({', '.join(formats)} are read)") from None
+            raise ImageError(name, f"not an image (supported: {', '.join(formats)})") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError(name, f"too large: {error}") from None
-        except Exception as error:  # a damaged file raises whatever its decoder trips over, SyntaxError included
+        except Exception as error:  # damaged files raise arbitrary exceptions, even SyntaxError
             raise ImageError(name, f"truncated or damaged ({error})") from error
 
 
 def _decode_stream(name: str, stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Decodes a stream of at least one byte, after looking at the size in its header."""
+    """Decodes a non-empty stream, after checking the image size in its header."""
     with _opened(stream, formats) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             megapixels = width * height / 1e6
-            raise ImageError(name, f"too large: {width} x {height} is {megapixels:.0f} megapixels, 64 at most")
+            raise ImageError(name, f"too large: {width} x {height} is {megapixels:.0f} megapixels, the limit is 64")
         if image.format == "TIFF":
             _turn_by_orientation_alone(image)
         image.load()
@@ -178,7 +179,7 @@ def _decode_stream(name: str, stream: BinaryIO, formats: tuple[str, ...]) -> Ima
 
 
 def _opened(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """The image with its header read, and without what stands beside its pixels, of which Pillow refuses some."""
+    """Opens an image and reads its header, leaving out metadata that might make Pillow refuse the file."""
     head = stream.read(len(png.SIGNATURE))
     stream.seek(0)
     if head.startswith(jpeg.SIGNATURE):
@@ -192,22 +193,22 @@ def _opened(stream: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
 
 
 def is_converted(stream: BinaryIO) -> bool:
-    """Whether an embedded profile changes the pixels of an encoded image; reads no more of it than its headers."""
+    """Returns whether an embedded profile changes the pixels of an encoded image; reads its headers only."""
     head = stream.read(16)
     if head[8:] in (b"WEBPVP8 ", b"WEBPVP8L"):
         return False
     if head[8:] == b"WEBPVP8X":
-        return converts("RGB", _webp_profile(stream))  # Pillow would read all of it
+        return converts("RGB", _webp_profile(stream))  # Pillow would read the whole file
     stream.seek(0)
     try:
         with _opened(stream, FORMATS) as image:
             return converts(_mode(image), image.info.get("icc_profile"))
-    except Exception:  # no image, as will be told when it is decoded
+    except Exception:  # not an image; decoding reports it later
         return False
 
 
 def _webp_profile(stream: BinaryIO) -> bytes | None:
-    """The profile of an extended WebP, which is one chunk of a RIFF file; None where it has none."""
+    """Returns the profile of an extended WebP, stored as a RIFF chunk, or None if missing or too large."""
     place = stream.seek(12)
     while len(head := stream.read(8)) == 8:
         length = int.from_bytes(head[4:], "little")
@@ -218,10 +219,10 @@ def _webp_profile(stream: BinaryIO) -> bytes | None:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """1 to 8, as EXIF tells it, else XMP; None, or anything else, where they do not."""
+    """Returns the orientation (1 to 8) from EXIF, else from XMP; None or an invalid value if neither is valid."""
     try:
         told = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # no EXIF; whatever Pillow trips over in it
+    except Exception:  # malformed EXIF raises arbitrary exceptions in Pillow
         told = None
     if told is None:
         xmp = image.info.get("xmp")
@@ -231,7 +232,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _turn_by_orientation_alone(image: Image.Image) -> None:
-    """Keeps Pillow, which turns a TIFF as it loads it, from reading tags for that which nobody needs."""
+    """Hides all tags but the orientation from Pillow, which rotates a TIFF while loading and may fail on other tags."""
     exif = Image.Exif()
     if (orientation := _orientation(image)) in _TURNS:
         exif[ExifTags.Base.Orientation] = orientation
@@ -240,15 +241,15 @@ def _turn_by_orientation_alone(image: Image.Image) -> None:
 
 
 def _mode(image: Image.Image) -> str:
-    """Pillow's mode, of 16-bit gray one that says so: PNG holds no 32 bits, but Pillow before 11 calls them that."""
+    """Returns Pillow's mode, corrected for 16-bit gray PNG, which Pillow before 11 calls 32-bit ("I")."""
     return "I;16" if image.mode == "I" and image.format == "PNG" else image.mode
 
 
 def _to_rgb(name: str, mode: str, image: Image.Image) -> Image.Image:
-    """Any mode to RGB, colours as an embedded profile declares them: alpha over white, 16-bit gray to 8 bits."""
+    """Converts any mode to RGB and applies an embedded profile: alpha goes over white, 16-bit gray becomes 8-bit."""
     profile = image.info.get("icc_profile")
     if mode.startswith("I;16"):
-        # convert("RGB") would clip at 255 and turn nearly every such picture white
+        # convert("RGB") would clip at 255 and turn nearly every such image white
         image = Image.fromarray(gray_to_srgb(np.asarray(image).astype(np.uint16), profile))
         profile = None
     if image.mode in ("I", "F"):
@@ -267,11 +268,11 @@ def _to_rgb(name: str, mode: str, image: Image.Image) -> Image.Image:
 
 
 def fit_square(image: Image.Image, resolution: int, aspect: Fraction | int = 1) -> np.ndarray:
-    """The middle square of an RGB image, Lanczos-resampled to (resolution, resolution, 3) uint8.
+    """Returns the centre square of an RGB image, Lanczos-resampled to (resolution, resolution, 3) uint8.
 
-    Cutting first and scaling that square is the same picture as scaling the shorter side first, and costs nothing
-    more for a panorama: a 1 x 60,000,000 image would otherwise be scaled to 512 x 30,720,000,000. So is a square of
-    pixels that are shown `aspect` times as wide as high.
+    Cropping first and then scaling gives the same result as scaling the shorter side first, at no extra cost for a
+    panorama: a 1 x 60,000,000 image would otherwise be scaled to 512 x 30,720,000,000. The same applies to non-square
+    pixels, which are displayed `aspect` times as wide as high.
     """
     width, height = image.size
     if (width, height, aspect) != (resolution, resolution, 1):

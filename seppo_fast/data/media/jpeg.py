@@ -1,4 +1,4 @@
-"""JPEG files without the segments that only inform, so that none of those, however broken, costs the picture."""
+"""Strips optional metadata segments from JPEG files, so that a malformed one does not make the image unreadable."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ SIGNATURE = b"\xff\xd8\xff"
 _FILL, _SCAN = 0xFF, 0xDA
 _INFORMING = (*range(0xE0, 0xF0), 0xFE)  # APP0 to APP15, and comments
 _NEEDED = {
-    0xE0: (b"JFIF\0", 14),  # which colours they are, as APP14
-    0xE1: (b"", 0),  # EXIF and XMP, which may tell how to turn them
+    0xE0: (b"JFIF\0", 14),  # JFIF and Adobe (0xEE) tell the colour space
+    0xE1: (b"", 0),  # EXIF and XMP, which may hold the orientation
     0xE2: (b"ICC_PROFILE\0", 14),
     0xEE: (b"Adobe", 12),
 }
-"""By marker: how such a segment begins, and the fewest bytes that it must have."""
+"""The metadata segments that are kept, by marker: how their content begins, and its minimum length in bytes."""
 
 
 def stripped(stream: BinaryIO) -> BinaryIO:
-    """A JPEG reduced to its pixels, what tells their colours, and what may tell how to turn them.
+    """Returns a JPEG reduced to its pixels and the metadata for their colours and orientation.
 
-    Where the pixels begin, a segment is cut short, or what follows is none, all from there on stays for the decoder.
+    From the start of the pixels, or from a truncated or invalid segment, everything is left to the decoder.
     """
     size = stream.seek(0, io.SEEK_END)
     parts = [(0, 2)]

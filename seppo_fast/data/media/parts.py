@@ -1,4 +1,4 @@
-"""A stream made of parts of another one."""
+"""A read-only stream composed of parts of another stream."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Parts(io.RawIOBase):
 
 
 def parts_of(stream: BinaryIO, parts: Sequence[tuple[int, int]]) -> BinaryIO:
-    """The parts of a stream, each (offset, length), one after the other; reading them moves `stream`."""
+    """Returns a stream of the concatenated parts, each (offset, length); reading it moves the position of `stream`."""
     if parts == [(0, stream.seek(0, io.SEEK_END))]:
         stream.seek(0)
         return stream
@@ -51,6 +51,6 @@ def parts_of(stream: BinaryIO, parts: Sequence[tuple[int, int]]) -> BinaryIO:
 
 
 def append_part(parts: list[tuple[int, int]], place: int, length: int) -> None:
-    """Adds one more part, as a longer last one where it follows that."""
+    """Appends a part, or extends the last part if the new one directly follows it."""
     begin, before = parts[-1] if parts else (place, 0)
     parts[-1:] = [(begin, before + length)] if begin + before == place else [*parts[-1:], (place, length)]

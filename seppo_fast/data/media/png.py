@@ -1,4 +1,4 @@
-"""PNG files without the chunks that only inform, so that none of those, however large or broken, costs the picture."""
+"""Strips optional chunks from PNG files, so that a malformed or huge one does not make the image unreadable."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from seppo_fast.data.media.parts import append_part, parts_of
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PROFILE_BYTES = 1 << 24
-_MAX_TEXT_BYTES = 1 << 20  # packed or not; Pillow refuses a picture with more packed text
+_MAX_TEXT_BYTES = 1 << 20  # compressed or not; Pillow refuses images with more compressed text
 _OF_PIXELS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 def stripped(stream: BinaryIO) -> tuple[BinaryIO, bytes | None]:
-    """A PNG reduced to pixels and what may tell how to turn them (EXIF, XMP), and its ICC profile.
+    """Returns a PNG reduced to its pixels and possible orientation metadata (EXIF, XMP), and its ICC profile or None.
 
-    Where a chunk is cut short, or what follows is no chunk, all from there on stays for the decoder to refuse. Of text
-    no more than a MiB is unpacked, of a profile 16.
+    From a truncated or invalid chunk on, everything is left to the decoder, which then refuses the file. At most 1 MiB
+    of a text and 16 MiB of a profile are decompressed.
     """
     size = stream.seek(0, io.SEEK_END)
     profile = None
@@ -46,7 +46,7 @@ def stripped(stream: BinaryIO) -> tuple[BinaryIO, bytes | None]:
 
 
 def _checked(stream: BinaryIO, kind: bytes, length: int, most: int) -> bytes:
-    """The content of the chunk whose head was just read; empty where it is longer, or its checksum is wrong."""
+    """Returns the content of the chunk whose header was just read, or b"" if it is too long or its checksum fails."""
     if length > most:
         return b""
     content = stream.read(length)
@@ -54,7 +54,7 @@ def _checked(stream: BinaryIO, kind: bytes, length: int, most: int) -> bytes:
 
 
 def _tells_orientation(stream: BinaryIO, kind: bytes, length: int) -> bool:
-    """Whether Pillow can read an orientation in the chunk whose head was just read, and nothing in it is refused."""
+    """Returns whether the chunk whose header was just read may hold an orientation and is safe for Pillow to read."""
     if kind == b"eXIf":
         return bool(_checked(stream, kind, length, MAX_PROFILE_BYTES))
     if kind not in _TEXTS:
@@ -70,13 +70,13 @@ def _tells_orientation(stream: BinaryIO, kind: bytes, length: int) -> bool:
 
 
 def _profile(content: bytes) -> bytes | None:
-    """The profile in an iCCP chunk: a name, a zero, the method of packing, the packed profile."""
+    """Returns the profile of an iCCP chunk, which holds a name, a zero, the compression method and compressed data."""
     _, _, rest = content.partition(b"\0")
     return _unpacked(rest[1:], MAX_PROFILE_BYTES) if rest[:1] == b"\0" else None
 
 
 def _unpacked(content: bytes, most: int) -> bytes | None:
-    """None where it is broken, or longer than `most`."""
+    """Decompresses zlib data; returns None if it is invalid or longer than `most` bytes."""
     unpacker = zlib.decompressobj()
     try:
         plain = unpacker.decompress(content, most)

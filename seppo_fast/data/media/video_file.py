@@ -1,4 +1,4 @@
-"""A video file: when its frames are shown, and the frames, decoded and upright."""
+"""Reads a video file: the times at which its frames are shown, and the decoded, upright frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seppo_fast.utils.errors import DataError
 if TYPE_CHECKING:
     import av
 
-_TRANSFERS = {16: "pq", 18: "hlg"}  # of ITU-T H.273: SMPTE ST 2084, and ARIB STD-B67
+_TRANSFERS = {16: "pq", 18: "hlg"}  # codes of ITU-T H.273: SMPTE ST 2084 and ARIB STD-B67
 
 
 def require_av() -> None:
@@ -24,20 +24,20 @@ def require_av() -> None:
     try:
         import av  # noqa: F401
     except ImportError as error:
-        raise DataError(f"clips are decoded by PyAV ({error}): pip install 'seppo_fast[video]'") from error
+        raise DataError(f"PyAV is needed to decode clips ({error}): pip install 'seppo_fast[video]'") from error
 
 
 class VideoFile:
-    """The moving pictures of a stream, which may be read several times.
+    """The first video stream of a file (cover images aside), which can be read several times.
 
     Attributes:
-        unit: Seconds to one of the times told.
-        size: Width and height as a frame is shown, in pixels of its own height, before it is turned.
-        transfer: "pq" or "hlg" where the clip is HDR, else empty.
+        unit: Length in seconds of one unit of the times that the methods return.
+        size: Display width and height before rotation; the height in pixels, the width in units of a pixel's height.
+        transfer: "pq" or "hlg" for an HDR clip, else empty.
     """
 
     def __init__(self, name: str, stream: BinaryIO) -> None:
-        """Looks at the first bytes and the headers; raises ImageError."""
+        """Reads the first bytes and the headers; raises ImageError."""
         self._name, self._stream = name, stream
         self._demuxer = _demuxer(name, stream)
         container, video = self._open()
@@ -51,15 +51,17 @@ class VideoFile:
             self._rate = video.average_rate or video.guessed_rate or Fraction(30)
 
     def packet_times(self) -> list[int] | None:
-        """When each frame is shown by its packet's header, in order; None where that is not told. Decodes nothing.
+        """Returns the display times of all frames from the packets' headers, ascending, without decoding.
+
+        Returns None if a packet has no time.
 
         Raises:
-            ImageError: the file ends before its header says so, or has no frames.
+            ImageError: the file ends before the end that its header declares, or has no frames.
         """
         container, video = self._open()
         times: list[int | None] = []
         end = 0.0
-        starts: dict[int, int] = {}  # of each stream's last packet
+        starts: dict[int, int] = {}  # the time of each stream's last packet
         with container:
             for packet in container.demux():
                 if packet.is_corrupt:
@@ -72,8 +74,8 @@ class VideoFile:
                     times.append(packet.pts)
             begin, duration = (container.start_time or 0) / 1e6, (container.duration or 0) / 1e6
         if self._demuxer == "matroska":
-            duration -= begin  # FFmpeg writes the time of the end there
-        if begin + duration - end > 0.1 + 0.05 * duration:  # headers round, and count streams of several ends
+            duration -= begin  # FFmpeg stores the end time as the duration there
+        if begin + duration - end > 0.1 + 0.05 * duration:  # headers round, and streams end at different times
             raise ImageError(
                 self._name, f"truncated (ends after {max(0.0, end - begin):.1f} of {duration:.1f} seconds)"
             )
@@ -82,7 +84,7 @@ class VideoFile:
         return None if None in times else sorted({time for time in times if time is not None})
 
     def frame_times(self) -> list[int]:
-        """When each frame is shown by the decoder, in order; evenly where it does not tell. Sets `unit`."""
+        """Decodes all frames and returns their display times, ascending; evenly spaced, changing `unit`, if unknown."""
         times = [frame.pts for frame in self.frames()]
         if None in times or len(set(times)) < len(times):
             self.unit = 1 / Fraction(self._rate)
@@ -90,7 +92,7 @@ class VideoFile:
         return sorted(times)
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """Every frame, in the order in which they are shown; raises ImageError where one is damaged."""
+        """Yields every frame in display order; raises ImageError if one is damaged or differs in size."""
         container, video = self._open()
         size, number = None, -1
         with container:
@@ -99,7 +101,7 @@ class VideoFile:
                 if (frame.width, frame.height) != size:
                     raise ImageError(
                         self._name,
-                        f"changes size in mid-stream, {size[0]} x {size[1]} to {frame.width} x {frame.height} "
+                        f"the frame size changes from {size[0]} x {size[1]} to {frame.width} x {frame.height} "
                         f"at frame {number}",
                     )
                 if frame.is_corrupt:
@@ -109,16 +111,16 @@ class VideoFile:
             raise ImageError(self._name, "no frames")
 
     def square(self, frame: av.VideoFrame, resolution: int) -> np.ndarray:
-        """The middle of a frame as it is shown, in RGB without alpha; see `images.fit_square`."""
+        """Returns the centre square of a frame as displayed, in RGB without alpha; see `images.fit_square`."""
         image, lying = _upright(frame)
         return fit_square(image, resolution, 1 / self._aspect if lying else self._aspect)
 
     def _open(self) -> tuple[av.container.InputContainer, av.VideoStream]:
-        """The container and its moving pictures, with nothing decoded that is larger than an image may be."""
+        """Opens the container and its video stream; refuses frames that are larger than an image may be."""
         import av
 
         self._stream.seek(0)
-        limits = {"max_pixels": str(2 * MAX_PIXELS)}  # decoders round sizes up; the exact limit is told below
+        limits = {"max_pixels": str(2 * MAX_PIXELS)}  # decoders round sizes up; the exact limit is checked below
         container = av.open(self._stream, "r", format=self._demuxer, options=limits, metadata_errors="replace")
         cover = av.stream.Disposition.attached_pic
         videos = [video for video in container.streams.video if not video.disposition & cover]
@@ -128,22 +130,24 @@ class VideoFile:
         video = videos[0]
         context = video.codec_context
         if context is None:
-            raise ImageError(self._name, "no decoder here reads its video stream")
+            raise ImageError(self._name, "PyAV has no decoder for its video stream; convert it, for example to H.264")
         width, height = context.width, context.height
         if not width * height:
-            raise ImageError(self._name, "damaged or too large: no picture size, or far more than 64 megapixels")
+            raise ImageError(self._name, "damaged or too large: its frame size is unknown or far above 64 megapixels")
         if width * height > MAX_PIXELS:
             megapixels = width * height / 1e6
-            raise ImageError(self._name, f"too large: {width} x {height} is {megapixels:.0f} megapixels, 64 at most")
+            raise ImageError(
+                self._name, f"too large: {width} x {height} is {megapixels:.0f} megapixels, the limit is 64"
+            )
         context.options = limits
-        context.thread_count = 1  # clips are decoded side by side, and threads of one would each hold frames
+        context.thread_count = 1  # clips are decoded in parallel; each further thread would hold frames in memory
         return container, video
 
 
 def _demuxer(name: str, stream: BinaryIO) -> str:
-    """libavformat's name for the container, from the file's first bytes; raises ImageError.
+    """Returns libavformat's name for the container, from the file's first bytes; raises ImageError.
 
-    Named, so that a file is never handed to a demuxer that opens other files or addresses (playlists).
+    The demuxer is named explicitly, so that FFmpeg never picks one that opens other files or URLs (playlists).
     """
     head = stream.read(12)
     if not head:
@@ -154,16 +158,16 @@ def _demuxer(name: str, stream: BinaryIO) -> str:
         return "matroska"
     if head[:4] == b"RIFF" and head[8:11] == b"AVI":
         return "avi"
-    raise ImageError(name, "not a video (mp4, mov, m4v, webm, mkv and avi are read)")
+    raise ImageError(name, "not a video (supported: mp4, mov, m4v, webm, mkv, avi)")
 
 
 def _upright(frame: av.VideoFrame) -> tuple[Image.Image, bool]:
-    """The frame turned and mirrored as the file's display matrix says, and whether its width is now its height."""
+    """Returns the frame with the file's display matrix applied, and whether that swapped its width and height."""
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
     told = frame.side_data.get("DISPLAYMATRIX")
     if told is None:
         return image, False
-    # (x, y) goes to (a x + c y, b x + d y), y down; `frame.rotation` leaves mirroring out.
+    # (x, y) maps to (a x + c y, b x + d y), with y pointing down; `frame.rotation` omits mirroring.
     a, b, _, c, d = np.frombuffer(bytes(told), np.int32)[:5].astype(np.float64)
     if a * d < b * c:
         image, a, b = ImageOps.mirror(image), -a, -b

@@ -1,1 +1,1 @@
-"""One module a kind of place that holds winners: folders, listings, tables, shards, videos."""
+"""Readers of data sets, one module per layout: folders, listings, tables, shards, videos and embedded worlds."""

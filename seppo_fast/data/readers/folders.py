@@ -1,4 +1,4 @@
-"""Captioned files below one folder as a data set: images, or clips."""
+"""The data set of captioned files below one folder, images or clips."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 
 @dataclass(frozen=True)
 class Entry:
-    """`name` is the file's path in the folder, with slashes; for `time_lapse` and `by_number` see `Example`."""
+    """A captioned file; `name` is its path relative to the folder, with slashes. See `Example` for the other fields."""
 
     id: str
     name: str
@@ -30,7 +30,7 @@ class Entry:
 
 
 class FolderSource(Source):
-    """Captioned files below one folder: images, or clips."""
+    """A data set of captioned files below one folder, images or clips."""
 
     def __init__(
         self, spec: str, folder: Path, entries: Sequence[Entry], problems: Sequence[Problem], clips: bool = False
@@ -50,7 +50,7 @@ class FolderSource(Source):
         return Example(entry.id, entry.prompt, ref, time_lapse=entry.time_lapse, by_number=entry.by_number)
 
     def digest(self) -> str:
-        """Over ids, captions and every image's bytes, so every file is read once; of a clip over its ends."""
+        """Digests ids, captions, problems and contents: every image is read in full, of a clip only its two ends."""
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
             paths = (path_of(self.folder, entry.name) for entry in self._entries)

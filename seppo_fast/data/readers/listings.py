@@ -1,5 +1,8 @@
-"""Listings of files and their captions, one row a file: metadata.jsonl and metadata.csv as the datasets library has
-them, and the rows of any csv."""
+"""Reads listings of files and captions, one row per file: metadata.jsonl and metadata.csv, as the datasets library
+defines them, and the rows of any csv.
+
+Reasons of problems are part of cache keys (see `Problem`): do not reword them.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,29 @@ from seppo_fast.utils.errors import DataError
 
 LISTINGS = ("metadata.jsonl", "metadata.csv")
 Row = tuple[int, dict[str, Any] | str]
-"""The number of its (last) line, and its fields, or what is wrong with it."""
+"""The number of a row's (last) line, and its fields or a message about what is wrong with it."""
 
 
 def find_listing(folder: Path) -> Path | None:
-    """The listing of the files in a folder, if there is one; a metadata.csv without file names is another table."""
+    """Returns a folder's listing, or None; a metadata.csv without a column `file_name` is not a listing."""
     found = (folder / name for name in LISTINGS)
     return next((path for path in found if path.is_file() and is_listing(path)), None)
 
 
 def is_listing(path: Path) -> bool:
-    """Whether a file is a listing by its name and, of a csv, by its columns; raises DataError."""
+    """Returns whether a file is a listing, judging by the name and a csv's columns; raises DataError."""
     return path.name == LISTINGS[0] or (path.name == LISTINGS[1] and "file_name" in csv_columns(path))
 
 
 def open_listing(spec: str, listing: Path) -> Source:
-    """The images that the rows of a listing name, in their order, captioned by the first text under `TEXT_COLUMNS`.
+    """Opens the images that a listing's rows name, in their order, captioned by the first text under `TEXT_COLUMNS`.
 
-    They are clips where most of the rows name clips. A file listed again keeps its caption and gets `#<line>` at the
-    end of its id. Files of that kind that no row names are not used, and a note says how many.
+    The source holds clips if most rows name clips. If a file is listed again, each row is an example with its own
+    caption, and later ids end in `#<line>`. Files of the same kind that no row names are not used; a note counts them.
 
     Raises:
-        DataError: the listing cannot be read as UTF-8, or is a broken csv; it names clips, and PyAV is not installed.
+        DataError: the listing cannot be read as UTF-8, or is a malformed csv; or it names clips and PyAV is not
+            installed.
     """
     folder = listing.parent
     files = _Files(folder)
@@ -72,7 +76,7 @@ def _is(name: str, suffixes: tuple[str, ...]) -> bool:
 
 
 class _Files:
-    """The files below a folder; `names` are their paths in it, with slashes."""
+    """The files below a folder; `names` are their relative paths, with slashes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -82,14 +86,14 @@ class _Files:
             self._spelled.add(name, name)
 
     def find(self, name: str) -> str:
-        """The file's name as the disk has it; as it is where there is no such file."""
+        """Returns the file's name as spelled on disk, or `name` unchanged if no such file exists."""
         if name in self.names or os.path.lexists(path_of(self._folder, name)):
             return name
         return next(iter(self._spelled.find(name)), name)
 
 
 def _file_and_caption(row: dict[str, Any] | str) -> tuple[str, str]:
-    """(file name inside the folder, caption) of one row; ValueError says what is wrong with it."""
+    """Returns (relative file name, caption) of one row; raises ValueError with the reason if it is invalid."""
     if isinstance(row, str):
         raise ValueError(row)
     name, prompt = row.get("file_name"), caption_of(row)
@@ -106,7 +110,7 @@ def _file_and_caption(row: dict[str, Any] | str) -> tuple[str, str]:
 
 
 def _json_rows(listing: Path) -> Iterator[Row]:
-    """Each line that is not blank; raises DataError."""
+    """Yields each line that is not blank; raises DataError."""
     try:
         with open(listing, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
@@ -123,21 +127,21 @@ def _json_rows(listing: Path) -> Iterator[Row]:
 
 
 def csv_columns(table: Path) -> list[str]:
-    """The names in the first row of a csv, without white space around them; raises DataError."""
+    """Returns the names in the first row of a csv, without surrounding white space; raises DataError."""
     _, names = next(_csv_lines(table), (0, []))
     return [name.strip() for name in names]
 
 
 def csv_rows(table: Path) -> Iterator[Row]:
-    """Each row below the first one, by column.
+    """Yields each row below the first one, as a mapping from column to field.
 
     Raises:
-        DataError: it cannot be read as UTF-8, is broken, or has two columns of one name.
+        DataError: the csv cannot be read as UTF-8, is malformed, or has two columns of the same name.
     """
     columns = csv_columns(table)
     twice = next((column for column in columns if column and columns.count(column) > 1), "")
     if twice:
-        raise DataError(f"{table}: the column {twice} is there twice.")
+        raise DataError(f"{table}: the column {twice} appears twice; rename or remove one.")
     for place, (line, row) in enumerate(_csv_lines(table)):
         if place and len(row) == len(columns):
             yield line, dict(zip(columns, row, strict=True))
@@ -146,10 +150,10 @@ def csv_rows(table: Path) -> Iterator[Row]:
 
 
 def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
-    """(number of its last line, fields) of each row that is not empty; raises DataError."""
-    whole = 0  # lines of the rows before
+    """Yields (number of the last line, fields) for each row that is not empty; raises DataError."""
+    whole = 0  # the last line of the previous row
     try:
-        # strict: otherwise a quote that nothing closes takes in the rest of the file
+        # strict: otherwise an unclosed quote would swallow the rest of the file
         with open(table, encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines, strict=True)
             for row in rows:
@@ -158,7 +162,7 @@ def _csv_lines(table: Path) -> Iterator[tuple[int, list[str]]]:
                     yield whole, row
     except csv.Error as error:
         unclosed = "unexpected end of data" in str(error)
-        wrong = f"the row that begins in line {whole + 1} has a quote that nothing closes"
+        wrong = f"the row that begins in line {whole + 1} has an unclosed quote"
         raise DataError(f"{table}: {wrong if unclosed else f'line {rows.line_num} is not csv ({error})'}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(table, error) from error

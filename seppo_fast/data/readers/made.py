@@ -1,4 +1,4 @@
-"""Pictures that the embedded pipeline made, as a data set: labelled pairs, or winners alone."""
+"""The data set of pictures that the embedded pipeline made: labelled pairs, or winners only."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from seppo_fast.data.media.images import ImageRef
 from seppo_fast.shapes import made
 from seppo_fast.utils.random import keyed_rng
 
-_TAKES = 4  # pictures of a prompt, of which the best and one other are kept
+_TAKES = 4  # pictures made per prompt; the package ships the best and one other
 
 
 class MadeShapesSource(Source):
     """The first `count` prompts of `seppo_fast.shapes.made`; the winner is the best of four pictures.
 
-    The other picture is the loser where the judge scores it lower. Where both tie there is a winner alone, which
-    `labelled` leaves out.
+    The other shipped picture is the loser if the judge scores it lower. If both tie, the example has a winner only, and
+    `labelled` leaves it out.
 
     Args:
-        spec: what the user wrote.
-        count: prompts, at most `made.COUNT`.
-        at_random: take one of the four pictures at random, and no losers: what the best is to be compared with.
-        pairs: leave out ties, so that every example has a loser.
+        spec: `data.source` as the user wrote it.
+        count: the number of prompts, at most `made.COUNT`.
+        at_random: whether to take one of the four pictures at random and no losers, as a control for the best.
+        pairs: whether to leave out ties, so that every example has a loser.
     """
 
     def __init__(self, spec: str, count: int, at_random: bool = False, pairs: bool = False) -> None:
@@ -42,12 +42,12 @@ class MadeShapesSource(Source):
         return len(self._kept)
 
     def labelled(self) -> Source:
-        """See `Source.labelled`; pictures taken at random stay as they are and have no losers."""
+        """Returns the pairs without ties, see `Source.labelled`; or self if pictures are taken at random."""
         return self if self._at_random else MadeShapesSource(self.spec, self._count, pairs=True)
 
     def _example(self, index: int) -> Example:
         row = int(self._kept[index])
-        # The other one was drawn among the remaining three, so that each of the four is as likely.
+        # The other picture was drawn from the remaining three, so each of the four is equally likely.
         best = not self._at_random or keyed_rng(0, "shapes-made", row).random() < 1 / _TAKES
         winner = self._picture("best" if best else "other", row)
         loser = self._picture("other", row) if self._wins[row] and not self._at_random else None
@@ -57,7 +57,7 @@ class MadeShapesSource(Source):
         return ImageRef(f"shapes-made-{row} {role}", partial(made.picture, role, row))
 
     def digest(self) -> str:
-        """Over the pictures and prompts as they ship, and which of them are taken."""
+        """Digests the shipped pictures and prompts, and which of them are used."""
         return hashlib.sha256(
             f"shapes-made {self._count} {self._at_random} {self.has_losers} {made.digest()}".encode()
         ).hexdigest()

@@ -1,4 +1,4 @@
-"""The embedded world of clips as a data set."""
+"""The data set of clips of the embedded moving world."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from seppo_fast.data.media.images import ImageRef
 if TYPE_CHECKING:
     from seppo_fast.shapes.motion import MovingScene
 
-_ROW = 2**32  # more clips than a data set has
+_ROW = 2**32  # distance between a clip's candidate numbers; larger than any data set
 
 
 class MovingShapesSource(Source):
-    """The first `count` clips of the embedded world for `seed`, drawn when they are asked for.
+    """The first `count` clips of the embedded world for `seed`, rendered on demand.
 
-    An example's image opens to uint8 pixels (F, 32, 32, 3), with `seppo_fast.shapes.motion.FRAMES` frames, and its
-    caption is the true one, never one of those that are held out (`motion.captions`).
+    An example's image opens to uint8 pixels (F, 32, 32, 3), with F = `seppo_fast.shapes.motion.FRAMES`. Its caption is
+    the true one, never one of the held-out captions (`motion.captions`).
     """
 
     clips = True
@@ -41,7 +41,7 @@ class MovingShapesSource(Source):
         return Example(name, caption(drawn), ImageRef(name, partial(render, drawn)), time_lapse=True)
 
     def _scene(self, index: int) -> MovingScene:
-        """That of number `index`, or the next in its own row of numbers whose caption is not held out."""
+        """Returns the first scene whose caption is not held out, of the numbers `index`, `index + _ROW`, ...."""
         from seppo_fast.shapes.motion import caption, captions, moving_scene
 
         scenes = (moving_scene(self.seed, index + attempt * _ROW) for attempt in itertools.count())
@@ -49,7 +49,7 @@ class MovingShapesSource(Source):
         return next(scene for scene in scenes if caption(scene) not in held_out)
 
     def digest(self) -> str:
-        """Over seed, count, and caption and pixels of the first 64 clips, so that a changed world changes it."""
+        """Digests seed, count, and captions and pixels of the first 64 clips, so that it changes if the world does."""
         from seppo_fast.shapes.motion import caption, render
 
         sha = hashlib.sha256(f"shapes-motion {self.seed} {self.count}".encode())

@@ -1,8 +1,8 @@
-"""Where a table's rows lie: local parquet files, read in place, or a data set of the Hugging Face hub.
+"""The rows of a table: local parquet files, read in place, or a data set of the Hugging Face hub.
 
-Local parquet is not opened through `datasets`: that would first write all of it again as Arrow files into that
-library's cache (335 GB for Pick-a-Pic v2). A hub data set does go through `datasets`, which downloads it and keeps such
-a copy under HF_DATASETS_CACHE (by default HF_HOME/datasets), memory-mapped here.
+Local parquet is not opened through `datasets`, which would first write all of it again as Arrow files into its cache
+(335 GB for Pick-a-Pic v2). A hub data set does go through `datasets`, which downloads it and keeps such a copy under
+HF_DATASETS_CACHE (by default HF_HOME/datasets); here it is memory-mapped.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _DISK_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 
 
 def open_parquet(spec: str, files: Sequence[Path], folder: Path) -> Source:
-    """Parquet files as one table, rows named by their file's path in `folder`; raises DataError."""
+    """Opens parquet files as one table, with rows named by their file's path below `folder`; raises DataError."""
     return TableSource(spec, ParquetRows(files, folder))
 
 
 def open_hub(spec: str, split: str) -> Source:
-    """One split of the hub data set `owner/name`; raises DataError. No code from the hub is ever run."""
+    """Opens one split of the hub data set `owner/name`; raises DataError. Never runs code from the hub."""
     import datasets
     from datasets.config import HF_DATASETS_CACHE
 
@@ -44,12 +44,12 @@ def open_hub(spec: str, split: str) -> Source:
         dataset = datasets.load_dataset(spec, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataError(
-            f"{spec}: no such folder here, and no such data set on the hub that this login may read ({error}). Check "
-            "the name; a gated one needs its terms accepted and `hf auth login`."
+            f"{spec}: no such local path, and no such data set on the hub that this login can read ({error}). Check "
+            "the name; for a gated data set, accept its terms and run `hf auth login`."
         ) from error
     except ConnectionError as error:
         raise DataError(
-            f"{spec}: no such folder here, and the hub cannot be reached ({error}). Go online once to download it "
+            f"{spec}: no such local path, and the hub cannot be reached ({error}). Go online once to download it "
             "(unset HF_HUB_OFFLINE), or give the path of a local copy."
         ) from error
     except Exception as error:
@@ -57,14 +57,14 @@ def open_hub(spec: str, split: str) -> Source:
         if cause is not None:
             raise DataError(
                 f"{spec}: the datasets library cannot write its cache, {HF_DATASETS_CACHE} ({cause.strerror}). "
-                "Set HF_HOME to a folder that can be written and has room for the whole data set."
+                "Set HF_HOME to a writable folder with room for the whole data set."
             ) from error
         raise DataError(f"{spec}, split {split!r}: the datasets library cannot load it: {error}") from error
     return TableSource(spec, HubRows(spec, dataset))
 
 
 def _disk_error(error: BaseException) -> OSError | None:
-    """The failed write behind an error of `datasets`, which wraps those that happen while it prepares the data."""
+    """Returns the failed write that caused an error of `datasets`, which wraps errors in preparing data, or None."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _DISK_ERRNOS:
@@ -74,11 +74,11 @@ def _disk_error(error: BaseException) -> OSError | None:
 
 
 class ParquetRows(Rows):
-    """Parquet files, one after the other; of columns that only some of them hold, nothing is read.
+    """The concatenated rows of parquet files; columns that only some files have are not read.
 
-    Images are taken `STRETCH` rows at a time and the last two stretches kept, so that reading in order costs each byte
-    once. In memory is a page of each image column (1024 rows as most writers have it), however large a row group is.
-    Going further back than those stretches starts the row group again.
+    Images are read `STRETCH` rows at a time and the last two stretches are kept, so that reading in order reads each
+    byte once. Memory holds one page per image column (1024 rows for most writers), however large a row group is.
+    Going back further than the kept stretches restarts the row group.
     """
 
     STRETCH = 32
@@ -91,13 +91,13 @@ class ParquetRows(Rows):
         self._readers = []
         for path in files:
             try:
-                # Arrow takes names for UTF-8 in every locale; pre_buffer would hold the whole row group's bytes
+                # Arrow expects UTF-8 names in every locale; pre_buffer would hold a whole row group in memory
                 self._readers.append(pq.ParquetFile(utf8_name(str(path)), memory_map=True, pre_buffer=False))
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: not a readable parquet file ({error}).") from error
         names = [reader.schema_arrow.names for reader in self._readers]
         self.columns = dict(zip(map(str, files), names, strict=True))
-        # first row of every row group of every file, with the file and the group in it
+        # the first row of every row group, with its file and its number in the file
         groups = [(f, g) for f, reader in enumerate(self._readers) for g in range(reader.num_row_groups)]
         sizes = [self._readers[f].metadata.row_group(g).num_rows for f, g in groups]
         self._groups = groups
@@ -139,7 +139,7 @@ class ParquetRows(Rows):
         return {name: _cell_bytes(batch.column(name)[row - start].as_py()) for name in columns}
 
     def _read_stretch(self, group: int) -> None:
-        """Decodes the next stretch of the open row group; its damage is remembered, as finding it again is slow."""
+        """Decodes the next stretch of the open row group; remembers damage, which is slow to detect again."""
         if group in self._damage and self._next >= self._damage[group][0]:
             raise ValueError(self._damage[group][1])
         try:
@@ -151,10 +151,10 @@ class ParquetRows(Rows):
         self._next += batch.num_rows
 
     def digest(self) -> str:
-        """Over names, sizes and footers: a footer holds every page's place and length, and columns' statistics.
+        """Digests names, sizes and footers; a footer holds the offset and length of column data, and statistics.
 
-        An image overwritten in place by another of the same length is not noticed; hashing it all would read, at
-        every start, as much as encoding does.
+        Overwriting an image in place with another of the same length goes unnoticed; hashing everything would read as
+        much as encoding, at every start.
         """
         sha = hashlib.sha256()
         for label, path in zip(self._labels, self._files, strict=True):
@@ -168,7 +168,7 @@ class ParquetRows(Rows):
 
 
 class HubRows(Rows):
-    """A data set of the hub, memory-mapped by `datasets`."""
+    """The rows of a hub data set, memory-mapped by `datasets`."""
 
     def __init__(self, spec: str, dataset: datasets.Dataset) -> None:
         from datasets import Image
@@ -197,21 +197,21 @@ class HubRows(Rows):
         cells = view[row]
         for name, cell in cells.items():
             if isinstance(cell, dict) and cell["bytes"] is None and cell["path"]:
-                # a hub folder of loose images: `datasets` downloaded the file and wrote this path itself
+                # A hub data set of loose files: `datasets` downloaded the file and set this path, so it is safe.
                 cells[name] = Path(cell["path"]).read_bytes()
         return {name: _cell_bytes(cell) for name, cell in cells.items()}
 
     def digest(self) -> str:
-        """Over the name and the Arrow files' sizes and names, whose folder is the hub's commit."""
+        """Digests the name and the Arrow files' folders, names and sizes; the folder is the hub's commit."""
         files = [Path(entry["filename"]) for entry in self._dataset.cache_files]
         listing = [[path.parent.name, path.name, path.stat().st_size] for path in files]
         return hashlib.sha256(json.dumps([self._spec, listing]).encode()).hexdigest()
 
 
 def _cell_bytes(cell: Any) -> bytes | None:
-    """The image in a cell: bytes as they are, or inside the {"bytes", "path"} that `datasets` stores.
+    """Returns the image in a cell: plain bytes, or those in the {"bytes", "path"} struct that `datasets` stores.
 
-    The path is not followed: a table from elsewhere could name any file of this machine.
+    The path is not followed: a downloaded table could name any file of this machine.
     """
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if content is None or isinstance(content, bytes):

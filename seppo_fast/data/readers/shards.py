@@ -1,8 +1,10 @@
-"""Images in tar files as webdataset has them: `x.jpg` with `x.txt` or `x.json`, read where they lie.
+"""Reads images in tar files laid out as webdataset does, `x.jpg` with `x.txt` or `x.json`, without unpacking them.
 
-Python's tarfile reads the headers; an image is then a place and a length in its file. So there is random access,
-nothing is unpacked to disk, and what is neither image nor caption is never opened. The webdataset package streams
-instead: no length, no random access, and it unpickles members whose suffix says so.
+Python's tarfile reads the headers; an image is then an offset and a length in its file. This gives random access,
+unpacks nothing to disk, and never opens members that are neither image nor caption. The webdataset package streams
+instead: it has no length and no random access, and unpickles members with certain suffixes.
+
+Reasons of problems, those of `tars` included, are part of cache keys (see `Problem`): do not reword them.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from seppo_fast.utils.files import home_expanded
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _READ = (*IMAGES, "txt", "json")
 MAX_IMAGE_BYTES = 1 << 28
-"""A member is read whole. 64 megapixels with nothing compressed are as much."""
+"""Members are read whole, hence this limit. An uncompressed image of 64 megapixels has about this size."""
 _MAX_JSON_BYTES = 1 << 20
 _MAX_SHARDS = 100_000
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -48,7 +50,7 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 @dataclass(frozen=True)
 class Member:
-    """Where in a shard the bytes of a member lie; `name` has no leading `./`."""
+    """The location of a member's bytes in a shard; `name` has no leading `./`."""
 
     shard: Path
     name: str
@@ -56,7 +58,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """Its bytes; raises OSError, and ValueError where the shard ends before they do."""
+        """Returns the member's bytes; raises OSError, or ValueError if the shard ends within them."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
@@ -66,7 +68,7 @@ class Member:
 
 
 class ShardSource(Source):
-    """The captioned images of tar files, shard by shard, in the order in which each has them."""
+    """The captioned images of tar files, shard by shard, in each shard's order."""
 
     def __init__(self, spec: str, shards: Sequence[Path], root: Path) -> None:
         super().__init__(spec)
@@ -89,7 +91,7 @@ class ShardSource(Source):
         return Example(id, prompt, bytes_ref(id, member.read))
 
     def digest(self) -> str:
-        """Over ids, captions and every image's bytes, so every shard is read once, as a folder of images is."""
+        """Digests ids, captions, problems and every image's bytes; this reads every image once, as for a folder."""
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
             contents = pool.map(_sha256, (member for _, _, member in self._entries))
@@ -101,48 +103,48 @@ class ShardSource(Source):
 
 
 def open_shards(spec: str, shards: Sequence[Path]) -> Source:
-    """Tar files as one data set; an image's id is the shard's path below the folder of all, and its name in it."""
+    """Opens tar files as one data set; an id is the shard's path below their common folder, then the member's name."""
     return ShardSource(spec, shards, Path(os.path.commonpath([path.parent for path in shards])))
 
 
 def expand_braces(spec: str) -> list[Path]:
-    """The tar files that a pattern such as `shards/{000..003}.tar` or `{a,b}.tar` names; none where it is no pattern.
+    """Expands a pattern such as `shards/{000..003}.tar` or `{a,b}.tar`; returns [] if `spec` is not a pattern.
 
     Raises:
-        DataError: a range that runs backwards, far too many shards, or some that are not there.
+        DataError: a range runs backwards, the pattern names far too many shards, or some do not exist.
     """
     if not _BRACES.search(spec) or not spec.endswith(".tar"):
         return []
-    # A pattern's groups are split off with the text between: plain, low, high, words, plain, ...
+    # Splitting keeps the groups, so that the result is: plain, low, high, words, plain, ...
     plain, *rest = _BRACES.split(spec)
     parts: list[Sequence[str]] = [[plain]]
     for low, high, words, after in zip(rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True):
         parts += [words.split(",") if words else _range(spec, low, high), [after]]
     if prod(map(len, parts)) > _MAX_SHARDS:
-        raise DataError(f"{spec}: more than {_MAX_SHARDS} shards.")
+        raise DataError(f"{spec}: the pattern names more than {_MAX_SHARDS} shards.")
     names = map("".join, product(*parts))
     paths = [home_expanded(name, DataError) for name in dict.fromkeys(names)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"{spec}: {len(missing)} of {len(paths)} shards are not there, the first is {missing[0]}.")
+        raise DataError(f"{spec}: {len(missing)} of {len(paths)} shards do not exist; the first is {missing[0]}.")
     return paths
 
 
 def _range(spec: str, low: str, high: str) -> list[str]:
     if not 0 <= int(high) - int(low) < _MAX_SHARDS:
-        raise DataError(f"{spec}: the range {low}..{high} runs backwards, or is of more than {_MAX_SHARDS} shards.")
+        raise DataError(f"{spec}: the range {low}..{high} runs backwards or has more than {_MAX_SHARDS} shards.")
     padded = any(len(number) > 1 and number.startswith("0") for number in (low, high))
     width = max(len(low), len(high)) if padded else 0
     return [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
 
 
 class _Shard:
-    """What one tar file holds.
+    """The contents of one tar file.
 
     Attributes:
-        entries: (id, caption, image).
-        problems: what is wrong with the rest, or with the file.
-        others: how many members of other kinds there are, by suffix.
+        entries: (id, caption, image) of each usable example.
+        problems: the unusable examples and members, and damage to the file.
+        others: the number of members of other kinds, by suffix.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -159,12 +161,12 @@ class _Shard:
                 self._take(member)
         except OSError as error:
             self.problems.append(Problem(label, f"cannot be read ({error.strerror or error})"))
-        except Exception as error:  # a damaged file raises whatever tarfile trips over
+        except Exception as error:  # damaged files raise arbitrary exceptions in tarfile
             self.problems.append(Problem(label, str(error) or type(error).__name__))
         self._join_spellings()
         for key, fields in self._groups.items():
             self._group(key, fields)
-        # Beside an example they are other fields of it, by webdataset's rule; alone they were meant as one.
+        # Beside an example, these members are further fields of it by webdataset's rule; alone they were meant as one.
         for key, names in self._dotted.items():
             for name in () if key in self._groups else names:
                 reason = "has a dot in its name, and in shards all behind the first one is the kind; rename it"
@@ -206,7 +208,7 @@ class _Shard:
         return None
 
     def _join_spellings(self) -> None:
-        """Puts captions without an image to the image without a caption whose name has the same letters."""
+        """Matches captions without an image to images without a caption whose names differ only in Unicode spelling."""
         captions: Names[str] = Names()
         for key, fields in self._groups.items():
             if key not in self._spoiled and not set(IMAGES) & fields.keys():
@@ -217,7 +219,7 @@ class _Shard:
                     fields |= self._groups.pop(other, {})
 
     def _group(self, key: str, fields: dict[str, Member]) -> None:
-        """Makes an example, or a problem, of the members of one key."""
+        """Turns the members of one key into an example or a problem."""
         if key in self._spoiled:
             return
         images = [fields[suffix] for suffix in IMAGES if suffix in fields]
@@ -235,7 +237,7 @@ class _Shard:
 
 
 def _caption(key: str, fields: dict[str, Member]) -> str:
-    """Of `x.txt`, else of `x.json`; ValueError or OSError says what is wrong with it."""
+    """Returns the caption in `x.txt`, else in `x.json`; raises ValueError or OSError if it is unusable."""
     name = PurePosixPath(key).name
     if "txt" in fields:
         if fields["txt"].size > MAX_CAPTION_BYTES:
@@ -256,11 +258,11 @@ def _caption(key: str, fields: dict[str, Member]) -> str:
 
 
 def _sha256(member: Member) -> str:
-    """As `picture_sha256`, or what kept the member from being read."""
+    """Returns `picture_sha256` of a member, or the exception's name if it cannot be read."""
     try:
         with open(member.shard, "rb") as file:
             if file.seek(0, os.SEEK_END) < member.offset + member.size:
-                return ValueError.__name__  # as `read` has it
+                return ValueError.__name__  # what `read` raises
             return picture_sha256(parts_of(file, [(member.offset, member.size)]))
     except OSError as error:
         return type(error).__name__

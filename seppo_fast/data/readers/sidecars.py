@@ -1,4 +1,7 @@
-"""Images or clips captioned by a text file beside each, and where captions may lie instead."""
+"""Reads images or clips with a caption file beside each, and points out other places that may hold captions.
+
+Reasons of problems are part of cache keys (see `Problem`): do not reword them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _OTHER_CAPTIONS = (".cap", ".caption", ".captions", ".json", ".md", ".prompt", "
 
 
 def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = False) -> Source:
-    """Each image (or clip) `x.png` among `files` with the caption in `x.txt` beside it; one alone is a problem."""
+    """Opens the images (or clips) `x.png` among `files`, captioned by `x.txt`; one without the other is a problem."""
     suffixes = VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES
     captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     pictures = [path for path in files if path.suffix.lower() in suffixes]
@@ -62,7 +65,7 @@ def open_sidecars(spec: str, folder: Path, files: Sequence[Path], clips: bool = 
 
 
 def other_kinds(folder: Path, files: Sequence[Path], clips: bool) -> Iterator[str]:
-    """The note on those of the files that are images (or clips) by a suffix that is not read, if there are any."""
+    """Yields a note if some files are images (or clips) in an unsupported format, judging by their suffixes."""
     known = OTHER_VIDEOS if clips else OTHER_IMAGES
     found = [path for path in files if path.suffix.lower() in known]
     if found:
@@ -70,13 +73,13 @@ def other_kinds(folder: Path, files: Sequence[Path], clips: bool) -> Iterator[st
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in counts.most_common())
         first = printable(relative_name(found[0], folder))
         yield (
-            f"{len(found)} {'clips' if clips else 'images'} are of kinds that are not read: {kinds}, the first is "
-            f"{first}. To use them, convert them to {'mp4' if clips else 'png, jpg or webp'}"
+            f"{len(found)} {'clips' if clips else 'images'} have unsupported formats and are not used: {kinds}; the "
+            f"first is {first}. To use them, convert them to {'mp4' if clips else 'png, jpg or webp'}"
         )
 
 
 def _elsewhere(folder: Path, files: Sequence[Path], bare: Sequence[Path]) -> Iterator[str]:
-    """Notes on where the captions of the files without one (`bare`) may be instead."""
+    """Yields notes on where the captions of the files without one (`bare`) may be instead."""
 
     def shown(path: Path) -> str:
         return printable(relative_name(path, folder))
@@ -84,25 +87,27 @@ def _elsewhere(folder: Path, files: Sequence[Path], bare: Sequence[Path]) -> Ite
     for path in (path for path in files if bare and path.suffix.lower() in (".csv", ".jsonl")):
         if path.name in LISTINGS and path.parent != folder:
             where = printable(str(path.parent))
-            yield f"{shown(path)} is not read: it lists files below its own folder. Set data.source to {where}"
+            yield (
+                f"{shown(path)} is not read: it lists files below its own folder. To use it, set data.source to {where}"
+            )
         elif path.parent == folder:
             yield (
-                f"{shown(path)} is not read: a listing of files is one that is called {' or '.join(LISTINGS)} and has "
+                f"{shown(path)} is not read: a listing of files must be named {' or '.join(LISTINGS)} and have "
                 "file_name and text in each row"
             )
-    # Of x.png these are x.caption and x.png.caption.
+    # For x.png these are x.caption and x.png.caption.
     beside = {path.with_suffix(""): path for path in files if path.suffix.lower() in _OTHER_CAPTIONS}
     found = [beside[key] for path in bare for key in (path.with_suffix(""), path) if key in beside]
     for suffix, count in Counter(path.suffix for path in found).most_common():
         first = next(path for path in found if path.suffix == suffix)
         yield (
-            f"files without a caption that have a {suffix} file beside them: {count}, the first is {shown(first)}: "
-            "captions are read from .txt files only; rename or convert those that hold one"
+            f"{count} files without a caption have a {suffix} file beside them, the first is {shown(first)}; captions "
+            "are read from .txt files only: rename or convert those that hold one"
         )
 
 
 def _read_caption(path: Path) -> str:
-    """The caption file's text, stripped; raises CaptionError."""
+    """Returns the caption file's text, stripped; raises CaptionError."""
     try:
         with open_file(path) as file:
             content = file.read(MAX_CAPTION_BYTES + 1)

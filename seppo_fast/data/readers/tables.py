@@ -1,4 +1,4 @@
-"""What the columns of a table mean: labelled pairs as Pick-a-Pic has them, or images with a text."""
+"""Interprets the columns of a table: labelled pairs in Pick-a-Pic's schema, or captioned images."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 
 
 class Rows(ABC):
-    """Where a table's rows lie: in one part, or in several files. `columns` are those of each part, by its name."""
+    """The rows of a table in one or more parts, such as files; `columns` maps each part's name to its columns."""
 
     columns: Mapping[str, Sequence[str]]
 
     @property
     def names(self) -> list[str]:
-        """The columns that all parts hold, in the order of the first one."""
+        """The columns that all parts have, in the order of the first part."""
         first, *others = self.columns.values()
         return [name for name in first if all(name in other for other in others)]
 
@@ -40,23 +40,23 @@ class Rows(ABC):
 
     @abstractmethod
     def row_name(self, row: int) -> str:
-        """Names a row for people, and is its example's id: unique in the table, the same on every machine."""
+        """Returns a row's readable name, which is the example's id: unique, and the same on every machine."""
 
     @abstractmethod
     def read_columns(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
-        """(name, whole columns) of each part in turn; their types may differ. Raises DataError."""
+        """Yields (name, whole columns) of each part; column types may differ between parts. Raises DataError."""
 
     @abstractmethod
     def read_images(self, row: int, columns: Sequence[str]) -> dict[str, bytes | None]:
-        """The encoded images in one row; raises OSError or ValueError."""
+        """Returns the encoded images in one row; raises OSError or ValueError."""
 
     @abstractmethod
     def digest(self) -> str:
-        """sha256 (hex) that changes with the images; captions and labels are added by `TableSource`."""
+        """Returns a sha256 (hex) that changes with the images; `TableSource` adds captions and labels."""
 
 
 class TableSource(Source):
-    """Labelled pairs in the Pick-a-Pic schema, or images with a text, from any `Rows`."""
+    """A data set of labelled pairs in the Pick-a-Pic schema, or of captioned images, from any `Rows`."""
 
     def __init__(self, spec: str, rows: Rows) -> None:
         pairs = set(PAIR_COLUMNS) <= set(rows.names)
@@ -74,7 +74,7 @@ class TableSource(Source):
         self._select(winners)
 
     def _select(self, winners: np.ndarray) -> None:
-        """Keeps the rows with a winner and a caption; the rest, but for ties, become problems."""
+        """Keeps the rows with a winner and a caption; the others become problems, except ties."""
         import pyarrow.compute as pc
 
         def chosen(condition: pa.ChunkedArray) -> np.ndarray:
@@ -88,7 +88,7 @@ class TableSource(Source):
         self._winners = winners[self._kept]
         for row in np.flatnonzero((winners == _UNCLEAR) | ((winners >= 0) & ~usable)):
             if winners[row] == _UNCLEAR:
-                reason = "the labels name no winner (1 and 0)"
+                reason = "the labels name no winner (one must be 1, the other 0)"
             elif not there[row]:
                 reason = "the caption is empty"
             elif long[row]:
@@ -114,10 +114,10 @@ class TableSource(Source):
         return self._rows.read_images(row, self._images)[column]
 
     def digest(self) -> str:
-        """Over the images as `Rows.digest` sees them, and over which rows are used, their winners and captions.
+        """Digests the images through `Rows.digest`, which rows are used, their winners and captions.
 
-        What profiles the images have is not known before they are decoded, so all tables' caches are others than those
-        made before profiles were followed.
+        Which images have a colour profile is unknown until they are decoded. Hence the keys of all tables' caches
+        changed when profiles began to be applied.
         """
         sha = hashlib.sha256(self._rows.digest().encode())
         sha.update(b"in sRGB" if can_convert() else b"")
@@ -132,11 +132,11 @@ _TIE, _UNCLEAR = -1, -2
 
 
 def _winners(rows: Rows) -> np.ndarray:
-    """Per row 0 or 1, the image whose label is 1 while the other's is 0; _TIE where both are equal; else _UNCLEAR."""
+    """Returns per row the winner: 0 or 1 (its label is 1, the other 0), _TIE if labels are equal, else _UNCLEAR."""
     labels: list[np.ndarray] = []
     for part, table in rows.read_columns(["label_0", "label_1"]):
         try:
-            # a missing label becomes NaN, which equals nothing
+            # A missing label becomes NaN, which compares unequal to everything.
             columns = [table.column(name).cast("float64").to_numpy() for name in ("label_0", "label_1")]
         except (ValueError, NotImplementedError) as error:
             raise DataError(f"{part}: label_0 and label_1 must be numbers ({error}).") from error
@@ -150,7 +150,7 @@ def _winners(rows: Rows) -> np.ndarray:
 
 
 def _captions(rows: Rows, names: Sequence[str]) -> pa.ChunkedArray:
-    """Per row the first text of these columns that is not blank, else null or an empty one."""
+    """Returns per row the first non-blank text of these columns, else null or an empty text."""
     import pyarrow.compute as pc
 
     captions, held, refused = None, None, None
@@ -171,7 +171,7 @@ def _captions(rows: Rows, names: Sequence[str]) -> pa.ChunkedArray:
 
 
 def _texts(rows: Rows, name: str) -> pa.ChunkedArray:
-    """A column of text as one type, without byte order marks and white space around; raises DataError."""
+    """Returns a text column as one type, without byte order marks and surrounding white space; raises DataError."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -180,7 +180,7 @@ def _texts(rows: Rows, name: str) -> pa.ChunkedArray:
         column = table.column(name)
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
-            raise DataError(f"{part}: column {name} must hold text, it holds {column.type}.")
+            raise DataError(f"{part}: column {name} must hold text, but it holds {column.type}.")
         try:
             column = column.cast(pa.large_string())
         except ValueError as error:
@@ -190,23 +190,23 @@ def _texts(rows: Rows, name: str) -> pa.ChunkedArray:
 
 
 def _columns(spec: str, rows: Rows, wanted: Sequence[str]) -> list[str]:
-    """Those of the wanted columns that the table has, of which it must have one."""
+    """Returns those of the wanted columns that the table has; raises DataError if it has none."""
     names = rows.names
     found = [name for name in wanted if name in names]
     if not found:
         raise DataError(
-            f"{_columns_told(spec, rows, wanted)}. Needed are {', '.join(PAIR_COLUMNS)} (pairs), or an image "
-            f"({', '.join(IMAGE_COLUMNS)}) and a text ({', '.join(TEXT_COLUMNS)})."
+            f"{_columns_told(spec, rows, wanted)}. Required are {', '.join(PAIR_COLUMNS)} (labelled pairs), or an "
+            f"image column ({', '.join(IMAGE_COLUMNS)}) and a caption column ({', '.join(TEXT_COLUMNS)})."
         )
     return found
 
 
 def _columns_told(spec: str, rows: Rows, wanted: Sequence[str]) -> str:
-    """Which columns a table has that lacks all of the wanted ones, and which part differs from the first in that."""
+    """Returns a message with the columns of a table that lacks the wanted ones, naming a part that differs, if any."""
     (first, columns), *others = rows.columns.items()
     lacking = [part for part, held in others if set(columns) & set(wanted) and not set(held) & set(wanted)]
     differing = lacking or [part for part, held in others if set(held) != set(columns)]
     if not differing:
-        return f"{spec}: the columns are {', '.join(columns)}"
+        return f"{spec}: columns found: {', '.join(columns)}"
     held = ", ".join(rows.columns[differing[0]])
-    return f"{differing[0]}: its columns differ from those of {first}: {held} and {', '.join(columns)}"
+    return f"{differing[0]}: its columns differ from those of {first}: {held} instead of {', '.join(columns)}"

@@ -1,4 +1,4 @@
-"""The headers in tar files, of one archive or of several put together, with no member's content read."""
+"""Reads the headers in a tar file, also of several concatenated archives, without reading any member's content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"
 
 
 class _Headers(io.FileIO):
-    """A file for tarfile, which reads headers only: nothing much longer is read at once, whatever a header says."""
+    """A file for tarfile that limits the size of each read, because a damaged header may declare a huge size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MOST_READ:
@@ -22,12 +22,12 @@ class _Headers(io.FileIO):
 
 
 def headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Every member's header, in order; behind an end mark too, as `tar --ignore-zeros` reads archives put together.
+    """Yields every member's header, in order, also those behind an end mark, as `tar --ignore-zeros` does.
 
     Raises:
         OSError: the file cannot be read.
-        Exception: no tar file, a damaged or a truncated one, which tarfile itself takes for the end; or there is more
-            behind an end mark, and it is no archive.
+        Exception: the file is not a tar file, is damaged, or is truncated (which tarfile itself would silently treat as
+            its end); or data behind an end mark are not an archive.
     """
     with _Headers(path) as file:
         head = file.read(8)
@@ -63,7 +63,7 @@ def headers(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _content(file: _Headers) -> int | None:
-    """Where the first byte from here on lies that is not zero; None where zeros alone fill up the file."""
+    """Returns the offset of the next byte that is not zero, or None if only zeros follow."""
     while block := file.read(_MOST_READ):
         rest = block.lstrip(b"\0")
         if rest:

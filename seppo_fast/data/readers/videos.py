@@ -1,4 +1,7 @@
-"""Clips in a folder: captioned by a text file beside each, or by a csv as MagicTime's data sets have it."""
+"""Reads folders of clips, captioned by a text file beside each or by a csv in MagicTime's format.
+
+Reasons of problems are part of cache keys (see `Problem`): do not reword them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from seppo_fast.utils.errors import DataError
 
 
 def open_clip_folder(spec: str, folder: Path, files: Sequence[Path]) -> Source:
-    """The clips among `files`, captioned by the one csv among them, or by `x.txt` beside `x.mp4` if there is no csv.
+    """Opens the clips among `files`, captioned by the only csv among them or, without a csv, by `x.txt` beside `x.mp4`.
 
     Raises:
-        DataError: several csv files, or one that cannot be read; PyAV is not installed.
+        DataError: there are several csv files, the csv cannot be read, or PyAV is not installed.
     """
     tables = [path for path in files if path.suffix.lower() == ".csv"]
     if len(tables) > 1:
@@ -32,15 +35,15 @@ def open_clip_folder(spec: str, folder: Path, files: Sequence[Path]) -> Source:
 
 
 def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
-    """The clips that the rows of a csv name, in their order: `videoid`, `name` (the caption), maybe `is_transmit`.
+    """Opens the clips that a csv's rows name, in their order: `videoid`, `name` (the caption), optional `is_transmit`.
 
-    `videoid` is a clip's file name, with or without its suffix, among those `files` that lie in the csv's folder or
-    below it. A clip named again with another caption gets `#<line>` at the end of its id. Rows that repeat an earlier
-    one's clip and caption, and clips that no row names, are not used, and notes say how many. A csv with is_transmit is
-    one of MagicTime's, whose frames are chosen by number.
+    `videoid` is a clip's file name, with or without its suffix, among those `files` that are in or below the csv's
+    folder. If a clip is named again with another caption, the later id ends in `#<line>`. Rows that repeat an earlier
+    row's clip and caption, and clips that no row names, are not used; notes count them. A csv with `is_transmit` is
+    treated as one of MagicTime's: its clips' frames are chosen by number.
 
     Raises:
-        DataError: the csv cannot be read as UTF-8, is broken, or lacks a column; PyAV is not installed.
+        DataError: the csv cannot be read as UTF-8, is malformed, or lacks a column; or PyAV is not installed.
     """
     require_av()
     folder = table.parent
@@ -88,18 +91,18 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
 
 
 def _rows(table: Path) -> Iterator[Row]:
-    """As `csv_rows`, of a table of clips."""
+    """Returns `csv_rows` of a table of clips, after checking its columns; raises DataError."""
     columns = csv_columns(table)
     if not {"videoid", "name"} <= set(columns):
         raise DataError(
-            f"{table}: the columns are {', '.join(columns) or 'none'}. Needed are videoid and name (the "
-            "caption), separated by commas; is_transmit may be there too."
+            f"{table}: columns found: {', '.join(columns) or 'none'}. Required are videoid and name (the caption), "
+            "separated by commas; is_transmit is optional."
         )
     return csv_rows(table)
 
 
 def _is_time_lapse(is_transmit: str) -> bool:
-    """Whether the column says 0: a time-lapse in one shot. Where it says nothing, a clip is not taken for one."""
+    """Returns whether the column is 0, a time-lapse in one shot; an empty field means no. Raises ValueError."""
     known = {"0": True, "0.0": True, "false": True, "1": False, "1.0": False, "true": False, "": False}
     if is_transmit.strip().lower() not in known:
         raise ValueError(f"is_transmit must be 0 or 1, got {is_transmit!r}")
@@ -107,7 +110,7 @@ def _is_time_lapse(is_transmit: str) -> bool:
 
 
 class _Clips:
-    """Finds clips by `videoid`. `unused` are the paths, relative with slashes, that were not found yet."""
+    """Finds clips by `videoid`; `unused` holds the relative paths, with slashes, of the clips not found so far."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self._clips: Names[str] = Names()
@@ -128,7 +131,7 @@ class _Clips:
                     self._lowered.setdefault(name.lower(), name)
 
     def find(self, videoid: str) -> str:
-        """The one path that `videoid` names; ValueError if there is none or several."""
+        """Returns the path that `videoid` names; raises ValueError if it names no clip or several."""
         found = self._clips.find(videoid)
         if not found and (others := self._others.find(videoid)):
             raise ValueError(f"{others[-1]} is not a clip: none of {', '.join(VIDEO_SUFFIXES)}")

@@ -1,1 +1,1 @@
-"""One file a model family."""
+"""The model families, one file per family."""

@@ -1,4 +1,4 @@
-"""AnimateDiff: Stable Diffusion 1.5 with motion modules between the layers of its UNet. It makes clips.
+"""AnimateDiff, which makes clips: Stable Diffusion 1.5 with motion modules between the layers of its UNet.
 
 Shape legend: B clips, F frames, H x W pixels, C x h x w the latent of a frame, L tokens, D embedding width.
 """
@@ -40,7 +40,7 @@ from seppo_fast.models.temporal_attention import MOST_FRAMES
 from seppo_fast.models.unet import UNetFamily
 from seppo_fast.utils.errors import ConfigError
 
-# What the motion modules were trained on. Neither an SD-1.5 folder nor an adapter carries it.
+# The schedule that the motion modules were trained with. Neither an SD-1.5 folder nor an adapter records it.
 _SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -52,18 +52,18 @@ _SCHEDULE = {
 
 
 class AnimateDiff(UNetFamily):
-    """Clips; one prompt embedding a clip everywhere but inside `denoise`.
+    """The family of AnimateDiff models. Conditioning has one row per clip; only `denoise` repeats it per frame.
 
     Args:
-        pipe: its UNet holds the motion modules.
-        device: where everything is computed.
-        dtype: in which the encoders compute and the cache is kept.
-        frames: of a clip.
+        pipe: the pipeline, whose UNet contains the motion modules.
+        device: the device that everything is computed on.
+        dtype: the dtype in which the encoders compute and the cache stores their outputs.
+        frames: the number of frames per clip.
     """
 
     pipelines = ("AnimateDiffPipeline",)
     makes_clips = True
-    has_comfyui_names = False  # none for motion modules
+    has_comfyui_names = False  # ComfyUI has none for motion modules
 
     def __init__(self, pipe: DiffusionPipeline, device: torch.device, dtype: torch.dtype, frames: int) -> None:
         super().__init__(pipe, device, dtype)
@@ -75,7 +75,8 @@ class AnimateDiff(UNetFamily):
         super().validate(config)
         if config.model.temporal_attention == "triton" and config.data.frames > MOST_FRAMES:
             raise ConfigError(
-                f"model.temporal_attention = triton takes {MOST_FRAMES} frames, data.frames = {config.data.frames}"
+                f"model.temporal_attention = triton supports at most {MOST_FRAMES} frames, but data.frames = "
+                f"{config.data.frames}"
             )
 
     @classmethod
@@ -102,18 +103,21 @@ class AnimateDiff(UNetFamily):
         motion_adapter: str = "",
         frames: int = 16,
     ) -> AnimateDiff:
-        """Loads a Stable Diffusion 1.5 pipeline and a motion adapter, or an AnimateDiff pipeline that `save` wrote.
+        """Loads a Stable Diffusion 1.5 pipeline and a motion adapter, or a complete AnimateDiff pipeline.
 
         Args:
-            path: a folder, a hub id or `shapes-motion`; without an adapter, the folder of an AnimateDiff pipeline.
-            device: where everything is to be computed.
-            dtype: in which the encoders compute, and of what they put in the cache.
-            beta_schedule: in place of the one that AnimateDiff was trained on, linear.
+            path: a Stable Diffusion folder, a hub id or `shapes-motion`; without an adapter, the folder of an
+                AnimateDiff pipeline, such as `save` writes.
+            device: the device to compute on; each part moves there when it is first used.
+            dtype: the dtype in which the encoders compute and the cache stores their outputs.
+            beta_schedule: a noise schedule that overrides the default: AnimateDiff's linear one with an adapter, the
+                pipeline's own without.
             motion_adapter: a folder or hub id of a `MotionAdapter`, or `shapes`, the one that ships with the package.
-            frames: of a clip.
+            frames: the number of frames per clip.
 
         Raises:
-            ConfigError: as `StableDiffusion.load`; an adapter that does not fit the UNet; more frames than it takes.
+            ConfigError: As for `StableDiffusion.load`; the adapter does not fit the UNet; `frames` exceeds the number
+                of frames that the motion modules support.
         """
         override = {} if beta_schedule is None else {"beta_schedule": beta_schedule}
         if motion_adapter:
@@ -128,12 +132,12 @@ class AnimateDiff(UNetFamily):
             )
             if unet["_class_name"] != "UNetMotionModel":
                 raise ConfigError(
-                    f"model.path = {path!r}: its unet is a {unet['_class_name']}, that of an AnimateDiffPipeline is a "
+                    f"model.path = {path!r}: its unet is a {unet['_class_name']}, but an AnimateDiffPipeline needs a "
                     "UNetMotionModel"
                 )
             _check_frames(frames, unet["motion_max_seq_length"])
             pipe = load_pipeline(where, AnimateDiffPipeline)
-            # Of a folder that diffusers wrote; the UNet holds the same modules, and is what is trained.
+            # Folders that diffusers wrote contain the adapter as well. The UNet holds the same modules and is trained.
             pipe.register_modules(motion_adapter=None)
             if override:
                 pipe.scheduler = rescheduled(pipe.scheduler, type(pipe.scheduler), **override)
@@ -141,30 +145,30 @@ class AnimateDiff(UNetFamily):
         return cls(pipe, device, dtype, frames)
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """(C, F, h, w) of the latent of a clip of square frames; raises as `UNetFamily.picture_shape`."""
+        """Returns (C, F, h, w) for a clip with square frames; raises as `UNetFamily.picture_shape` does."""
         channels, *sides = self.picture_shape(resolution)
         return (channels, self.frames, *sides)
 
     def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction `(B, C, F, h, w)` for latents of that shape at timesteps `(B,)`."""
+        """Returns the UNet's prediction `(B, C, F, h, w)` for latents of that shape at timesteps `(B,)`."""
         embeds = conditioning[PROMPT_EMBEDS].repeat_interleave(latents.shape[2], 0)
         return model(latents, times, encoder_hidden_states=embeds, return_dict=False)[0]
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Scaled latents `(B, C, F, h, w)` of uint8 clips `(B, F, H, W, 3)`."""
+        """Encodes uint8 clips `(B, F, H, W, 3)` to scaled latents `(B, C, F, h, w)`."""
         return self.vae.encode_clips(images)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Clips `(B, F, H, W, 3)` uint8 of scaled latents `(B, C, F, h, w)`."""
+        """Decodes scaled latents `(B, C, F, h, w)` to uint8 clips `(B, F, H, W, 3)`."""
         return self.vae.decode_clips(latents)
 
     def assembled(self, parts: dict[str, Any]) -> AnimateDiffPipeline:
-        """An AnimateDiff pipeline of these parts, whatever the one that is loaded calls itself."""
+        """Returns an `AnimateDiffPipeline` assembled from these parts, whatever the class of the loaded pipeline."""
         return AnimateDiffPipeline(**parts)
 
 
 def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPipeline:
-    """An AnimateDiff pipeline of the parts of `pipe` and the adapter at `where`, in float32."""
+    """Returns a float32 AnimateDiff pipeline that combines the parts of `pipe` and the adapter at `where`."""
 
     def load() -> UNetMotionModel:
         adapter = MotionAdapter.from_pretrained(where, use_safetensors=True, variant=variant_of(Path(where)))
@@ -173,37 +177,39 @@ def _assembled(pipe: DiffusionPipeline, path: str, where: str) -> AnimateDiffPip
 
     unet = load_as("model.motion_adapter", path, "a MotionAdapter", load)
     kept = ("vae", "text_encoder", "tokenizer", "scheduler")
-    # The motion modules are in the UNet now; the adapter would be a second copy of them.
+    # The UNet now contains the motion modules; keeping the adapter would mean a second copy of them.
     return AnimateDiffPipeline(**{name: pipe.components[name] for name in kept}, unet=unet, motion_adapter=None)
 
 
 def _check_adapter(path: str, unet: Mapping[str, Any], frames: int) -> str:
-    """Says what is wrong with `model.motion_adapter` before any weight is read.
+    """Checks `model.motion_adapter` before any weights are read.
 
     Returns:
-        Its folder or hub id.
+        The adapter's folder or hub id.
 
     Raises:
-        ConfigError: see `AnimateDiff.load`.
+        ConfigError: See `AnimateDiff.load`.
     """
     where = str(shapes.MOTION_ADAPTER) if path == "shapes" else expanded(path)
     folder = check_place("model.motion_adapter", where, "MotionAdapter")
     if folder is not None:
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.motion_adapter = {path!r} holds no config.json, so it is no MotionAdapter folder")
+            raise ConfigError(f"model.motion_adapter = {path!r} has no config.json, so it is not a MotionAdapter")
         check_weights("model.motion_adapter", path, folder, loader="MotionAdapter")
     adapter = load_as("model.motion_adapter", path, "a MotionAdapter", lambda: _read_config(MotionAdapter, where))
     if adapter["_class_name"] != "MotionAdapter":
-        raise ConfigError(f"model.motion_adapter = {path!r} is a {adapter['_class_name']}, a MotionAdapter is needed")
+        raise ConfigError(f"model.motion_adapter = {path!r} is a {adapter['_class_name']}; a MotionAdapter is needed")
     _check_fit(path, adapter, unet)
     _check_frames(frames, adapter["motion_max_seq_length"])
     return where
 
 
 def _check_fit(path: str, adapter: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """Raises ConfigError where motion modules were made for another UNet."""
+    """Raises ConfigError if the adapter was made for another UNet."""
     if adapter["conv_in_channels"]:
-        raise ConfigError(f"model.motion_adapter = {path!r} changes the UNet's input (PIA); a plain one is needed")
+        raise ConfigError(
+            f"model.motion_adapter = {path!r} changes the UNet's input (PIA); an adapter that does not is needed"
+        )
     levels = len(unet["block_out_channels"])
     for ours, theirs in {
         "block_out_channels": "block_out_channels",
@@ -223,27 +229,27 @@ def _by_level(value: Any, levels: int) -> list[Any]:
 
 def _check_frames(frames: int, most: int) -> None:
     if frames > most:
-        raise ConfigError(f"data.frames = {frames}: this motion adapter takes {most} frames, not more")
+        raise ConfigError(f"data.frames = {frames}: this motion adapter supports at most {most} frames")
 
 
 def _unet_config(path: str, where: str) -> dict[str, Any]:
-    """The configuration of an SD-1.5 UNet.
+    """Returns the configuration of an SD-1.5 UNet.
 
     Raises:
-        ConfigError: the UNet has what `UNetMotionModel` has not, and would silently lose it.
+        ConfigError: The UNet uses a setting that `UNetMotionModel` lacks and would silently drop.
     """
     config = load_as("model.path", path, "a UNet", lambda: _read_config(UNet2DConditionModel, where, "unet"))
     plain, kept = _defaults(UNet2DConditionModel), {*_defaults(UNetMotionModel), "attention_head_dim"}
     for name in plain.keys() - kept:
         if (config[name] or None) != (plain[name] or None):
             raise ConfigError(
-                f"model.path = {path!r}: its UNet has {name} = {config[name]!r}, which AnimateDiff's UNet has not"
+                f"model.path = {path!r}: its UNet has {name} = {config[name]!r}, which AnimateDiff does not support"
             )
     return config
 
 
 def _read_config(kind: type[ConfigMixin], where: str, subfolder: str | None = None) -> dict[str, Any]:
-    """What is written of a model, and the defaults of what is not; lists as tuples."""
+    """Returns a model's saved configuration, with lists as tuples and defaults for keys that are missing."""
     written = kind.load_config(where, **({} if subfolder is None else {"subfolder": subfolder}))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in written.items()}
     return {"_class_name": None, **_defaults(kind), **values}

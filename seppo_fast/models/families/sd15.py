@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and everything in its diffusers format: UNet, CLIP text encoder, AutoencoderKL."""
+"""Stable Diffusion 1.5 and other models in its diffusers format: UNet, CLIP text encoder, AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seppo_fast.models.unet import UNetFamily
 
 
 class StableDiffusion(UNetFamily):
-    """Pictures; the safety checker is not loaded, training never shows a picture to one."""
+    """The family of Stable Diffusion models, which make pictures. The safety checker is never used or loaded."""
 
     pipelines = SD15_PIPELINES
 
@@ -35,16 +35,17 @@ class StableDiffusion(UNetFamily):
         *,
         beta_schedule: str | None = None,
     ) -> StableDiffusion:
-        """Loads a diffusers folder, a hub id, or `shapes`, the pipeline that ships with the package.
+        """Loads a pipeline.
 
         Args:
-            path: where the pipeline is.
-            device: where everything is to be computed; the parts move there when they are first used.
-            dtype: in which the encoders compute, and of what they put in the cache.
-            beta_schedule: in place of the one in the pipeline's scheduler config.
+            path: a diffusers folder, a hub id, or `shapes`, the pipeline that ships with the package.
+            device: the device to compute on; each part moves there when it is first used.
+            dtype: the dtype in which the encoders compute and the cache stores their outputs.
+            beta_schedule: a noise schedule that overrides the one in the pipeline's scheduler configuration.
 
         Raises:
-            ConfigError: nothing there, another kind of pipeline, weights that are not safetensors, damaged files.
+            ConfigError: The pipeline does not exist, is another kind of pipeline, has no safetensors weights, or is
+                damaged.
         """
         pipe = load_pipeline(check_pipeline(path))
         if beta_schedule is not None:
@@ -52,21 +53,21 @@ class StableDiffusion(UNetFamily):
         return cls(pipe, device, dtype)
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """(C, h, w); see `UNetFamily.picture_shape`."""
+        """Returns (C, h, w); see `UNetFamily.picture_shape`."""
         return self.picture_shape(resolution)
 
     def denoise(self, model: nn.Module, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction `(B, C, h, w)` for latents of that shape at timesteps `(B,)`."""
+        """Returns the UNet's prediction `(B, C, h, w)` for latents of that shape at timesteps `(B,)`."""
         return model(latents, times, encoder_hidden_states=conditioning[PROMPT_EMBEDS], return_dict=False)[0]
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Scaled latents `(B, C, h, w)` of uint8 pictures `(B, H, W, 3)`."""
+        """Encodes uint8 pictures `(B, H, W, 3)` to scaled latents `(B, C, h, w)`."""
         return self.vae.encode(images)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Pictures `(B, H, W, 3)` uint8 of scaled latents `(B, C, h, w)`."""
+        """Decodes scaled latents `(B, C, h, w)` to uint8 pictures `(B, H, W, 3)`."""
         return self.vae.decode(latents)
 
     def assembled(self, parts: dict[str, Any]) -> DiffusionPipeline:
-        """A pipeline of these parts, without a safety checker."""
+        """Returns a pipeline assembled from these parts, without a safety checker."""
         return type(self.pipe)(**parts, requires_safety_checker=False)

@@ -1,1 +1,1 @@
-"""Reads pipeline folders, or refuses them by name."""
+"""Loading of diffusers pipelines, with errors that name what is wrong."""

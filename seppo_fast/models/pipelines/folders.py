@@ -1,4 +1,4 @@
-"""What is wrong with a model's folder, said before diffusers does: other formats, pickled weights, nothing there."""
+"""Checks of model folders with errors clearer than diffusers' own: wrong formats, pickled weights, missing files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.files import home_expanded, read_json
 
-# diffusers' and transformers' names of weights: plain, or of a variant such as fp16; whole, or one of several files.
+# The names that diffusers and transformers give weight files: with or without a variant such as fp16, whole or sharded.
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors"
 )
-# Parts of a pipeline that are not loaded: no picture is a prompt here, and none is shown to a safety checker.
+# Parts of a pipeline that are not loaded: pictures are neither used as prompts nor shown to a safety checker.
 UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 _UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 
@@ -28,43 +28,43 @@ T = TypeVar("T")
 
 
 def expanded(path: str) -> str:
-    """`path` with a leading `~` replaced; a hub id stays what it is. Raises ConfigError: there is no such user."""
+    """Returns `path` with a leading `~` expanded; raises ConfigError if it names an unknown user."""
     return str(home_expanded(path, ConfigError)) if path.startswith("~") else path
 
 
 def check_place(key: str, path: str, converter: str) -> Path | None:
-    """The folder that a key of the configuration names; None for a hub id.
+    """Returns the folder that a configuration key names; None if it names a hub id.
 
     Args:
-        key: `section.key`, for messages.
-        path: its value.
-        converter: the diffusers class whose `from_single_file` reads what is a single file.
+        key: the key, as `section.key`, for messages.
+        path: the key's value.
+        converter: the diffusers class whose `from_single_file` loads a single file, for the message about one.
 
     Raises:
-        ConfigError: a single file, or nothing there and no hub id.
+        ConfigError: The path is a single file, or it neither exists nor looks like a hub id.
     """
     folder = Path(path)
     if folder.suffix in _UNSAFE_SUFFIXES or folder.suffix == ".safetensors":
         raise ConfigError(
             f"{key} = {path!r} is a single file; a diffusers folder is needed: "
-            f"{converter}.from_single_file(FILE).save_pretrained(FOLDER) converts one you trust"
+            f"{converter}.from_single_file(FILE).save_pretrained(FOLDER) converts a file that you trust"
         )
     if not folder.exists():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise ConfigError(f"{key} = {path!r} does not exist, and is no hub id (owner/name) either")
+            raise ConfigError(f"{key} = {path!r} does not exist, and is not a hub id (owner/name) either")
         return None
     return folder
 
 
 def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str = "DiffusionPipeline") -> None:
-    """Raises ConfigError where `folder / part` holds no safetensors weights; pickled ones are never loaded.
+    """Raises ConfigError if `folder / part` holds no safetensors weights. Pickled weights are never loaded.
 
     Args:
-        key: `section.key`, for messages.
-        path: its value.
-        folder: of the model.
-        part: a folder in it.
-        loader: the diffusers class that reads the whole folder.
+        key: the key, as `section.key`, for messages.
+        path: the key's value.
+        folder: the model's folder.
+        part: a folder in it; empty for the model's folder itself.
+        loader: the diffusers class that loads the whole folder, for the message about pickled weights.
     """
     place = folder / part
     files = [file.name for file in place.glob("*")] if place.is_dir() else []
@@ -75,14 +75,14 @@ def check_weights(key: str, path: str, folder: Path, part: str = "", loader: str
     unsafe = [name for name in files if Path(name).suffix in _UNSAFE_SUFFIXES]
     if unsafe:
         raise ConfigError(
-            f"{place / unsafe[0]}: pickled weights are not loaded, they can run code. Where you trust them: "
+            f"{place / unsafe[0]}: pickled weights are not loaded, because they can run code. If you trust them: "
             f"{loader}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)"
         )
     raise ConfigError(f"{key} = {path!r}: {part + '/' if part else 'it'} holds no safetensors weights")
 
 
 def variant_of(place: Path) -> str | None:
-    """Returns the variant of weights, such as fp16, in a folder that holds none without one; else None."""
+    """Returns the variant to load (such as fp16) from a folder that holds only variants of its weights; else None."""
     names = [_WEIGHTS.fullmatch(file.name) for file in place.glob("*.safetensors")] if place.is_dir() else []
     variants = {name["variant"] for name in names if name}
     if None in variants or not variants:
@@ -91,10 +91,10 @@ def variant_of(place: Path) -> str | None:
 
 
 def check_complete(key: str, place: Path, module: nn.Module) -> None:
-    """Raises ConfigError where weights of a module were not in the files that it was loaded from.
+    """Raises ConfigError if the files that a module was loaded from lack some of its weights.
 
-    What is missing there the libraries leave on `meta` or fill with random numbers. In a folder values are counted,
-    since names may be old ones. Other files beside those that were loaded do not count.
+    The libraries leave missing weights on `meta` or fill them with random numbers. For a folder, this compares the
+    number of values, because names may be those of older versions. Only the files that were loaded are counted.
     """
     refuse_missing(key, place, type(module), [name for name, t in module.state_dict().items() if t.is_meta])
     if not place.is_dir():
@@ -105,27 +105,30 @@ def check_complete(key: str, place: Path, module: nn.Module) -> None:
             held += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     needed = sum(parameter.numel() for parameter in module.parameters())
     if held < needed:
-        raise ConfigError(f"{key}: {place} holds {held:,} of the {needed:,} weights that its config.json asks for")
+        raise ConfigError(f"{key}: {place} holds only {held:,} of the {needed:,} weights that its config.json requires")
 
 
 def refuse_missing(key: str, place: Path, kind: type[nn.Module], names: Collection[str]) -> None:
-    """Raises ConfigError where weights of these names were not found, or only under names the library does not know.
+    """Raises ConfigError if weights are missing, which includes weights under names that the library does not know.
 
     Args:
-        key: `section.key`, for messages.
-        place: where they were looked for.
-        kind: the class of the model.
-        names: of the missing weights.
+        key: the key, as `section.key`, for messages.
+        place: the folder or hub path that was searched.
+        kind: the model's class.
+        names: the names of the missing weights; may be empty.
     """
     if names:
         raise ConfigError(
-            f"{key}: {place} holds nothing for {len(names)} weights of {kind.__name__}, such as {min(names)}; "
-            "a file of another format is converted by its from_single_file(FILE).save_pretrained(FOLDER)"
+            f"{key}: {place} lacks {len(names)} weights of {kind.__name__}, such as {min(names)}; to convert a file "
+            "of another format, use the class's from_single_file(FILE).save_pretrained(FOLDER)"
         )
 
 
 def _loaded(place: Path, module: nn.Module) -> list[Path]:
-    """What `from_pretrained` took of a folder: of diffusers the index of split weights first, of transformers last."""
+    """Returns the weight files that `from_pretrained` read from a folder.
+
+    If a folder has both, diffusers prefers the index of sharded weights, and transformers the single file.
+    """
     index_first = isinstance(module, ModelMixin)
     stem, variant = "diffusion_pytorch_model" if index_first else "model", variant_of(place)
     infix = "" if variant is None else f".{variant}"
@@ -136,7 +139,7 @@ def _loaded(place: Path, module: nn.Module) -> list[Path]:
 
 
 def _check_index(key: str, file: Path) -> None:
-    """Raises ConfigError where an index of split weights names anything but safetensors files beside it."""
+    """Raises ConfigError if an index of sharded weights names anything but safetensors files in its own folder."""
     try:
         names = {str(name) for name in read_json(file)["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
@@ -147,15 +150,15 @@ def _check_index(key: str, file: Path) -> None:
 
 
 def check_parts(key: str, path: str, index: Mapping[str, Any]) -> None:
-    """Refuses a pipeline whose `model_index.json` asks for code of its own, or of a library that we do not load from.
+    """Refuses a pipeline whose `model_index.json` needs code from its own folder or from an unsupported library.
 
     Args:
-        key: `section.key`, for messages.
-        path: its value.
-        index: the file's content.
+        key: the key, as `section.key`, for messages.
+        path: the key's value.
+        index: the content of `model_index.json`.
 
     Raises:
-        ConfigError: such a part.
+        ConfigError: A part of the pipeline needs such code.
     """
     for name, part in index.items():
         if name.startswith("_") or not isinstance(part, (list, tuple)):
@@ -166,22 +169,22 @@ def check_parts(key: str, path: str, index: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key} = {path!r}: {name}/{library}.py is code, which is never run; remove it")
             continue
         raise ConfigError(
-            f"{key} = {path!r}: model_index.json takes {name} from {library!r}; only diffusers and transformers are "
-            "used, and code in a model's folder is never run"
+            f"{key} = {path!r}: model_index.json loads {name} from {library!r}; only diffusers and transformers are "
+            "supported, and code in a model's folder is never run"
         )
 
 
 def load_as(key: str, path: str, what: str, load: Callable[[], T]) -> T:
-    """What `load` gives.
+    """Calls `load` and returns its result; turns the errors of the libraries into a ConfigError.
 
     Args:
-        key: `section.key`, for messages.
-        path: its value.
-        what: it is to be loaded as.
-        load: raises a dozen kinds of errors: diffusers', transformers', safetensors', the hub's.
+        key: the key, as `section.key`, for messages.
+        path: the key's value.
+        what: what `load` loads, for messages.
+        load: the function to call. It may raise any error of diffusers, transformers, safetensors or the hub.
 
     Raises:
-        ConfigError: for any of them.
+        ConfigError: `load` raised an error other than one of memory.
     """
     try:
         return load()
@@ -189,13 +192,13 @@ def load_as(key: str, path: str, what: str, load: Callable[[], T]) -> T:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "use_safetensors" in str(error):  # the libraries' advice is to leave it out
+        if "use_safetensors" in str(error):  # the libraries advise to remove this argument, which would load pickles
             raise ConfigError(
-                f"{key} = {path!r} holds pickled weights for {what}, which are not loaded, they can run code. Where "
-                "you trust them: DiffusionPipeline.from_pretrained(ID).save_pretrained(NEW_FOLDER, "
+                f"{key} = {path!r} holds pickled weights for {what}, which are not loaded, because they can run code. "
+                "If you trust them: DiffusionPipeline.from_pretrained(ID).save_pretrained(NEW_FOLDER, "
                 "safe_serialization=True)"
             ) from error
         raise ConfigError(
             f"{key} = {path!r} could not be loaded as {what} with safetensors weights: {reason}"
-            + ("" if Path(path).exists() else " (is it in the local cache, or can the hub be reached?)")
+            + ("" if Path(path).exists() else " (is the model in the local cache, and is the hub reachable?)")
         ) from error

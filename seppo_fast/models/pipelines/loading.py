@@ -1,4 +1,4 @@
-"""A pipeline of Stable Diffusion 1.5 or of AnimateDiff from its folder or hub id, as it is, or refused by name."""
+"""Loading of a Stable Diffusion 1.5 or AnimateDiff pipeline from a folder or hub id, with errors that say why not."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from seppo_fast.models.pipelines.folders import (
 )
 from seppo_fast.utils.errors import ConfigError
 
-# One set of parts, two ways to call it.
+# Both pipeline classes have the same parts.
 SD15_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _WEIGHTS = ("unet", "vae", "text_encoder")
 _AS_SAFETENSORS: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
 
 
 def check_pipeline(path: str, allowed: Sequence[str] = SD15_PIPELINES) -> str:
-    """Says what is wrong with `model.path` before any weight is read.
+    """Checks `model.path` before any weights are read.
 
     Args:
-        path: a diffusers folder, a hub id, or `shapes`.
-        allowed: names of pipeline classes; the first of them is the one that messages speak of.
+        path: the value of `model.path`: a diffusers folder, a hub id, or the name of an embedded pipeline.
+        allowed: the accepted pipeline classes; messages name the first one.
 
     Returns:
         The folder or hub id.
 
     Raises:
-        ConfigError: see `StableDiffusion.load`.
+        ConfigError: See `StableDiffusion.load`.
     """
     if not path:
-        raise ConfigError("model.path is empty; give a diffusers folder, a hub id, or 'shapes'")
+        raise ConfigError("model.path is empty; set it to a diffusers folder, a hub id, or 'shapes'")
     where = str(shapes.SHIPPED[path]) if path in shapes.SHIPPED else expanded(path)
     folder = check_place("model.path", where, "StableDiffusionPipeline")
     if folder is not None:
         if not (folder / "model_index.json").is_file():
             raise ConfigError(
-                f"model.path = {where!r} holds no model_index.json, so it is not a diffusers pipeline folder"
+                f"model.path = {where!r} has no model_index.json, so it is not a diffusers pipeline folder"
             )
         for part in _WEIGHTS:
             check_weights("model.path", where, shapes.part_folder(folder, part).parent, part)
@@ -72,10 +72,10 @@ def check_pipeline(path: str, allowed: Sequence[str] = SD15_PIPELINES) -> str:
     index = load_as("model.path", where, "a Stable Diffusion pipeline", read)
     found = str(index.get("_class_name"))
     if found == "AnimateDiffPipeline" and found not in allowed:
-        local = "" if folder else " and give it as a folder, not as a hub id"
+        local = "" if folder else " and set model.path to a local folder instead of a hub id"
         raise ConfigError(
-            f"model.path = {path!r} is an AnimateDiffPipeline, which has its motion modules: leave "
-            f"model.motion_adapter empty{local}; or give a Stable Diffusion pipeline and an adapter"
+            f"model.path = {path!r} is an AnimateDiffPipeline, which already has motion modules: leave "
+            f"model.motion_adapter empty{local}; or use a Stable Diffusion pipeline and an adapter"
         )
     if found not in allowed:
         raise ConfigError(
@@ -87,16 +87,16 @@ def check_pipeline(path: str, allowed: Sequence[str] = SD15_PIPELINES) -> str:
 
 
 def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline at `where` (see `check_pipeline`) in float32, without the parts that training never uses.
+    """Loads the pipeline at `where` (see `check_pipeline`) in float32, without the parts that training never uses.
 
     Raises:
-        ConfigError: weights that are not safetensors, damaged files.
+        ConfigError: Weights are missing, damaged or not safetensors, or the scheduler or the UNet is unsupported.
     """
     unneeded: dict[str, Any] = dict.fromkeys(UNNEEDED)
     if kind is StableDiffusionPipeline:
         unneeded["requires_safety_checker"] = False
     else:
-        del unneeded["safety_checker"]  # clips have none
+        del unneeded["safety_checker"]  # AnimateDiff pipelines have none
 
     def load() -> DiffusionPipeline:
         scheduler = _stand_in(where)
@@ -107,11 +107,11 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
         except (OSError, ValueError):
             if Path(where).is_dir():
                 raise
-            pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, variant="fp16", **parts)  # some hub ids have no other
+            pipe = kind.from_pretrained(where, **_AS_SAFETENSORS, variant="fp16", **parts)  # all that some hub ids have
         if scheduler is not None:
             pipe.register_modules(scheduler=scheduler)
         check_diffusion(pipe.scheduler)
-        # Some folders leave the first one out, and then it is 10^30.
+        # Some folders do not set the tokenizer's limit, in which case it is 10^30.
         limits = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
         pipe.tokenizer.model_max_length = min(limits)
         for part in _WEIGHTS:
@@ -123,14 +123,14 @@ def load_pipeline(where: str, kind: type[DiffusionPipeline] = StableDiffusionPip
     takes, gives, made = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
     if not takes == gives == made:
         raise ConfigError(
-            f"model.path = {where!r}: its UNet takes {takes} channels and gives {gives}, and the latents of its VAE "
-            f"have {made}; a text-to-image model is needed (inpainting takes more)"
+            f"model.path = {where!r}: its UNet has {takes} input and {gives} output channels, and the latents of its "
+            f"VAE have {made}; a text-to-image model is needed (inpainting models have more input channels)"
         )
     return pipe
 
 
 def _shared(where: str) -> dict[str, Any]:
-    """The parts that a shipped pipeline has from another one."""
+    """Loads the parts that an embedded pipeline shares with another one and does not store itself."""
     vae, tokenizer = shapes.part_folder(where, "vae"), shapes.part_folder(where, "tokenizer")
     if vae.parent == Path(where):
         return {}
@@ -141,7 +141,7 @@ def _shared(where: str) -> dict[str, Any]:
 
 
 def _variants(where: str, kind: type[DiffusionPipeline]) -> dict[str, nn.Module]:
-    """UNet and VAE of a folder that has nothing but a variant of them, such as fp16, loaded in float32."""
+    """Loads, in float32, those of UNet and VAE of which the folder has only a variant such as fp16."""
     kinds = {"unet": UNet2DConditionModel if kind is StableDiffusionPipeline else UNetMotionModel, "vae": AutoencoderKL}
     variants = {part: variant_of(Path(where) / part) for part in kinds}
     return {
@@ -152,13 +152,14 @@ def _variants(where: str, kind: type[DiffusionPipeline]) -> dict[str, nn.Module]
 
 
 def _text_encoder(where: str) -> CLIPTextModel:
-    """The text encoder at `where` in float32.
+    """Loads the text encoder at `where` in float32.
 
-    Loaded by itself, since transformers fills weights whose names it does not find with random numbers, and only its
-    loading report tells. Names do change: up to 5.5 transformers does not know those that 5.6 gives a CLIPTextModel.
+    It is loaded separately because transformers fills missing weights with random numbers and says so only in its
+    loading report. Names do change between versions: transformers up to 5.5 does not know the names that 5.6 gives a
+    CLIPTextModel.
 
     Raises:
-        ConfigError: a weight is missing.
+        ConfigError: A weight is missing.
     """
     place = Path(where) / "text_encoder"
 
@@ -180,17 +181,23 @@ def _text_encoder(where: str) -> CLIPTextModel:
 
 
 def _stand_in(where: str) -> SchedulerMixin | None:
-    """A DDIM scheduler for one that needs a package that is not installed; only a scheduler's settings are used."""
+    """Returns a DDIM scheduler to replace one that needs a missing package; None if none is missing.
+
+    This loses nothing, since only a scheduler's settings are used.
+    """
     index = StableDiffusionPipeline.load_config(where)
     try:
-        _ = getattr(diffusers, str(index["scheduler"][1])).config_name  # what stands in its place has no attributes
+        _ = getattr(diffusers, str(index["scheduler"][1])).config_name  # diffusers' dummy class raises ImportError here
     except ImportError:
         return DDIMScheduler.from_pretrained(where, subfolder="scheduler")
     except (AttributeError, LookupError, TypeError):
-        pass  # the pipeline's own loading says what is wrong
+        pass  # loading the pipeline reports what is wrong
     return None
 
 
 def rescheduled(scheduler: SchedulerMixin, kind: type[SchedulerMixin], **settings: Any) -> SchedulerMixin:
-    """A scheduler of that kind with the configuration of another but for `settings`; betas given one by one go."""
+    """Returns a scheduler of class `kind` with another one's configuration, changed by `settings`.
+
+    Explicit betas (`trained_betas`) are dropped, since they would override the settings.
+    """
     return kind.from_config(scheduler.config, trained_betas=None, **settings)
