@@ -156,7 +156,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
             inner[name] = field.annotation
         else:
             assert field.description, f"{prefix}{name} has no description"
-            yield prefix + name, field.default, field.description.replace("|D_w|", "the absolute D_w")
+            yield prefix + name, field.default, field.description
     for name, model in inner.items():
         yield from _keys(model, f"{name}.")
 
