@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,13 @@ class Denoiser:
             return self._family.denoise(model, latents, times, conditioning)
 
     def sample(
-        self, model: nn.Module, sampler: Sampler, noise: Tensor, conditioning: Conditioning, uncond: Conditioning
+        self,
+        model: nn.Module,
+        sampler: Sampler,
+        noise: Tensor,
+        conditioning: Conditioning,
+        uncond: Conditioning,
+        sampled: Callable[[int], object] = lambda rows: None,
     ) -> Tensor:
         """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` (all where it is None) at a time.
 
@@ -46,17 +54,19 @@ class Denoiser:
             noise: `(B, *latent)` float32.
             conditioning: B rows, of the pairs' own prompts, never the dropped one.
             uncond: one row, of the empty prompt.
+            sampled: called after each batch with its number of rows.
         """
         size, device = sampler.config.batch or len(noise), self.device
 
         def denoise(latents: Tensor, times: Tensor, rows: Conditioning) -> Tensor:
             return self.denoise(model, latents, times, rows)
 
-        batches = zip(noise.split(size), conditioning.split(size), strict=True)
+        made = []
         with self.autocast():  # around all steps, so that weights are cast once and not at each
-            return torch.cat(
-                [sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu() for x, rows in batches]
-            )
+            for x, rows in zip(noise.split(size), conditioning.split(size), strict=True):
+                made.append(sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu())
+                sampled(len(x))
+            return torch.cat(made)
 
     @torch.no_grad()
     def through_pixels(self, latents: Tensor) -> Tensor:

@@ -29,6 +29,21 @@ def warn(line: str) -> None:
     print(f"process {_rank}: {line}" if _world > 1 else line, flush=True)
 
 
+def on_terminal() -> bool:
+    """Returns whether progress bars may be drawn here: by rank 0, where stdout and stderr both are a terminal.
+
+    Beside a piped stdout a bar would run into the lines that `| tee` brings back to the terminal.
+    """
+    return _rank == 0 and all(_is_terminal(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError):  # ValueError: it was closed
+        return False
+
+
 class _Tolerant:
     """A text stream that shows what it can: missing letters are escaped, and a stream that fails is given up."""
 
@@ -91,22 +106,38 @@ def tolerant_output() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Limits transformers and diffusers to errors, without progress bars.
+    """Limits transformers, diffusers and datasets to errors; of their progress bars a terminal shows downloads only.
 
-    Call it before anything imports them: both read the environment when they are imported. Values that the user has set
+    Call it before anything imports them: they read the environment when they are imported. Values that the user has set
     in the environment are kept.
     """
-    for name, value in {
+    bars = on_terminal() and os.environ.get("RANK", "0") == "0"  # the launcher's variable: no process is asked yet
+    quiet = {
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-    }.items():
+    } | ({} if bars else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
     from diffusers.utils import logging  # after the environment is set: it reads it when it is imported
 
     logging.disable_progress_bar()
-    if "transformers" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
-        from transformers.utils import logging as transformers_logging
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        _limit_hub_bars(bars)
 
-        transformers_logging.disable_progress_bar()  # imported earlier, it has read the environment without our value
+
+def _limit_hub_bars(downloads: bool) -> None:
+    """Turns off the hub's progress bars, those of its own downloads only if not `downloads`.
+
+    transformers shows its bars ("Loading weights") unless those of the hub are off altogether when it is imported;
+    bars of a group can be turned on all the same, and the hub's downloads name theirs.
+    """
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # imported earlier, it has looked at the hub's before they were off
+    if downloads:
+        enable_progress_bars("huggingface_hub")
