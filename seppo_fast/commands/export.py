@@ -94,9 +94,7 @@ def export(
     return folder
 
 
-def _trained(
-    config: Config, saved: SavedState, raw: bool, advance: Callable[[int], object]
-) -> tuple[Family, bool]:
+def _trained(config: Config, saved: SavedState, raw: bool, advance: Callable[[int], object]) -> tuple[Family, bool]:
     """Returns the model with a state's weights, in float32, and whether they are the moving average."""
     instead = "Where the base was moved: --model PATH, --motion-adapter PATH"
     try:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = 80
+COLUMNS = 200  # so that no line of a run is wrapped
 
 
 class Terminal(io.StringIO):
@@ -76,7 +76,7 @@ class OnTerminal:
 
 @contextmanager
 def on_terminal(*arguments: object, environment: Mapping[str, str] | None = None) -> Iterator[OnTerminal]:
-    """Runs `python ARGUMENTS` on a pseudo-terminal of 80 columns."""
+    """Runs `python ARGUMENTS` on a pseudo-terminal of `COLUMNS`."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     process = subprocess.Popen(

@@ -70,6 +70,7 @@ def test_lines_stay_whole_above_a_bar(opened):
 
 def test_threads_print_whole_lines_above_a_bar(opened):
     terminal = opened()
+
     def work(name):
         for number in range(50):
             sys.stderr.write(f"{name} {number}\n")
