@@ -39,7 +39,7 @@ def generate(
     conditioning = family.collate([*family.encode_prompts([""]), *rows])
     own, uncond = conditioning.take(slice(1, None)), conditioning.take(slice(0, 1))
     with progress(len(prompts), "generated", "clips" if family.makes_clips else "pictures") as advance:
-        latents = denoiser.sample(model, sampler, noise, own, uncond, advance)
+        latents = denoiser.sample(model, sampler, noise, own, uncond, sampled=advance)
     pictures = family.decode(latents)
     family.park_encoders()
     return pictures

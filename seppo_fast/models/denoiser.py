@@ -44,6 +44,7 @@ class Denoiser:
         noise: Tensor,
         conditioning: Conditioning,
         uncond: Conditioning,
+        *,
         sampled: Callable[[int], object] = lambda rows: None,
     ) -> Tensor:
         """Guided samples `(B, *latent)` float32 on the CPU, `sampler.config.batch` (all where it is None) at a time.

@@ -106,31 +106,30 @@ def tolerant_output() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Limits transformers, diffusers and datasets to errors; of their progress bars a terminal shows downloads only.
+    """Limits transformers and diffusers to errors; of all libraries' progress bars a terminal shows downloads alone.
 
     Call it before anything imports them: they read the environment when they are imported. Values that the user has set
     in the environment are kept.
     """
-    bars = on_terminal() and os.environ.get("RANK", "0") == "0"  # the launcher's variable: no process is asked yet
-    quiet = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    } | ({} if bars else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
-    for name, value in quiet.items():
+    downloads = on_terminal() and os.environ.get("RANK", "0") == "0"  # a launcher's variable; no rank is set yet
+    asked = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    values = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not downloads:
+        values |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in values.items():
         os.environ.setdefault(name, value)
     from diffusers.utils import logging  # after the environment is set: it reads it when it is imported
 
     logging.disable_progress_bar()
-    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        _limit_hub_bars(bars)
+    if not asked:
+        _limit_hub_bars(downloads)
 
 
 def _limit_hub_bars(downloads: bool) -> None:
-    """Turns off the hub's progress bars, those of its own downloads only if not `downloads`.
+    """Turns off the progress bars of huggingface_hub and transformers, except the hub's downloads if `downloads`.
 
-    transformers shows its bars ("Loading weights") unless those of the hub are off altogether when it is imported;
-    bars of a group can be turned on all the same, and the hub's downloads name theirs.
+    transformers shows its own ("Loading weights") unless the hub's are off altogether when it is imported. The hub's
+    downloads name a group of theirs, which can be turned on all the same.
     """
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -138,6 +137,6 @@ def _limit_hub_bars(downloads: bool) -> None:
     if "transformers" in sys.modules:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # imported earlier, it has looked at the hub's before they were off
+        logging.disable_progress_bar()  # imported earlier, it has not seen that the hub's are off
     if downloads:
         enable_progress_bars("huggingface_hub")

@@ -98,10 +98,15 @@ def test_a_line_without_an_end_is_shown_once_the_bar_is_gone(opened):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_whatever_ends_the_work_leaves_the_terminal_clean(opened, error):
     terminal = opened()
-    with pytest.raises(error), progress(9, "encoded", "examples") as advance:
-        advance(2)
-        terminal.write("^C")  # as the terminal's driver echoes it
-        raise error
+
+    def work():
+        with progress(9, "encoded", "examples") as advance:
+            advance(2)
+            terminal.write("^C")  # as the terminal's driver echoes it
+            raise error
+
+    with pytest.raises(error):
+        work()
     print("afterwards")
     assert screen(terminal.getvalue()) == ["afterwards"]
 
