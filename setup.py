@@ -72,6 +72,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml>=6",
         "safetensors>=0.8",
+        "tqdm>=4.66",
         "transformers>=5.6",  # the embedded pipelines' text encoders use its names of weights
         "tyro>=1",
     ],

@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, help="the file, replaced if it is there; default: report.html in the run's"
     )
+    report.add_argument(
+        "--watch",
+        action="store_true",
+        help="rewrite the page every ten seconds in which the run's log grows, until the run is finished or Ctrl-C",
+    )
     purpose = "write what a run learned in a format that others load"
     export = commands.add_parser("export", help=purpose, description=purpose)
     export.add_argument("run", type=Path, help="the run's folder")
@@ -78,9 +83,14 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "report":
             quiet_libraries()
-            from seppo_fast.commands.report import report
+            if arguments.watch:
+                from seppo_fast.commands.watch import watch
 
-            report(arguments.run, arguments.output)
+                watch(arguments.run, arguments.output)
+            else:
+                from seppo_fast.commands.report import report
+
+                report(arguments.run, arguments.output)
             return 0
         if arguments.command == "export":
             quiet_libraries()

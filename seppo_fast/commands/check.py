@@ -21,9 +21,9 @@ from seppo_fast.models.family import Family
 from seppo_fast.models.registry import load_family
 from seppo_fast.models.trainable import DTYPES, make_trainable, trainable
 from seppo_fast.references.layout import PackedLayout
-from seppo_fast.runs.journal import duration
 from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import DataError
+from seppo_fast.utils.progress import duration
 
 
 def check(config: Config) -> int:

@@ -27,9 +27,11 @@ from seppo_fast.runs.saver import AVERAGE, fitting, load_policy, on_cpu
 from seppo_fast.train.learner import applied_updates
 from seppo_fast.utils.errors import CheckpointError, ConfigError
 from seppo_fast.utils.files import free_name, staged_folder
+from seppo_fast.utils.progress import progress
 
 Format = Literal["diffusers", "lora", "comfyui"]
 COMFYUI_FILE = "lora-comfyui.safetensors"
+_STAGES = 5  # the base is loaded, and compared; the weights are loaded, written, and flushed to the disk
 
 
 def export(
@@ -78,25 +80,30 @@ def export(
     if folder.exists():
         raise ConfigError(f"--output {folder}: is there already")
     scores = read_scores(run)
-    trained, average = _trained(config, saved, raw)
-    with staged_folder(folder, CheckpointError) as staging:
-        _write(trained, config, form, staging)
-        card = model_card(config, saved, form, average, scores)
-        # A folder's name need not be UTF-8.
-        (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-        (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with progress(_STAGES, "exported", "stages") as advance:
+        trained, average = _trained(config, saved, raw, advance)
+        with staged_folder(folder, CheckpointError) as staging:
+            _write(trained, config, form, staging)
+            card = model_card(config, saved, form, average, scores)
+            # A folder's name need not be UTF-8.
+            (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+            (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
+            advance(1)
+        advance(1)
     report(f"{form}, after update {saved.update}, {'moving average' if average else 'raw weights'}: {folder}")
     return folder
 
 
-def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[Family, bool]:
-    """The model with a state's weights, in float32, and whether they are the moving average."""
+def _trained(config: Config, saved: SavedState, raw: bool, advance: Callable[[int], object]) -> tuple[Family, bool]:
+    """Returns the model with a state's weights, in float32, and whether they are the moving average."""
     instead = "Where the base was moved: --model PATH, --motion-adapter PATH"
     try:
         family = load_family(config, torch.device("cpu"))
     except ConfigError as problem:
         raise ConfigError(f"{problem}. {instead}") from problem
+    advance(1)
     refuse_other_content(saved, {"model": (family.identity(),)}, instead)
+    advance(1)
     # The base in float32, whatever it was trained in: what is merged into it would be lost in rounding.
     plain = config.model.model_copy(update={"precision": "fp32"})
     make_trainable(family.model, plain, config.seed, family)
@@ -107,6 +114,7 @@ def _trained(config: Config, saved: SavedState, raw: bool) -> tuple[Family, bool
         with torch.no_grad():
             for name, tensor in fitting(saved, AVERAGE, parameters).items():
                 parameters[name].copy_(tensor)
+    advance(1)
     return family, average
 
 

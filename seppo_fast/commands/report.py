@@ -9,6 +9,7 @@ import base64
 import io
 import itertools
 import os
+import secrets
 import stat
 import statistics
 from collections.abc import Callable, Sequence
@@ -83,14 +84,16 @@ def report(run: Path, output: Path | None = None, say: Callable[[str], object] =
         raise ConfigError(f"{file}: is there already and is no page; choose another --output")
     # A path may hold bytes that are no text.
     content = page(run, log).encode("utf-8", errors="replace")
-    staging = file.with_name(f".tmp-{file.name}")
+    # A name of its own: two commands may write the same page. Not .tmp-*: a run that begins removes those.
+    staging = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
     try:
         staging.write_bytes(content)
         os.replace(staging, file)
     except OSError as problem:
-        with suppress(OSError):
-            staging.unlink()
         raise ConfigError(f"{file}: cannot be written: {problem.strerror}") from problem
+    finally:
+        with suppress(OSError):  # it is there if this failed or was interrupted
+            staging.unlink()
     say(f"report: {file}")
     return file
 
@@ -147,6 +150,11 @@ def _log(run: Path) -> list[dict[str, Any]]:
     except OSError as problem:
         raise ConfigError(f"{run}: no run is there: {LOG} cannot be read ({problem.strerror})") from problem
     return list(itertools.takewhile(lambda entry: 0 <= entry["update"] <= _MOST_UPDATES, log))
+
+
+def planned_updates(run: Path) -> int | None:
+    """Returns the number of updates in a run's config.yaml; None where it does not say."""
+    return _counts(_settings(run))["updates"]
 
 
 def _settings(run: Path) -> bytes:

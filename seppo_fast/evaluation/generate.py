@@ -13,6 +13,7 @@ from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.evaluation.grids import side_by_side
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
+from seppo_fast.utils.progress import progress
 from seppo_fast.utils.random import keyed_noise
 
 
@@ -37,7 +38,8 @@ def generate(
     rows = [row for chunk in _chunks(prompts, 256) for row in family.encode_prompts(list(chunk))]
     conditioning = family.collate([*family.encode_prompts([""]), *rows])
     own, uncond = conditioning.take(slice(1, None)), conditioning.take(slice(0, 1))
-    latents = denoiser.sample(model, sampler, noise, own, uncond)
+    with progress(len(prompts), "generated", "clips" if family.makes_clips else "pictures") as advance:
+        latents = denoiser.sample(model, sampler, noise, own, uncond, sampled=advance)
     pictures = family.decode(latents)
     family.park_encoders()
     return pictures

@@ -29,11 +29,11 @@ from seppo_fast.runs.signals import Interruption
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import allocate, disk_message
-from seppo_fast.utils.logging import say, warn
+from seppo_fast.utils.logging import warn
 from seppo_fast.utils.memory import free_bytes, is_out_of_memory
+from seppo_fast.utils.progress import progress
 
 _FULL_BATCHES = 8  # rolled out at once: the last, unfilled one then wastes an eighth at most
-_REPORT_SECONDS = 30.0
 
 
 class Rollout:
@@ -131,27 +131,25 @@ class Rollout:
         The first `done` are not asked for. Batches are those that make them all: rounding depends on a batch's size.
         """
         samples: Tensor | None = None
-        start, began = done - done % self.batch, time.monotonic()
-        told, skipped = began, start
-        while start < len(keys):
-            self._interruption.check()
-            inputs = self.maker.generation(keys[start : start + self.batch])
-            try:
-                fault("sampling")
-                made = self._strategy.sample(model, *inputs)
-            except (RuntimeError, MemoryError) as error:
-                if len(inputs[0]) == 1 or not is_out_of_memory(error):
-                    raise
-                self.batch = len(inputs[0]) // 2
-                warn(f"out of memory with {len(inputs[0])} samples; going on with sampler.batch = {self.batch}")
-                continue
-            if samples is None:
-                samples = self._sample_buffer((len(keys), *made.shape[1:]))
-            samples[start : start + len(made)] = made
-            start += len(made)
-            if time.monotonic() - told > _REPORT_SECONDS:
-                told = time.monotonic()
-                say(f"rolled out {start}/{len(keys)} samples  {(start - skipped) / (told - began):.3g} samples/s")
+        start = done - done % self.batch
+        with progress(len(keys), "rolled out", "samples", initial=start) as advance:
+            while start < len(keys):
+                self._interruption.check()
+                inputs = self.maker.generation(keys[start : start + self.batch])
+                try:
+                    fault("sampling")
+                    made = self._strategy.sample(model, *inputs)
+                except (RuntimeError, MemoryError) as error:
+                    if len(inputs[0]) == 1 or not is_out_of_memory(error):
+                        raise
+                    self.batch = len(inputs[0]) // 2
+                    warn(f"out of memory with {len(inputs[0])} samples; continuing with sampler.batch = {self.batch}")
+                    continue
+                if samples is None:
+                    samples = self._sample_buffer((len(keys), *made.shape[1:]))
+                samples[start : start + len(made)] = made
+                start += len(made)
+                advance(len(made))
         assert samples is not None
         return samples
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,14 @@ class Denoiser:
             return self._family.denoise(model, latents, times, conditioning)
 
     def sample(
-        self, model: nn.Module, sampler: Sampler, noise: Tensor, conditioning: Conditioning, uncond: Conditioning
+        self,
+        model: nn.Module,
+        sampler: Sampler,
+        noise: Tensor,
+        conditioning: Conditioning,
+        uncond: Conditioning,
+        *,
+        sampled: Callable[[int], object] = lambda rows: None,
     ) -> Tensor:
         """Generates guided samples in batches of `sampler.config.batch` (all at once if it is None).
 
@@ -46,6 +55,7 @@ class Denoiser:
             noise: the initial noise: `(B, *latent)` float32.
             conditioning: B rows, one per sample; of the pair's own prompt even where training drops it.
             uncond: one row, for the empty prompt.
+            sampled: called after each batch with its number of rows.
 
         Returns:
             The samples: `(B, *latent)` float32 on the CPU.
@@ -55,11 +65,12 @@ class Denoiser:
         def denoise(latents: Tensor, times: Tensor, rows: Conditioning) -> Tensor:
             return self.denoise(model, latents, times, rows)
 
-        batches = zip(noise.split(size), conditioning.split(size), strict=True)
+        made = []
         with self.autocast():  # around all steps, so that autocast's cache casts each weight once, not once per step
-            return torch.cat(
-                [sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu() for x, rows in batches]
-            )
+            for x, rows in zip(noise.split(size), conditioning.split(size), strict=True):
+                made.append(sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu())
+                sampled(len(x))
+            return torch.cat(made)
 
     @torch.no_grad()
     def through_pixels(self, latents: Tensor) -> Tensor:

@@ -25,6 +25,16 @@ _MARK = "a run of seppo_fast\n"
 _BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
 
 
+def is_begun(folder: Path) -> bool:
+    """Returns whether a folder is a run's, which may not have finished its first update yet."""
+    if (folder / "config.yaml").is_file():
+        return True
+    try:
+        return (folder / LOCK).is_file() and (folder / LOCK).read_text(encoding="utf-8") == _MARK
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def refuse_occupied(folder: Path) -> None:
     """Checks that a folder is missing, empty or a run's.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from seppo_fast.runs.watch import HealthWatch
+from seppo_fast.utils.progress import duration
 
 LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
 _GIB = 2**30
@@ -149,13 +150,6 @@ def progress_line(number: int, updates: int, stats: dict[str, float], seconds_le
     parts.append(f"eta {duration(seconds_left)}")
     parts.append(f"{stats['memory_gib']:.1f} GB")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Formats seconds for people: `45 s`, `13 m`, `2.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory_gib(device: torch.device) -> float:

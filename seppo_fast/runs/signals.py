@@ -1,4 +1,7 @@
-"""Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1: the run ends at the next micro-batch, where its state can be saved."""
+"""Handles SIGINT, SIGTERM, SIGHUP and SIGUSR1: the run ends at the next micro-batch, where its state can be saved.
+
+A command that has nothing to save ends at once.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,27 @@ def defer_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """SIGTERM and SIGHUP inside the block raise `Interrupted` at once: for commands that have nothing to save.
+
+    Signals that are ignored stay ignored, and outside of a program's main thread they are left alone.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("interrupted")
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interruption:

@@ -29,6 +29,21 @@ def warn(line: str) -> None:
     print(f"process {_rank}: {line}" if _world > 1 else line, flush=True)
 
 
+def on_terminal() -> bool:
+    """Returns whether progress bars may be drawn here: by rank 0, where stdout and stderr both are a terminal.
+
+    Beside a piped stdout a bar would run into the lines that `| tee` brings back to the terminal.
+    """
+    return _rank == 0 and all(_is_terminal(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError):  # ValueError: it was closed
+        return False
+
+
 class _Tolerant:
     """A text stream that shows what it can: missing letters are escaped, and a stream that fails is given up."""
 
@@ -91,22 +106,37 @@ def tolerant_output() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Limits transformers and diffusers to errors, without progress bars.
+    """Limits transformers and diffusers to errors; of all libraries' progress bars a terminal shows downloads alone.
 
-    Call it before anything imports them: both read the environment when they are imported. Values that the user has set
+    Call it before anything imports them: they read the environment when they are imported. Values that the user has set
     in the environment are kept.
     """
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
+    downloads = on_terminal() and os.environ.get("RANK", "0") == "0"  # a launcher's variable; no rank is set yet
+    asked = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    values = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not downloads:
+        values |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in values.items():
         os.environ.setdefault(name, value)
     from diffusers.utils import logging  # after the environment is set: it reads it when it is imported
 
     logging.disable_progress_bar()
-    if "transformers" in sys.modules and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
-        from transformers.utils import logging as transformers_logging
+    if not asked:
+        _limit_hub_bars(downloads)
 
-        transformers_logging.disable_progress_bar()  # imported earlier, it has read the environment without our value
+
+def _limit_hub_bars(downloads: bool) -> None:
+    """Turns off the progress bars of huggingface_hub and transformers, except the hub's downloads if `downloads`.
+
+    transformers shows its own ("Loading weights") unless the hub's are off altogether when it is imported. The hub's
+    downloads name a group of theirs, which can be turned on all the same.
+    """
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # imported earlier, it has not seen that the hub's are off
+    if downloads:
+        enable_progress_bars("huggingface_hub")

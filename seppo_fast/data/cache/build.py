@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +25,7 @@ from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError, NonFiniteError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.logging import say
+from seppo_fast.utils.progress import progress
 
 SHARD_SIZE = 1024
 CLIP_SHARD_BYTES = 1 << 27
@@ -33,7 +33,6 @@ CLIP_SHARD_BYTES = 1 << 27
 BATCH = 8
 """Images encoded at once."""
 MAX_LISTED = 20
-_REPORT_SECONDS = 10.0
 
 
 class Encoder(Protocol):
@@ -82,24 +81,24 @@ def build(
     batch_size = encoded_at_once(frames, batch_size)
     writer = _Writer(source, encoder, folder, losers, clips=frames is not None)
     batch: list[tuple[Example, list[np.ndarray]]] = []
-    progress = _Progress(len(source))
-    for example, outcome in decode_all(source, decode, losers):
-        progress.step()
-        if isinstance(outcome, Problem):
-            problems.append(outcome)
-            if not _too_many(problems, total):
-                say(f"left out: {outcome}")
-            continue
-        batch.append((example, outcome))
-        if len(batch) == batch_size:
-            # past the limit there will be no cache, but the list of bad examples is worth completing
-            if not _too_many(problems, total):
-                writer.add(batch)
-            batch = []
-    if _too_many(problems, total):
-        raise DataError(_bad_list(source, problems, total))
-    if batch:
-        writer.add(batch)
+    with progress(len(source), "encoded", "examples") as advance:
+        for example, outcome in decode_all(source, decode, losers):
+            if isinstance(outcome, Problem):
+                problems.append(outcome)
+                if not _too_many(problems, total):
+                    say(f"left out: {outcome}")
+            else:
+                batch.append((example, outcome))
+            if len(batch) == batch_size:
+                # past the limit there will be no cache, but the list of bad examples is worth completing
+                if not _too_many(problems, total):
+                    writer.add(batch)
+                batch = []
+            advance(1)
+        if _too_many(problems, total):
+            raise DataError(_bad_list(source, problems, total))
+        if batch:
+            writer.add(batch)
     writer.finish(key, problems, remarks)
 
 
@@ -138,24 +137,6 @@ def _bad_list(source: Source, problems: list[Problem], total: int) -> str:
         lines.append(f"  and {len(problems) - MAX_LISTED} more")
     lines.append("Mend or remove them.")
     return "\n".join(lines)
-
-
-class _Progress:
-    """A line every ten seconds."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._start = self._last = time.monotonic()
-
-    def step(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last >= _REPORT_SECONDS:
-            rate = self._done / (now - self._start)
-            minutes = (self._total - self._done) / rate / 60
-            say(f"encoded {self._done}/{self._total}  {rate:.1f} examples/s  eta {minutes:.0f} m")
-            self._last = now
 
 
 class _Writer:

@@ -1,0 +1,181 @@
+"""Shows how far long work is: a bar on a terminal, elsewhere a line at most every ten seconds."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from seppo_fast.utils.logging import on_terminal, say
+
+_LINE_SECONDS = 10.0
+_MARGIN = 4  # columns beside the bar: its last cell would wrap, and a terminal echoes ^C behind it
+
+
+@contextmanager
+def progress(total: int, done: str, unit: str, initial: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of the work inside the block.
+
+    On a terminal a bar stays below whatever is printed meanwhile, and disappears at the end of the block, however it
+    ends. Elsewhere lines such as `encoded 120/4000  33.1 examples/s  eta 2 m` are printed, none for work of less than
+    ten seconds.
+
+    Args:
+        total: the number of items.
+        done: what has been done to the items that are counted, such as `encoded`.
+        unit: what an item is called, in the plural.
+        initial: how many items were done before the block.
+
+    Returns:
+        A function to call with the number of items that were done since the last call.
+    """
+    if not on_terminal():
+        yield _Lines(total, done, unit, initial).advance
+        return
+    before = sys.stdout, sys.stderr
+    bar = _Bar(total, done, unit, initial, sys.stderr)
+    above = [_AboveBar(stream, bar) for stream in before]
+    try:
+        sys.stdout, sys.stderr = above  # type: ignore[assignment]
+        yield bar.advance
+    finally:
+        sys.stdout, sys.stderr = before
+        bar.close()
+        for stream in above:
+            stream.release()
+
+
+def duration(seconds: float) -> str:
+    """Returns a number of seconds as text: `45 s`, `12 m` or `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Lines:
+    """Prints a line at most every ten seconds; see `progress` for the arguments."""
+
+    def __init__(self, total: int, done: str, unit: str, initial: int) -> None:
+        self._total, self._done, self._unit = total, done, unit
+        self._initial = self._count = initial
+        self._start = self._last = monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self._count += count
+        now = monotonic()
+        if now - self._last < _LINE_SECONDS:
+            return
+        self._last = now
+        rate = (self._count - self._initial) / (now - self._start)
+        left = duration((self._total - self._count) / rate)
+        shown = f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+        say(f"{self._done} {self._count}/{self._total}  {shown} {self._unit}/s  eta {left}")
+
+
+class _Meter(tqdm):
+    """A bar that follows the terminal's width and starts no thread, which would draw it beside `_Bar`'s lock."""
+
+    monitor_interval = 0
+
+    def display(self, *arguments: Any, **keywords: Any) -> Any:
+        self.ncols = max(1, _columns() - _MARGIN)
+        return super().display(*arguments, **keywords)
+
+
+# tqdm's own lock is shared between processes, for which some start methods start another process.
+_Meter.set_lock(threading.RLock())
+
+
+class _Bar:
+    """A bar in the terminal's last line; see `progress` for the other arguments.
+
+    Its lock is held while anything is drawn. A signal handler may print in the middle of that, so the lock is
+    reentrant, and only the outermost `hidden` draws the bar again.
+
+    Args:
+        stream: the terminal.
+    """
+
+    def __init__(self, total: int, done: str, unit: str, initial: int, stream: TextIO) -> None:
+        self.lock = threading.RLock()
+        self._stream = stream
+        self._hidden = 0
+        self._meter = _Meter(
+            total=total,
+            desc=done,
+            unit=f" {unit}",
+            initial=initial,
+            file=stream,
+            leave=False,
+            miniters=1,  # each item looks at the clock, since some take a thousand times as long as others
+            position=0,
+            nrows=2,  # else a terminal that tells no size, as some containers' do, would have no row for it
+        )
+
+    def advance(self, count: int = 1) -> None:
+        with self.lock:
+            self._meter.update(count)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Frees the bar's line for the time of the block."""
+        with self.lock:
+            self._hidden += 1
+            self._erase()
+            try:
+                yield
+            finally:
+                self._hidden -= 1
+                if not self._hidden:
+                    self._meter.refresh(nolock=True)
+
+    def close(self) -> None:
+        with self.lock:
+            self._erase()
+            self._meter.close()
+
+    def _erase(self) -> None:
+        """Overwrites the line with spaces, an echoed ^C included, which the meter knows nothing of."""
+        self._stream.write(f"\r{' ' * (_columns() - 1)}\r")
+        self._stream.flush()
+
+
+class _AboveBar:
+    """A text stream that prints whole lines above a bar, and holds back the rest until its newline comes."""
+
+    def __init__(self, stream: TextIO, bar: _Bar) -> None:
+        self._stream, self._bar = stream, bar
+        self._rest = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        """Returns False, so that nobody draws a second bar below the first."""
+        return False
+
+    def write(self, text: str) -> int:
+        with self._bar.lock:
+            lines, newline, self._rest = (self._rest + text).rpartition("\n")
+            if newline:
+                with self._bar.hidden():
+                    self._stream.write(lines + newline)
+                    self._stream.flush()
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def release(self) -> None:
+        """Prints what is held back, once the bar is gone."""
+        self._stream.write(self._rest)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns

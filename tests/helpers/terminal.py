@@ -1,0 +1,97 @@
+"""A terminal for tests: streams that count as one, what its screen shows, and processes that run on a real one."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = 200  # so that no line of a run is wrapped
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal and remembers everything written."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows after `written`, without trailing spaces; empty lines at the end are left out."""
+    lines, row, column = [""], 0, 0
+    for letter in written:
+        if letter == "\r":
+            column = 0
+        elif letter == "\n":  # the driver of a real terminal has put a \r before it
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            if column == COLUMNS:
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+            lines[row] = lines[row].ljust(column)[:column] + letter + lines[row][column + 1 :]
+            column += 1
+    shown = [line.rstrip() for line in lines]
+    while shown and not shown[-1]:
+        del shown[-1]
+    return shown
+
+
+class OnTerminal:
+    """A process whose three streams are a pseudo-terminal, which controls it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
+        self.process = process
+        self._terminal = terminal
+        self._written = b""
+
+    def read(self, until: str | None = None) -> str:
+        """Reads until a text has been written, or to the end; returns all that was written so far."""
+        while until is None or until.encode() not in self._written:
+            try:
+                piece = os.read(self._terminal, 1 << 16)
+            except OSError:  # Linux says EIO once the other end is closed
+                piece = b""
+            if not piece:
+                assert until is None, f"{until!r} was not written: {self._written!r}"
+                break
+            self._written += piece
+        return self._written.decode()
+
+    def type(self, letters: bytes) -> None:
+        """Types letters; `\\x03` is Ctrl-C."""
+        os.write(self._terminal, letters)
+
+
+@contextmanager
+def on_terminal(*arguments: object, environment: Mapping[str, str] | None = None) -> Iterator[OnTerminal]:
+    """Runs `python ARGUMENTS` on a pseudo-terminal of `COLUMNS`."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    # Commands that other tests ran in this process have set these, as they do where there is no terminal.
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_DISABLE_PROGRESS_BARS")}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**inherited, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **(environment or {})},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        yield OnTerminal(process, ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
