@@ -36,7 +36,7 @@ def pages() -> list[Path]:
 
 
 def demo_table(result: dict[str, Any]) -> str:
-    """Returns the table of a demo's gain under each training seed, and that of SFT on the same winners if measured."""
+    """Returns the table of gains per training seed: the demo's and, if measured, those of SFT on the same winners."""
     base = result["base"]
     lines = [
         f"| | seed | {' | '.join(f'guidance {scale}: gain [95 %]' for scale in base)} |",
@@ -50,15 +50,15 @@ def demo_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"`{result['command']}`: {result['items']} held-out prompts; the first took {result['seconds']:.0f} s on "
-            f"{result['cores']} CPU cores after installation, judging included; torch {result['torch']}, commits "
+            f"`{result['command']}`: {result['items']} held-out prompts; the first run took {result['seconds']:.0f} s "
+            f"on {result['cores']} CPU cores, including judging but not installation; torch {result['torch']}, commits "
             f"{result['commit']}.",
         ]
     )
 
 
 def full_size_table(result: dict[str, Any]) -> str:
-    """Returns the seconds of each phase of one update at true size, for pictures or clips."""
+    """Returns the table of seconds per phase of one full-size update, for pictures or clips."""
     size = " x ".join(str(side) for side in (result.get("frames"), *2 * [result["resolution"]]) if side)
     recomputed = ", activations recomputed" * result.get("gradient_checkpointing", False)
     phases = ["write random weights", "load, encode", "roll out", "learn", "save"]
@@ -76,18 +76,18 @@ def full_size_table(result: dict[str, Any]) -> str:
 
 
 def soak_table(result: dict[str, Any]) -> str:
-    """Returns the table of a soak by `benchmarks.faults`."""
+    """Returns the table of a soak test by `benchmarks.faults`."""
     hits = ", ".join(f"{count} x {name}" for name, count in sorted(result["disturbed"].items()))
     stalls = ", ".join(f"{100 * share:.1f} % ({kind})" for kind, share in result["save_stall"].items())
     rows = {
         "kills (SIGKILL)": f"{result['kills']:,}",
         "all disturbances": hits,
-        "finished runs": f"{result['runs']} of {result['updates']} updates each, every byte compared",
+        "finished runs": f"{result['runs']}, with {result['updates']} updates each; every byte compared",
         "**corrupt resumes**": f"**{len(result['corrupt'])}**",
         "updates repeated per resume": f"{result['lost_mean']:.2f} on average, {result['lost_most']} at most",
         "from the command to the first update": f"{result['seconds_to_first_update']:.2f} s for a new run, "
-        f"{result['seconds_to_resumed_update']:.2f} s for a resumed one (medians, without some 5 s of imports)",
-        "share of training time spent waiting for a state after every update": stalls,
+        f"{result['seconds_to_resumed_update']:.2f} s for a resumed one (medians; excludes about 5 s of imports)",
+        "share of training time spent waiting for saves, with a state saved after every update": stalls,
     }
     return "\n".join(
         [
@@ -102,21 +102,22 @@ def soak_table(result: dict[str, Any]) -> str:
 
 
 def flat_line(result: dict[str, Any]) -> str:
-    """Returns the line with the growth that `benchmarks.flat` measured."""
+    """Returns the line that reports the growth of resources measured by `benchmarks.flat`."""
     growth, last = result["growth"], result["last"]
     return (
-        f"`{result['command']}`: over {result['updates']:,} updates, from the second quarter to the last, memory "
-        f"{growth['memory'] / 2**20:+.1f} MiB (of {last['memory'] / 2**20:.0f}), threads {growth['threads']:+.0f}, "
-        f"open files {growth['handles']:+.0f}, files on disk {growth['files']:+.0f}; commit {result['commit']}."
+        f"`{result['command']}`: growth over {result['updates']:,} updates, from the second quarter to the last: "
+        f"memory {growth['memory'] / 2**20:+.1f} MiB (of {last['memory'] / 2**20:.0f}), threads "
+        f"{growth['threads']:+.0f}, open files {growth['handles']:+.0f}, files on disk "
+        f"{growth['files']:+.0f}; commit {result['commit']}."
     )
 
 
 def suite_rows(on_cpu: bool) -> list[dict[str, Any]]:
-    """Returns the newest committed rows of each case and device, measured on CPUs or on GPUs.
+    """Returns the newest committed rows per case and device, from the files measured on CPUs or those from GPUs.
 
-    Files are named `cpu-YYYYMMDD-COMMIT-SUITE.json`, or start with the GPU's name; a file with `gpu-check` instead of a
-    suite holds rows of several suites, and counts as older than the suites of its day. Each row gets `command`, the
-    command that measured it.
+    Files are named `DEVICE-YYYYMMDD-COMMIT-SUITE.json`, where DEVICE is `cpu` or the GPU's name. A file with
+    `gpu-check` in place of the suite holds rows of several suites, and counts as older than the other files of its day.
+    Adds the key `command` to each row: the command that measured it.
     """
     newest: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     files = RESULTS.glob("*-[0-9]*-*.json")
@@ -149,7 +150,7 @@ def configuration_table() -> str:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yields key, default and description; the top level's own keys before those of its sections."""
+    """Yields key, default and description of each key; a section's own keys precede those of its subsections."""
     inner = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -210,7 +211,7 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrites the tables of README.md and docs/ in place, and the chart of a pair's phases."""
+    """Rewrites the tables of README.md and docs/ in place, and redraws the chart of the time per pair by phase."""
     rows = suite_rows(on_cpu=False) or suite_rows(on_cpu=True)
     phase_chart(rows, RESULTS / "phases.png")
     for page in pages():

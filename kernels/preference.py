@@ -1,6 +1,7 @@
 """Triton kernel of the preference loss, which can write the loss's gradient in the same pass.
 
-With predictions p (policy) and q (reference), target y, N elements per latent, the winners' half first:
+With predictions p (policy) and q (reference), target y, N elements per latent, winners first, and a weight omega per
+pair (`weights_B`; 1 if that is None):
 
     m = mean_N (p - y)^2    r = mean_N (q - y)^2    D = mean_N (p - q)((p - y) + (q - y)), or m - r if only r is given
     a = +1 where D_w <= tie_tol, else learn_sign

@@ -14,7 +14,7 @@ from seppo_fast.utils.logging import tolerant_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; printing never ends it.
+    """Runs one command and returns its exit code; an output that cannot be written does not end the command.
 
     0 ok, 2 config, 3 data, 4 out of memory, 5 non-finite, 6 checkpoint, 7 another process lost, 130 interrupted.
     """
@@ -39,44 +39,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"seppo_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | report | export | demo")
     for name, purpose in {
-        "train": "run a whole training",
-        "check": "look at configuration, data and model as training would, and train nothing",
+        "train": "train a model, or resume an unfinished run",
+        "check": "check configuration, data and model, and estimate memory, disk and time, without training",
     }.items():
         command = commands.add_parser(name, help=purpose, description=purpose, add_help=False)
         command.add_argument("config", help="a YAML file, or a recipe that ships with the package, such as sd15.yaml")
-        command.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key VALUE, over what the file says")
-    purpose = "show a run, finished or not, in one HTML page"
+        command.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key VALUE, instead of the file's")
+    purpose = "write one HTML page about a run, finished or not"
     report = commands.add_parser("report", help=purpose, description=purpose)
     report.add_argument("run", type=Path, help="the run's folder")
     report.add_argument(
-        "--output", type=Path, help="the file, replaced if it is there; default: report.html in the run's"
+        "--output", type=Path, help="the file to write, an older report is replaced; default: report.html in the run's"
     )
     report.add_argument(
         "--watch",
         action="store_true",
-        help="rewrite the page every ten seconds in which the run's log grows, until the run is finished or Ctrl-C",
+        help="rewrite the page every ten seconds while the run's log grows, until the run is finished or Ctrl-C",
     )
-    purpose = "write what a run learned in a format that others load"
+    purpose = "write a run's trained weights in a format that other software loads"
     export = commands.add_parser("export", help=purpose, description=purpose)
     export.add_argument("run", type=Path, help="the run's folder")
     export.add_argument(
         "--format",
         choices=("diffusers", "lora", "comfyui"),
-        help="a pipeline folder (a LoRA merged into it), a LoRA for diffusers, or one with kohya's key names; default: "
-        "diffusers where all weights were trained, else lora",
+        help="a pipeline folder with any LoRA merged in, a LoRA for diffusers, or a LoRA with kohya's key names; "
+        "default: diffusers if all weights were trained, else lora",
     )
-    export.add_argument("--model", dest="path", help="where the base is now, if it was moved")
-    export.add_argument("--motion-adapter", help="where the motion adapter is now, if it was moved")
-    export.add_argument("--raw", action="store_true", help="not the moving average that the run keeps")
+    export.add_argument("--model", dest="path", help="the base model's new place, if it was moved")
+    export.add_argument("--motion-adapter", help="the motion adapter's new place, if it was moved")
+    export.add_argument("--raw", action="store_true", help="the raw weights, even if the run keeps a moving average")
     export.add_argument("--output", type=Path, help="a folder that does not exist; default: export-FORMAT in the run's")
-    demo = commands.add_parser("demo", help="align the embedded pipeline and judge it, in minutes on a CPU")
-    demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes, in place of pictures")
-    demo.add_argument("--output", type=Path, help="folder of the run; runs/demo, or the next free runs/demo-N")
+    demo = commands.add_parser("demo", help="align the embedded pipeline and judge the result, in minutes on a CPU")
+    demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes instead of pictures")
+    demo.add_argument("--output", type=Path, help="the run's folder; default: runs/demo, or the next free runs/demo-N")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Imported where they are needed: they take seconds, and nobody should wait for them to read of a typing error.
+    # Deferred: these imports take seconds and would delay usage errors.
     from seppo_fast.config.overrides import configure
     from seppo_fast.utils.logging import quiet_libraries
 
@@ -120,20 +120,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
         if is_lost_process(error):
             raise LostProcessError(
-                f"another process of this run is gone or does not answer: {str(error).splitlines()[0]}. What it said "
-                "itself stands above; the same command goes on from the last saved state"
+                f"another process of this run has exited or does not respond: {str(error).splitlines()[0]}. Its own "
+                "message is above; rerun the same command to resume from the last saved state"
             ) from error
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}; "
-            "--memory low, a smaller train.micro_batch or sampler.batch, or model.train lora take less"
+            "to use less, set --memory low, a smaller train.micro_batch or sampler.batch, or model.train lora"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"no space left for {error.filename or 'the run'}; make room and start again"
-            ) from error
+            raise CheckpointError(f"no space left for {error.filename or 'the run'}; make room and rerun") from error
         raise
 
 

@@ -1,6 +1,7 @@
-"""The models that benchmarks run: SD-1.5's architecture with random weights on a GPU, the embedded pipeline on a CPU.
+"""The models that benchmarks run: SD-1.5's architecture with random weights on a GPU, a small pipeline on a CPU.
 
-For clips, random motion modules are added to either; on a GPU they have the shape of AnimateDiff's for SD-1.5.
+The small pipeline is the one embedded in the package, `seppo_fast.shapes.PIPELINE`. For clips, motion modules with
+random weights are added to either UNet; on a GPU they have the architecture of AnimateDiff's modules for SD-1.5.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _SCHEDULE = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
     "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
 }  # fmt: skip
-# As in diffusers' documentation of AnimateDiff; repeated here to detect a mistake in the family's own schedule.
+# From diffusers' AnimateDiff documentation. Not imported from our AnimateDiff family, so that an error there is found.
 _CLIP_SCHEDULE = {
     "beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "linspace", "steps_offset": 1,
 }  # fmt: skip
@@ -54,7 +55,8 @@ _CLIP_SCHEDULE = {
 def write_pipeline(folder: Path, toy: bool) -> int:
     """Writes a pipeline with random weights in the SD-1.5 format; returns the number of parameters of its UNet.
 
-    The tokenizer is the embedded pipeline's with 77 tokens; any tokenizer would do whose ids fit the vocabulary.
+    The tokenizer is the embedded pipeline's, with a maximum length of 77; any tokenizer whose ids are below the text
+    encoder's `vocab_size` would do.
     """
     widths, text_width, layers = ((32, 64, 64, 64), 64, 1) if toy else ((320, 640, 1280, 1280), 768, 12)
     vae_widths = (8, 16, 16, 16) if toy else (128, 256, 512, 512)
@@ -86,7 +88,8 @@ def write_pipeline(folder: Path, toy: bool) -> int:
 def write_adapter(folder: Path, pipeline: Path) -> int:
     """Writes motion modules with random weights that fit a pipeline folder's UNet; returns the number of parameters.
 
-    For SD-1.5 they have the shape of AnimateDiff's v1-5-2: 8 heads, at most 32 frames, also in the UNet's middle block.
+    For SD-1.5 they have the architecture of AnimateDiff's v1-5-2: 8 attention heads, at most 32 frames, and a motion
+    module in the UNet's middle block too.
     """
     unet = UNet2DConditionModel.load_config(pipeline, subfolder="unet")
     torch.manual_seed(1)
@@ -100,13 +103,13 @@ def write_adapter(folder: Path, pipeline: Path) -> int:
     )
     for name, weight in adapter.named_parameters():
         if name.endswith("proj_out.weight"):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # zero by default, which would change nothing
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # zero by default: the modules would do nothing
     adapter.save_pretrained(folder)
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def load_pipeline(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """Loads the pipeline that a configuration trains, with diffusers alone; all parts in `dtype` on `device`."""
+    """Loads the pipeline that a configuration trains, using diffusers alone; all parts are in `dtype` on `device`."""
     folder = str(shapes.PIPELINE) if model.path == "shapes" else model.path
     if model.motion_adapter:
         parts = _clip_pipeline(folder, model.motion_adapter).components
@@ -121,7 +124,7 @@ def load_pipeline(model: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 @lru_cache(maxsize=1)
 def _clip_pipeline(folder: str, adapter: str) -> AnimateDiffPipeline:
-    """Loads it in float32 on the CPU; cached, since assembling 1.3 billion parameters takes seconds."""
+    """Loads an AnimateDiff pipeline in float32 on the CPU; cached: assembling 1.3 billion parameters takes seconds."""
     pipe = AnimateDiffPipeline.from_pretrained(
         folder,
         motion_adapter=MotionAdapter.from_pretrained(adapter),
@@ -132,7 +135,7 @@ def _clip_pipeline(folder: str, adapter: str) -> AnimateDiffPipeline:
 
 
 def load_pixels(example: Example, config: Config) -> np.ndarray:
-    """Returns a winner as the cache sees it: uint8 (H, W, 3), or (F, H, W, 3) for a clip."""
+    """Returns an example's winner, decoded as for the data cache: uint8 (H, W, 3), or (F, H, W, 3) for a clip."""
     image, data = example.image, config.data
     if not config.model.motion_adapter:
         return load_image(image, data.resolution)
@@ -147,7 +150,7 @@ class Workplace:
         model: folder of the pipeline, or `shapes`.
         resolution: size of its pictures in pixels.
         folder: temporary folder for caches and runs.
-        machine: the machine that it runs on.
+        machine: the machine that the model runs on.
         motion_adapter: folder of its motion modules; empty for pictures.
         frames: number of frames per clip; None for pictures.
     """
@@ -160,17 +163,17 @@ class Workplace:
     frames: int | None = None
 
     def source(self, count: int) -> str:
-        """Returns the `data.source` for `count` pictures, or clips if the model makes clips, of the embedded world."""
+        """Returns the `data.source` of `count` embedded examples: clips if the model generates clips, else pictures."""
         return f"shapes{'' if self.frames is None else '-motion'}:{count}:11"
 
     def flops(self, train: ModelConfig | None = None) -> float:
-        """Returns the FLOP of the UNet for one latent; see `unet_flops`."""
+        """Returns the FLOP of the UNet for one latent; see `unet_flops`, also for `train`."""
         return unet_flops(self.model, train, self.motion_adapter, self.frames, self.resolution)
 
     def config(self, *, memory: str = "balanced", **sections: dict[str, Any]) -> Config:
         """Returns a training configuration for this model; `sections` override the settings made here.
 
-        Prompts are not dropped, so that compared loops need not drop the same ones.
+        Prompt dropout is off; otherwise, the compared loops would have to drop the same prompts.
         """
         tree: dict[str, dict[str, Any]] = {
             "model": {"path": self.model, "precision": self.machine.precision},
@@ -187,10 +190,10 @@ class Workplace:
 
 @contextmanager
 def workplace(machine: Machine, frames: int | None = None) -> Iterator[Workplace]:
-    """Provides the model for a machine: for clips with `frames` frames, or for pictures if it is None.
+    """Provides a workplace for a machine; its model generates clips of `frames` frames, or pictures if that is None.
 
-    On a GPU, random weights are first written to a temporary folder: 4.3 GB, of which the UNet has 859.5 M parameters;
-    for clips, another 453.2 M parameters, 1.8 GB.
+    On a GPU, the pipeline is first written to a temporary folder with random weights: 4.3 GB; its UNet has 859.5 M
+    parameters. For clips, the motion modules are written too: another 453.2 M parameters, 1.8 GB.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -207,12 +210,12 @@ def workplace(machine: Machine, frames: int | None = None) -> Iterator[Workplace
 
 
 def shared_workplace(machine: Machine, frames: int | None = None) -> Shared[Workplace]:
-    """Returns the workplace that a suite's cases share; see `workplace`."""
+    """Returns a set-up that opens a `workplace` when the first of a suite's cases needs it."""
     seconds = WRITE_PIPELINE + (0.0 if frames is None else WRITE_ADAPTER)
     return Shared(lambda stack: stack.enter_context(workplace(machine, frames)), seconds)
 
 
 def second(module: Module) -> Module:
-    """Returns a copy with its own trained weights; the frozen weights and their memory are shared."""
+    """Returns a copy of a module that has its own trainable weights and shares the frozen ones."""
     frozen = {id(weight): weight for weight in module.parameters() if not weight.requires_grad}
     return copy.deepcopy(module, frozen)

@@ -1,11 +1,13 @@
-"""Suite `sampling`: guided DDIM samples of a frozen UNet in latent space; diffusers' own pipeline against ours.
+"""Suite `sampling`: guided DDIM sampling from a frozen UNet, in latent space, with diffusers' pipeline and our sampler.
 
-The pipeline and our sampler run the same weights in the same dtype from the same noise and prompt embeddings. The
-pipeline runs as it is loaded, one sample at a time and in one batch, and as in diffusers' own guide to speed: with its
-UNet in channels_last and, where ours is compiled too, compiled as a whole. A unit is a sample; launches and host syncs
-are those of one solver step. Our samples must equal the pipeline's: within 1e-3 (relative RMS) in float32, which is
-always checked, and if half precision is timed, also within twice the distance between the pipeline's own samples in
-that precision and in float32.
+Both run the same weights in the same dtype, from the same noise and prompt embeddings. The pipeline is timed as loaded,
+with one sample per call and with the whole batch, and also tuned as in diffusers' own guide to speed: with its UNet in
+channels_last and, in cases that also time our compiled sampler, with the UNet compiled as a whole. Times are per
+sample; launches and host syncs are per solver step.
+
+Our samples must equal the pipeline's within 1e-3 (relative RMS) in float32; this is always checked. If half precision
+is timed, they must also agree in that precision, within twice the distance between the pipeline's own samples in half
+precision and in float32 (but at least 1e-3, at most 0.25).
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ from seppo_fast.shapes.world import caption, scene
 GUIDANCE = 7.5
 PIPELINE_ALONE, PIPELINE, OURS, COMPILED = "diffusers, batch 1", "diffusers, same batch", "ours", "ours, compiled"
 CHANNELS_LAST, CHANNELS_LAST_COMPILED = "diffusers, channels_last", "diffusers, channels_last, compiled"
-# As in diffusers' own timings of Stable Diffusion. Its guide also suggests max-autotune, which takes many minutes.
+# The settings of diffusers' own Stable Diffusion timings; the guide's max-autotune would take many minutes.
 _COMPILE: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True}
 _TOLERANCE = 1e-3
 _EXACT_STEPS = 4
-_LARGEST_TOLERANCE = 0.25  # if rounding moves samples further, a comparison means nothing
+_LARGEST_TOLERANCE = 0.25  # upper bound, whatever the effect of rounding: beyond it, agreement would mean nothing
 
 Sample = Callable[[int, int], Tensor]
 """(number of samples, solver steps) -> latents (samples, C, H, W)"""
@@ -62,8 +64,9 @@ class Case:
         return f"{self.batch} sample{'s' * (self.batch > 1)}, {self.steps} DDIM steps"
 
 
-# Estimated seconds on an H200 (see `estimate`) follow each case; the set-up takes 33. A step costs the same whether
-# there are 20 or 50, so the large batch has 20. The last two cases exceed six minutes.
+# The number after each case is its estimated seconds on an H200 (see `estimate`); the shared set-up takes another 33.
+# The cost per step does not depend on the number of steps, so the first large batch takes 20 steps instead of 50. Six
+# minutes suffice for the set-up and the first four cases, but for neither of the last two.
 SIZES = {
     "gpu": (
         Case(1, 50, 3),  # 12
@@ -76,27 +79,27 @@ SIZES = {
     "cpu": (Case(1, 20, 10), Case(8, 20, 5), Case(32, 20, 5), Case(64, 20, 5)),
     "quick": (Case(1, 4, 3), Case(8, 4, 3)),
 }
-_COUNTED_STEPS = 14  # untimed, per provider: 2 + 4 each to count launches and syncs, 2 for memory
+_COUNTED_STEPS = 14  # untimed, per provider: 2 + 4 to count launches, 2 + 4 to count host syncs, 2 for memory
 
 
 def estimate(case: Case, unet: Unet = PICTURE) -> float:
-    """Returns estimated seconds on an H200: each provider samples once, is counted, and is timed in rounds."""
+    """Returns a case's estimated seconds on an H200, for each provider's check, counted steps and timed rounds."""
     steps = (1 + case.rounds) * case.steps + _COUNTED_STEPS
     alone, batch = (h200(bf16=2 * rows * unet.forward, launches=FORWARD_LAUNCHES) for rows in (1, case.batch))
     exact = h200(fp32=4 * case.steps * unet.forward)  # two samples, to measure the effect of rounding
-    compiling = (COMPILED_UNET + 4 * COMPILED_GRAPH) if case.compiled else 0.0  # ours at the UNet's four widths
+    compiling = (COMPILED_UNET + 4 * COMPILED_GRAPH) if case.compiled else 0.0  # a block at each of four widths
     return exact + compiling + steps * (alone + (2 + (case.batch > 1) + case.compiled) * batch)
 
 
 class Samplers:
-    """Generates the same samples with diffusers' pipeline and with ours.
+    """Generates the same samples with diffusers' pipeline and with our sampler.
 
     Args:
-        place: the model.
+        place: the model and its machine.
         samples: the largest number of samples in a batch.
 
     Attributes:
-        place: the model, and the size of its samples.
+        place: the model, its machine, and the resolution of the samples.
     """
 
     def __init__(self, place: Workplace, samples: int) -> None:
@@ -116,14 +119,14 @@ class Samplers:
         self._make(place)
 
     def at(self, resolution: int) -> Samplers:
-        """Returns the same models for samples of another size; float32 is compared only at the first size."""
+        """Returns the same models for another resolution; `right`, the float32 check, is kept from this one."""
         other = copy.copy(self)
         other.right = self.right
         other._make(replace(self.place, resolution=resolution))
         return other
 
     def _make(self, place: Workplace) -> None:
-        """Sets what depends on the size of a sample."""
+        """Sets the attributes that depend on the resolution."""
         self.place = place
         self._tolerances: dict[int, float] = {}
         shape = (len(self.embeds), *self._family.latent_shape(place.resolution))
@@ -134,7 +137,7 @@ class Samplers:
         return self._call(self.pipe, count, steps)
 
     def channels_last(self, compiled: bool) -> Sample:
-        """Returns a sampler: the pipeline with its UNet in channels_last and, with `compiled`, compiled as a whole."""
+        """Returns the pipeline as a sampler, with its UNet in channels_last and, if `compiled`, compiled as a whole."""
         pipe = type(self.pipe)(**self.pipe.components | {"unet": self.unet})
         pipe.set_progress_bar_config(disable=True)
         if compiled:
@@ -146,19 +149,19 @@ class Samplers:
         return self._ours(count, steps, self.unet if unet is None else unet, self.dtype)
 
     def compiled(self) -> Sample:
-        """Returns our sampler with the UNet's repeated blocks compiled, for the shapes of its next call."""
+        """Returns our sampler with the UNet's repeated blocks compiled; each new input shape compiles them again."""
         unet = copy.deepcopy(self.unet)
         compile_blocks(unet, "sdpa", UNetFamily)
         return lambda count, steps: self.ours(count, steps, unet)
 
     @cached_property
     def right(self) -> bool:
-        """Whether two of our samples equal the pipeline's in float32, with few steps."""
+        """Whether two of our samples equal the pipeline's in float32 within the tolerance, after a few solver steps."""
         exact = self._ours(2, _EXACT_STEPS, self.exact.unet, torch.float32)
         return agrees("ours, float32", [exact], [self._call(self.exact, 2, _EXACT_STEPS)], _TOLERANCE)
 
     def tolerance(self, steps: int) -> float:
-        """Returns twice the effect of rounding on the pipeline's own samples, at least 1e-3 and at most 0.25."""
+        """Returns the allowed distance: twice the effect of rounding on the pipeline's samples, within [1e-3, 0.25]."""
         if self.dtype == torch.float32:
             return _TOLERANCE
         if steps not in self._tolerances:
@@ -195,7 +198,7 @@ def cases(machine: Machine) -> list[suites.Case]:
 
 
 def shared_samplers(place: Shared[Workplace], sizes: Sequence[Case], unet: Unet) -> Shared[Samplers]:
-    """Returns the samplers that cases share."""
+    """Returns the set-up of samplers that all cases share."""
     most = max(2, *(case.batch for case in sizes))  # two samples are compared in float32
     exact = h200(fp32=2 * 2 * 2 * _EXACT_STEPS * unet.forward)
     return Shared(lambda _: Samplers(place(), most), 3 * unet.pipeline + exact, (place,))
@@ -204,7 +207,7 @@ def shared_samplers(place: Shared[Workplace], sizes: Sequence[Case], unet: Unet)
 def cases_of(
     bench: Shared[Bench], samplers: Shared[Samplers], sizes: Sequence[Case], unet: Unet, prefix: str = ""
 ) -> list[suites.Case]:
-    """Returns the cases of some sizes; `prefix` begins their titles, to tell them from those of other suites."""
+    """Returns one case per size. Titles start with `prefix`, which distinguishes them from other suites' titles."""
 
     def one(case: Case) -> suites.Case:
         title = f"{prefix}{case}"
@@ -216,12 +219,12 @@ def cases_of(
 
 
 def case_rows(bench: Bench, samplers: Samplers, case: Case, title: str) -> list[Row]:
-    """Returns the rows of a case: checks values first, then counts, then measures time."""
+    """Returns the rows of a case, after checking each provider's samples, counting its work and timing them all."""
     exact, tolerance = samplers.right, samplers.tolerance(case.steps)
     flops = samplers.place.flops()
     held = sum(weight.nbytes for weight in samplers.pipe.unet.parameters())
     if case.compiled:
-        torch._dynamo.reset()  # once, before anything is compiled: it drops all compiled code
+        torch._dynamo.reset()  # only before the first compilation: it drops all compiled code
 
     def provider(name: str, sample: Sample, batch: int, expected: list[Tensor]) -> Provider:
         def call(steps: int = case.steps) -> Tensor:
@@ -254,6 +257,6 @@ def case_rows(bench: Bench, samplers: Samplers, case: Case, title: str) -> list[
 
 
 def _per_step(count: Callable[[int], int | None]) -> float | None:
-    """Returns the count per solver step: half of what two more steps add, which excludes one-time work of a call."""
+    """Returns the count per solver step: half the difference between 4 and 2 steps, so a call's fixed part cancels."""
     few, more = count(2), count(4)
     return None if few is None or more is None else (more - few) / 2

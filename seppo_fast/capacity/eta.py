@@ -1,4 +1,4 @@
-"""Estimates how long a run takes from timed forwards."""
+"""Estimates a run's duration by timing a few forwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACKWARD = 2  # FLOP of a backward, relative to a forward
 
 
 def forwards_per_pair(config: Config) -> float:
-    """Returns how many rows pass through the network per trained pair, over rollout, reference and policy.
+    """Returns the work per trained pair, in forwards of one row: rollout, reference errors, and training the policy.
 
     A backward counts as two forwards.
     """
@@ -32,15 +32,15 @@ def forwards_per_pair(config: Config) -> float:
 
 
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:
-    """Estimates the seconds of all updates on one device, without saving states and filling the cache.
+    """Estimates the seconds of all updates on one device, excluding the time to fill the cache and to save states.
 
-    It times forwards with growing batches and, with `sampler.round_trip`, also decoding and encoding samples.
+    Times forwards with growing batches and, with `sampler.round_trip`, also decoding and encoding samples.
 
     Args:
         config: the run's configuration.
-        need: the run's memory; no timed forward is larger than its sampling batch.
+        need: the run's memory needs; no timed forward has more rows than a sampling step of `need.batch` samples.
         family: the model family, whose network is moved to the denoiser's device.
-        denoiser: computes the forwards.
+        denoiser: runs the network.
     """
     device = denoiser.device
     family.model.to(device)
@@ -49,7 +49,7 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
     def forward(rows: int) -> Callable[[], object]:
         shown = inputs(rows)
         latents, times, conditioning = shown[0].to(device), shown[1].to(device), shown[2].to(device)
-        # The copy to the host waits until a GPU has finished.
+        # A copy to the host, because it waits until a GPU has finished.
         return lambda: denoiser.denoise(family.model, latents, times, conditioning).cpu()
 
     def round_trip(rows: int) -> Callable[[], object]:
@@ -64,7 +64,7 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
 
 
 def _seconds_a_row(call: Callable[[int], Callable[[], object]], most: int) -> float:
-    """Returns seconds per row of a call; its rows are doubled, up to `most`, until it takes long enough."""
+    """Returns a call's seconds per row. The rows are doubled, up to `most`, until a call takes at least `_LONG`."""
     rows, took = 1, _seconds(call(1))
     while took < _LONG and 2 * rows <= most:
         rows *= 2

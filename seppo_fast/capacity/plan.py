@@ -29,6 +29,7 @@ from seppo_fast.utils.memory import free_bytes
 
 _SHARE = 0.9  # suggestions may fill this share of the available memory, or of the need that was too large
 _SUGGESTIONS = 3
+_NOTHING_FITS = "none of the settings tried (smaller batches, recomputation and others) would be enough"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Need:
         moments: Adam's moments.
         average: the moving average of the trained weights.
         references: the past policies that stay on the device, and the resident one.
-        pair: what a micro-batch adds while learning, gradients included.
-        sample: what a batch adds while sampling.
+        pair: what a micro-batch adds while learning: fixed bytes, gradients included, and bytes per pair.
+        sample: what a sampling batch adds: fixed bytes, and bytes per sample.
         micro_batch: number of pairs in a micro-batch.
         batch: number of samples in a sampling batch.
         parked: whether moments and trained weights are in host memory while sampling.
@@ -102,14 +103,17 @@ class Need:
 
 
 def need_of(config: Config, family: Family, device: torch.device, room: int, most: int | None = None) -> Need:
-    """Counts what a configuration needs in one process; open batches and parking are chosen as in a run.
+    """Counts the memory that a configuration needs in one process.
+
+    Batch sizes and parking that the configuration leaves open are chosen as in a run.
 
     Args:
         config: the run's configuration, after `apply_preset`.
         family: the model family; its network is not changed, and may be in training already.
         device: the device on which the run would compute.
         room: bytes of the device that the run can use.
-        most: bytes that may be in use with a batch; None: the weights and the preset's share of what they leave.
+        most: upper bound on the bytes in use, weights included, when batch sizes are chosen; None: the weights plus
+            the preset's share of the rest of `room`.
 
     Raises:
         ConfigError: the model does not support the resolution.
@@ -229,7 +233,7 @@ def out_of_memory(config: Config, family: Family, device: torch.device, error: B
         "estimated memory by part:",
         *need.table(),
         f"this process can use {size(room)} on {device.type}; memory of other programs is excluded",
-        *(["settings that would fit:", *fitting] if fitting else ["no smaller batch or recomputation would be enough"]),
+        *(["settings that would fit:", *fitting] if fitting else [_NOTHING_FITS]),
     ]
     return OutOfMemoryError("\n".join(lines))
 
@@ -285,7 +289,9 @@ def _has_states(run: Path) -> bool:
     try:
         return bool(saved_states(run))
     except CheckpointError:
-        return True  # they cannot be listed, but the message being written is about memory
+        # Unknown; this error must not replace the message about memory. True is the safe answer: it leaves out changes
+        # with which a run that has states could not resume.
+        return True
 
 
 def _with(config: Config, changes: Mapping[str, Any]) -> Config:

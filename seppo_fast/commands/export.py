@@ -1,7 +1,7 @@
-"""`seppo-fast export RUN`: what a run learned, in the formats that people load.
+"""`seppo-fast export RUN`: writes a run's trained weights in formats that other software loads.
 
-From the newest saved state that is whole, also of a run that is not finished: the weights' moving average where the
-run keeps one, or the raw weights.
+The weights come from the newest intact saved state, so the run need not be finished: their moving average if the run
+keeps one, else the raw weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from seppo_fast.utils.progress import progress
 
 Format = Literal["diffusers", "lora", "comfyui"]
 COMFYUI_FILE = "lora-comfyui.safetensors"
-_STAGES = 5  # the base is loaded, and compared; the weights are loaded, written, and flushed to the disk
+_STAGES = 5  # load the base, compare it with the run's, load the weights, write them, flush them to disk
 
 
 def export(
@@ -43,28 +43,31 @@ def export(
     model: dict[str, str] | None = None,
     report: Callable[[str], object] = print,
 ) -> Path:
-    """Writes the weights of a run, with a model card, into a folder of their own.
+    """Writes a run's weights and a model card into a new folder.
 
     Args:
         run: the run's folder.
-        form: `diffusers`: a pipeline folder that `from_pretrained` loads, a LoRA merged into it; `lora`: for
-            `load_lora_weights`; `comfyui`: a LoRA with the key names of kohya's scripts. None: `diffusers` for a run
-            that trained all weights, else `lora`.
-        raw: the weights as they are, though the run keeps their moving average.
-        output: must not exist; None: `export-FORMAT` in the run's folder.
-        model: where the base is now, if it was moved: `path`, `motion_adapter`.
-        report: takes lines for the user.
+        form: `diffusers`: a pipeline folder that `from_pretrained` loads, with any LoRA merged into the base; `lora`:
+            a folder for `load_lora_weights`; `comfyui`: a LoRA with the key names of kohya's scripts. None: `diffusers`
+            for a run that trained all weights, else `lora`.
+        raw: whether to export the raw weights even if the run keeps their moving average.
+        output: the folder to write, which must not exist; None: `export-FORMAT` in the run's folder.
+        model: new values of `model.path` and `model.motion_adapter`, by the names `path` and `motion_adapter`, if the
+            base was moved.
+        report: receives lines for the user.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: no run there; a LoRA is asked of a run that trained all weights; a model that changed.
-        CheckpointError: no saved state that is whole; the disk refuses.
+        ConfigError: the folder holds no run with a saved state; all updates were skipped; a LoRA is requested from a
+            run that trained all weights; the model has no key names for ComfyUI; the base is missing or has changed;
+            `output` exists; `scores.json` is malformed.
+        CheckpointError: no saved state is intact, or the output cannot be written.
     """
     saved = newest_state(run)
     if saved is None:
-        raise ConfigError(f"{run}: no run with a saved state is there")
+        raise ConfigError(f"{run}: not the folder of a run with a saved state")
     if not applied_updates(saved.numbers):
         raise ConfigError(f"{run}: all of its {saved.update} updates were skipped, so there is nothing to export")
     config = saved_config(saved)
@@ -75,17 +78,17 @@ def export(
         raise ConfigError(f"{run}: all weights were trained, so there is no LoRA; use --format diffusers")
     family = family_of(config.model)
     if form == "comfyui" and not family.has_comfyui_names:
-        raise ConfigError(f"{run}: ComfyUI has no key names of its own for {family.__name__}; use --format lora")
+        raise ConfigError(f"{run}: ComfyUI has no key names for a LoRA of {family.__name__}; use --format lora")
     folder = output or free_name(run / f"export-{form}")
     if folder.exists():
-        raise ConfigError(f"--output {folder}: is there already")
+        raise ConfigError(f"--output {folder}: already exists; choose another folder")
     scores = read_scores(run)
     with progress(_STAGES, "exported", "stages") as advance:
         trained, average = _trained(config, saved, raw, advance)
         with staged_folder(folder, CheckpointError) as staging:
             _write(trained, config, form, staging)
             card = model_card(config, saved, form, average, scores)
-            # A folder's name need not be UTF-8.
+            # The card quotes paths, which may contain bytes that are not UTF-8.
             (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             (staging / "seppo_fast.yaml").write_text(to_yaml(config), encoding="utf-8")
             advance(1)
@@ -96,7 +99,7 @@ def export(
 
 def _trained(config: Config, saved: SavedState, raw: bool, advance: Callable[[int], object]) -> tuple[Family, bool]:
     """Returns the model with a state's weights, in float32, and whether they are the moving average."""
-    instead = "Where the base was moved: --model PATH, --motion-adapter PATH"
+    instead = "If the base was moved, give its new place: --model PATH, --motion-adapter PATH"
     try:
         family = load_family(config, torch.device("cpu"))
     except ConfigError as problem:
@@ -104,7 +107,7 @@ def _trained(config: Config, saved: SavedState, raw: bool, advance: Callable[[in
     advance(1)
     refuse_other_content(saved, {"model": (family.identity(),)}, instead)
     advance(1)
-    # The base in float32, whatever it was trained in: what is merged into it would be lost in rounding.
+    # Float32 whatever the training precision: in half precision, merging a LoRA would lose small changes to rounding.
     plain = config.model.model_copy(update={"precision": "fp32"})
     make_trainable(family.model, plain, config.seed, family)
     load_policy(family.model, saved)
@@ -131,7 +134,7 @@ def _write(family: Family, config: Config, form: Format, folder: Path) -> None:
 
 
 def model_card(config: Config, saved: SavedState, form: Format, average: bool, scores: Scores | None) -> str:
-    """README.md of an export: base, data, settings, seed, the run's scores, and what it is not."""
+    """Returns the README.md of an export: base, data, settings, seed, the run's scores, and limitations."""
     adapter = {"motion adapter": config.model.motion_adapter} if config.model.motion_adapter else {}
     lora = f"a LoRA of rank {config.model.lora_rank}"
     facts: dict[str, Any] = {
@@ -151,20 +154,23 @@ def model_card(config: Config, saved: SavedState, form: Format, average: bool, s
         "software": f"seppo_fast {__version__}",
     }  # fmt: skip
     rows = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in facts.items())
+    method = config.row.source
+    if "SePPO" in method:
+        method += " (Semi-Policy Preference Optimization, arXiv 2410.05255)"
     return (
-        f"---\nlibrary_name: diffusers\ntags: [seppo, preference-alignment{', lora' if form != 'diffusers' else ''}]\n"
-        f"---\n\n# Aligned with SePPO\n\nTrained on winners only, by Semi-Policy Preference Optimization "
-        f"(arXiv 2410.05255).\n\n| | |\n|---|---|\n{rows}\n\nEvery setting: `seppo_fast.yaml`.\n\n"
-        f"{_measured(saved, average, scores)}\n\n"
-        "What it is not: it learned from pictures that "
-        "somebody chose, and from no reward model or human comparison; it takes over the biases, the licence and the "
-        "limits of its base and of those pictures.\n"
+        "---\nlibrary_name: diffusers\n"
+        f"tags: [seppo_fast, {config.objective}{', lora' if form != 'diffusers' else ''}]\n"
+        f"---\n\n# Fine-tuned with seppo_fast\n\nMethod: {method}.\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"Every setting: `seppo_fast.yaml`.\n\n{_measured(saved, average, scores)}\n\n"
+        "Limitations: it inherits the biases, the licence and the limits of its base and of the pictures that it "
+        "learned from.\n"
     )
 
 
 def _measured(saved: SavedState, average: bool, scores: Scores | None) -> str:
-    """The run's scores, and whether they are of the weights that are exported."""
+    """Returns the run's scores, and a remark if they were measured on other weights than the exported ones."""
     if scores is None:
-        return "Scores: no score stands here, since none was measured with this run."
+        return "Scores: no score was measured with this run."
     same = (scores.update, scores.average) == (saved.update, average)
-    return f"Scores: {scores}." + ("" if same else " That is of other weights of the run than these.")
+    other = " They were measured on other weights of this run than the exported ones."
+    return f"Scores: {scores}.{'' if same else other}"

@@ -1,6 +1,6 @@
-"""`seppo-fast report RUN`: one HTML page of a run, finished or not: summary, curves, pictures, settings.
+"""`seppo-fast report RUN`: one HTML page about a run, finished or not: summary, curves, pictures, settings.
 
-The page needs nothing beside it: no scripts, no files, no network. All that users wrote is escaped.
+The page is self-contained: no scripts, no other files, no network. Text from users is escaped.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from seppo_fast.utils.errors import ConfigError
 
 NAME = "report.html"
 _BEGINS = b"<!doctype html>"
-_PICTURES = 6  # of samples
-_WIDEST = 1600  # pixels of a picture in the page
+_PICTURES = 6  # at most so many sample pictures are shown, beside the base's
+_WIDEST = 1600  # a picture's largest width in the page, in pixels
 _MOST_LOG_BYTES = 1 << 27  # some hundred thousand updates
 _MOST_UPDATES = 10**9
 
@@ -63,28 +63,28 @@ pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; paddi
 
 
 def report(run: Path, output: Path | None = None, say: Callable[[str], object] = print) -> Path:
-    """Writes the page, in place of one that is there.
+    """Writes the page; an older report is replaced.
 
     Args:
         run: the run's folder.
         output: the file; None: `report.html` in the run's folder.
-        say: takes a line for the user.
+        say: receives a line for the user.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: no run there, or a file that cannot be read or written.
+        ConfigError: the folder holds no run's log, a file cannot be read or written, or `output` is another file.
     """
     log = _log(run)
     file = output or run / NAME
     if not file.name:
-        raise ConfigError(f"{file}: a folder; name the file to write, such as {file / NAME}")
+        raise ConfigError(f"{file}: is a folder; name the file to write, such as {file / NAME}")
     if file.is_file() and not _is_page(file):
-        raise ConfigError(f"{file}: is there already and is no page; choose another --output")
-    # A path may hold bytes that are no text.
+        raise ConfigError(f"{file}: exists and is not a seppo_fast report; choose another --output")
+    # Paths may contain bytes that are not UTF-8.
     content = page(run, log).encode("utf-8", errors="replace")
-    # A name of its own: two commands may write the same page. Not .tmp-*: a run that begins removes those.
+    # A unique name, because two commands may write the same page. Not .tmp-*: a starting run removes those.
     staging = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
     try:
         staging.write_bytes(content)
@@ -92,14 +92,14 @@ def report(run: Path, output: Path | None = None, say: Callable[[str], object] =
     except OSError as problem:
         raise ConfigError(f"{file}: cannot be written: {problem.strerror}") from problem
     finally:
-        with suppress(OSError):  # it is there if this failed or was interrupted
+        with suppress(OSError):  # it exists only if this failed or was interrupted
             staging.unlink()
     say(f"report: {file}")
     return file
 
 
 def _is_page(file: Path) -> bool:
-    """Whether a file begins as ours do, or holds nothing; what cannot be read is said when it is written."""
+    """Returns whether a file begins like a report, or is empty; if it cannot be read, True: writing then reports it."""
     try:
         with file.open("rb") as opened:
             return opened.read(len(_BEGINS)).lower() in (_BEGINS, b"")
@@ -108,7 +108,7 @@ def _is_page(file: Path) -> bool:
 
 
 def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
-    """The page of a run's folder and its log."""
+    """Returns the HTML page about a run's folder and its log."""
     settings, found = _settings(run), intervals(log)
     parts = [
         f"<h1>{escape(run.resolve().name)}</h1>",
@@ -122,11 +122,11 @@ def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
         "<h2>Settings</h2>",
         f"<pre>{escape(settings.decode('utf-8', errors='replace'))}</pre>"
         if settings
-        else f'<p class="dim">no config.yaml of at most {MOST_BYTES} bytes</p>',
+        else f'<p class="dim">no config.yaml that can be read and has at most {MOST_BYTES} bytes</p>',
         f'<p class="dim">seppo_fast {escape(__version__)}</p>',
     ]
     title = f"{escape(run.resolve().name)} - seppo_fast"
-    # The policy holds should anything ever be escaped badly: nothing runs and nothing is fetched.
+    # A second line of defence: even if something were not escaped, nothing would run or be fetched.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'{_BEGINS.decode()}\n<html lang="en"><head><meta charset="utf-8">'
@@ -139,26 +139,26 @@ def page(run: Path, log: Sequence[dict[str, Any]]) -> str:
 
 
 def _log(run: Path) -> list[dict[str, Any]]:
-    """The updates of a run's log up to the first that cannot be one; raises ConfigError."""
+    """Returns the logged updates up to the first with an impossible number; raises ConfigError."""
     try:
         found = os.stat(run / LOG)
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{run}: no run is there: {LOG} is no file")
+            raise ConfigError(f"{run}: not the folder of a run: {LOG} is not a file")
         if found.st_size > _MOST_LOG_BYTES:
-            raise ConfigError(f"{run / LOG}: {found.st_size} bytes, {_MOST_LOG_BYTES} at most")
+            raise ConfigError(f"{run / LOG}: has {found.st_size} bytes; a report reads at most {_MOST_LOG_BYTES}")
         log = read_journal(run)
     except OSError as problem:
-        raise ConfigError(f"{run}: no run is there: {LOG} cannot be read ({problem.strerror})") from problem
+        raise ConfigError(f"{run}: not the folder of a run: {LOG} cannot be read ({problem.strerror})") from problem
     return list(itertools.takewhile(lambda entry: 0 <= entry["update"] <= _MOST_UPDATES, log))
 
 
 def planned_updates(run: Path) -> int | None:
-    """Returns the number of updates in a run's config.yaml; None where it does not say."""
+    """Returns the number of updates that a run's config.yaml plans; None if it cannot be read from there."""
     return _counts(_settings(run))["updates"]
 
 
 def _settings(run: Path) -> bytes:
-    """config.yaml; nothing where there is none, or one larger than any that a run reads."""
+    """Returns the content of config.yaml; empty if it cannot be read or is larger than a configuration may be."""
     try:
         with open_file(run / "config.yaml") as opened:
             content = opened.read(MOST_BYTES + 1)
@@ -168,7 +168,7 @@ def _settings(run: Path) -> bytes:
 
 
 def _counts(settings: bytes) -> dict[str, int | None]:
-    """Updates, updates an iteration and pairs an update by config.yaml; None for what a run does not write."""
+    """Returns updates, updates per iteration and pairs per update from config.yaml; None for an invalid value."""
     try:
         train = parse_yaml(settings)["train"]
         values = {key: train.get(key) for key in ("updates", "updates_per_iteration", "pairs_per_update")}
@@ -192,10 +192,10 @@ def _summary(run: Path, log: Sequence[dict[str, Any]], settings: bytes) -> dict[
     if not log:
         return rows
     seconds = sum(numbers(log, "seconds"))
-    rows["time"] = f"{_clock(seconds)} of rolling out and learning"
+    rows["time"] = f"{_clock(seconds)} for rollouts and learning"
     if rates := numbers(log, "pairs_per_second"):
         rows["rate"] = f"{statistics.median(rates):.3g} pairs/s (median)" + (
-            f", {pairs} pairs an update" if pairs else ""
+            f", {pairs} pairs per update" if pairs else ""
         )
     stall = sum(numbers(log, "save_stall_seconds"))
     if seconds and stall:
@@ -217,8 +217,8 @@ def _clock(seconds: float) -> str:
 
 
 def _samples(folder: Path) -> str:
-    """Base, the first picture's, then the run's of a few updates, the last among them."""
-    # By number: names have more digits from a million updates on.
+    """Returns the base's samples from the first picture, then the run's after a few updates, including the last."""
+    # Sorted by length first: from a million updates on, numbers have more digits.
     files = sorted(folder.glob("update-*.png"), key=lambda file: (len(file.name), file.name))
     last = len(files) - 1
     chosen = sorted({round(place * last / max(1, _PICTURES - 1)) for place in range(_PICTURES)}) if files else []
@@ -227,11 +227,11 @@ def _samples(folder: Path) -> str:
         try:
             picture = decode_image(file.name, open_image(file_ref(file)), formats=("PNG",))
             if picture.width <= CAPTION_WIDTH:
-                raise ImageError(file.name, "too narrow to be one of a run")
+                raise ImageError(file.name, "too narrow to be a sample picture of a run")
         except ImageError as problem:
             images.append(f'<p class="dim">{escape(file.name)} cannot be shown: {escape(problem.reason)}</p>')
             continue
-        # As `FixedPrompts` writes them: captions, base, current.
+        # The columns that `FixedPrompts` writes: captions, base, current.
         middle = CAPTION_WIDTH + max(0, picture.width - CAPTION_WIDTH) // 2
         if not any(image.startswith("<img") for image in images):
             images.append(_image(picture.crop((0, 0, middle, picture.height)), "prompts and base"))

@@ -1,4 +1,4 @@
-"""`seppo-fast report RUN --watch`: keeps the page of a run up to date until the run is finished."""
+"""`seppo-fast report RUN --watch`: keeps a run's page up to date until the run is finished."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def watch(
     tell: Callable[[str], object] = say,
     wait: Callable[[float], object] = time.sleep,
 ) -> Path:
-    """Writes the page of a run whenever its log has changed, until the run is finished.
+    """Writes a run's page whenever its log has changed, until the run is finished.
 
-    A run that was interrupted or failed is not finished: the same command resumes it, and the page follows. Before the
-    run's first update there is no log, and it is waited for.
+    A run that was interrupted or failed is not finished: once it is resumed, the page follows it again. Before a run's
+    first update there is no log, so this waits for it.
 
     Args:
         run: the run's folder.
@@ -38,12 +38,12 @@ def watch(
         The file.
 
     Raises:
-        ConfigError: as `report`.
-        Interrupted: by SIGTERM or SIGHUP.
-        KeyboardInterrupt: by Ctrl-C.
+        ConfigError: see `report`.
+        Interrupted: SIGTERM or SIGHUP arrived.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     file = output or run / NAME
-    begins = f"report: {file}, rewritten every {SECONDS:g} seconds in which the log grows; Ctrl-C ends this"
+    begins = f"report: {file}, rewritten every {SECONDS:g} seconds while the log grows; press Ctrl-C to stop"
     waits = f"{run / LOG} does not exist yet; waiting for the run's first update"
     shown: tuple[int, int, int] | None = None
     told: set[str] = set()
@@ -65,7 +65,7 @@ def watch(
                 shown = state
                 once(begins)
             if finished:
-                tell(f"the run is finished; its last page: {file}")
+                tell(f"the run is finished; its final report: {file}")
                 return file
             wait(SECONDS)
 
@@ -77,7 +77,7 @@ def _is_finished(run: Path) -> bool:
 
 
 def _log_state(run: Path) -> tuple[int, int, int] | None:
-    """Returns what changes whenever the log is appended to or replaced; None where it does not exist."""
+    """Returns values that change whenever the log is appended to or replaced; None if it does not exist."""
     try:
         found = os.stat(run / LOG)
     except OSError:

@@ -65,7 +65,9 @@ class ModelConfig(_Section):
         "on clips; leave it empty if model.path is an AnimateDiffPipeline folder, which has its own motion modules",
     )
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = Field(
-        None, description="noise schedule; null: the pipeline's own, or linear with a motion adapter"
+        None,
+        description="noise schedule: linear, scaled_linear or squaredcos_cap_v2; null: the pipeline's own, or linear "
+        "with a motion adapter",
     )
     train: Literal["full", "lora"] = Field(
         "lora", description="what is trained: all weights of the network (full), or a LoRA on its attention (lora)"
@@ -77,15 +79,16 @@ class ModelConfig(_Section):
     )
     lora_rank: int = Field(8, ge=1, description="rank of the LoRA; its alpha equals the rank")
     precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_float32_by_its_other_name)] = Field(
-        "bf16", description="compute dtype (autocast); denoising errors are always reduced in float32"
+        "bf16",
+        description="compute dtype (autocast): fp32, bf16 or fp16; denoising errors are always reduced in float32",
     )
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations in the backward: less memory, slower; null: on if memory = low"
     )
     attention: AttentionChoice = Field(
         "auto",
-        description="attention kernel of policy and reference; auto: the one measured to be faster on a GPU, sdpa on a "
-        "CPU",
+        description="attention kernel of policy and reference: sdpa or xformers; auto: the one measured to be faster "
+        "on a GPU, sdpa on a CPU",
     )
     temporal_attention: TemporalAttention = Field(
         "sdpa",
@@ -99,8 +102,8 @@ class ModelConfig(_Section):
     )
     deterministic: bool = Field(
         False,
-        description="make a run repeat bit for bit on a GPU (on a CPU it always does): slower backward of attention "
-        "and convolutions, no xformers",
+        description="make a run repeat bit for bit on a GPU, as it always does on a CPU; the backward of attention and "
+        "convolutions is slower, and xformers is excluded",
     )
 
 
@@ -109,8 +112,8 @@ class DataConfig(_Section):
 
     source: str = Field(
         "",
-        description="data set: folder, parquet file, tar shards or hub id; or N examples of an embedded world: "
-        "shapes:N, shapes-made:N, shapes-motion:N",
+        description="data set: folder, metadata.jsonl or csv, parquet file, tar shards or hub id; or N examples of an "
+        "embedded world: shapes:N, shapes-made:N, shapes-motion:N; see docs/data.md",
     )
     split: str = Field("train", description="split of a hub data set")
     resolution: int = Field(
@@ -137,19 +140,23 @@ class TrainConfig(_Section):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="pairs per forward on one device, the rest of an update is accumulated; null: what fits in memory",
+        description="pairs per forward on one device; gradients are accumulated over an update; null: what fits in "
+        "memory",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="learning rate of AdamW; null: 2e-6 for all weights, 5e-5 for a LoRA"
     )
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant",
-        description="learning rate after the warm-up; cosine: it falls, and would reach 0 one update after the last",
+        description="learning rate after the warm-up: constant, or cosine, which falls and would reach 0 one update "
+        "after the last",
     )
     warmup_updates: int = Field(20, ge=0, description="number of updates of linear learning-rate warm-up")
     weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="optimizer; adamw8bit needs bitsandbytes")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="optimizer: adamw, or adamw8bit, which needs bitsandbytes"
+    )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then exported; 0: none"
     )
@@ -172,8 +179,8 @@ class TrainConfig(_Section):
         0.9,
         ge=0,
         lt=1,
-        description="with train.safeguard, share of the winner's own progress that the loser must leave, to first "
-        "order",
+        description="with train.safeguard, share of the winner's own progress that the loser must leave intact, to "
+        "first order",
     )
     share_noise: bool = Field(
         True, description="use the same noise for winner and loser; false: independent noise, as the paper writes it"
@@ -181,11 +188,11 @@ class TrainConfig(_Section):
     tie_tol: float = Field(
         0.0,
         ge=0,
-        description="absolute values of D_w (the winner's error minus the reference's) up to this are ties, and ties "
-        "reject",
+        description="a pair is a tie if D_w (the policy's error on the winner minus the reference's) is at most this "
+        "in absolute value; ties reject the loser",
     )
     backend: Backend = Field(
-        "auto", description="implementation of the loss; auto: triton on CUDA if possible, else torch"
+        "auto", description="implementation of the loss: triton or torch; auto: triton on CUDA if possible, else torch"
     )
 
 
@@ -203,12 +210,14 @@ class ReferenceConfig(_Section):
     uses: int = Field(
         1,
         ge=1,
-        description="draws of (timestep, noise) per sample, each a training pair; above 1 changes the distribution",
+        description="draws of (timestep, noise) per sample, each of which gives a pair; above 1, an update sees fewer "
+        "different samples and winners",
     )
     window: int | None = Field(
         None,
         ge=1,
-        description="updates rolled out at once, never beyond the next draw; null: enough to fill the sampling batches",
+        description="updates rolled out at once, never beyond the next draw of a past policy; null: enough to fill the "
+        "sampling batches",
     )
     park: bool | None = Field(
         None,
@@ -256,7 +265,8 @@ class SamplerConfig(_Section):
     """How references generate samples."""
 
     name: Literal["ddim", "dpmsolver++"] = Field(
-        "ddim", description="solver with which references sample; dpmsolver++ changes the distribution"
+        "ddim",
+        description="solver with which references sample: ddim, or dpmsolver++, which samples another distribution",
     )
     steps: int = Field(
         50, ge=1, description="solver steps per sample; timestep spacing and offset are the pipeline's own"
@@ -288,12 +298,12 @@ class LogConfig(_Section):
     health_every: int = Field(
         10,
         ge=0,
-        description="updates between two measurements of the winners' and the losers' gradient, each one more "
-        "backward; 0: none",
+        description="updates between two measurements of the winners' and the losers' gradient, each of which costs "
+        "one more backward; 0: none",
     )
-    sample_every: int = Field(30, ge=0, description="updates between two pictures of samples; 0: none")
+    sample_every: int = Field(30, ge=0, description="updates between two sample pictures; 0: none")
     sample_prompts: tuple[str, ...] = Field(
-        (), description="prompts of the pictures of samples; empty: the first four of the data"
+        (), description="prompts of the sample pictures; empty: the first four of the data"
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (),
@@ -326,8 +336,8 @@ class Config(_Section):
     )
     memory: Literal["low", "balanced", "fast"] = Field(
         "balanced",
-        description="preset for batch sizes, parking, activation recomputation and compilation, where their own keys "
-        "are null",
+        description="preset (low, balanced or fast) for batch sizes, reference.park, activation recomputation and "
+        "compilation, where their own keys are null; see docs/performance.md",
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -1,4 +1,4 @@
-"""Validates captions from every source, and suggests how to convert one in another encoding.
+"""Validates captions from every source, and suggests how to convert those that are not UTF-8.
 
 The messages of `CaptionError` become reasons of `Problem`s, which are part of cache keys: do not reword them.
 """
@@ -49,7 +49,7 @@ def checked_caption(what: str, text: str) -> str:
 
 
 def decoded_caption(what: str, content: bytes, path: Path | None = None) -> str:
-    """Decodes a caption from bytes and checks it as `checked_caption` does; `path` is its file, if it is a file."""
+    """Decodes a caption and checks it as `checked_caption` does; `path` is its file, None inside a tar file."""
     if len(content) > MAX_CAPTION_BYTES:
         raise CaptionError(f"{what} is longer than {MAX_CAPTION_BYTES} bytes: not a caption")
     try:
@@ -86,7 +86,7 @@ def _likely_encoding(content: bytes) -> str:
         if content.startswith(mark):
             return name
     for name, zeros in (("UTF-16LE", content[1::2]), ("UTF-16BE", content[::2])):
-        if zeros.count(0) > len(content) // 5:  # in UTF-16, Latin letters have a zero as their other byte
+        if zeros.count(0) > len(content) // 5:  # in UTF-16, one of a Latin letter's two bytes is zero
             return name
     # In Western languages most letters are ASCII, and non-ASCII letters come in runs of at most two.
     beyond, letters = len(re.findall(rb"[\x80-\xff]", content)), len(re.findall(rb"[A-Za-z]", content))

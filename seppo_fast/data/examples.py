@@ -38,6 +38,17 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """Returns `1 image` or `2 images`; the words may include the verb: `1 image is`, `2 images are`."""
+    return f"{count} {one if count == 1 else many}"
+
+
+def ties_note(ties: int, pairs: int) -> str:
+    """Returns the note of a source of labelled pairs that leaves out ties."""
+    are = "is a tie and is" if ties == 1 else "are ties and are"
+    return f"{ties} of {counted(pairs, 'pair', 'pairs')} {are} not used"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One example that cannot be used.

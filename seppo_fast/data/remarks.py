@@ -8,20 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from seppo_fast.data.examples import Example, printable
+from seppo_fast.data.examples import Example, counted, printable
 from seppo_fast.data.media.colours import can_convert
 
 if TYPE_CHECKING:
     from seppo_fast.data.media.clips import Clip
 
 _SENTENCES = {
-    "repeating": "have too few frames to choose {frames} different ones and repeat some",
-    "closer": "are too short for {frames} frames at the usual spacing and use frames closer together",
-    "pq": "are HDR (PQ) but decoded without conversion to SDR, so their colours are pale; convert them to avoid that",
-    "hlg": "are HDR (HLG) but decoded without conversion to SDR, so their colours are pale; convert them to avoid that",
-    "small": "are enlarged more than twofold: their shorter side is below half of {resolution} pixels",
-    "cropped": "lose more than half of their area to the centre crop",
+    "repeating": "{have} too few frames to choose {frames} different ones and {repeat} some",
+    "closer": "{are} too short for {frames} frames at the usual spacing and {use} frames closer together",
+    "pq": "{are} HDR (PQ) but decoded without conversion to SDR, so {their} colours are pale; convert {them} to "
+    "avoid that",
+    "hlg": "{are} HDR (HLG) but decoded without conversion to SDR, so {their} colours are pale; convert {them} to "
+    "avoid that",
+    "small": "{are} enlarged more than twofold: {their} shorter side is below half of {resolution} pixels",
+    "cropped": "{lose} more than half of {their} area to the centre crop",
 }
+_SINGULAR = {
+    "have": "has", "repeat": "repeats", "are": "is", "use": "uses", "lose": "loses", "their": "its", "them": "it",
+}  # fmt: skip
 _NAMED = 3
 
 
@@ -60,12 +65,14 @@ def _label(example: Example, name: str) -> str:
 def remark_lines(remarks: Mapping[str, Sequence[str]], total: int, resolution: int, frames: int | None) -> list[str]:
     """Returns one line per kind of remark on `total` images or, if `frames` is given, clips."""
     lines = []
+    nouns = ("image", "images") if frames is None else ("clip", "clips")
     if frames is None and not can_convert():
         lines.append("this Pillow has no littlecms: embedded colour profiles are not converted to sRGB")
     for kind, sentence in _SENTENCES.items():
         if names := remarks.get(kind):
-            count = f"{len(names)} of {total} {'images' if frames is None else 'clips'}"
+            count = f"{len(names)} of {counted(total, *nouns)}"
+            words = _SINGULAR if len(names) == 1 else dict(zip(_SINGULAR, _SINGULAR, strict=True))
             named = ", ".join(map(printable, names[:_NAMED]))
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            lines.append(f"{count} {sentence.format(resolution=resolution, frames=frames)}: {named}{more}")
+            lines.append(f"{count} {sentence.format(resolution=resolution, frames=frames, **words)}: {named}{more}")
     return lines

@@ -1,4 +1,4 @@
-"""The processes of one machine, which share one copy of the past policies in host memory."""
+"""Groups processes by machine, so that those of one machine share one copy of the past policies in host memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from seppo_fast.utils.files import allocate
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")  # identifies a machine; host names may coincide
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # identifies a machine; two machines may have the same host name
 
 
 class Node:
-    """Groups the run's processes by machine and lets them agree on values. All processes must call every method.
+    """Groups the run's processes by machine and lets them agree on values.
+
+    Every method is a collective: all processes must call it. Containers with separate PID namespaces count as separate
+    machines, since a process opens the shared memory through its owner's `/proc` entry.
 
     Args:
         gather: a collective that gets one value from each process and returns the values of all, in order of rank.
@@ -26,7 +29,7 @@ class Node:
     Attributes:
         rank: this process's rank.
         world: number of processes of the run.
-        owns: whether this process is the owner, the one of its machine that writes the shared memory.
+        owns: whether this process is its machine's owner: the one that creates and writes the shared memory.
     """
 
     def __init__(self, gather: Callable[[Any], list[Any]] = lambda value: [value], rank: int = 0) -> None:
@@ -42,7 +45,7 @@ class Node:
         self._gather(None)
 
     def agree(self, problem: str | None) -> str | None:
-        """Returns a problem that any process has, the same in all of them, or None if no process has one."""
+        """Returns, in all processes, the problem of the lowest rank that has one; None if no process has a problem."""
         return next((other for other in self._gather(problem) if other is not None), None)
 
     def same(self, value: Any) -> bool:
@@ -73,7 +76,7 @@ class Node:
         if self.owns:
             try:
                 handle = os.memfd_create("seppo-references")
-                allocate(handle, size)  # else touching a page that the kernel cannot provide kills us
+                allocate(handle, size)  # otherwise, touching a page that the kernel cannot provide kills the process
                 place = f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino
             except OSError:
                 place = None

@@ -1,4 +1,4 @@
-"""Pictures at fixed prompts and fixed seeds."""
+"""Generates pictures or clips from fixed prompts and fixed seeds."""
 
 from __future__ import annotations
 
@@ -27,11 +27,22 @@ def generate(
     resolution: int,
     seed: int,
 ) -> np.ndarray:
-    """Pictures `(len(prompts), H, W, 3)` uint8, or clips `(len(prompts), F, H, W, 3)`, as the family makes them.
+    """Generates one picture or clip per prompt.
 
-    Picture i depends on the model, prompt i, seed and i alone.
+    Picture i depends only on the model, the sampler, prompt i, the seed and i. Two models called with the same prompts
+    and seed start from the same noise, so their scores can be compared in pairs.
 
-    Two models called with the same prompts and seed start from the same noise: their scores are paired.
+    Args:
+        family: the model family; its encoders are parked on the CPU afterwards.
+        denoiser: runs the network.
+        model: the network to sample from.
+        sampler: the solver and guidance to use.
+        prompts: one per picture.
+        resolution: the side of a picture in pixels.
+        seed: seed of the starting noise.
+
+    Returns:
+        Pictures `(len(prompts), H, W, 3)` uint8, or clips `(len(prompts), F, H, W, 3)` if the family makes clips.
     """
     shape = family.latent_shape(resolution)
     noise = keyed_noise(seed, "evaluation", [(0, index) for index in range(len(prompts))], shape)
@@ -46,16 +57,17 @@ def generate(
 
 
 class FixedPrompts:
-    """The same prompts and seeds again and again: base beside current.
+    """Draws a model beside its base during training, always from the same prompts and seed.
 
     Args:
-        family: the model.
-        denoiser: how it is called.
-        model: its network, which as it is now is the base; for all processes to call where it is sharded.
-        sampler: how pictures are made.
-        prompts: one row each.
-        resolution: in pixels.
-        seed: of the starting noise.
+        family: the model family.
+        denoiser: runs the network.
+        model: the network; its weights at construction are the base. If it is sharded, all processes must construct
+            this object and call `write`.
+        sampler: the solver and guidance to use.
+        prompts: one per row of the picture.
+        resolution: the side of a picture in pixels.
+        seed: seed of the starting noise.
     """
 
     def __init__(
@@ -75,7 +87,7 @@ class FixedPrompts:
         self.base = self.generate()
 
     def write(self, file: Path | None, name: str) -> None:
-        """Writes a PNG of base beside the model as it is now, under the title `name`; None: only generates."""
+        """Writes a PNG with the base beside the current model, titled `name`; with `file` None it only generates."""
         pictures = self.generate()
         if file is not None:
             side_by_side(self._prompts, {"base": self.base, name: pictures}).save(file)

@@ -1,4 +1,4 @@
-"""Scores of the embedded world's judge for a model, on prompts and seeds of its own."""
+"""Scores a model with the judge of the embedded shapes world, on prompts and seeds reserved for evaluation."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from seppo_fast.scorers.shapes import ShapesScorer
 from seppo_fast.shapes import motion
 from seppo_fast.shapes.world import SIZE, caption, scene
 
-# Streams of the shapes world, and seeds of the noise that pictures start from. Settings are chosen on the first.
+# Each number is both a stream of the shapes world and the seed of the starting noise. Settings are chosen on the first.
 DEVELOPMENT, REPORT = 1001, 2002
 DEVELOPMENT_PROMPTS, REPORT_PROMPTS = 400, 1200
 CLIPS_PER_PROMPT = 4
 
 
 def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list[str]:
-    """The first `count` different captions of a stream of the shapes world that are not excluded.
+    """Returns the first `count` distinct captions of a stream of the shapes world that are not excluded.
 
     Raises:
-        ValueError: there are not so many: 48 captions have one shape, 7,680 have two.
+        ValueError: too few are found. The world has 48 captions with one shape and 7,680 with two.
     """
     chosen: dict[str, None] = {}
     for index in range(20 * count):
@@ -42,15 +42,16 @@ def held_out_prompts(stream: int, count: int, excluded: Collection[str]) -> list
         if text not in excluded:
             chosen[text] = None
     if len(chosen) < count:
-        raise ValueError(f"count: {count} prompts are requested, {len(chosen)} are left")
+        raise ValueError(f"count: {count} prompts are requested, but only {len(chosen)} are left")
     return list(chosen)
 
 
 def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:
-    """Prompts to choose settings on, and prompts to report on: no caption is in both, or among the winners'.
+    """Returns prompts to choose settings on, and prompts to report on, which share no caption.
 
-    Of clips there are few captions, so each is there several times, one after the other, for clips of other seeds; and
-    settings are chosen on the winners' captions.
+    For pictures, neither contains a caption of the winners. Clips have few captions, so settings are chosen on those of
+    the winners, and each held-out caption is repeated `CLIPS_PER_PROMPT` times in a row; each repetition starts from
+    other noise.
     """
     if trained_on.clips:
         seen, kept_back = motion.captions(held_out=False), motion.captions(held_out=True)
@@ -63,19 +64,19 @@ def prompt_sets(trained_on: Source) -> tuple[list[str], list[str]]:
 def judged_pictures(
     family: Family, denoiser: Denoiser, model: nn.Module, sampler: Sampler, prompts: Sequence[str], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures or clips, as the family makes them, and their scores.
+    """Generates one picture or clip per prompt, and scores them.
 
     Args:
-        family: the pipeline.
-        denoiser: how the model is called.
-        model: its network.
-        sampler: how pictures are made.
+        family: the model family.
+        denoiser: runs the network.
+        model: the network to sample from.
+        sampler: the solver and guidance to use.
         prompts: captions of the shapes world.
-        seed: of the starting noise; picture i starts from noise (seed, i), whatever the model.
+        seed: seed of the starting noise; picture i starts from noise (seed, i) for every model.
 
     Returns:
-        Pictures `(N, 32, 32, 3)` or clips `(N, F, 32, 32, 3)` uint8, and scores `(N,)`: the share of asked-for
-        attributes that the judge finds.
+        Pictures `(N, 32, 32, 3)` or clips `(N, F, 32, 32, 3)` uint8, and scores `(N,)`: the share of the attributes in
+        the prompt that the judge finds.
     """
     pictures = generate(family, denoiser, model, sampler, prompts, resolution=SIZE, seed=seed)
     return pictures, ShapesScorer()(prompts, pictures)
@@ -89,12 +90,20 @@ def judged_model(
     *,
     guidance: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `judged_pictures`, of the model of a configuration, or of the `weights` that its run wrote.
+    """Loads a model on the CPU in float32, generates pictures or clips with it, and scores them.
 
-    The sampler is the configuration's, at another guidance scale where one is given.
+    Args:
+        config: the configuration that names the model and its sampler.
+        prompts: captions of the shapes world.
+        seed: seed of the starting noise.
+        weights: the folder of weights that a run with this configuration wrote; None: the base model.
+        guidance: the guidance scale; None: the configuration's.
+
+    Returns:
+        As `judged_pictures`.
     """
     full = weights is not None and config.model.train == "full"
-    # What a run on clips wrote has its motion modules inside.
+    # Full weights of a run on clips contain the motion modules.
     model = config.model.model_copy(update={"path": str(weights), "motion_adapter": ""}) if full else config.model
     family = load_family(config.model_copy(update={"model": model}), torch.device("cpu"))
     if weights is not None and not full:

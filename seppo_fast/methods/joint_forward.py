@@ -31,7 +31,7 @@ class JointModel:
     Each half of the prediction equals that of a separate forward, bit for bit if the layers' products do not depend on
     the batch size. The policy's half has the same gradient as in a separate forward, the reference's half has none.
     Until the backward only the policy's rows of each block's inputs are kept. Gradient checkpointing inside the blocks
-    is off while they rerun: it would run most of them a third time.
+    is off while they rerun: it would run most of their layers a third time.
 
     Args:
         policy: the network being trained, in eval mode, with LoRA layers in its blocks.
@@ -54,7 +54,8 @@ class JointModel:
         tail = parts.tail
         run = _chain([part.forward for part in tail])
         self._units[tail[-1]] = _Unit(run, tail, layers, parts.row_layers)
-        self._passed = tail[:-1]  # each passes its input on, and the last one runs the whole tail
+        # Inside `rows` these return their input unchanged, and the last module of the tail runs the whole tail.
+        self._passed = tail[:-1]
         inside = {part for unit in self._units.values() for part in unit.parts}
         self._row_layers = [layer for layer in parts.row_layers if layer not in inside]
 
@@ -96,9 +97,9 @@ def _check(
     if full:
         raise ValueError(
             f"policy: {len(full)} trained weights do not belong to a LoRA, the first is {full[0]!r}. Policy and "
-            "reference can share a forward only if they share their base weights; full weights have no product in "
-            "common. errors='ahead' needs no second network either: it computes the reference's errors before the "
-            "updates"
+            "reference can share a forward only if they share their base weights. To train full weights, set "
+            "reference.errors = ahead, which computes the reference's errors before the updates and needs no second "
+            "network either"
         )
     inside = {part for block in blocks for part in block.modules()}
     if not all(_is_plain(ours) and _is_plain(theirs) and ours in inside for ours, theirs in layers.items()):
@@ -124,7 +125,10 @@ def _is_plain(layer: nn.Module | None) -> bool:
 
 
 class _Rows:
-    """Tells which rows are the policy's: the first of the batch, also if a tensor has several rows per batch row."""
+    """Tells which rows of a tensor are the policy's: those of the first samples in the batch.
+
+    A tensor may have several rows per sample, as where a clip's frames are folded into the batch dimension.
+    """
 
     def __init__(self, policy_rows: int) -> None:
         self._policy = policy_rows
@@ -167,7 +171,7 @@ class _Unit:
         self._row_layers = [layer for layer in row_layers if layer in inside]
 
     def shared(self, rows: _Rows) -> AbstractContextManager[None]:
-        """Returns a context in which the unit's layers process rows of both."""
+        """Returns a context in which the unit's layers process rows of policy and reference."""
         forwards = {layer: _halved(layer, rows) for layer in self._row_layers}
         return _replaced(forwards | {ours: _adapted(ours, theirs, rows) for ours, theirs in self._layers.items()})
 
@@ -200,7 +204,8 @@ class _SharedForward(torch.autograd.Function):
         kept = ctx.saved_tensors[: len(ctx.lengths)]
         needed = ctx.needs_input_grad[3:]
         with torch.enable_grad(), ctx.unit.without_recomputation():
-            # Views, since FlopCounterMode registers hooks on them, which it cannot do on a leaf of `autograd.grad`.
+            # Views instead of leaf tensors: FlopCounterMode hooks the modules' inputs, and its hooks raise an error
+            # during `autograd.grad` if these are leaves.
             tensors = [tensor.detach().requires_grad_(need).view_as(tensor) for tensor, need in zip(kept, needed)]
             outputs, _ = ctx.run(tensors)
         ends = [(o, gradient) for o, gradient in zip(outputs, gradients) if gradient is not None and o.requires_grad]
@@ -217,7 +222,7 @@ class _SharedForward(torch.autograd.Function):
 
 
 def _run(unit: _Unit, rows: _Rows, *args: Any, **kwargs: Any) -> Any:
-    """Runs a unit's forward on rows of both."""
+    """Runs a unit's forward on rows of policy and reference."""
     tensors, refill = _take_tensors((args, kwargs))
     device_type = tensors[0].device.type
     # The rerun must cast as the first run did. No cache: each run casts an adapter only once, and the rerun must not
@@ -240,7 +245,10 @@ def _run(unit: _Unit, rows: _Rows, *args: Any, **kwargs: Any) -> Any:
 
 
 def _adapted(ours: Any, theirs: Any, rows: _Rows) -> Callable[[Tensor], Tensor]:
-    """Returns a LoRA layer's forward on rows of both: W x, plus each half's own s B A x, computed as peft does."""
+    """Returns a LoRA layer's forward on rows of policy and reference.
+
+    It computes W x for all rows, and adds s B A x with each half's own adapter, as peft does.
+    """
 
     def forward(x: Tensor) -> Tensor:
         count = rows.policy(x)
@@ -255,10 +263,11 @@ def _adapted(ours: Any, theirs: Any, rows: _Rows) -> Callable[[Tensor], Tensor]:
 
 
 def _halved(layer: nn.Module, rows: _Rows) -> Callable[[Tensor], Tensor]:
-    """Returns a layer's forward on rows of both that runs one half after the other.
+    """Returns a layer's forward on rows of policy and reference that runs one half after the other.
 
     For layers whose input has one row per sample (time embeddings): a product with few rows may be summed in another
-    order than one with twice as many, and running these layers twice costs next to nothing.
+    order than one with twice as many, so results would differ in bits from those of a separate forward. Running these
+    layers twice costs next to nothing.
     """
     run = layer.forward
 

@@ -1,7 +1,7 @@
-"""The interface of a training method: it collects what an update learns from, and computes the loss on parts of it.
+"""The interface of a training method, which collects the batch of an update and computes the loss on its micro-batches.
 
 For each update the trainer calls `collect`, splits the batch with `Batch.micro_batches`, and for each micro-batch calls
-`loss` and backpropagates its result. Register a method of your own with `seppo_fast.methods.registry.register`.
+`loss` and backpropagates the result. Register your own method with `seppo_fast.methods.registry.register`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 class Batch(Protocol):
-    """This process's share of what an update learns from.
+    """This process's share of the training rows of one update.
 
     Attributes:
-        sample_ids: the sample id of each row; `skipped.jsonl` lists those of a skipped update.
+        sample_ids: the sample id of each row; `skipped.jsonl` lists the ids of skipped updates.
     """
 
     @property
@@ -30,7 +30,7 @@ class Batch(Protocol):
         """Returns the number of rows."""
 
     def micro_batches(self, size: int) -> Iterator[Any]:
-        """Yields consecutive parts of at most `size` rows; `len` of a part is its number of rows."""
+        """Yields consecutive micro-batches of at most `size` rows; their `len` must be their number of rows."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class StepLoss:
 
 
 class Method(ABC):
-    """Base class of training methods: collects what an update learns from, and computes the loss on it.
+    """Base class of training methods; see the module docstring for how the trainer calls them.
 
     Attributes:
-        seconds: duration of the last `collect`; if that prepared several updates at once, an equal share of it.
-        sampling_batch: number of samples generated at once, lower than configured if memory turned out to be short;
-            None if the method generates none.
+        seconds: duration of the last `collect`; if one call prepares several updates, each is assigned an equal share.
+        sampling_batch: number of samples generated at once, which is lower than configured if memory ran short; None
+            if the method generates no samples.
     """
 
     seconds: float = 0.0
@@ -67,38 +67,38 @@ class Method(ABC):
 
     @abstractmethod
     def collect(self, update: int, reference: int | None) -> Batch:
-        """Returns this process's share of what an update learns from.
+        """Returns this process's share of the batch of an update.
 
-        It must depend on the seed, the update and the reference's weights alone, so that a resumed run collects the
-        same.
+        Within a run, the batch may depend only on the seed, the update and the reference's weights, so that a resumed
+        run collects the same one.
 
         Args:
             update: the update's index, from 0.
-            reference: the index of the past policy drawn for it; None if the method has no reference.
+            reference: the index of the past policy drawn for this update; None if the method has no reference.
         """
 
     @abstractmethod
     def loss(self, policy: nn.Module, micro_batch: Any, grad_scale: Tensor) -> StepLoss:
-        """Runs the policy on a micro-batch and returns its loss with the gradient; does not call backward.
+        """Runs the policy on a micro-batch and returns the loss and its gradient; must not call backward on the policy.
 
         Args:
             policy: the network being trained, in the mode (train or eval) in which it is trained.
-            micro_batch: a part that `Batch.micro_batches` yielded.
-            grad_scale: the factor on the gradient, a float32 scalar on the device.
+            micro_batch: one of the parts yielded by `Batch.micro_batches`.
+            grad_scale: the factor to apply to the gradient, a float32 scalar on the device.
         """
 
     def make_room(self, parked: Callable[[], AbstractContextManager[None]]) -> None:  # noqa: B027
-        """Receives a context manager that frees device memory; called once, before the first update.
+        """Receives a factory of contexts that free device memory; called once, before the first update.
 
-        Called only with `reference.park`. A method may enter the context in `collect` for work that needs memory, such
-        as sampling. The default ignores it.
+        Called only with `reference.park`. In `collect`, a method may enter such a context for work that needs memory,
+        such as sampling. The default ignores `parked`.
 
         Args:
-            parked: returns a context inside which tensors that only the learner needs are in host memory.
+            parked: returns a context manager that keeps the optimizer's state in host memory while it is active.
         """
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
-        """Returns the values to log for an update; by default the mean of each sum.
+        """Returns the values to log for an update; by default, each sum divided by `rows`.
 
         Args:
             sums: `StepLoss.sums`, added up over all micro-batches and processes.

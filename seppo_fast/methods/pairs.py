@@ -1,6 +1,9 @@
-"""Pairs: what the learner sees of one update. Their examples, times and noise are a pure function of seed and update.
+"""Pairs: the batch that the learner trains on in one update.
 
-Shape legend: B is the number of pairs, b the number of pairs in a micro-batch.
+For given data and settings, their examples, times and noise are a pure function of seed and update.
+
+Shape legend: B is the number of pairs, b the number of pairs in a micro-batch. Tensors with 2B or 2b rows consist of
+two halves: first the winners, then the losers.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ class Pairs:
     """The B pairs of one update, on the CPU.
 
     Attributes:
-        sample_ids: B numbers, visit * len(data) + index of the example. They are unique within the run, except that
-            with `reference.uses` above 1 each appears that many times in a row.
+        sample_ids: B numbers, visit * len(data) + index of the example, where `visit` counts the passes over the data
+            from 0. Within a run, each id occurs in `reference.uses` consecutive pairs (1 by default).
         winners: `(B, *latent)` float32.
         losers: `(B, *latent)` float32; None if the objective has none.
-        times: `(B,)` in the schedule's dtype, shared by both halves.
-        noise: `(B, *latent)` if both halves share it, else `(2B, *latent)`, winner half first.
-        conditioning: B rows, each for the pair's prompt, or for the empty prompt if it was dropped.
+        times: `(B,)` in the schedule's dtype; a pair's winner and loser share one.
+        noise: `(B, *latent)` if a pair's winner and loser share it, else `(2B, *latent)`, winner half first.
+        conditioning: B rows, each for the pair's prompt, or for the empty prompt if the prompt was dropped.
         ref_error: `(2B,)` float32 denoising errors of the reference, winner half first; None if they are not computed
             ahead of the update.
     """
@@ -76,13 +79,13 @@ class Pairs:
 
 
 class NoisedBatch(NamedTuple):
-    """The model's input for b pairs, winner half first, and its target.
+    """The model's input for b pairs, winner half first, and the regression target.
 
     Attributes:
         latents: `(2b, *latent)` noised latents, or `(b, *latent)` without losers.
         times: one per row of `latents`.
         conditioning: one row per row of `latents`.
-        target: the shape of `latents`, or `(b, *latent)` if both halves share it.
+        target: in the shape of `latents`, or `(b, *latent)` if a pair's winner and loser share it.
     """
 
     latents: Tensor
@@ -92,7 +95,7 @@ class NoisedBatch(NamedTuple):
 
 
 def noised(pairs: Pairs, schedule: Schedule, device: torch.device) -> NoisedBatch:
-    """Returns the model's noised input and its target for pairs, on the device."""
+    """Returns the noised inputs and targets of pairs, on the device."""
     pairs = pairs.to(device)
     latents = pairs.winners if pairs.losers is None else torch.cat([pairs.winners, pairs.losers])
     halves = len(latents) // len(pairs)
@@ -110,17 +113,17 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns a tensor on the device; a copy to a GPU goes through pinned memory, so the host does not wait."""
     if device.type != "cuda":
         return tensor.to(device)
-    # Only host memory can be pinned.
+    # Only host memory can be pinned; a tensor that is on the GPU already needs no copy.
     return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
 
 
 class PairMaker:
-    """Makes the pairs of an update, except for the reference's samples and errors, which are computed elsewhere.
+    """Makes the pairs of an update. The reference's samples and denoising errors are computed elsewhere.
 
     Args:
         config: the run's configuration.
         cache: latents and conditioning of the training data.
-        schedule: the model's noise schedule, which draws the times.
+        schedule: the model's noise schedule, from which the times are drawn.
         rank: this process's rank.
         world: number of processes.
     """
@@ -138,7 +141,7 @@ class PairMaker:
     def sample_ids(self, update: int) -> list[int]:
         """Returns this rank's sample ids of an update.
 
-        Each example is used once before any is used again; the ids are dealt out to the ranks in turn.
+        Each example is used once before any is used again; ids are assigned to ranks round-robin.
         """
         samples = self._config.train.pairs_per_update // self._config.reference.uses
         positions = range(update * samples, (update + 1) * samples)
@@ -152,15 +155,15 @@ class PairMaker:
         return visit * len(self._cache) + int(self._order[1][position])
 
     def examples(self, sample_ids: Sequence[int]) -> list[int]:
-        """Returns the cache rows of sample ids."""
+        """Returns the indices of the samples' examples in the cache."""
         return [sample % len(self._cache) for sample in sample_ids]
 
     def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Conditioning, Conditioning]:
-        """Returns the inputs from which a reference generates samples, for B keys (update, sample id).
+        """Returns the inputs from which a reference generates B samples, given their keys (update, sample id).
 
         Returns:
-            Noise `(B, *latent)`; the conditioning of the samples' own prompts, never dropped, B rows; that of the empty
-            prompt, one row.
+            The noise `(B, *latent)`; the conditioning for the samples' own prompts, B rows (prompt dropout does not
+            apply); and the conditioning for the empty prompt, one row.
         """
         noise = keyed_noise(self._config.seed, "sample", keys, self._cache.latent_shape)
         rows = self._cache.conditioning([None, *self.examples([sample for _, sample in keys])])
@@ -170,17 +173,17 @@ class PairMaker:
         """Returns pairs with their times, noise and prompts: `reference.uses` consecutive pairs per sample id.
 
         Args:
-            update: the index of their update, from 0.
-            sample_ids: the ids of their samples.
-            losers: `(len(sample_ids), *latent)` generated losers; if None, an objective with labelled losers uses
-                those, and for any other the pairs have none.
+            update: the update's index, from 0.
+            sample_ids: the ids of the samples to make pairs of.
+            losers: `(len(sample_ids), *latent)` generated losers. If None, the pairs get the data's labelled losers if
+                the objective uses those, else no losers.
         """
         config, seed, uses = self._config, self._config.seed, self._config.reference.uses
         examples = self.examples(sample_ids)
         winners = self._cache.winners(examples).float().repeat_interleave(uses, 0)
         other = self._cache.losers(examples).float().repeat_interleave(uses, 0) if self._objective.needs_pairs else None
         prompts: list[int | None] = [example for example in examples for _ in range(uses)]
-        # The first use has no number in its key, so that it draws the same as with reference.uses = 1.
+        # The key of the first use has no use number, so that it gives the same draws as reference.uses = 1.
         keys = [(update, sample, *([use] if use else [])) for sample in sample_ids for use in range(uses)]
         times = torch.empty(len(keys), dtype=self._schedule.dtype)
         for row, key in enumerate(keys):
@@ -193,7 +196,7 @@ class PairMaker:
         noise = keyed_noise(seed, "noise", keys, winners.shape[1:])
         if not config.train.share_noise and self._objective.negatives is not None:
             noise = torch.cat([noise, keyed_noise(seed, "loser noise", keys, winners.shape[1:])])
-        if losers is not None and uses > 1:  # with one use no copy: it stays a view of the pinned buffer it waited in
+        if losers is not None and uses > 1:  # one use needs no copy: a view of the rollout's pinned buffer stays one
             losers = losers.repeat_interleave(uses, 0)
         elif losers is None and self._objective.negatives == "labelled":
             losers = other

@@ -1,9 +1,9 @@
-"""Rolling out ahead: the drawn reference's samples, and its errors on them, for several coming updates at once.
+"""Generates the drawn reference's samples, and its denoising errors, for several coming updates at once.
 
-A drawn reference is frozen, so what depends on it alone can be made before the policy trains, with its weights
-resident: samples in batches as large as the device likes, whatever the training batch; errors in the learner's own
-micro-batches (see `reference_errors`). What is left per pair for the learner is one latent and two numbers; all
-else is a function of (seed, update, sample id) and is made again when it is needed.
+A drawn reference is frozen, so everything that depends on it alone can be computed before the policy trains, while its
+weights are on the device: samples in batches of any size that fits, independent of the training batch, and errors in
+the learner's own micro-batches (see `reference_errors`). Only one latent and two numbers per pair are kept for the
+learner. Everything else is a function of (seed, update, sample id) and is recomputed when needed.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from seppo_fast.utils.logging import warn
 from seppo_fast.utils.memory import free_bytes, is_out_of_memory
 from seppo_fast.utils.progress import progress
 
-_FULL_BATCHES = 8  # rolled out at once: the last, unfilled one then wastes an eighth at most
+_FULL_BATCHES = 8  # sampling batches per window: a last batch that is not full then wastes an eighth at most
 
 
 class Rollout:
-    """Makes the pairs of each update, as many updates ahead as fill the sampling batches.
+    """Makes the pairs of each update. A window of consecutive updates is rolled out together, to fill sampling batches.
 
     Attributes:
-        batch: samples generated at once; halved where memory is short.
-        seconds: that the last update's pairs took, an equal share of its window's.
-        maker: makes the pairs up to the reference's share.
-        waiting: samples and errors of the updates that were rolled out ahead, by update.
+        batch: number of samples generated at once; halved when memory runs out.
+        seconds: time that the last update's pairs took, including an equal share of its window's rollout.
+        maker: makes the pairs, except for the reference's samples and errors.
+        waiting: samples and errors of updates that were rolled out ahead, by update.
         offload_context: entered while a reference is resident, to free device memory that only the learner needs.
 
     Args:
-        config: the run's configuration, its batches chosen.
+        config: the run's configuration, with its batch sizes chosen.
         maker: see above.
-        strategy: how the reference generates, and where and when its errors are made.
-        draws: the past policies, and which of them is drawn next.
-        processes: those of the run.
-        interruption: asked before each batch; what it raises leaves everything as it was.
+        strategy: generates the reference's samples, and computes its errors ahead if `reference.errors` is "ahead".
+        draws: the past policies; starts copying the next drawn one to the device.
+        processes: the run's processes.
+        interruption: checked before each batch; if it raises, the policy and the pairs in `waiting` are unchanged.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Rollout:
         processes: Processes,
         interruption: Interruption,
     ) -> None:
-        assert config.sampler.batch is not None, "the sampling batch is chosen before"
+        assert config.sampler.batch is not None, "sampler.batch must be chosen by now"
         self._config = config
         self._generates = config.row.negatives == "generated"
         self.maker = maker
@@ -79,12 +79,17 @@ class Rollout:
         self.seconds = 0.0
 
     def pairs(self, update: int, reference: int | None) -> Pairs:
-        """This rank's pairs of an update, for the drawn reference; the first of a window rolls out all of it."""
+        """Returns this rank's pairs of an update; the first call of a window rolls out all of its updates.
+
+        Args:
+            update: the update's index, from 0.
+            reference: the index of the drawn past policy; None if the method has no reference.
+        """
         if reference is not None and update not in self.waiting:
             window, started = self.window(update), time.perf_counter()
             self.waiting = self._roll_out(window, update, reference)
             self._draws.prefetch(window[-1] + 1)
-            # One process may have found less memory; windows follow the batch, and must be the same for all.
+            # One process may have run out of memory. The batch determines the windows, so it must be equal in all.
             self.batch = self._processes.min(self.batch)
             self._window_share = (time.perf_counter() - started) / len(self.waiting)
         started = time.perf_counter()
@@ -94,7 +99,7 @@ class Rollout:
         return pairs
 
     def window(self, update: int) -> range:
-        """The updates that are rolled out with `update`: never beyond the next draw of a reference."""
+        """Returns the updates that are rolled out together with `update`; they all use the same drawn reference."""
         config = self._config
         if config.reference.redraw == "update":
             return range(update, update + 1)
@@ -104,12 +109,12 @@ class Rollout:
             ahead = math.ceil(_FULL_BATCHES * self.batch / mine) if self._generates else 1
         length = config.train.updates_per_iteration
         first = update - update % length
-        # A grid that starts at the draw, so that windows are the same wherever a run goes on.
+        # Windows are counted from the draw, so that a resumed run has the same windows.
         start = first + (update - first) // ahead * ahead
         return range(start, min(start + ahead, first + length, config.train.updates))
 
     def _roll_out(self, window: range, first: int, reference: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
-        """Samples and errors of the window's updates from `first` on, which is not the window's where a run goes on."""
+        """Returns samples and errors of the window's updates from `first` on; a resumed run may start inside one."""
         assert self._draws.pool is not None
         ids = {update: self.maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
@@ -126,9 +131,10 @@ class Rollout:
         return made
 
     def _generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int) -> Tensor:
-        """Samples `(len(keys), *latent)` for (update, sample id), in batches that halve where memory is short.
+        """Generates samples `(len(keys), *latent)` for keys (update, sample id); halves the batch if memory runs out.
 
-        The first `done` are not asked for. Batches are those that make them all: rounding depends on a batch's size.
+        The first `done` samples are not needed, and those whose batches lie before them entirely are left undefined.
+        The other batches are the same as without `done`, because rounding depends on the batch.
         """
         samples: Tensor | None = None
         start = done - done % self.batch
@@ -154,17 +160,21 @@ class Rollout:
         return samples
 
     def _sample_buffer(self, shape: tuple[int, ...]) -> Tensor:
-        """Host memory for samples, pinned beside a GPU; a nameless file where the budget does not hold them."""
+        """Returns host memory for samples, pinned if a GPU is used; a mapped, unlinked file if they exceed the budget.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
         count = math.prod(shape)
         budget = self._config.reference.pairs_gib
-        # The other processes of a machine have samples of their own.
+        # Each process on a machine has its own samples.
         allowed = free_bytes(torch.device("cpu")) // 4 // self._processes.world if budget is None else budget * 2**30
         if 4 * count <= allowed:
             return torch.empty(shape, pin_memory=self._strategy.device.type == "cuda")
-        folder = Path(self._config.data.cache)  # a real disk; what is called temporary may be memory
+        folder = Path(self._config.data.cache)  # on a disk, whereas the system's temporary folder may be in memory
         try:
             with tempfile.NamedTemporaryFile(dir=folder, prefix="seppo-samples-") as file:
-                allocate(file.fileno(), 4 * count)  # a mapped file that finds no space later would kill us
-                return torch.from_file(file.name, shared=True, size=count).view(shape)  # lives on without its name
+                allocate(file.fileno(), 4 * count)  # else a full disk would kill the process with SIGBUS later
+                return torch.from_file(file.name, shared=True, size=count).view(shape)  # the mapping outlives the name
         except OSError as problem:
             raise CheckpointError(disk_message(folder, problem)) from problem

@@ -188,7 +188,10 @@ def checked_state(folder: Path) -> SavedState:
 
 
 def put_aside_newer(run: Path, update: int) -> None:
-    """Renames the damaged states after `update` to `damaged-...`: they are kept, but never loaded or pruned.
+    """Renames all states after `update` to `damaged-...`: they are kept, but never loaded or pruned.
+
+    `update` is the update of the state from which the run resumes. `newest_state` chose it because every newer state
+    failed its checks.
 
     Called only by the process that holds the run's lock.
 
@@ -204,7 +207,7 @@ def put_aside_newer(run: Path, update: int) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` saved states, and what killed processes left half written.
+    """Removes all but the newest `keep` saved states, and `.tmp-*` folders, which killed processes left incomplete.
 
     Called only by the process that holds the run's lock.
     """
@@ -231,6 +234,7 @@ def _checksum(rows: Mapping[str, Any]) -> str:
 
 
 def _table(file: Path) -> dict[str, list[Any]]:
+    """Returns [dtype, *shape] of each tensor in a safetensors file, by the tensor's name; the manifest lists this."""
     with safe_open(file, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - `opened` is not a mapping
         return {name: [part.get_dtype(), *part.get_shape()] for name, part in slices.items()}

@@ -1,7 +1,7 @@
-"""Health rules: they detect, from the logged numbers alone, a run that makes the model worse, and say what to change.
+"""Health rules, which detect from the logged values alone that a run makes the model worse, and say what to change.
 
-The cause is usually the step size, hardly ever beta: if Adam's first steps are too large, the policy becomes worse than
-its own past on the winners; then the anchor test compares noise, and logits and gradients grow.
+The cause is usually the step size, hardly ever `train.beta`: if Adam's first steps are too large, the policy becomes
+worse on the winners than its own past; the anchor test then compares noise, and logits and gradients grow.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LARGEST = 1e100
-"""Larger values count as non-finite, so that sums and squares of the others do not overflow."""
+"""Values of larger magnitude are treated as non-finite, so that sums and squares of the rest do not overflow."""
 WINDOW = 5
 """Number of updates that a rule averages over."""
-_RISE = 0.03  # the winner's error over the reference's, minus 1
-_LOGIT = 1.0
-_GROWTH = 8.0  # the gradient norm over that of the first update
-_LOSS = 0.65  # ln 2 = 0.693 is the loss where policy and reference agree
+_RISE = 0.03  # limit of (winner's error / reference's error at the winner) - 1
+_LOGIT = 1.0  # limit of the mean |logit|
+_GROWTH = 8.0  # limit of the gradient norm, as a multiple of the first update's
+_LOSS = 0.65  # limit of the preference loss, which is ln 2 = 0.693 where policy and reference agree
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Rule:
     """One health rule.
 
     Attributes:
-        name: key in the log, where the value is 1 while the rule's condition is met.
-        keys: the numbers of an update that the rule reads; updates where one is missing or non-finite do not count.
-        holds: the condition, given the last `WINDOW` updates that count and the run's first that counts, each a list of
-            values in the order of `keys`.
-        sign: what was observed, without a final period; a colon, if any, separates it from what it means.
-        cure: what to do about it, without a final period.
+        name: key of the rule's flag in the log: 1 while the rule's condition is met, else 0.
+        keys: the logged values that the rule reads; an update in which one is missing or non-finite is ignored.
+        holds: returns whether the condition is met, given the run's last `WINDOW` updates that are not ignored and the
+            first such update; each is a list of values in the order of `keys`.
+        sign: the observation, optionally followed by a colon and its meaning; no final period.
+        cure: what to do about it; no final period.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Rule:
 
     @property
     def warning(self) -> str:
-        """The line that is printed during training."""
+        """The line to print during training."""
         return f"{self.sign} (mean of the last {WINDOW} updates). If this persists, {self.cure}"
 
 
@@ -55,7 +55,7 @@ def _loses(window: Sequence[list[float]], first: list[float]) -> bool:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return sum(values) / WINDOW  # not `statistics.mean`, which raises if infinities cancel
+    return sum(values) / WINDOW  # not `statistics.fmean`, which raises if infinities cancel
 
 
 _ERRORS = ("winner_error", "ref_winner_error")
@@ -102,9 +102,10 @@ class _Seen:
 class HealthWatch:
     """Applies `RULES` to the updates of a run, in order.
 
-    A rule's spell begins when its condition is met over the last `WINDOW` updates that count, and ends when it no
-    longer is. The next spell begins `WINDOW` updates later at the earliest, so that a value near its limit does not
-    cause one warning after another. Rules that compare with a reference never fire if the objective has none.
+    A spell of a rule begins when its condition is first met over `WINDOW` updates (ignored ones do not count, see
+    `Rule.keys`), and ends when the condition is no longer met. The next spell begins at least `WINDOW` updates later,
+    so that a value near its limit does not cause one warning after another. Rules that compare with a reference never
+    fire if the objective has no reference.
     """
 
     def __init__(self) -> None:
@@ -112,7 +113,7 @@ class HealthWatch:
         self._within: set[str] = set()
 
     def update(self, entry: Mapping[str, Any]) -> list[Rule]:
-        """Adds the next update; returns the rules whose spell begins with it."""
+        """Adds the next update's log entry; returns the rules of which a spell begins with this update."""
         return [rule for rule in RULES if (values := _values(rule, entry)) is not None and self._begins(rule, values)]
 
     def _begins(self, rule: Rule, values: list[float]) -> bool:
@@ -133,12 +134,12 @@ class HealthWatch:
         return rule.name in self._within
 
     def flags(self, entry: Mapping[str, Any]) -> dict[str, float]:
-        """Returns the flags to log: 1 or 0 for within a spell or not, for each rule whose keys this update has."""
+        """Returns the flags to log: 1 within a spell, else 0. Rules whose keys this update lacks are left out."""
         return {rule.name: float(self.within(rule)) for rule in RULES if all(key in _known(entry) for key in rule.keys)}
 
 
 def _known(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns an update with `preference_loss`, which logs omit where it equals `loss`."""
+    """Returns a log entry with `preference_loss` filled in: where the key is missing, `loss` is used."""
     return {"preference_loss": entry["loss"], **entry} if "loss" in entry else entry
 
 

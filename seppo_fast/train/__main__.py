@@ -1,4 +1,4 @@
-"""`python -m seppo_fast.train` runs the command line's `train`."""
+"""Runs `seppo-fast train` as `python -m seppo_fast.train`, for `accelerate launch -m`."""
 
 import sys
 

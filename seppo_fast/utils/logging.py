@@ -1,4 +1,4 @@
-"""What is printed: by which process, nothing of the libraries' own, and never an end of the run by it."""
+"""Printing: which process prints, silencing of libraries, and streams whose failure does not end a run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _rank, _world, _says = 0, 1, True
 
 
 def set_rank(rank: int, world: int, first: bool) -> None:
-    """Tells which of how many processes this is, and whether it is the first of its machine, once they are known."""
+    """Sets this process's rank, the number of processes, and whether it is the first process of its machine."""
     global _rank, _world, _says
     _rank, _world, _says = rank, world, first
 
 
 def say(line: str) -> None:
-    """Prints a line of the run, which is the same in all processes: the first one of each machine prints it."""
+    """Prints a line that is the same in all processes; only the first process of each machine prints it."""
     if _says:
         print(line, flush=True)
 
 
 def warn(line: str) -> None:
-    """Prints what befell this process, with its rank where there are several."""
+    """Prints a warning about this process, prefixed with its rank if the run has several processes."""
     print(f"process {_rank}: {line}" if _world > 1 else line, flush=True)
 
 
 def on_terminal() -> bool:
-    """Returns whether progress bars may be drawn here: by rank 0, where stdout and stderr both are a terminal.
+    """Returns whether progress bars may be drawn: only by rank 0, and only if stdout and stderr are both a terminal.
 
-    Beside a piped stdout a bar would run into the lines that `| tee` brings back to the terminal.
+    If only stdout is piped, a bar on stderr would mix with lines that `| tee` prints on the same terminal.
     """
     return _rank == 0 and all(_is_terminal(stream) for stream in (sys.stdout, sys.stderr))
 
@@ -40,12 +40,12 @@ def on_terminal() -> bool:
 def _is_terminal(stream: TextIO | None) -> bool:
     try:
         return stream is not None and stream.isatty()
-    except (OSError, ValueError):  # ValueError: it was closed
+    except (OSError, ValueError):  # ValueError: the stream is closed
         return False
 
 
 class _Tolerant:
-    """A text stream that shows what it can: missing letters are escaped, and a stream that fails is given up."""
+    """Wraps a text stream: escapes characters that it cannot encode, and discards all output once it fails."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -61,7 +61,7 @@ class _Tolerant:
             except UnicodeEncodeError:
                 encoding = self._stream.encoding or "ascii"
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError) as problem:  # ValueError: it was closed
+        except (OSError, ValueError) as problem:  # ValueError: the stream is closed
             self._give_up(problem)
         return len(text)
 
@@ -76,21 +76,21 @@ class _Tolerant:
             self._give_up(problem)
 
     def _give_up(self, problem: Exception) -> None:
-        """From now on the stream's lines go nowhere, those that it still holds included."""
+        """Redirects the stream and its buffer to /dev/null; says so on stderr, unless the reader of a pipe left."""
         if self._lost:
             return
         self._lost = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # else the interpreter would fail when it flushes at its end
+            os.dup2(nowhere, self._stream.fileno())  # else the interpreter's flush at exit would fail
             os.close(nowhere)
         if getattr(problem, "errno", None) != errno.EPIPE and self._stream is not sys.__stderr__:
-            print(f"seppo-fast: what is printed cannot be shown from here on: {problem}", file=sys.stderr)
+            print(f"seppo-fast: output can no longer be printed: {problem}", file=sys.stderr)
 
 
 @contextmanager
 def tolerant_output() -> Iterator[None]:
-    """Inside the block nothing that is printed, to stdout or stderr, raises an error."""
+    """Makes stdout and stderr tolerant inside the block: printing to them raises no error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         stream if stream is None or isinstance(stream, _Tolerant) else _Tolerant(stream)  # type: ignore[assignment]
@@ -101,24 +101,24 @@ def tolerant_output() -> Iterator[None]:
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()  # what is still held may be what cannot be written
+                stream.flush()  # writing what is buffered may fail, while errors are still suppressed
         sys.stdout, sys.stderr = before
 
 
 def quiet_libraries() -> None:
-    """Limits transformers and diffusers to errors; of all libraries' progress bars a terminal shows downloads alone.
+    """Makes transformers and diffusers log errors only, and hides libraries' progress bars except for downloads.
 
-    Call it before anything imports them: they read the environment when they are imported. Values that the user has set
-    in the environment are kept.
+    Bars of downloads are shown only on a terminal. Call this before anything imports these libraries, since they read
+    the environment on import. Environment variables that the user has set are kept.
     """
-    downloads = on_terminal() and os.environ.get("RANK", "0") == "0"  # a launcher's variable; no rank is set yet
+    downloads = on_terminal() and os.environ.get("RANK", "0") == "0"  # set by launchers; `set_rank` is called later
     asked = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
     values = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     if not downloads:
         values |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     for name, value in values.items():
         os.environ.setdefault(name, value)
-    from diffusers.utils import logging  # after the environment is set: it reads it when it is imported
+    from diffusers.utils import logging  # only now, because it reads the environment on import
 
     logging.disable_progress_bar()
     if not asked:
@@ -128,8 +128,8 @@ def quiet_libraries() -> None:
 def _limit_hub_bars(downloads: bool) -> None:
     """Turns off the progress bars of huggingface_hub and transformers, except the hub's downloads if `downloads`.
 
-    transformers shows its own ("Loading weights") unless the hub's are off altogether when it is imported. The hub's
-    downloads name a group of theirs, which can be turned on all the same.
+    transformers shows its own bars ("Loading weights") unless all of the hub's bars are off when it is imported. The
+    hub's downloads belong to a named group of bars, which can then be turned on again separately.
     """
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
@@ -137,6 +137,6 @@ def _limit_hub_bars(downloads: bool) -> None:
     if "transformers" in sys.modules:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # imported earlier, it has not seen that the hub's are off
+        logging.disable_progress_bar()  # it was imported while the hub's bars were on
     if downloads:
         enable_progress_bars("huggingface_hub")

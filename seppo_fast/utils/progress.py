@@ -1,4 +1,4 @@
-"""Shows how far long work is: a bar on a terminal, elsewhere a line at most every ten seconds."""
+"""Shows the progress of long work: as a bar on a terminal, elsewhere as a line at most every ten seconds."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tqdm import tqdm
 from seppo_fast.utils.logging import on_terminal, say
 
 _LINE_SECONDS = 10.0
-_MARGIN = 4  # columns beside the bar: its last cell would wrap, and a terminal echoes ^C behind it
+_MARGIN = 4  # columns left free: text in the last column would wrap, and the terminal echoes ^C after the bar
 
 
 @contextmanager
 def progress(total: int, done: str, unit: str, initial: int = 0) -> Iterator[Callable[[int], None]]:
     """Shows the progress of the work inside the block.
 
-    On a terminal a bar stays below whatever is printed meanwhile, and disappears at the end of the block, however it
-    ends. Elsewhere lines such as `encoded 120/4000  33.1 examples/s  eta 2 m` are printed, none for work of less than
-    ten seconds.
+    On a terminal a bar is drawn below whatever is printed meanwhile, and erased at the end of the block, also after an
+    exception. Elsewhere lines such as `encoded 120/4000  33.1 examples/s  eta 2 m` are printed, at most every ten
+    seconds, so none if the work takes less than that.
 
     Args:
         total: the number of items.
-        done: what has been done to the items that are counted, such as `encoded`.
-        unit: what an item is called, in the plural.
-        initial: how many items were done before the block.
+        done: a participle that says what has been done to the counted items, such as `encoded`.
+        unit: the plural noun for the items, such as `examples`.
+        initial: the number of items done before the block.
 
-    Returns:
-        A function to call with the number of items that were done since the last call.
+    Yields:
+        A function to call with the number of items done since the last call.
     """
     if not on_terminal():
         yield _Lines(total, done, unit, initial).advance
@@ -79,7 +79,7 @@ class _Lines:
 
 
 class _Meter(tqdm):
-    """A bar that follows the terminal's width and starts no thread, which would draw it beside `_Bar`'s lock."""
+    """A tqdm bar that follows the terminal's width, without the monitor thread, which would ignore `_Bar`'s lock."""
 
     monitor_interval = 0
 
@@ -88,18 +88,18 @@ class _Meter(tqdm):
         return super().display(*arguments, **keywords)
 
 
-# tqdm's own lock is shared between processes, for which some start methods start another process.
+# By default tqdm creates a multiprocessing lock, for which some start methods launch a further process.
 _Meter.set_lock(threading.RLock())
 
 
 class _Bar:
     """A bar in the terminal's last line; see `progress` for the other arguments.
 
-    Its lock is held while anything is drawn. A signal handler may print in the middle of that, so the lock is
-    reentrant, and only the outermost `hidden` draws the bar again.
+    Its lock is held while anything is drawn. The lock is reentrant, because a signal handler may print during drawing;
+    `hidden` may therefore be nested, and only the outermost one redraws the bar.
 
     Args:
-        stream: the terminal.
+        stream: the stream of the terminal.
     """
 
     def __init__(self, total: int, done: str, unit: str, initial: int, stream: TextIO) -> None:
@@ -113,9 +113,9 @@ class _Bar:
             initial=initial,
             file=stream,
             leave=False,
-            miniters=1,  # each item looks at the clock, since some take a thousand times as long as others
+            miniters=1,  # check the clock at every item, because some items take a thousand times as long as others
             position=0,
-            nrows=2,  # else a terminal that tells no size, as some containers' do, would have no row for it
+            nrows=2,  # else no bar would appear on terminals that report no size, as in some containers
         )
 
     def advance(self, count: int = 1) -> None:
@@ -124,7 +124,7 @@ class _Bar:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Frees the bar's line for the time of the block."""
+        """Erases the bar during the block, so that its line can be used, and redraws it at the end."""
         with self.lock:
             self._hidden += 1
             self._erase()
@@ -141,13 +141,13 @@ class _Bar:
             self._meter.close()
 
     def _erase(self) -> None:
-        """Overwrites the line with spaces, an echoed ^C included, which the meter knows nothing of."""
+        """Overwrites the whole line with spaces: tqdm's own erasing would leave an echoed ^C behind the bar."""
         self._stream.write(f"\r{' ' * (_columns() - 1)}\r")
         self._stream.flush()
 
 
 class _AboveBar:
-    """A text stream that prints whole lines above a bar, and holds back the rest until its newline comes."""
+    """A text stream that prints complete lines above a bar, and buffers an incomplete one until its newline arrives."""
 
     def __init__(self, stream: TextIO, bar: _Bar) -> None:
         self._stream, self._bar = stream, bar
@@ -157,7 +157,7 @@ class _AboveBar:
         return getattr(self._stream, name)
 
     def isatty(self) -> bool:
-        """Returns False, so that nobody draws a second bar below the first."""
+        """Returns False, so that no second bar is drawn, by nested work or by a library."""
         return False
 
     def write(self, text: str) -> int:
@@ -173,7 +173,7 @@ class _AboveBar:
         self.write("".join(lines))
 
     def release(self) -> None:
-        """Prints what is held back, once the bar is gone."""
+        """Prints the buffered incomplete line; call it once the bar is erased."""
         self._stream.write(self._rest)
 
 

@@ -210,7 +210,7 @@ def test_a_run_with_states_is_not_told_to_become_another(tiny, tmp_path):
 def test_where_nothing_fits_it_says_so(tiny, tmp_path, monkeypatch):
     trainer = trainer_of(tiny, tmp_path, "full")
     monkeypatch.setattr(seppo_fast.capacity.plan, "room_on", lambda device: 1)
-    assert "no smaller batch or recomputation would be enough" in str(
+    assert "(smaller batches, recomputation and others) would be enough" in str(
         out_of_memory(trainer.config, trainer.family, CPU, MemoryError("no"))
     )
 

@@ -121,6 +121,7 @@ def test_the_card_says_what_it_is_and_the_settings_go_with_it(tiny, tmp_path):
     card = (folder / "README.md").read_text()
     assert "| seed | 9 |" in card and "| data | shapes:11:3, 16 pixels |" in card and "no score" in card
     assert str(tiny) in card
+    assert "Method: SePPO (SePPO-w), eq. 8-10 and Algorithm 1 (Semi-Policy Preference Optimization, arXiv" in card
     assert parse_config(__import__("yaml").safe_load((folder / "seppo_fast.yaml").read_text())).seed == 9
 
 
@@ -131,7 +132,15 @@ def test_the_card_quotes_the_runs_scores_and_says_of_which_weights(tiny, tmp_pat
     card = (export(run) / "README.md").read_text()
     assert "the judge's score: base 0.814, after update 3 (moving average) 0.829; paired difference +0.015" in card
     assert "[+0.002, +0.028] (95 %, 1200 pairs)." in card and "other weights" not in card
-    assert "That is of other weights of the run than these." in (export(run, raw=True) / "README.md").read_text()
+    card = (export(run, raw=True) / "README.md").read_text()
+    assert "They were measured on other weights of this run than the exported ones." in card
+
+
+def test_the_card_names_the_method_that_trained(tiny, tmp_path):
+    config, _ = trained(tiny, tmp_path, model={"train": "lora"}, objective="sft")
+    card = (export(Path(config.output)) / "README.md").read_text()
+    assert "Method: supervised fine-tuning on the winners.\n" in card and "tags: [seppo_fast, sft, lora]" in card
+    assert "SePPO" not in card and "Semi-Policy" not in card
 
 
 def test_a_base_that_moved_is_found_and_one_that_changed_refused(tiny, tmp_path, capsys):
@@ -154,8 +163,8 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
     run = Path(config.output)
     for words, code, said in (
         (["export", str(run), "--format", "lora"], 2, "there is no LoRA; use --format diffusers"),
-        (["export", str(tmp_path / "none")], 2, "no run with a saved state"),
-        (["export", str(run), "--output", str(tmp_path)], 2, "is there already"),
+        (["export", str(tmp_path / "none")], 2, "not the folder of a run with a saved state"),
+        (["export", str(run), "--output", str(tmp_path)], 2, "already exists"),
     ):
         assert main(words) == code
         assert said in capsys.readouterr().err

@@ -367,7 +367,7 @@ def test_odd_settings_take_nothing_from_the_page(tmp_path, settings):
     assert peak < 60e6
     assert "updates2" in page.text["table"]
     if len(settings) > 2**16:
-        assert "no config.yaml of at most 65536 bytes" in page.text["p"]
+        assert "no config.yaml that can be read and has at most 65536 bytes" in page.text["p"]
     else:
         assert page.text["pre"] == settings
 
@@ -389,7 +389,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
     with open(run / "log.jsonl", "wb") as file:
         file.truncate(2**40)
     assert main(["report", str(run)]) == 2
-    assert f"log.jsonl: {2**40} bytes" in capsys.readouterr().err
+    assert f"log.jsonl: has {2**40} bytes" in capsys.readouterr().err
 
 
 def test_pictures_are_png_alone_and_of_a_runs_width(tmp_path):
@@ -412,7 +412,7 @@ def test_pictures_are_png_alone_and_of_a_runs_width(tmp_path):
 def test_files_that_are_no_page_are_not_replaced(tmp_path):
     run = run_folder(tmp_path / "run", [entry(1)])
     before = (run / "log.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="log.jsonl: is there already and is no page"):
+    with pytest.raises(ConfigError, match="log.jsonl: exists and is not a seppo_fast report"):
         report(run, run / "log.jsonl")
     assert (run / "log.jsonl").read_bytes() == before
     assert report(run, report(run)).read_bytes().startswith(b"<!doctype html>")

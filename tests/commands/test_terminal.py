@@ -1,4 +1,4 @@
-"""Commands and downloads on a real terminal: bars while they work, the same lines and files, and nothing left."""
+"""Commands and downloads on a real terminal: bars are shown and erased; printed lines and files stay the same."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +14,7 @@ CONTENT = b"x" * 100_000
 
 
 def compared(rows):
-    """A screen's rows, those of updates without what depends on time."""
+    """Returns a screen's rows, without the values in update lines that depend on time."""
     return [row.split("  |grad|")[0] for row in rows]
 
 
@@ -43,7 +43,7 @@ def test_a_run_on_a_terminal_computes_the_same_and_leaves_the_same_lines(forks, 
 
 @pytest.fixture
 def server():
-    """The address of a file of 100,000 bytes."""
+    """The URL of a served file of 100,000 bytes."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

@@ -1,4 +1,4 @@
-"""`report --watch`: when the page is rewritten, when it is not, and how the command ends."""
+"""Tests `report --watch`: when the page is rewritten, when it is not, and how the command ends."""
 
 import json
 import os
@@ -22,7 +22,7 @@ UPDATES = 4
 
 
 class Enough(Exception):
-    """Ends a watch that would go on."""
+    """Raised to end a watch early."""
 
 
 def lines(*numbers):
@@ -31,7 +31,7 @@ def lines(*numbers):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder after its first update."""
+    """The folder of a run after its first update."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(f"train:\n  updates: {UPDATES}\n  pairs_per_update: 8\n")
@@ -45,17 +45,17 @@ def finish(run, update=UPDATES):
 
 
 def shown(file):
-    """How many updates a page shows as finished; None where there is no page, or another text in its place."""
+    """Returns how many updates a page shows as finished; None if the page is missing or shows no such number."""
     found = re.search(rf"<td>updates</td><td>(\d+) of {UPDATES}</td>", file.read_text() if file.exists() else "")
     return int(found[1]) if found else None
 
 
 class Watched:
-    """Watches a run; between two looks at its log the next of the steps happens.
+    """Watches a run until it is finished; each time the watch waits, the next of `steps` is called.
 
     Attributes:
-        updates: what the page shows before each step, and at the end; see `shown`.
-        told: lines for the user.
+        updates: the number of updates that the page shows before each step and at the end; see `shown`.
+        told: the lines for the user.
         file: the page.
     """
 
@@ -85,15 +85,15 @@ def nothing():
 
 def test_the_page_follows_the_log_to_the_end_of_the_run(run):
     def replaced():
-        (run / "report.html").write_text("<!doctype html>")  # which stays for as long as the log does not grow
+        (run / "report.html").write_text("<!doctype html>")  # not overwritten until the log grows
 
     steps = appended(run, lines(2)), replaced, nothing, appended(run, lines(3, 4)), lambda: finish(run)
     watched = Watched(run, *steps)
     assert watched.updates == [1, 2, None, None, 4, 4]
     assert watched.file == run / "report.html"
     assert watched.told == [
-        f"report: {watched.file}, rewritten every 10 seconds in which the log grows; Ctrl-C ends this",
-        f"the run is finished; its last page: {watched.file}",
+        f"report: {watched.file}, rewritten every 10 seconds while the log grows; press Ctrl-C to stop",
+        f"the run is finished; its final report: {watched.file}",
     ]
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "log.jsonl", "report.html", "weights"]
 
@@ -158,9 +158,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run, capsys):
     for name in ("absent", "empty", "other"):
         assert main(["report", str(tmp_path / name), "--watch"]) == 2
         said = capsys.readouterr()
-        assert said.out == "" and f"{name}: no run is there: log.jsonl cannot be read" in said.err
+        assert said.out == "" and f"{name}: not the folder of a run: log.jsonl cannot be read" in said.err
     assert main(["report", str(run), "--watch", "--output", str(run / "config.yaml")]) == 2
-    assert "is no page" in capsys.readouterr().err
+    assert "exists and is not a seppo_fast report" in capsys.readouterr().err
 
 
 def test_a_folder_that_goes_away_ends_it(run):
@@ -169,12 +169,12 @@ def test_a_folder_that_goes_away_ends_it(run):
             file.unlink()
         run.rmdir()
 
-    with pytest.raises(ConfigError, match="no run is there"):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
         Watched(run, gone)
 
 
 def test_a_page_is_whole_or_the_one_before(run, monkeypatch):
-    """Also where the writing is interrupted; and nothing of it is left."""
+    """An interrupted write leaves the previous page and no other file."""
     written = Path.write_bytes
 
     def half(path, content):
@@ -203,7 +203,7 @@ def test_signals_end_it_and_are_given_back(run, number):
 
 
 def test_a_hangup_that_is_ignored_stays_so(run):
-    """As under `nohup`."""
+    """The case of `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         watched = Watched(run, lambda: os.kill(os.getpid(), signal.SIGHUP), lambda: finish(run))
@@ -213,7 +213,7 @@ def test_a_hangup_that_is_ignored_stays_so(run):
 
 
 def test_a_real_run_is_followed_to_its_end(tiny, tmp_path, capsys):
-    """The steps of a watch are the updates of a run, which begins after the watch and ends before it."""
+    """Looks at a run before its first update, after each update, and once it is finished."""
     config = tiny_config(tiny, tmp_path)
     run = Path(config.output)
     told, seen = [], []
@@ -232,7 +232,7 @@ def test_a_real_run_is_followed_to_its_end(tiny, tmp_path, capsys):
     assert "waiting for the run's first update" in told[1] and not any("finished" in line for line in told)
     capsys.readouterr()
     assert main(["report", str(run), "--watch"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == f"the run is finished; its last page: {run / 'report.html'}"
+    assert capsys.readouterr().out.splitlines()[1] == f"the run is finished; its final report: {run / 'report.html'}"
     assert "3 of 3" in (run / "report.html").read_text()
 
 

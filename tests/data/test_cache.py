@@ -236,7 +236,7 @@ def test_empty_data(tmp_path):
     pq.write_table(
         pa.table({"jpg_0": [b""], "jpg_1": [b""], "label_0": [0.5], "label_1": [0.5], "caption": ["a"]}), empty
     )
-    with pytest.raises(DataError, match="no examples in it; 1 of 1 pairs are ties"):
+    with pytest.raises(DataError, match="contains no examples; 1 of 1 pair is a tie"):
         opened(open_source(str(empty)), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

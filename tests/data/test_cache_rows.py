@@ -72,7 +72,7 @@ def test_latents_of_several_shapes_and_numbers_are_kept(tmp_path):
     assert cache.winners([0, 2, 4]).shape == (3, 4, 4, 4) and cache.winners([3, 1]).shape == (2, 4, 2, 4)
     index = json.loads((tmp_path / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(index | {"numbers": [1.0]}))
-    with pytest.raises(DataError, match="1 numbers for 5 examples"):
+    with pytest.raises(DataError, match="1 number for 5 examples"):
         LatentCache(tmp_path, "key")
 
 

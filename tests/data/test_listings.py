@@ -37,7 +37,7 @@ def test_a_csv_is_read_as_json_lines_are(tmp_path):
     source = open_source(str(tmp_path))
     expected = [("a.png", "one, two"), ("sub/b.png", '"said"'), ("a.png#4", "again"), ("gone.png", "two\r\nlines")]
     assert prompts(source) == expected
-    assert source.notes == [f"1 images in {tmp_path} are not listed in metadata.csv and are not used"]
+    assert source.notes == [f"1 image in {tmp_path} is not listed in metadata.csv and not used"]
     assert (load_image(source[1].image, 24) == pixels(9)[:, 4:28]).all()
     assert [problem.id for problem in scan(source)] == ["gone.png"]
     assert prompts(open_source(str(tmp_path / "metadata.csv"))) == expected
@@ -45,7 +45,7 @@ def test_a_csv_is_read_as_json_lines_are(tmp_path):
     # if there are two listings, metadata.jsonl is read
     write_metadata(tmp_path, ["", *({"file_name": name, "text": text} for name, text in rows)])
     same = open_source(str(tmp_path))
-    assert same.notes == [f"1 images in {tmp_path} are not listed in metadata.jsonl and are not used"]
+    assert same.notes == [f"1 image in {tmp_path} is not listed in metadata.jsonl and not used"]
     assert (prompts(same), same.digest()) == (expected, digest)
 
 
@@ -134,7 +134,7 @@ def test_a_listing_of_clips(tmp_path, kind):
         ("a.mp4", "one", False),
         ("sub/b.mkv", "two", False),
     ]
-    assert source.notes == [f"1 clips in {tmp_path} are not listed in metadata.{kind} and are not used"]
+    assert source.notes == [f"1 clip in {tmp_path} is not listed in metadata.{kind} and not used"]
     assert [(p.id, p.reason) for p in scan(source, frames=2)] == [("a.png", "the file is missing")]
 
 
@@ -195,7 +195,7 @@ def test_kinds_that_are_not_read_are_counted(tmp_path):
     source = open_source(str(tmp_path))
     assert source.notes == [
         "4 images have unsupported formats and are not used: .avif (2), .heic (1), .gif (1); the first is b.avif. To "
-        "use them, convert them to png, jpg or webp"
+        "use such files, convert them to png, jpg or webp"
     ]
     for name in ("b.avif", "c.AVIF", "d.heic", "e.gif"):
         (tmp_path / name).unlink()
@@ -204,7 +204,7 @@ def test_kinds_that_are_not_read_are_counted(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "x.wmv").write_bytes(b"x")
     with pytest.raises(
-        DataError, match=r"no images.* 1 clips have unsupported formats and are not used: \.wmv \(1\); the first is x"
+        DataError, match=r"no images.* 1 clip has an unsupported format and is not used: \.wmv \(1\); the first is x"
     ):
         open_source(str(tmp_path / "clips"))
 

@@ -130,7 +130,7 @@ def test_a_kind_that_is_not_known_is_passed_over(tmp_path):
     (cache.folder / INDEX).write_text(json.dumps(index | {"remarks": {"later": ["a.png"], "small": [3]}}))
     lines: list[str] = []
     opened(open_source(str(folder)), tmp_path / "cache", report=lines.append)
-    assert lines == [f"1 of 1 images {SMALL}: 3"]
+    assert lines == ["1 of 1 image is enlarged more than twofold: its shorter side is below half of 16 pixels: 3"]
 
 
 def test_that_profiles_are_not_read_is_told_once(tmp_path, monkeypatch, tiny, capsys):

@@ -58,7 +58,7 @@ def test_every_kind_of_member_that_is_data(tmp_path, form):
     expected = [Image.open(io.BytesIO(members[i][1])).convert("RGB") for i in (0, 2, 8, 12)]
     for index in (3, 0, 2, 1):  # random access
         np.testing.assert_array_equal(load_image(source[index].image, 24), np.asarray(expected[index])[:, 4:28])
-    assert source.notes == ["2 members that are neither image nor caption are not read: .cls (1), .pyd (1)"]
+    assert source.notes == ["2 members are neither image nor caption and not read: .cls (1), .pyd (1)"]
     assert scan(source) == []
 
 
@@ -164,7 +164,7 @@ def test_odd_names_are_escaped(tmp_path):
     members = [*pair("a", 1), member("x.\udcff\x1b[2J\u202e", b"1"), member("y\udcfe\x1b\n.png", b"no caption")]
     source = open_source(str(write_tar(tmp_path / "s.tar", members)))
     assert source.notes == [
-        "1 members that are neither image nor caption are not read: .\\udcff\\x1b[2j\\u202e (1)"
+        "1 member is neither image nor caption and not read: .\\udcff\\x1b[2j\\u202e (1)"
     ]  # fmt: skip
     assert [str(problem).partition(": ")[0] for problem in source.problems] == [r"s.tar/y\udcfe\x1b\n.png"]
     said: list[str] = []

@@ -269,7 +269,7 @@ def test_metadata_jsonl(tmp_path):
         ("z.png#4", "again"),
         ("gone.png", "nowhere"),
     ]
-    assert source.notes == [f"1 images in {tmp_path} are not listed in metadata.jsonl and are not used"]
+    assert source.notes == [f"1 image in {tmp_path} is not listed in metadata.jsonl and not used"]
     found = problems_of(source)
     assert list(found) == [f"metadata.jsonl:{line}" for line in (6, 7, 8, 9, 10, 11)]
     assert "text" in found["metadata.jsonl:6"]

@@ -86,7 +86,7 @@ def test_the_chosen_frames_are_cached(tmp_path):
     assert chosen[3] == [0, 0, 1, 2]
     assert cache.remarks == {"repeating": ["clip3"]}  # no window has frames closer together than usual
     assert lines[0].endswith("encoding 5 examples at 4 x 16 x 16")
-    assert lines[-1] == "1 of 5 clips have too few frames to choose 4 different ones and repeat some: clip3"
+    assert lines[-1] == "1 of 5 clips has too few frames to choose 4 different ones and repeats some: clip3"
     again = ClipEncoder()
     second = opened(open_source(str(tmp_path / "d")), tmp_path / "cache", encoder=again)
     assert (again.batches, second.remarks) == ([], {"repeating": ["clip3"]})
@@ -101,8 +101,8 @@ def test_clips_with_a_smaller_stride_are_counted(tmp_path, capsys):
     rows = ["a,x,1", "b,x,1", "c,x,1", "d,x,1", "e,a time-lapse,0", "a,x,1"]
     (folder / "list.csv").write_text("\n".join(["videoid,name,is_transmit", *rows]))
     expected = [
-        "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 7",
-        "1 of 5 clips have too few frames to choose 4 different ones and repeat some: d",
+        "1 row of list.csv repeats an earlier row's clip and caption and is not used: line 7",
+        "1 of 5 clips has too few frames to choose 4 different ones and repeats some: d",
         "2 of 5 clips are too short for 4 frames at the usual spacing and use frames closer together: b, c",
     ]
     lines: list[str] = []

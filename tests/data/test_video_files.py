@@ -136,9 +136,9 @@ def test_check_names_hdr_clips(tmp_path, tiny, adapter, capsys):
     out = capsys.readouterr().out.splitlines()
     for kind, name in (("PQ", "hdr"), ("HLG", "another")):
         said = (
-            f"1 of 3 clips are HDR ({kind}) but decoded without conversion to SDR, so their colours are pale; convert "
+            f"1 of 3 clips is HDR ({kind}) but decoded without conversion to SDR, so its colours are pale; convert it "
         )
-        assert f"{said}them to avoid that: {name}.mp4" in out
+        assert f"{said}to avoid that: {name}.mp4" in out
 
 
 # streams

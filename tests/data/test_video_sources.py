@@ -352,7 +352,7 @@ def test_csv_beside_its_clips(tmp_path):
             ("-Xy_1.z", "dots", True),
         ]
         assert source.problems == []
-        assert source.notes == [f"1 clips in {tmp_path / 'd'} are not listed in list.csv and are not used"]
+        assert source.notes == [f"1 clip in {tmp_path / 'd'} is not listed in list.csv and not used"]
         assert source[2].image.name == str(tmp_path / "d/part/deep.mp4")
         assert scan(source, frames=16) == []
     pixels = load_clip(source[0], "a", source[0].image.open(), 32, 16).pixels
@@ -393,7 +393,7 @@ def test_csv_problems_are_named(tmp_path):
         ("good#8", "a third caption"),
         (".\\one\\twin.mp4", "by its path"),
     ]
-    repeats = "1 rows of list.csv repeat an earlier row's clip and caption and are not used, the first in line 15"
+    repeats = "1 row of list.csv repeats an earlier row's clip and caption and is not used: line 15"
     assert source.notes[0] == repeats
     found = [(problem.id, problem.reason) for problem in source.problems]
     expected = [

@@ -68,7 +68,7 @@ def test_a_dead_process_ends_all_and_the_same_command_goes_on(ranks, straight, t
     for number, end in enumerate(ends):
         if number != rank:
             assert end.code == 7, end.out
-            assert "another process of this run is gone" in end.out and "the same command" in end.out
+            assert "another process of this run has exited" in end.out and "the same command" in end.out
             assert "Traceback" not in end.out
     assert ends[rank].code == (-9 if fault.endswith("kill") else 70)
     newest = saved_states(tmp_path / "run")[0]

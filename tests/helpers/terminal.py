@@ -1,4 +1,4 @@
-"""A terminal for tests: streams that count as one, what its screen shows, and processes that run on a real one."""
+"""Terminals for tests: a stream that claims to be one, a model of the screen, and processes on a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = 200  # so that no line of a run is wrapped
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal and remembers everything written."""
+    """A stream that claims to be a terminal and keeps everything written."""
 
     encoding = "utf-8"
 
@@ -28,12 +28,12 @@ class Terminal(io.StringIO):
 
 
 def screen(written: str) -> list[str]:
-    """The lines that a terminal shows after `written`, without trailing spaces; empty lines at the end are left out."""
+    """Returns the lines that a terminal shows after `written`, without trailing spaces and empty lines at the end."""
     lines, row, column = [""], 0, 0
     for letter in written:
         if letter == "\r":
             column = 0
-        elif letter == "\n":  # the driver of a real terminal has put a \r before it
+        elif letter == "\n":  # a real terminal's driver has inserted a \r before it
             row, column = row + 1, 0
             lines += [""] * (row + 1 - len(lines))
         else:
@@ -49,7 +49,7 @@ def screen(written: str) -> list[str]:
 
 
 class OnTerminal:
-    """A process whose three streams are a pseudo-terminal, which controls it."""
+    """A process whose three streams are a pseudo-terminal, which is also its controlling terminal."""
 
     def __init__(self, process: subprocess.Popen[bytes], terminal: int) -> None:
         self.process = process
@@ -57,11 +57,11 @@ class OnTerminal:
         self._written = b""
 
     def read(self, until: str | None = None) -> str:
-        """Reads until a text has been written, or to the end; returns all that was written so far."""
+        """Reads until the text `until` was written, or to the end if it is None; returns everything written so far."""
         while until is None or until.encode() not in self._written:
             try:
                 piece = os.read(self._terminal, 1 << 16)
-            except OSError:  # Linux says EIO once the other end is closed
+            except OSError:  # Linux reports EIO once the other end is closed
                 piece = b""
             if not piece:
                 assert until is None, f"{until!r} was not written: {self._written!r}"
@@ -70,16 +70,16 @@ class OnTerminal:
         return self._written.decode()
 
     def type(self, letters: bytes) -> None:
-        """Types letters; `\\x03` is Ctrl-C."""
+        """Types letters into the terminal; `\\x03` is Ctrl-C."""
         os.write(self._terminal, letters)
 
 
 @contextmanager
 def on_terminal(*arguments: object, environment: Mapping[str, str] | None = None) -> Iterator[OnTerminal]:
-    """Runs `python ARGUMENTS` on a pseudo-terminal of `COLUMNS`."""
+    """Runs `python ARGUMENTS` on a pseudo-terminal of `COLUMNS` columns; kills it at the end of the block."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    # Commands that other tests ran in this process have set these, as they do where there is no terminal.
+    # Commands that earlier tests ran in this process, without a terminal, have set these variables.
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_DISABLE_PROGRESS_BARS")}
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],

@@ -55,7 +55,7 @@ def test_videos_train_through_the_command_line(tiny, adapter, clips, tmp_path, f
     assert "data: 6 examples, 0 bad" in checked.out
     ended = forks.run("train", file)
     assert ended.code == 0, ended.err
-    assert f"1 of 6 clips have too few frames to choose {FRAMES} different ones and repeat some: short\n" in ended.out
+    assert f"1 of 6 clips has too few frames to choose {FRAMES} different ones and repeats some: short\n" in ended.out
     stopped, other = run_file(tiny, adapter, clips, tmp_path, "stopped")
     assert forks.run("train", other, fault="micro-batch@3=kill").code < 0
     assert forks.run("train", other).code == 0

@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal that leave nothing and break no line, and plain lines elsewhere."""
+"""Progress of long work: on a terminal, bars that leave no trace and break no line; elsewhere, plain lines."""
 
 import io
 import sys
@@ -15,7 +15,10 @@ from tests.helpers.terminal import COLUMNS, Terminal, on_terminal, screen
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Makes both streams one terminal; to be called in a test, since pytest sets its own streams after fixtures."""
+    """Returns a function that makes both streams one terminal.
+
+    A test must call it itself, because pytest sets its own streams after fixtures.
+    """
 
     def call():
         made = Terminal()
@@ -29,7 +32,7 @@ def opened(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that lines are timed by, in a list of one."""
+    """The clock that times lines, in seconds, in a list of one; tests advance it."""
     now = [100.0]
     monkeypatch.setattr(seppo_fast.utils.progress, "monotonic", lambda: now[0])
     return now
@@ -102,7 +105,7 @@ def test_whatever_ends_the_work_leaves_the_terminal_clean(opened, error):
     def work():
         with progress(9, "encoded", "examples") as advance:
             advance(2)
-            terminal.write("^C")  # as the terminal's driver echoes it
+            terminal.write("^C")  # the echo of the terminal's driver
             raise error
 
     with pytest.raises(error):

@@ -1,4 +1,4 @@
-"""Encodes a source into the files of a latent cache, shard by shard, so that no more than one shard is in memory."""
+"""Encodes a data set into the files of a latent cache, shard by shard, so that at most one shard is in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seppo_fast.data.cache.latents import FORMAT_VERSION, INDEX
 from seppo_fast.data.cache.rows import pack
-from seppo_fast.data.examples import Example, Problem, Source, printable
+from seppo_fast.data.examples import Example, Problem, Source, counted, printable
 from seppo_fast.data.media.clips import load_clip
 from seppo_fast.data.media.images import Opened, decode_image, fit_square
 from seppo_fast.data.remarks import Remarks
@@ -29,29 +29,33 @@ from seppo_fast.utils.progress import progress
 
 SHARD_SIZE = 1024
 CLIP_SHARD_BYTES = 1 << 27
-"""Clips fill a shard sooner: 1024 of 16 frames at 512 x 512 are half a GiB, and twice that while one is written."""
+"""Limit on a shard of clips: 1024 clips of 16 frames at 512 x 512 take half a GiB, and twice that during writing."""
 BATCH = 8
-"""Images encoded at once."""
+"""The number of images encoded at once."""
 MAX_LISTED = 20
 
 
 class Encoder(Protocol):
-    """What a model family offers the data room."""
+    """The part of a model family's interface that `seppo_fast.data` uses."""
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3), of clips (B, F, H, W, 3), to scaled latents (B, *latent) in the dtype to be stored."""
+        """Encodes uint8 images (B, H, W, 3) or clips (B, F, H, W, 3).
+
+        Returns:
+            Scaled latents (B, *latent), in the dtype to be stored.
+        """
 
     def encode_prompts(self, prompts: list[str]) -> list[Conditioning]:
-        """One row for each prompt, its tensors in the dtypes to be stored."""
+        """Returns one row per prompt, with tensors in the dtypes to be stored."""
 
     def collate(self, rows: Sequence[Conditioning]) -> Conditioning:
-        """Single rows to one batch."""
+        """Combines single rows into one batch."""
 
     def too_long(self, prompts: list[str]) -> list[str]:
-        """Those of the prompts of which `encode_prompts` sees only the beginning."""
+        """Returns the prompts that `encode_prompts` truncates."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Everything of the model that changes what is stored: digests of its files, the dtype."""
+        """Returns everything in the model that affects what is stored, such as digests of its files and the dtype."""
 
 
 def build(
@@ -65,12 +69,12 @@ def build(
     frames: int | None,
     flip: bool,
 ) -> None:
-    """Writes a whole cache into the existing, empty `folder`; see `open_or_build` for the rest and the errors."""
+    """Writes a complete cache into the existing, empty `folder`; see `open_or_build` for arguments and exceptions."""
     total = len(source) + len(source.problems)
     if total == 0:
-        raise DataError(f"{source.spec}: no examples in it{''.join(f'; {note}' for note in source.notes)}.")
+        raise DataError(f"{source.spec}: contains no examples{''.join(f'; {note}' for note in source.notes)}.")
     size = f"{resolution} x {resolution}" if frames is None else f"{frames} x {resolution} x {resolution}"
-    say(f"{printable(source.spec)}: encoding {len(source)} examples at {size}")
+    say(f"{printable(source.spec)}: encoding {counted(len(source), 'example', 'examples')} at {size}")
     for note in source.notes:
         say(note)
     problems = list(source.problems)
@@ -90,7 +94,7 @@ def build(
             else:
                 batch.append((example, outcome))
             if len(batch) == batch_size:
-                # past the limit there will be no cache, but the list of bad examples is worth completing
+                # Past the limit no cache is written, but the list of bad examples is still completed.
                 if not _too_many(problems, total):
                     writer.add(batch)
                 batch = []
@@ -103,7 +107,7 @@ def build(
 
 
 def encoded_at_once(frames: int | None, images: int = BATCH) -> int:
-    """Returns how many examples are encoded at once: `images`, or clips of that many frames in all, at least one."""
+    """Returns how many examples are encoded at once: `images`, or `max(1, images // frames)` clips."""
     return images if frames is None else max(1, images // frames)
 
 
@@ -126,21 +130,22 @@ def _to_clip(resolution: int, frames: int, flip: bool, remarks: Remarks) -> Deco
 
 
 def _too_many(problems: list[Problem], total: int) -> bool:
-    """More than 1 % of `total` examples."""
+    """Returns whether more than 1 % of `total` examples have problems."""
     return len(problems) * 100 > total
 
 
 def _bad_list(source: Source, problems: list[Problem], total: int) -> str:
-    lines = [f"{source.spec}: {len(problems)} of {total} examples cannot be used, more than 1 %:"]
+    examples = counted(total, "example", "examples")
+    lines = [f"{source.spec}: {len(problems)} of {examples} cannot be used, more than 1 %:"]
     lines += [f"  {problem}" for problem in problems[:MAX_LISTED]]
     if len(problems) > MAX_LISTED:
         lines.append(f"  and {len(problems) - MAX_LISTED} more")
-    lines.append("Mend or remove them.")
+    lines.append("Fix or remove them.")
     return "\n".join(lines)
 
 
 class _Writer:
-    """Encodes batches of examples and lays them out: latents by example, conditions by unique prompt."""
+    """Encodes batches of examples and writes shards: latents per example, prompt embeddings per distinct prompt."""
 
     def __init__(self, source: Source, encoder: Encoder, folder: Path, losers: bool, clips: bool) -> None:
         self._source, self._encoder, self._folder, self._losers = source, encoder, folder, losers
@@ -157,13 +162,22 @@ class _Writer:
         self._add_prompts([""])
 
     def add(self, batch: list[tuple[Example, list[np.ndarray]]]) -> None:
-        """Encodes one batch of decoded examples: the winner, then the loser, each (*frames, height, width, 3)."""
+        """Encodes and stores a batch of examples.
+
+        Args:
+            batch: each example with its decoded images or clips, winner first, then the loser if losers are encoded;
+                each has the shape (height, width, 3) or (frames, height, width, 3).
+
+        Raises:
+            DataError: no space is left.
+            NonFiniteError: a latent or a prompt embedding is not finite.
+        """
         names = [example.id for example, _ in batch]
         tensors = {}
         for place, role in enumerate(("winners", "losers") if self._losers else ("winners",)):
             images = torch.from_numpy(np.stack([images[place] for _, images in batch]))
             tensors[role] = _checked(self._encoder.encode_images(images), f"latents of {printable(', '.join(names))}")
-            assert len(tensors[role]) == len(batch), "encode_images must return one latent an image"
+            assert len(tensors[role]) == len(batch), "encode_images must return one latent per image or clip"
         prompts = dict.fromkeys(example.prompt for example, _ in batch)
         self._add_prompts([prompt for prompt in prompts if prompt not in self._prompts])
         self._latent_shapes |= {tuple(latents.shape[1:]): None for latents in tensors.values()}
@@ -177,7 +191,7 @@ class _Writer:
     def _add_prompts(self, prompts: list[str]) -> None:
         if prompts:
             rows = self._encoder.encode_prompts(prompts)
-            assert len(rows) == len(prompts), "encode_prompts must return one row a prompt"
+            assert len(rows) == len(prompts), "encode_prompts must return one row per prompt"
             for row in rows:
                 tensors = {name: _checked(tensor, f"{name} of {prompts}") for name, tensor in row.items()}
                 self._conditions.append(tensors)
@@ -187,7 +201,7 @@ class _Writer:
             self._prompt_bytes = sum(tensor[0].nbytes for tensor in rows[0].values())
 
     def _check_space(self, example_bytes: int) -> None:
-        """Refuses to begin what the disk cannot hold, hours before it would find out."""
+        """Raises a DataError right at the start if the disk cannot hold the whole cache, not hours later."""
         unique = len({example.prompt for example in self._source}) + 1
         self._needed = example_bytes * len(self._source) + self._prompt_bytes * unique
         if shutil.disk_usage(self._folder).free < self._needed:
@@ -209,7 +223,7 @@ class _Writer:
             raise
 
     def finish(self, key: str, problems: list[Problem], remarks: Remarks) -> None:
-        """Writes the last shards and the index, with an entry more for clips, and one where there are remarks."""
+        """Writes the last shards and the index, whose entries for numbers, clips and remarks are optional."""
         self._latents.close()
         self._conditions.close()
         index = {
@@ -236,7 +250,17 @@ class _Writer:
 
 
 class _Shards:
-    """Rows of named tensors, written whenever `size` of them are together: `SHARD_SIZE`, or what `limit` bytes hold."""
+    """Collects rows of named tensors and writes a shard once it has `size` rows.
+
+    Attributes:
+        size: rows per shard: `SHARD_SIZE`, or with a limit as many as fit into its bytes.
+
+    Args:
+        folder: the folder to write to.
+        stem: the beginning of the file names.
+        write: writes one file.
+        limit: the most bytes per shard, or None.
+    """
 
     def __init__(self, folder: Path, stem: str, write: Callable[[Path, bytes], None], limit: int | None) -> None:
         self._folder, self._stem, self._write, self._limit = folder, stem, write, limit
@@ -267,7 +291,7 @@ def _split_rows(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _checked(encoded: Tensor, what: str) -> Tensor:
-    """On the CPU, and finite: a half-precision VAE that overflows must not turn into training data."""
+    """Returns an encoder's output on the CPU; raises if it is not finite, as when a half-precision VAE overflows."""
     encoded = encoded.detach().cpu()
     if encoded.is_floating_point() and not torch.isfinite(encoded).all():
         raise NonFiniteError(f"the {what} are not finite. Set model.precision to fp32 or use another VAE.")
@@ -275,6 +299,6 @@ def _checked(encoded: Tensor, what: str) -> Tensor:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """All writing of cache files goes through here."""
+    """Writes one file; every file of a cache is written through this function."""
     fault("cache-write")
     path.write_bytes(content)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seppo_fast.data.cache.rows import PackedRows
-from seppo_fast.data.examples import Problem
+from seppo_fast.data.examples import Problem, counted
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.utils.errors import DataError
 from seppo_fast.utils.files import read_json
@@ -71,10 +71,11 @@ class LatentCache:
         self.ids: list[str] = index["ids"]
         self._prompt_rows: list[int] = index["prompt_rows"]
         self.prompts: list[str] = [index["prompts"][row] for row in self._prompt_rows]
+        examples = counted(self.num_examples, "example", "examples")
         if self.numbers is not None and len(self.numbers) != self.num_examples:
-            raise ValueError(f"{len(self.numbers)} numbers for {self.num_examples} examples")
+            raise ValueError(f"{counted(len(self.numbers), 'number', 'numbers')} for {examples}")
         if not len(self.ids) == len(self.prompts) == self.num_examples:
-            raise ValueError(f"{len(self.ids)} ids and {len(self.prompts)} prompts for {self.num_examples} examples")
+            raise ValueError(f"{counted(len(self.ids), 'id', 'ids')} and {len(self.prompts)} prompts for {examples}")
         self.truncated: list[str] = index["truncated"]
         self.dropped = [Problem(*entry) for entry in index["dropped"]]
         # Older caches of clips have top-level entries for these two kinds; those of images may have no entry at all.
@@ -139,7 +140,8 @@ class LatentCache:
         rows = [int(index) for index in indices]
         for row in rows:
             if not 0 <= row < self.num_examples:
-                raise IndexError(f"index {row} is out of range for a cache of {self.num_examples} examples")
+                examples = counted(self.num_examples, "example", "examples")
+                raise IndexError(f"index {row} is out of range for a cache of {examples}")
         return rows
 
     def _gather(self, stem: str, name: str, rows: Sequence[int]) -> Tensor | list[Tensor]:

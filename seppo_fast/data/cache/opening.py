@@ -21,7 +21,7 @@ from typing import Any
 
 from seppo_fast.data.cache.build import BATCH, Encoder, build
 from seppo_fast.data.cache.latents import FORMAT_VERSION, INDEX, LatentCache
-from seppo_fast.data.examples import Source, require_kind
+from seppo_fast.data.examples import Source, counted, require_kind
 from seppo_fast.data.media.images import check_framing
 from seppo_fast.data.remarks import remark_lines
 from seppo_fast.utils.errors import DataError
@@ -179,10 +179,9 @@ def truncation(too_long: Sequence[str], prompts: int) -> list[str]:
     if not too_long:
         return []
     first = too_long[0] if len(too_long[0]) <= _SHOWN else f"{too_long[0][:_SHOWN]} ..."
-    return [
-        f"{len(too_long)} of {prompts} prompts have more tokens than the text encoder accepts and are truncated. "
-        f"The first: {first!r}"
-    ]
+    have, are = ("has", "is") if len(too_long) == 1 else ("have", "are")
+    count = f"{len(too_long)} of {counted(prompts, 'prompt', 'prompts')}"
+    return [f"{count} {have} more tokens than the text encoder accepts and {are} truncated. The first: {first!r}"]
 
 
 def cache_key(

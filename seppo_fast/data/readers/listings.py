@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from seppo_fast.data.captions import TEXT_COLUMNS, caption_of, checked_caption, encoding_hint
-from seppo_fast.data.examples import Problem, Source, printable
+from seppo_fast.data.examples import Problem, Source, counted, printable
 from seppo_fast.data.media.video_file import require_av
 from seppo_fast.data.names import Names, path_of, relative_name, walk_files
 from seppo_fast.data.readers.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, FolderSource
@@ -66,8 +66,9 @@ def open_listing(spec: str, listing: Path) -> Source:
     source = FolderSource(spec, folder, entries, problems, clips)
     unlisted = sum(_is(name, VIDEO_SUFFIXES if clips else IMAGE_SUFFIXES) for name in files.names - listed)
     if unlisted:
-        kind, where = "clips" if clips else "images", printable(str(folder))
-        source.notes.append(f"{unlisted} {kind} in {where} are not listed in {listing.name} and are not used")
+        kind, where = "clip" if clips else "image", printable(str(folder))
+        unused = counted(unlisted, f"{kind} in {where} is", f"{kind}s in {where} are")
+        source.notes.append(f"{unused} not listed in {listing.name} and not used")
     return source
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from seppo_fast.data.examples import Example, Source
+from seppo_fast.data.examples import Example, Source, ties_note
 from seppo_fast.data.media.images import ImageRef
 from seppo_fast.shapes import made
 from seppo_fast.utils.random import keyed_rng
@@ -36,7 +36,7 @@ class MadeShapesSource(Source):
         self._kept = np.flatnonzero(self._wins) if pairs else np.arange(count)
         self.ties = count - len(self._kept)
         if self.ties:
-            self.notes.append(f"{self.ties} of {count} pairs are ties and are not used")
+            self.notes.append(ties_note(self.ties, count))
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -30,7 +30,7 @@ from seppo_fast.data.captions import (
     checked_caption,
     decoded_caption,
 )
-from seppo_fast.data.examples import Example, Problem, Source, printable
+from seppo_fast.data.examples import Example, Problem, Source, counted, printable
 from seppo_fast.data.media.contents import picture_sha256
 from seppo_fast.data.media.images import bytes_ref
 from seppo_fast.data.media.parts import parts_of
@@ -81,7 +81,8 @@ class ShardSource(Source):
             others += shard.others
         if others:
             kinds = ", ".join(f".{printable(suffix)} ({count})" for suffix, count in others.most_common(5))
-            self.notes.append(f"{others.total()} members that are neither image nor caption are not read: {kinds}")
+            members = counted(others.total(), "member is", "members are")
+            self.notes.append(f"{members} neither image nor caption and not read: {kinds}")
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -91,7 +92,7 @@ class ShardSource(Source):
         return Example(id, prompt, bytes_ref(id, member.read))
 
     def digest(self) -> str:
-        """Digests ids, captions, problems and every image's bytes; this reads every image once, as for a folder."""
+        """Digests ids, captions, problems and all images' bytes; as in a folder's digest, images are read in full."""
         sha = hashlib.sha256()
         with ThreadPoolExecutor() as pool:
             contents = pool.map(_sha256, (member for _, _, member in self._entries))
@@ -115,7 +116,7 @@ def expand_braces(spec: str) -> list[Path]:
     """
     if not _BRACES.search(spec) or not spec.endswith(".tar"):
         return []
-    # Splitting keeps the groups, so that the result is: plain, low, high, words, plain, ...
+    # `re.split` also returns the three groups of each match: plain, low, high, words, plain, low, high, words, plain.
     plain, *rest = _BRACES.split(spec)
     parts: list[Sequence[str]] = [[plain]]
     for low, high, words, after in zip(rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True):
@@ -126,7 +127,8 @@ def expand_braces(spec: str) -> list[Path]:
     paths = [home_expanded(name, DataError) for name in dict.fromkeys(names)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"{spec}: {len(missing)} of {len(paths)} shards do not exist; the first is {missing[0]}.")
+        shards, do = counted(len(paths), "shard", "shards"), "does" if len(missing) == 1 else "do"
+        raise DataError(f"{spec}: {len(missing)} of {shards} {do} not exist; the first is {missing[0]}.")
     return paths
 
 
@@ -153,8 +155,8 @@ class _Shard:
         self.others: Counter[str] = Counter()
         self._path, self._label = path, label
         self._groups: dict[str, dict[str, Member]] = {}
-        self._spoiled: set[str] = set()
-        self._dotted: dict[str, list[str]] = {}
+        self._spoiled: set[str] = set()  # keys with a refused member (a problem); their other members are not used
+        self._dotted: dict[str, list[str]] = {}  # by key, images with a second dot, such as cat.v2.jpg with key `cat`
         try:
             self._size = path.stat().st_size
             for member in headers(path):
@@ -166,7 +168,8 @@ class _Shard:
         self._join_spellings()
         for key, fields in self._groups.items():
             self._group(key, fields)
-        # Beside an example, these members are further fields of it by webdataset's rule; alone they were meant as one.
+        # For webdataset, cat.v2.jpg is the field `v2.jpg` of the example `cat`. Beside cat.jpg it is unused, like any
+        # other field. Without an image or caption of `cat` it was probably meant as an example, so it is a problem.
         for key, names in self._dotted.items():
             for name in () if key in self._groups else names:
                 reason = "has a dot in its name, and in shards all behind the first one is the kind; rename it"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from seppo_fast.data.captions import MAX_CAPTION_BYTES, CaptionError, decoded_caption
-from seppo_fast.data.examples import Problem, Source, printable
+from seppo_fast.data.examples import Problem, Source, counted, printable
 from seppo_fast.data.media.images import open_file
 from seppo_fast.data.names import Names, relative_name, utf8_name
 from seppo_fast.data.readers.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, FolderSource
@@ -72,9 +72,11 @@ def other_kinds(folder: Path, files: Sequence[Path], clips: bool) -> Iterator[st
         counts = Counter(path.suffix.lower() for path in found)
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in counts.most_common())
         first = printable(relative_name(found[0], folder))
+        kind = "clip" if clips else "image"
+        formats = f"{kind} has an unsupported format and is", f"{kind}s have unsupported formats and are"
         yield (
-            f"{len(found)} {'clips' if clips else 'images'} have unsupported formats and are not used: {kinds}; the "
-            f"first is {first}. To use them, convert them to {'mp4' if clips else 'png, jpg or webp'}"
+            f"{counted(len(found), *formats)} not used: {kinds}; the first is {first}. To use such files, convert them "
+            f"to {'mp4' if clips else 'png, jpg or webp'}"
         )
 
 
@@ -100,9 +102,10 @@ def _elsewhere(folder: Path, files: Sequence[Path], bare: Sequence[Path]) -> Ite
     found = [beside[key] for path in bare for key in (path.with_suffix(""), path) if key in beside]
     for suffix, count in Counter(path.suffix for path in found).most_common():
         first = next(path for path in found if path.suffix == suffix)
+        words = "file without a caption has", "files without a caption have"
         yield (
-            f"{count} files without a caption have a {suffix} file beside them, the first is {shown(first)}; captions "
-            "are read from .txt files only: rename or convert those that hold one"
+            f"{counted(count, *words)} a {suffix} file beside {'it' if count == 1 else 'them'}, the first is "
+            f"{shown(first)}; captions are read from .txt files only: rename or convert those that hold one"
         )
 
 

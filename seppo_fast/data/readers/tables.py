@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seppo_fast.data.captions import MAX_CAPTION_BYTES, TEXT_COLUMNS
-from seppo_fast.data.examples import Example, Problem, Source
+from seppo_fast.data.examples import Example, Problem, Source, ties_note
 from seppo_fast.data.media.colours import can_convert
 from seppo_fast.data.media.images import ImageRef, bytes_ref
 from seppo_fast.utils.errors import DataError
@@ -70,7 +70,7 @@ class TableSource(Source):
         winners = _winners(rows) if pairs else np.zeros(len(rows), dtype=np.int8)
         self.ties = int((winners == _TIE).sum())
         if self.ties:
-            self.notes.append(f"{self.ties} of {len(rows)} pairs are ties and are not used")
+            self.notes.append(ties_note(self.ties, len(rows)))
         self._select(winners)
 
     def _select(self, winners: np.ndarray) -> None:

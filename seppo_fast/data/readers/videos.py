@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from seppo_fast.data.captions import checked_caption
-from seppo_fast.data.examples import Problem, Source, printable
+from seppo_fast.data.examples import Problem, Source, counted, printable
 from seppo_fast.data.media.video_file import require_av
 from seppo_fast.data.names import Names, composed, relative_name, slashed
 from seppo_fast.data.readers.folders import VIDEO_SUFFIXES, Entry, FolderSource
@@ -81,12 +81,17 @@ def open_clip_csv(spec: str, table: Path, files: Sequence[Path]) -> Source:
     source = FolderSource(spec, folder, entries, problems, clips=True)
     if repeated:
         source.notes.append(
-            f"{len(repeated)} rows of {table.name} repeat an earlier row's clip and caption and are not used, "
-            f"the first in line {repeated[0]}"
+            counted(
+                len(repeated),
+                f"row of {table.name} repeats an earlier row's clip and caption and is not used: line {repeated[0]}",
+                f"rows of {table.name} repeat an earlier row's clip and caption and are not used, the first in line "
+                f"{repeated[0]}",
+            )
         )
     if clips.unused:
         where = printable(str(folder))
-        source.notes.append(f"{len(clips.unused)} clips in {where} are not listed in {table.name} and are not used")
+        unused = counted(len(clips.unused), f"clip in {where} is", f"clips in {where} are")
+        source.notes.append(f"{unused} not listed in {table.name} and not used")
     return source
 
 
