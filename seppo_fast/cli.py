@@ -1,4 +1,4 @@
-"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `report|export RUN`, `demo`."""
+"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]` and commands about a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from seppo_fast import __version__
 from seppo_fast.utils.errors import EXIT_INTERRUPTED, CheckpointError, LostProcessError, OutOfMemoryError, SeppoError
@@ -37,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="seppo-fast train CONFIG.yaml --help lists every key with its default.",
     )
     parser.add_argument("--version", action="version", version=f"seppo_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | report | export | demo")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | check | report | export | score | demo"
+    )
     for name, purpose in {
         "train": "train a model, or resume an unfinished run",
         "check": "check configuration, data and model, and estimate memory, disk and time, without training",
@@ -69,10 +72,39 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--motion-adapter", help="the motion adapter's new place, if it was moved")
     export.add_argument("--raw", action="store_true", help="the raw weights, even if the run keeps a moving average")
     export.add_argument("--output", type=Path, help="a folder that does not exist; default: export-FORMAT in the run's")
+    _add_score(commands)
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge the result, in minutes on a CPU")
     demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes instead of pictures")
     demo.add_argument("--output", type=Path, help="the run's folder; default: runs/demo, or the next free runs/demo-N")
     return parser
+
+
+def _add_score(commands: Any) -> None:
+    purpose = "generate with base and runs at the same seeds, score and compare them; rerun to resume"
+    score = commands.add_parser("score", help=purpose, description=purpose)
+    score.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="the folders of runs with the same base")
+    score.add_argument("--prompts", type=Path, help="a .txt file with a prompt per line, or a .json list")
+    score.add_argument(
+        "--scorers",
+        type=lambda names: tuple(name.strip() for name in names.split(",")),
+        default=(),
+        help="scorers, separated by commas; module:function names your own; default: the published ones",
+    )
+    score.add_argument("--samples", type=int, default=1, help="samples per prompt; default: 1")
+    score.add_argument("--seed", type=int, default=0, help="seed of the starting noise; default: 0")
+    score.add_argument("--guidance", type=float, help="guidance scale; default: the protocol's")
+    score.add_argument(
+        "--protocol",
+        default="run",
+        help="sampling settings: the runs' own (run), or those of a published evaluation: paper, sdpo, spo",
+    )
+    score.add_argument("--batch", type=int, help="samples generated at once; default: the runs' sampler.batch")
+    score.add_argument("--update", type=int, help="the saved state after this update; default: the newest")
+    score.add_argument("--raw", action="store_true", help="the raw weights, even if a run keeps a moving average")
+    score.add_argument("--only", choices=("generate", "score", "statistics"), help="run only this phase")
+    score.add_argument("--output", type=Path, help="the folder to write; default: score in the first run's")
+    score.add_argument("--weights", type=Path, help="the folder with the scorers' weights")
+    score.add_argument("--convert", type=Path, metavar="FILE", help="only write a pickle's weights as safetensors")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -99,6 +131,9 @@ def _run(arguments: argparse.Namespace) -> int:
             moved = {name: getattr(arguments, name) for name in ("path", "motion_adapter") if getattr(arguments, name)}
             export(arguments.run, arguments.format, raw=arguments.raw, output=arguments.output, model=moved)
             return 0
+        if arguments.command == "score":
+            quiet_libraries()
+            return _score(arguments)
         config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
         quiet_libraries()
         if config is None:
@@ -133,6 +168,20 @@ def _run(arguments: argparse.Namespace) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"no space left for {error.filename or 'the run'}; make room and rerun") from error
         raise
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    if arguments.convert is not None:
+        from seppo_fast.scorers.convert import convert  # type: ignore[import-not-found]
+
+        convert(arguments.convert)
+        return 0
+    from seppo_fast.commands.score import Options, score
+
+    names = ("prompts", "scorers", "samples", "seed", "guidance", "protocol", "batch", "update", "raw", "only")
+    options = {name: getattr(arguments, name) for name in (*names, "output", "weights")}
+    score(Options(tuple(arguments.runs), **options))
+    return 0
 
 
 def _demo(clips: bool, output: Path | None) -> int:

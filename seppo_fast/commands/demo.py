@@ -19,7 +19,7 @@ from seppo_fast.data.sources import open_source
 from seppo_fast.evaluation.grids import animate, side_by_side
 from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_model, judged_pictures, prompt_sets
 from seppo_fast.evaluation.scores import Scores
-from seppo_fast.evaluation.statistics import PairedDifference, given, paired_difference
+from seppo_fast.evaluation.statistics import PairedDifference, cluster, given, paired_difference
 from seppo_fast.runs.journal import read_journal
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
@@ -39,6 +39,7 @@ SFT_ALONE: dict[str, tuple[str, ...]] = {
         "+0.118 at guidance 1.5 (mean of 3 seeds)",
     ),
 }
+PROMPTS = "prompts.json"  # the held-out prompts, in the run's folder
 GRID_CHANGED, GRID_RANDOM = 3, 3  # rows of the picture; see `shown_rows`
 
 
@@ -94,14 +95,15 @@ def compare(config: Config, prompts: list[str], weights: Path, guidance: float) 
     pictures, scores = {}, {}
     for name, trained in {"base": None, "aligned": weights}.items():
         pictures[name], scores[name] = judged_model(config, prompts, REPORT, trained, guidance=guidance)
-    paired = paired_difference(*(by_prompt(prompts, scores[name]) for name in ("base", "aligned")))
+    paired = paired_difference(*(cluster(prompts, scores[name]) for name in ("base", "aligned")))
     return Comparison(guidance, pictures, scores, paired)
 
 
 def demo(config: Config) -> None:
     """Trains, judges base and aligned on held-out prompts with the same seeds, and writes the results.
 
-    The run's folder gets `demo.png` (with clips also `demo.webp`), `scores.json` and `result.json`.
+    The run's folder gets `demo.png` (with clips also `demo.webp`), `scores.json`, `result.json`, and `prompts.json`,
+    with which `seppo-fast score` repeats the comparison.
     """
     started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
@@ -110,6 +112,7 @@ def demo(config: Config) -> None:
     curve = ScoreCurve(development[: CURVE_CLIPS if clips else CURVE_PROMPTS])
     weights = train(config, curve)
     folder = Path(config.output)
+    (folder / PROMPTS).write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
     print(f"judging base and aligned on {len(prompts)} held-out prompts ...", flush=True)
     scales = config.evaluation.guidance or (config.sampler.guidance,)
     comparisons = [compare(config, prompts, weights, scale) for scale in scales]
@@ -169,12 +172,6 @@ def _without_places(config: Config) -> dict[str, Any]:
     tree = config.model_dump(exclude={"output", "seed", "save", "log"})
     tree["data"].pop("cache")
     return tree
-
-
-def by_prompt(prompts: Sequence[str], scores: np.ndarray) -> np.ndarray:
-    """Returns the mean score per prompt: prompts are independent, but samples of the same prompt are not."""
-    _, rows = np.unique(prompts, return_inverse=True)
-    return np.bincount(rows, scores) / np.bincount(rows)
 
 
 def shown_rows(prompts: Sequence[str], scores: dict[str, np.ndarray]) -> tuple[list[int], list[int]]:

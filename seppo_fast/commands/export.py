@@ -17,13 +17,14 @@ from safetensors.torch import save_file
 from seppo_fast import __version__
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
-from seppo_fast.evaluation.scores import Scores, read_scores
+from seppo_fast.evaluation.scores import Scores, ScoreTable, read_scores
 from seppo_fast.models.family import Family
-from seppo_fast.models.registry import family_of, load_family
-from seppo_fast.models.trainable import lora_weights, make_trainable, trainable
+from seppo_fast.models.registry import family_of
+from seppo_fast.models.trainable import lora_weights
 from seppo_fast.runs.checkpoint import SavedState, newest_state
-from seppo_fast.runs.resume import refuse_other_content, saved_config
-from seppo_fast.runs.saver import AVERAGE, fitting, load_policy, on_cpu
+from seppo_fast.runs.resume import saved_config
+from seppo_fast.runs.saver import on_cpu
+from seppo_fast.runs.weights import load_trained
 from seppo_fast.train.learner import applied_updates
 from seppo_fast.utils.errors import CheckpointError, ConfigError
 from seppo_fast.utils.files import free_name, staged_folder
@@ -31,6 +32,7 @@ from seppo_fast.utils.progress import progress
 
 Format = Literal["diffusers", "lora", "comfyui"]
 COMFYUI_FILE = "lora-comfyui.safetensors"
+_MOVED = "If the base was moved, give its new place: --model PATH, --motion-adapter PATH"
 _STAGES = 5  # load the base, compare it with the run's, load the weights, write them, flush them to disk
 
 
@@ -84,7 +86,7 @@ def export(
         raise ConfigError(f"--output {folder}: already exists; choose another folder")
     scores = read_scores(run)
     with progress(_STAGES, "exported", "stages") as advance:
-        trained, average = _trained(config, saved, raw, advance)
+        trained, average = load_trained(config, saved, torch.device("cpu"), raw=raw, instead=_MOVED, loaded=advance)
         with staged_folder(folder, CheckpointError) as staging:
             _write(trained, config, form, staging)
             card = model_card(config, saved, form, average, scores)
@@ -95,30 +97,6 @@ def export(
         advance(1)
     report(f"{form}, after update {saved.update}, {'moving average' if average else 'raw weights'}: {folder}")
     return folder
-
-
-def _trained(config: Config, saved: SavedState, raw: bool, advance: Callable[[int], object]) -> tuple[Family, bool]:
-    """Returns the model with a state's weights, in float32, and whether they are the moving average."""
-    instead = "If the base was moved, give its new place: --model PATH, --motion-adapter PATH"
-    try:
-        family = load_family(config, torch.device("cpu"))
-    except ConfigError as problem:
-        raise ConfigError(f"{problem}. {instead}") from problem
-    advance(1)
-    refuse_other_content(saved, {"model": (family.identity(),)}, instead)
-    advance(1)
-    # Float32 whatever the training precision: in half precision, merging a LoRA would lose small changes to rounding.
-    plain = config.model.model_copy(update={"precision": "fp32"})
-    make_trainable(family.model, plain, config.seed, family)
-    load_policy(family.model, saved)
-    average = bool(config.train.ema_decay) and not raw
-    if average:
-        parameters = trainable(family.model)
-        with torch.no_grad():
-            for name, tensor in fitting(saved, AVERAGE, parameters).items():
-                parameters[name].copy_(tensor)
-    advance(1)
-    return family, average
 
 
 def _write(family: Family, config: Config, form: Format, folder: Path) -> None:
@@ -133,7 +111,9 @@ def _write(family: Family, config: Config, form: Format, folder: Path) -> None:
         family.save(folder)
 
 
-def model_card(config: Config, saved: SavedState, form: Format, average: bool, scores: Scores | None) -> str:
+def model_card(
+    config: Config, saved: SavedState, form: Format, average: bool, scores: Scores | ScoreTable | None
+) -> str:
     """Returns the README.md of an export: base, data, settings, seed, the run's scores, and limitations."""
     adapter = {"motion adapter": config.model.motion_adapter} if config.model.motion_adapter else {}
     lora = f"a LoRA of rank {config.model.lora_rank}"
@@ -167,7 +147,7 @@ def model_card(config: Config, saved: SavedState, form: Format, average: bool, s
     )
 
 
-def _measured(saved: SavedState, average: bool, scores: Scores | None) -> str:
+def _measured(saved: SavedState, average: bool, scores: Scores | ScoreTable | None) -> str:
     """Returns the run's scores, and a remark if they were measured on other weights than the exported ones."""
     if scores is None:
         return "Scores: no score was measured with this run."

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 
 from seppo_fast.config.schema import SamplerConfig
@@ -27,7 +32,8 @@ class Solver(Protocol):
     """One trajectory from noise to data. A solver may keep earlier steps, so every batch needs a new one.
 
     Attributes:
-        times: the times at which the model is called, from noise to data: `(steps,)` on the CPU, in the model's units.
+        times: the times at which the model is called, from noise to data, on the CPU, in the model's units. There is
+            one per step, except for `pndm`, which repeats the first.
     """
 
     times: Tensor
@@ -47,6 +53,15 @@ def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) ->
     return unconditional + scale * (conditional - unconditional)
 
 
+# By `SamplerConfig.name`. No run trains with the last two, which published evaluations use (`diffusion.protocols`).
+_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as in SD-1.5's own pipeline; the first step is repeated
+    "euler": (EulerDiscreteScheduler, {}),
+}
+
+
 class DiffusionSolver:
     """A solver of diffusers, configured like `Scheduler.from_config(pipe.scheduler.config)`.
 
@@ -62,12 +77,8 @@ class DiffusionSolver:
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], config: SamplerConfig) -> None:
-        if config.name == "ddim":
-            self._scheduler = DDIMScheduler.from_config(dict(scheduler_config))
-        else:
-            self._scheduler = DPMSolverMultistepScheduler.from_config(
-                dict(scheduler_config), algorithm_type="dpmsolver++"
-            )
+        kind, settings = _SCHEDULERS[config.name]
+        self._scheduler = kind.from_config(dict(scheduler_config), **settings)
         timesteps = self._scheduler.config.num_train_timesteps
         if config.steps > timesteps:
             raise ConfigError(f"sampler.steps = {config.steps}: this model's schedule has only {timesteps} timesteps")

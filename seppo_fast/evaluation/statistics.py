@@ -1,11 +1,20 @@
-"""Paired comparison of two models on the same prompts and seeds."""
+"""Statistics of paired comparisons: two models on the same prompts and seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from seppo_fast.utils.random import keyed_rng
+
+DRAWS = 10_000  # of the bootstrap and of the sign-flip test
+_AT_ONCE = 1 << 20  # random numbers that are held at once
+_EXACT = 12  # with at most so many non-zero differences, the sign-flip test goes through all signs
 
 
 @dataclass(frozen=True)
@@ -80,3 +89,166 @@ def paired_difference(base: ArrayLike, other: ArrayLike) -> PairedDifference:
         items=len(first),
         left_out=left_out,
     )
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a model scores higher than the base.
+
+    Attributes:
+        wins: number of items with a higher score.
+        ties: number of items with exactly equal scores.
+        losses: number of items with a lower score.
+        rate: (wins + ties / 2) / items.
+        low: lower end of the Wilson interval of wins / (wins + losses), that is, without ties; NaN if all are ties.
+        high: upper end.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+    rate: float
+    low: float
+    high: float
+
+
+def cluster(prompts: Sequence[str], scores: ArrayLike) -> np.ndarray:
+    """Returns the mean score `(P,)` float64 of each of the P distinct prompts, in sorted order.
+
+    Prompts are independent, but samples of the same prompt are not, nor are duplicates of a prompt.
+
+    Args:
+        prompts: the N prompts.
+        scores: their scores `(N,)`; a prompt with a NaN among its scores gets NaN.
+    """
+    places = {prompt: place for place, prompt in enumerate(sorted(set(prompts)))}
+    rows = [places[prompt] for prompt in prompts]
+    return np.bincount(rows, np.asarray(scores, dtype=np.float64)) / np.bincount(rows)
+
+
+def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns Wilson's score interval (1927, equation 5 of Brown, Cai and DasGupta 2001) for a share of wins.
+
+    Args:
+        wins: the number of wins, from 0 to `n`.
+        n: the number of trials.
+        confidence: the confidence level, between 0 and 1.
+
+    Returns:
+        The ends of the interval; (NaN, NaN) for no trials.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 0 <= wins <= n or not 0 < confidence < 1:
+        raise ValueError(f"wins, n, confidence: need 0 <= wins <= n and 0 < confidence < 1, got {wins, n, confidence}")
+    if n == 0:
+        return float("nan"), float("nan")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, scale = wins / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z / scale * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    # At the ends the exact values are 0 and 1.
+    return 0.0 if wins == 0 else middle - half, 1.0 if wins == n else middle + half
+
+
+def win_rate(differences: ArrayLike) -> WinRate:
+    """Counts wins, ties (exactly 0) and losses among differences `(N,)`; non-finite ones are left out.
+
+    Raises:
+        ValueError: no difference is finite.
+    """
+    found = given(differences)
+    if not len(found):
+        raise ValueError("differences: none of them is finite")
+    wins, losses = int((found > 0).sum()), int((found < 0).sum())
+    ties = len(found) - wins - losses
+    low, high = wilson(wins, wins + losses)
+    return WinRate(wins, ties, losses, (wins + ties / 2) / len(found), low, high)
+
+
+def bootstrap(values: ArrayLike, draws: int = DRAWS, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the percentile bootstrap interval of the mean of independent values `(N,)`, drawn from the seed.
+
+    Raises:
+        ValueError: there are no values, or one is non-finite.
+    """
+    found = _finite(values)
+    rng, means = keyed_rng(seed, "bootstrap", len(found)), np.empty(draws)
+    step = max(1, _AT_ONCE // len(found))
+    for start in range(0, draws, step):
+        rows = rng.integers(len(found), size=(min(step, draws - start), len(found)))
+        means[start : start + step] = found[rows].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def sign_flip(differences: ArrayLike, draws: int = DRAWS, seed: int = 0) -> float:
+    """Returns the two-sided p-value of the sign-flip test that differences `(N,)` are symmetric about 0.
+
+    With at most 12 non-zero differences all signs are tried; else `draws` random ones, and p = (1 + hits) / (1 + draws)
+    (Phipson and Smyth 2010).
+
+    Raises:
+        ValueError: there are no differences, or one is non-finite.
+    """
+    found = _finite(differences)
+    found = found[found != 0]  # a tie has no sign to flip
+    if not len(found):
+        return 1.0
+    # Sums of the same numbers in another order may differ by rounding.
+    most = abs(found.sum()) - 1e-12 * np.abs(found).sum()
+    if len(found) <= _EXACT:
+        signs = np.array(list(product((-1.0, 1.0), repeat=len(found))))
+        return float((np.abs(signs @ found) >= most).mean())
+    rng, hits = keyed_rng(seed, "sign flip", len(found)), 0
+    step = max(1, _AT_ONCE // len(found))
+    for start in range(0, draws, step):
+        signs = 2.0 * rng.integers(2, size=(min(step, draws - start), len(found))) - 1
+        hits += int((np.abs(signs @ found) >= most).sum())
+    return (1 + hits) / (1 + draws)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values adjusted for their number with Holm's method (1979), in the given order.
+
+    Raises:
+        ValueError: a value is outside [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p_values: must be between 0 and 1, got {list(p_values)}")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Returns Spearman's rank correlation of paired values `(N,)`; equal values share their mean rank.
+
+    Pairs with a non-finite value are left out. The result is NaN if fewer than two pairs remain or a side is constant.
+
+    Raises:
+        ValueError: the shapes differ or are not `(N,)`.
+    """
+    first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"x, y: expected two equally long lists, got shapes {first.shape} and {second.shape}")
+    both = np.isfinite(first) & np.isfinite(second)
+    one, other = _ranks(first[both]), _ranks(second[both])
+    if both.sum() < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, rows, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[rows]
+
+
+def _finite(values: ArrayLike) -> np.ndarray:
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
+        raise ValueError(f"expected a list of at least one finite value, got shape {found.shape}")
+    return found

@@ -7,10 +7,11 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
 _NO_FLUSH = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF})
 _NO_ALLOCATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
 _ZEROS = 1 << 24  # bytes per write
+_TEMPORARY = ".tmp-"
 
 
 @contextmanager
@@ -78,6 +80,40 @@ def read_json(file: Path, most: int = 1 << 26) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def write_atomically(file: Path, content: bytes, error: type[SeppoError]) -> None:
+    """Writes a file under a temporary name, flushes it to disk and renames it, so that it is complete or absent.
+
+    A killed process leaves a file named `.tmp-<name>-...` beside it; see `remove_temporary`.
+
+    Args:
+        file: the file to write or replace; its folder is created.
+        content: the file's content.
+        error: the exception class to raise when writing fails: no space, read-only, no permission.
+    """
+    staging = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Unique, because several processes may write the same file.
+        staging = file.with_name(f"{_TEMPORARY}{file.name}-{secrets.token_hex(4)}")
+        with staging.open("wb") as opened:
+            opened.write(content)
+        _fsync(staging)
+        os.replace(staging, file)
+        _fsync(file.parent)
+    except OSError as problem:
+        raise error(disk_message(file, problem)) from problem
+    finally:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path, names: Collection[str]) -> None:
+    """Removes what killed processes left in a folder when they wrote these files; no other process may write them."""
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        if left.name.removeprefix(_TEMPORARY).rpartition("-")[0] in names:
+            left.unlink(missing_ok=True)
 
 
 def free_name(path: Path) -> Path:

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seppo_fast.commands.demo import by_prompt
 from seppo_fast.config.load import parse_config
 from seppo_fast.data.sources import open_source
 from seppo_fast.evaluation.grids import animate, side_by_side
 from seppo_fast.evaluation.judged import CLIPS_PER_PROMPT, held_out_prompts, judged_model, prompt_sets
-from seppo_fast.evaluation.statistics import paired_difference
+from seppo_fast.evaluation.statistics import cluster, paired_difference
 from seppo_fast.shapes.judge import score
 from seppo_fast.shapes.motion import all_captions
 
@@ -101,7 +100,7 @@ def test_prompts_of_clips_are_held_out_from_the_winners_of_any_seed():
 
 def test_a_prompt_counts_once_however_many_clips_it_has():
     prompts = ["b", "b", "a", "c", "a", "b"]
-    assert by_prompt(prompts, np.array([1.0, 0.0, 0.5, 0.25, 0.7, 0.5])).tolist() == pytest.approx([0.6, 0.5, 0.25])
+    assert cluster(prompts, np.array([1.0, 0.0, 0.5, 0.25, 0.7, 0.5])).tolist() == pytest.approx([0.6, 0.5, 0.25])
 
 
 def test_clips_are_animated_side_by_side(tmp_path):

@@ -1,0 +1,358 @@
+"""The results of scored media, computed from files alone: scores.json, scores.csv, scores.md, grid.png.
+
+A section of `scores.json` is computed by one function of the scored media, see `_sections`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seppo_fast.evaluation.grids import side_by_side
+from seppo_fast.evaluation.media import BASE, Item, Media, decode_media, read_media, unfinished
+from seppo_fast.evaluation.scores import SCHEMA, SCORES
+from seppo_fast.evaluation.scoring import ScorerInfo, read_scores_of
+from seppo_fast.evaluation.statistics import (
+    bootstrap,
+    cluster,
+    given,
+    holm,
+    paired_difference,
+    sign_flip,
+    spearman,
+    win_rate,
+)
+from seppo_fast.scorers import registry
+from seppo_fast.utils.errors import CheckpointError, ConfigError
+from seppo_fast.utils.fault_injection import fault
+from seppo_fast.utils.files import remove_temporary, write_atomically
+from seppo_fast.utils.random import keyed_rng
+
+TABLE, CSV, GRID = "scores.md", "scores.csv", "grid.png"
+EXTREMES = 10  # largest gains and largest losses in scores.json
+# The published scorers of the paper's tables, in its order; their columns are shown even if they are empty.
+PUBLISHED = {
+    "pickscore": "PickScore",
+    "hpsv2.0": "HPSv2.0",
+    "hpsv2.1": "HPSv2.1",
+    "imagereward": "ImageReward",
+    "aesthetic": "Aesthetic",
+}
+_GRID_EXTREMES, _GRID_RANDOM = 3, 4  # rows of the picture
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The media of a folder with their scores.
+
+    Attributes:
+        folder: the folder.
+        settings: how the media were made: the content of `settings.json`.
+        media: the items.
+        infos: the scorers, by key.
+        scores: for each key and model, the scores `(N,)` float64 of the N items; NaN where a scorer gave none.
+        without: why scorers have no scores, by name or key.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    media: Media
+    infos: Mapping[str, ScorerInfo]
+    scores: Mapping[str, Mapping[str, np.ndarray]]
+    without: Mapping[str, str]
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of the models other than the base."""
+        return [name for name in self.media.models if name != BASE]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each item."""
+        return [item.prompt for item in self.media.items]
+
+
+def read_scored(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None = None) -> Scored:
+    """Reads the media and the scores in a folder.
+
+    Args:
+        folder: the folder.
+        settings: the content of its `settings.json`.
+        names: the scorers to include; None: all that have scores for all media.
+
+    Raises:
+        ConfigError: a file is missing or malformed, or no scorer has scores for all media.
+    """
+    media = read_media(folder)
+    found, without = read_scores_of(folder, media)
+    if names is not None:
+        found = {key: those for key, those in found.items() if those[0].scorer in names}
+        have = {info.scorer for info, _ in found.values()}
+        absent = {name: "it was not run" for name in names if name not in have}
+        without = absent | {name: why for name, why in without.items() if name not in have}
+    if not found:
+        reasons = "; ".join(f"{name}: {why}" for name, why in without.items()) or "there are no scores"
+        raise ConfigError(f"{folder}: no scorer has scores for all media ({reasons}); run the command without --only")
+    scores = {
+        key: {name: np.array([of[item.files[name]] for item in media.items]) for name in media.models}
+        for key, (_, of) in found.items()
+    }
+    return Scored(folder, settings, media, {key: info for key, (info, _) in found.items()}, scores, without)
+
+
+def write_results(scored: Scored, weights: Path | None = None) -> dict[str, Any]:
+    """Computes the statistics and writes the four files; returns the content of `scores.json`.
+
+    Args:
+        scored: the scored media.
+        weights: the folder of the scorers' weights, to say which published scorers lack theirs.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+        DataError: a media file that the picture shows is damaged.
+    """
+    folder = scored.folder
+    tree = {"schema": SCHEMA, **scored.settings, **_sections(scored), "missing": _missing(scored, weights)}
+    for _ in unfinished(folder / ".lock", 1, lambda number: False):
+        remove_temporary(folder, {SCORES, CSV, TABLE, GRID})
+        content = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(folder / SCORES, content.encode(), CheckpointError)
+        fault("statistics-write")
+        write_atomically(folder / CSV, _csv(scored).encode(), CheckpointError)
+        write_atomically(folder / TABLE, _markdown(scored, tree).encode(), CheckpointError)
+        write_atomically(folder / GRID, _grid(scored), CheckpointError)
+    return tree
+
+
+def _sections(scored: Scored) -> dict[str, Any]:
+    """Returns the computed sections of `scores.json`."""
+    return {"scorers": _scorers(scored), "spearman": _agreement(scored)}
+
+
+def _scorers(scored: Scored) -> dict[str, Any]:
+    """Returns each scorer's means, and its comparison of each run with the base, over prompts."""
+    rows: dict[str, Any] = {}
+    for key, info in scored.infos.items():
+        means = {name: _number(_mean(scores)) for name, scores in scored.scores[key].items()}
+        rows[key] = asdict(info) | {
+            "n": len(scored.media.items),
+            "means": means,
+            "runs": {run: _comparison(scored, key, run) for run in scored.runs},
+        }
+    for run in scored.runs:
+        keys = [key for key in rows if rows[key]["runs"][run]["p"] is not None]
+        for key, p in zip(keys, holm([rows[key]["runs"][run]["p"] for key in keys]), strict=True):
+            rows[key]["runs"][run]["p_holm"] = p
+    return rows
+
+
+def differences(scored: Scored, key: str, run: str) -> np.ndarray:
+    """Returns the score minus the base's, for each distinct prompt in sorted order: `(P,)`, NaN where one is missing.
+
+    The samples and the duplicates of a prompt are averaged first.
+    """
+    scores = scored.scores[key]
+    return cluster(scored.prompts, scores[run]) - cluster(scored.prompts, scores[BASE])
+
+
+def _comparison(scored: Scored, key: str, run: str) -> dict[str, Any]:
+    base, other = (cluster(scored.prompts, scored.scores[key][name]) for name in (BASE, run))
+    change = given(other - base)
+    sign = 1 if scored.infos[key].higher_is_better else -1
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("base", "other", "difference", "low", "high", "bootstrap_low", "bootstrap_high", "p", "p_holm")
+        + ("wins", "ties", "losses", "win_rate", "win_low", "win_high")
+    )
+    numbers |= {"items": len(change), "left_out": len(base) - len(change)}
+    if len(change) == 1:  # without an interval
+        both = np.isfinite(base) & np.isfinite(other)
+        numbers |= {"base": base[both][0], "other": other[both][0], "difference": change[0]}
+    elif len(change):
+        numbers |= asdict(paired_difference(base, other))
+        numbers["bootstrap_low"], numbers["bootstrap_high"] = bootstrap(change)
+    if len(change):
+        rate = win_rate(sign * change)
+        numbers |= {"wins": rate.wins, "ties": rate.ties, "losses": rate.losses, "win_rate": rate.rate}
+        numbers |= {"win_low": rate.low, "win_high": rate.high, "p": sign_flip(change)}
+    gains, losses = extremes(sign * differences(scored, key, run))
+    prompts, values = sorted(set(scored.prompts)), differences(scored, key, run)
+    numbers = {name: _number(value) for name, value in numbers.items()}
+    for name, places in {"gains": gains, "losses": losses}.items():
+        numbers[f"largest_{name}"] = [{"prompt": prompts[p], "difference": float(values[p])} for p in places[:EXTREMES]]
+    return numbers
+
+
+def extremes(change: np.ndarray) -> tuple[list[int], list[int]]:
+    """Returns the places of all gains, largest first, and of all losses, largest first; equal ones in order."""
+    order = [int(place) for place in np.argsort(-change, kind="stable") if np.isfinite(change[place])]
+    gains = [place for place in order if change[place] > 0]
+    falling = [int(place) for place in np.argsort(change, kind="stable")]
+    return gains, [place for place in falling if change[place] < 0]
+
+
+def _agreement(scored: Scored) -> dict[str, Any]:
+    """Returns Spearman's correlation of each two scorers' differences per prompt, for each run."""
+    return {
+        run: {
+            f"{a} | {b}": _number(spearman(differences(scored, a, run), differences(scored, b, run)))
+            for a, b in itertools.combinations(scored.infos, 2)
+        }
+        for run in scored.runs
+    }
+
+
+def _missing(scored: Scored, weights: Path | None) -> dict[str, str]:
+    """Returns why columns of the table are empty, by the scorer's name."""
+    have = {info.scorer for info in scored.infos.values()}
+    why = dict(scored.without)
+    for name in PUBLISHED:
+        if name not in have and name not in why:
+            absent = registry.missing_weights(name, weights) if name in registry.SCORERS else None
+            why[name] = "not requested" + (f"; {absent}" if absent else "")
+    return why
+
+
+def _mean(scores: np.ndarray) -> float:
+    found = given(scores)
+    return float(found.mean()) if len(found) else math.nan
+
+
+def _number(value: Any) -> Any:
+    """Returns a number as JSON holds it: None if it is non-finite."""
+    if value is None or isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _csv(scored: Scored) -> str:
+    """Returns a row per item and model, with every score."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "prompt", "sample", "model", *scored.infos])
+    for place, item in enumerate(scored.media.items):
+        for name in scored.media.models:
+            found = [scored.scores[key][name][place] for key in scored.infos]
+            values = [repr(float(score)) if math.isfinite(score) else "" for score in found]
+            writer.writerow([item.id, item.prompt, item.sample, name, *values])
+    return text.getvalue()
+
+
+def _markdown(scored: Scored, tree: Mapping[str, Any]) -> str:
+    """Returns the table in the form of the paper's: a row per model, a column per scorer, and every note below it."""
+    scorers = tree["scorers"]
+    columns = {name: [key for key in scorers if scorers[key]["scorer"] == name] or [None] for name in PUBLISHED}
+    columns |= {row["scorer"]: [] for row in scorers.values() if row["scorer"] not in PUBLISHED}
+    for key, row in scorers.items():
+        if row["scorer"] not in PUBLISHED:
+            columns[row["scorer"]].append(key)
+    pairs = [(name, key) for name, keys in columns.items() for key in keys]
+    heads = [f"{PUBLISHED.get(name, name)} {_arrow(scorers.get(key))}".strip() for name, key in pairs]
+    lines = [_row(["", *heads]), _row(["---"] * (len(heads) + 1))]
+    for model in scored.media.models:
+        lines.append(_row([model, *(_cell(scorers, key, model) for _, key in pairs)]))
+    lines += ["", *(f"{line}  " for line in _caption(scored, tree))]
+    for run in scored.runs:
+        lines += ["", *_differences_table(scorers, run)]
+    return "\n".join(lines) + "\n"
+
+
+def _arrow(scorer: Mapping[str, Any] | None) -> str:
+    return "" if scorer is None or scorer["higher_is_better"] else "(lower is better)"
+
+
+def _cell(scorers: Mapping[str, Any], key: str | None, model: str) -> str:
+    mean = None if key is None else scorers[key]["means"][model]
+    return "" if mean is None else f"{mean:.4g}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def _caption(scored: Scored, tree: Mapping[str, Any]) -> list[str]:
+    """Returns the notes of the table: what was scored, how, by what, and why columns are empty."""
+    prompts, protocol = tree["prompts"], tree["protocol"]
+    distinct = len(set(scored.prompts))
+    lines = [
+        f"Means over {len(scored.media.items)} files per model: {prompts['count']} prompts of {prompts['name']} "
+        f"({distinct} distinct), {tree['samples']} per prompt, seed {tree['seed']}; every model starts from the same "
+        "noise.",
+        f"Sampling: protocol {protocol['name']} ({protocol['source']}); {protocol['sampler']['name']}, "
+        f"{protocol['sampler']['steps']} steps, guidance {protocol['sampler']['guidance']:g}, {protocol['resolution']} "
+        f"pixels, {protocol['precision']} on {protocol['device']}.",
+    ]
+    for name, model in tree["models"].items():
+        if name != BASE:
+            lines.append(
+                f"{name}: after update {model['update']}, {'moving average' if model['average'] else 'raw weights'}."
+            )
+    for key, row in tree["scorers"].items():
+        cut = f", {row['cut']} prompts truncated" if row["cut"] else ""
+        lines.append(f"{row['scorer']}: {key}, digest {row['digest'][:12]}{cut}.")
+    lines += [f"{PUBLISHED.get(name, name)}: no scores ({why})." for name, why in tree["missing"].items()]
+    return lines
+
+
+def _differences_table(scorers: Mapping[str, Any], run: str) -> list[str]:
+    lines = [
+        f"**{run} against base**, per distinct prompt. Intervals: 95 %, over prompts, not over training seeds. Win "
+        "rate: ties count half; its interval is Wilson's, without ties. p: sign-flip test, adjusted for the number of "
+        "scorers (Holm).",
+        "",
+        _row(["scorer", "difference", "bootstrap", "wins", "ties", "losses", "win rate", "wins of decided", "p"]),
+        _row(["---"] * 9),
+    ]
+    for key, row in scorers.items():
+        found = row["runs"][run]
+        counts = [str(found[name]) if found[name] is not None else "" for name in ("wins", "ties", "losses")]
+        cells = [key, _interval(found), _ends(found, "bootstrap_low", "bootstrap_high", "+.4g"), *counts]
+        cells += [_text(found["win_rate"], ".3f"), _ends(found, "win_low", "win_high", ".3f")]
+        lines.append(_row([*cells, _text(found["p_holm"], ".3g")]))
+    return lines
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    left_out = f", {found['left_out']} without a score" if found["left_out"] else ""
+    ends = _ends(found, "low", "high", "+.4g")
+    return f"{_text(found['difference'], '+.4g')} {ends} ({found['items']} prompts{left_out})"
+
+
+def _ends(found: Mapping[str, Any], low: str, high: str, form: str) -> str:
+    return "" if found[low] is None else f"[{found[low]:{form}}, {found[high]:{form}}]"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _grid(scored: Scored) -> bytes:
+    """Returns a PNG: prompts with the largest gains and losses of the first run under the first scorer, and others."""
+    key, run = next(iter(scored.infos)), scored.runs[0]
+    prompts, change = sorted(set(scored.prompts)), differences(scored, key, run)
+    sign = 1 if scored.infos[key].higher_is_better else -1
+    gains, losses = (places[:_GRID_EXTREMES] for places in extremes(sign * change))
+    order = keyed_rng(0, "score picture", len(prompts)).permutation(len(prompts))
+    drawn = [int(place) for place in order if place not in {*gains, *losses}][:_GRID_RANDOM]
+    shown = [(f"{key} {change[place]:+.3g}", place) for place in gains + losses]
+    shown += [("at random", place) for place in drawn]
+    first: dict[str, Item] = {}
+    for item in scored.media.items:
+        first.setdefault(item.prompt, item)
+    rows = [first[prompts[place]] for _, place in shown]
+    columns = {
+        name: np.stack([decode_media((scored.folder / row.files[name]).read_bytes(), row.files[name]) for row in rows])
+        for name in scored.media.models
+    }
+    labels = [f"{label}: {prompts[place]}" for label, place in shown]
+    content = io.BytesIO()
+    side_by_side(labels, columns).save(content, "PNG")
+    return content.getvalue()
