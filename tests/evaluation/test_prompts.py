@@ -26,7 +26,12 @@ def test_a_text_file_holds_a_prompt_per_line(tmp_path):
 
 
 def test_a_json_list_of_strings_or_objects(tmp_path):
-    rows = ["plain", {"prompt": "p", "id": 7}, {"caption": "c\nd", "caption_id": "x", "id": 3}, {"text": "t", "id": None}]
+    rows = [
+        "plain",
+        {"prompt": "p", "id": 7},
+        {"caption": "c\nd", "caption_id": "x", "id": 3},
+        {"text": "t", "id": None},
+    ]
     found = read_prompts(written(tmp_path, "P.JSON", json.dumps(rows)))
     assert found.prompts == (Prompt("0", "plain"), Prompt("7", "p"), Prompt("x", "c\nd"), Prompt("3", "t"))
 
@@ -63,7 +68,9 @@ def test_a_file_without_usable_prompts_is_named(tmp_path, name, content, says):
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "says"), [("none.txt", "does not exist"), ("p.csv", "not a .txt or .json"), ("", "not a .txt")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("none.txt", "does not exist"), ("p.csv", "not a .txt or .json"), ("", "not a .txt")]
+)
 def test_a_file_that_cannot_be_a_prompt_file(tmp_path, name, says):
     written(tmp_path, "p.csv", "a")
     with pytest.raises(ConfigError, match=says):
