@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +18,15 @@ from typing import Any, Literal
 
 import torch
 
-from seppo_fast.config.schema import Config, did_you_mean
+from seppo_fast.config.schema import did_you_mean
 from seppo_fast.data.cache.opening import truncation
 from seppo_fast.diffusion.protocols import PROTOCOLS
-from seppo_fast.evaluation.generate import PromptBatches
-from seppo_fast.evaluation.media import BASE, disk_need, make_media, media_of, model_digest, read_media
+from seppo_fast.evaluation.media import BASE, ITEMS, alone, disk_need, make_media, media_of, model_digest, read_media
 from seppo_fast.evaluation.prompts import PromptList, read_prompts
 from seppo_fast.evaluation.scores import SCORE_FOLDER
 from seppo_fast.evaluation.scoring import require_scorers, score_media
+from seppo_fast.evaluation.subjects import Subject, batches_of, load_subject, subjects_of
 from seppo_fast.evaluation.table import GRID, TABLE, read_scored, write_results
-from seppo_fast.models.denoiser import Denoiser
-from seppo_fast.models.family import Family
-from seppo_fast.models.registry import family_of, load_family
-from seppo_fast.models.trainable import DTYPES
-from seppo_fast.runs.checkpoint import SavedState, checked_state, newest_state, saved_states, state_folder
-from seppo_fast.runs.resume import refuse_other_content, saved_config
-from seppo_fast.runs.weights import load_trained
 from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from seppo_fast.utils.files import read_json, write_atomically
 from seppo_fast.utils.logging import say, set_rank
@@ -42,8 +35,6 @@ from seppo_fast.utils.memory import is_out_of_memory
 Phase = Literal["generate", "score", "statistics"]
 DEFAULT_SCORERS = ("pickscore", "hpsv2.1", "imagereward", "aesthetic")
 SETTINGS = "settings.json"
-_BATCHES = {False: 16, True: 2}  # samples at once if no run sets sampler.batch, by whether they are clips
-_INSTEAD = "The base must be the one that the run started with; put it back in its place"
 
 
 @dataclass(frozen=True)
@@ -86,15 +77,6 @@ class Options:
         if self.output is None and not self.runs:
             raise ConfigError("score: name at least one RUN, or with --only score or statistics an --output folder")
         return self.output or self.runs[0] / SCORE_FOLDER
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A run whose weights are scored: its name in tables, saved state, and configuration with the sampling settings."""
-
-    name: str
-    saved: SavedState
-    config: Config
 
 
 def score(options: Options) -> None:
@@ -168,120 +150,50 @@ def _check(options: Options) -> None:
 
 
 def _generate(options: Options, folder: Path, rank: int, world: int) -> None:
+    """Makes the media of base and runs, model by model, then lists them in `items.json`."""
     assert options.prompts is not None
     prompts = read_prompts(options.prompts)
-    subjects = _subjects(options)
-    config, device = subjects[0].config, _device()
-    _refuse_different(subjects)
-    clips = family_of(config.model).makes_clips
-    settings = _settings(options, prompts, subjects, device, clips)
+    protocol, device = PROTOCOLS[options.protocol], _device()
+    subjects = subjects_of(options.runs, options.update, protocol, options.guidance, options.batch)
+    first, clips = subjects[0], subjects[0].clips
+    settings = _settings(options, prompts, first, device)
     _refuse_other_settings(folder, settings)
     _require_disk(folder, settings, len(subjects) + 1)
-    if rank == 0:
-        _write_settings(folder, settings)
+    with alone(folder, {SETTINGS, ITEMS}):
+        if not (folder / SETTINGS).exists():
+            _write_settings(folder, settings)
     models: dict[str, Any] = {}
     encoders: dict[str, str] = {}
-    for subject in [None, *subjects]:
-        family, average = _loaded(subject, subjects[0], options, device)
+    for name, subject in {BASE: first, **{subject.name: subject for subject in subjects}}.items():
+        family, average = load_subject(subject, device, raw=options.raw, base=name == BASE)
         if encoders and family.fingerprint() != encoders:
-            assert subject is not None
-            raise ConfigError(f"{subject.name}: its text encoder or VAE differs from the base's; score it separately")
+            raise ConfigError(f"{name}: its text encoder or VAE differs from the base's; score it separately")
         encoders = family.fingerprint()
-        protocol = {name: value for name, value in settings["protocol"].items() if name not in ("name", "source")}
-        digest = model_digest({"weights": family.identity(), "encoders": encoders, "protocol": protocol})
-        name = BASE if subject is None else subject.name
-        update = 0 if subject is None else subject.saved.update
-        models[name] = {"digest": digest, "update": update, "average": average}
-        if subject is None:
-            cut = family.too_long(sorted(set(prompts.texts)))
-            for line in truncation(cut, len(set(prompts.texts))):
+        sampling = {key: value for key, value in settings["protocol"].items() if key not in ("name", "source")}
+        digest = model_digest({"weights": family.identity(), "encoders": encoders, "sampling": sampling})
+        models[name] = {"digest": digest, "update": 0 if name == BASE else subject.saved.update, "average": average}
+        if name == BASE:
+            distinct = sorted(set(prompts.texts))
+            for line in truncation(family.too_long(distinct), len(distinct)):
                 say(line)
         media = media_of(prompts, {name: digest}, options.samples, options.seed, clips=clips)
         with _explaining_memory(settings["protocol"]["sampler"]["batch"]):
-            make_media(folder, name, media.items, _batches(family, config, prompts, options.seed, device), rank, world)
-        del family
+            made = batches_of(family, subject.config, prompts.texts, options.seed)
+            make_media(folder, name, media.items, made, rank, world)
+        del family, made
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    _write_settings(folder, settings | {"models": models})
     digests = {name: row["digest"] for name, row in models.items()}
-    media_of(prompts, digests, options.samples, options.seed, clips=clips).write(folder)
+    media = media_of(prompts, digests, options.samples, options.seed, clips=clips)
+    with alone(folder, {SETTINGS, ITEMS}):
+        _write_settings(folder, settings | {"models": models})
+        media.write(folder)
 
 
-def _subjects(options: Options) -> list[_Subject]:
-    """Returns the runs to score, all with the same sampling settings if their own agree."""
-    found, names = [], [BASE]
-    for run in options.runs:
-        saved = _state(run, options.update)
-        config = saved_config(saved)
-        plain = run.resolve().name
-        name = next(n for n in (plain, *(f"{plain}-{i}" for i in range(2, 10**6))) if n not in names)
-        names.append(name)
-        found.append(_Subject(name, saved, config))
-    protocol = PROTOCOLS[options.protocol]
-    asked = [saved_config(subject.saved, "asked").sampler.batch for subject in found]
-    clips = family_of(found[0].config.model).makes_clips
-    batch = options.batch or min([size for size in asked if size] or [_BATCHES[clips]])
-    changes: dict[str, Any] = {**protocol.sampler, "batch": batch}
-    if options.guidance is not None:
-        changes["guidance"] = options.guidance
-    subjects = []
-    for subject in found:
-        config = subject.config
-        model = config.model.model_copy(update={"precision": protocol.precision or config.model.precision})
-        data = config.data.model_copy(update={"resolution": protocol.resolution or config.data.resolution})
-        sampler = config.sampler.model_copy(update=changes)
-        config = config.model_copy(update={"model": model, "data": data, "sampler": sampler})
-        subjects.append(_Subject(subject.name, subject.saved, config))
-    return subjects
-
-
-def _state(run: Path, update: int | None) -> SavedState:
-    if update is None:
-        saved = newest_state(run)
-        if saved is None:
-            raise ConfigError(f"{run}: not the folder of a run with a saved state")
-        return saved
-    folder = state_folder(run, update)
-    if not folder.is_dir():
-        have = ", ".join(place.name.removeprefix("update-").lstrip("0") for place in saved_states(run)) or "none"
-        raise ConfigError(f"--update {update}: {run} has no saved state after this update; saved: {have}")
-    return checked_state(folder)
-
-
-def _refuse_different(subjects: Sequence[_Subject]) -> None:
-    """Raises ConfigError, naming the first field that differs, unless base and sampling settings are the same."""
-    first, *others = subjects
-    for other in others:
-        for (field, value), found in zip(_compared(first).items(), _compared(other).values(), strict=True):
-            if value != found:
-                raise ConfigError(
-                    f"{first.name} and {other.name} differ in {field}: {value!r} and {found!r}; runs are compared only "
-                    "with the same base and sampling settings (--protocol and --guidance set the latter). Score them "
-                    "separately"
-                )
-
-
-def _compared(subject: _Subject) -> dict[str, Any]:
-    config = subject.config
-    sampler = {f"sampler.{name}": getattr(config.sampler, name) for name in ("name", "steps", "guidance")}
-    prints = subject.saved.numbers.get("fingerprints", {})
-    base = prints.get("model") if isinstance(prints, dict) else None
-    clips = family_of(config.model).makes_clips
-    return {
-        "the base model's fingerprint": base,
-        **sampler,
-        "data.resolution": config.data.resolution,
-        "data.frames": config.data.frames if clips else None,
-        "model.precision": config.model.precision,
-    }
-
-
-def _settings(
-    options: Options, prompts: PromptList, subjects: Sequence[_Subject], device: torch.device, clips: bool
-) -> dict[str, Any]:
+def _settings(options: Options, prompts: PromptList, first: Subject, device: torch.device) -> dict[str, Any]:
     """Returns the content of `settings.json`, without the models."""
-    config, protocol = subjects[0].config, PROTOCOLS[options.protocol]
+    config, protocol = first.config, PROTOCOLS[options.protocol]
     names = ("name", "steps", "guidance", "batch")
     return {
         "command": _command(options),
@@ -290,14 +202,14 @@ def _settings(
             "source": protocol.source,
             "sampler": {name: getattr(config.sampler, name) for name in names},
             "resolution": config.data.resolution,
-            "frames": config.data.frames if clips else None,
+            "frames": config.data.frames if first.clips else None,
             "precision": config.model.precision,
             "device": device.type,
         },
         "prompts": {"name": prompts.name, "digest": prompts.digest, "count": len(prompts.prompts)},
         "samples": options.samples,
         "seed": options.seed,
-        "base": _compared(subjects[0])["the base model's fingerprint"],
+        "base": first.base,
     }
 
 
@@ -364,28 +276,8 @@ def _require_disk(folder: Path, settings: Mapping[str, Any], models: int) -> Non
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes `settings.json`; the models of an earlier command are kept until this one's media are complete."""
-    if "models" not in settings and (folder / SETTINGS).exists():
-        return
     content = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / SETTINGS, content.encode("utf-8", "backslashreplace"), CheckpointError)
-
-
-def _loaded(subject: _Subject | None, first: _Subject, options: Options, device: torch.device) -> tuple[Family, bool]:
-    """Returns the base, or a run's model, and whether its weights are the moving average."""
-    if subject is not None:
-        return load_trained(subject.config, subject.saved, device, raw=options.raw, instead=_INSTEAD)
-    family = load_family(first.config, device)
-    refuse_other_content(first.saved, {"model": (family.identity(),)}, _INSTEAD)
-    return family, False
-
-
-def _batches(family: Family, config: Config, prompts: PromptList, seed: int, device: torch.device) -> PromptBatches:
-    family.model.to(device, memory_format=family.memory_format)  # type: ignore[call-overload]
-    denoiser = Denoiser(family, DTYPES[config.model.precision])
-    resolution = config.data.resolution
-    sampler = family.sampler(config.sampler, family.latent_shape(resolution))
-    return PromptBatches(family, denoiser, family.model, sampler, prompts.texts, resolution=resolution, seed=seed)
 
 
 @contextmanager

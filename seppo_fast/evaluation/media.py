@@ -13,9 +13,11 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +45,7 @@ class Item:
     """One sample of one prompt, with the file of each model.
 
     Attributes:
-        id: the prompt's id in its file.
+        id: the prompt's id in its file, which is made unique by appending numbers.
         prompt: the prompt.
         prompt_index: the prompt's place in its file, from 0.
         sample: the sample's number, from 0.
@@ -81,13 +83,20 @@ class Media:
 
 def media_of(prompts: PromptList, models: Mapping[str, str], samples: int, seed: int, *, clips: bool) -> Media:
     """Returns all items of a prompt list for models given by digest, whether or not their files exist."""
-    items = []
+    items, taken = [], set[str]()
     for sample in range(samples):
         for place, prompt in enumerate(prompts.prompts):
+            own = prompt.id if sample == 0 else f"{prompt.id}-{sample}"
+            unique = next(one for one in itertools.chain([own], _numbered(own)) if one not in taken)
+            taken.add(unique)
             name = file_name(prompt.text, place, seed, sample, clips=clips)
             files = {model: f"media/{digest}/{name}" for model, digest in models.items()}
-            items.append(Item(prompt.id, prompt.text, place, sample, seed, files))
+            items.append(Item(unique, prompt.text, place, sample, seed, files))
     return Media(dict(models), items)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    return (f"{name}.{number}" for number in itertools.count(2))
 
 
 def read_media(folder: Path) -> Media:
@@ -173,7 +182,7 @@ def decode_media(content: bytes, name: str) -> np.ndarray:
             for frame in ImageSequence.Iterator(opened):
                 pixels = np.array(frame.convert("RGB"))
                 ends = (opened.info["timestamp"] + opened.info["duration"]) / _FRAME_MILLISECONDS
-                frames += [pixels] * ((total if opened.n_frames == 1 else round(ends)) - len(frames))
+                frames += [pixels] * ((total if getattr(opened, "n_frames", 1) == 1 else round(ends)) - len(frames))
             if len(frames) != total:
                 raise ValueError(f"it has {len(frames)} frames instead of {total}")
             return np.stack(frames)
@@ -216,12 +225,7 @@ def unfinished(lock: Path, pieces: int, done: Callable[[int], bool], rank: int =
     Raises:
         CheckpointError: the lock file cannot be written.
     """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        opened = lock.open("ab")
-    except OSError as problem:
-        raise CheckpointError(disk_message(lock, problem)) from problem
-    with opened:
+    with _opened(lock) as opened:
         order = sorted(range(pieces), key=lambda number: ((number - rank) % world, number))
         left, waits = [number for number in order if not done(number)], False
         while left:
@@ -237,6 +241,27 @@ def unfinished(lock: Path, pieces: int, done: Callable[[int], bool], rank: int =
                 finally:
                     fcntl.lockf(opened, fcntl.LOCK_UN, 1, number)
             left, waits = later, True
+
+
+@contextmanager
+def alone(folder: Path, names: Collection[str] = ()) -> Iterator[None]:
+    """Lets one process at a time run the block for a folder, and removes what killed ones left of files named `names`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    with _opened(folder / ".lock") as opened:
+        _lock(opened, 0, waits=True)
+        remove_temporary(folder, names)
+        yield
+
+
+def _opened(lock: Path) -> IO[bytes]:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("ab")
+    except OSError as problem:
+        raise CheckpointError(disk_message(lock, problem)) from problem
 
 
 def _lock(opened: IO[bytes], number: int, waits: bool) -> bool:

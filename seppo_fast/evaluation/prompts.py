@@ -98,7 +98,9 @@ def _prompt(file: Path, place: int, entry: Any) -> Prompt:
         key = next((name for name in _TEXTS if name in entry), None)
         if key is None:
             raise DataError(f"{where} has none of the keys {', '.join(_TEXTS)}; {_FORMS}")
-        found = next((str(entry[name]) for name in _IDS if isinstance(entry.get(name), str | int)), found)
+        found = next(
+            (str(entry[name]) for name in _IDS if isinstance(entry.get(name), str | int) and entry[name] != ""), found
+        )
         entry = entry[key]
     if not isinstance(entry, str):
         raise DataError(f"{where}: the prompt is {_shown(entry)}, which is not text; {_FORMS}")

@@ -1,7 +1,7 @@
 """Scores generated media with several scorers, one at a time, into files.
 
 FOLDER/scores/<scorer>-<version>-<dtype>.jsonl     a line per media file: {"file", "sha256", "score"}
-FOLDER/scores/<scorer>-<version>-<dtype>.json      what the scorer was
+FOLDER/scores/<scorer>-<dtype>.json                what the scorer was, and which of its files is the newest
 FOLDER/scores/<scorer>.failed                      why a scorer gave no scores
 FOLDER/scores/.parts/                              finished chunks, from which scoring resumes
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seppo_fast.evaluation.media import BASE, Item, Media, decode_media, unfinished
+from seppo_fast.evaluation.media import BASE, Item, Media, alone, decode_media, unfinished
 from seppo_fast.scorers import registry
 from seppo_fast.scorers.scorer import Scorer
 from seppo_fast.utils.errors import CheckpointError, ConfigError
@@ -74,17 +74,20 @@ class _Chunk:
 
 
 def require_scorers(names: Sequence[str], weights: Path | None) -> None:
-    """Checks that all scorers are known and their weights at hand.
+    """Checks that all scorers are known and their weights at hand; users' own functions are imported.
 
     Raises:
-        ConfigError: no scorer or the same one twice, an unknown name, or missing weights; the message lists all of
-            them.
+        ConfigError: no scorer or the same one twice, an unknown name, a function that cannot be imported, or missing
+            weights; the message lists all of them.
     """
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"--scorers {','.join(names)}: name at least one scorer, and each only once")
     missing = [problem for name in names if (problem := registry.missing_weights(name, weights)) is not None]
     if missing:
         raise ConfigError("--scorers: " + "; ".join(missing))
+    for name in names:
+        if ":" in name:
+            registry.load_scorer(name, torch.device("cpu"), torch.float32, weights)
 
 
 def score_media(
@@ -193,10 +196,10 @@ def _assemble(folder: Path, info: ScorerInfo, parts: Sequence[tuple[_Chunk, dict
         cut += part["cut"] if chunk.counted else 0
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     place = folder / SCORES
-    remove_temporary(place, {f"{info.key}.jsonl", f"{info.key}.json"})
-    write_atomically(place / f"{info.key}.jsonl", lines.encode(), CheckpointError)
-    about = asdict(info) | {"cut": cut}
-    write_atomically(place / f"{info.key}.json", (json.dumps(about, indent=1) + "\n").encode(), CheckpointError)
+    about, name = asdict(info) | {"cut": cut}, f"{_plain(info.scorer)}-{info.dtype}.json"
+    with alone(place, {f"{info.key}.jsonl", name}):
+        write_atomically(place / f"{info.key}.jsonl", lines.encode(), CheckpointError)
+        write_atomically(place / name, (json.dumps(about, indent=1) + "\n").encode(), CheckpointError)
 
 
 def _chunks(folder: Path, media: Media) -> Iterator[_Chunk]:
@@ -258,8 +261,8 @@ def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerIn
     for file in sorted((folder / SCORES).glob("*.json")):
         try:
             info = ScorerInfo(**read_json(file))
-            lines = file.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
+            lines = (file.parent / f"{_plain(info.key)}.jsonl").read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in lines.split("\n") if line]
             scores = {row["file"]: math.nan if row["score"] is None else float(row["score"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise ConfigError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
@@ -302,7 +305,7 @@ def _pixels(folder: Path, file: str) -> np.ndarray:
 
 def _plain(name: str) -> str:
     """Returns a name with only characters that are valid in file names everywhere."""
-    return re.sub(r"[^\w.]+", "_", name)
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _reason(problem: Exception) -> str:

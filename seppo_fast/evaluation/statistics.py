@@ -100,8 +100,8 @@ class WinRate:
         ties: number of items with exactly equal scores.
         losses: number of items with a lower score.
         rate: (wins + ties / 2) / items.
-        low: lower end of the Wilson interval of wins / (wins + losses), that is, without ties; NaN if all are ties.
-        high: upper end.
+        low: lower end of the Wilson interval of wins / (wins + losses), that is, without ties; 0 if all are ties.
+        high: upper end; 1 if all are ties.
     """
 
     wins: int
@@ -135,7 +135,7 @@ def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, floa
         confidence: the confidence level, between 0 and 1.
 
     Returns:
-        The ends of the interval; (NaN, NaN) for no trials.
+        The ends of the interval; (0, 1) for no trials.
 
     Raises:
         ValueError: an argument is out of range.
@@ -143,7 +143,7 @@ def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, floa
     if not 0 <= wins <= n or not 0 < confidence < 1:
         raise ValueError(f"wins, n, confidence: need 0 <= wins <= n and 0 < confidence < 1, got {wins, n, confidence}")
     if n == 0:
-        return float("nan"), float("nan")
+        return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, scale = wins / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / scale

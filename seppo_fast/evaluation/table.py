@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from seppo_fast.evaluation.grids import side_by_side
-from seppo_fast.evaluation.media import BASE, Item, Media, decode_media, read_media, unfinished
+from seppo_fast.evaluation.media import BASE, Item, Media, alone, decode_media, read_media
 from seppo_fast.evaluation.scores import SCHEMA, SCORES
 from seppo_fast.evaluation.scoring import ScorerInfo, read_scores_of
 from seppo_fast.evaluation.statistics import (
@@ -34,19 +34,13 @@ from seppo_fast.evaluation.statistics import (
 from seppo_fast.scorers import registry
 from seppo_fast.utils.errors import CheckpointError, ConfigError
 from seppo_fast.utils.fault_injection import fault
-from seppo_fast.utils.files import remove_temporary, write_atomically
+from seppo_fast.utils.files import write_atomically
 from seppo_fast.utils.random import keyed_rng
 
 TABLE, CSV, GRID = "scores.md", "scores.csv", "grid.png"
 EXTREMES = 10  # largest gains and largest losses in scores.json
 # The published scorers of the paper's tables, in its order; their columns are shown even if they are empty.
-PUBLISHED = {
-    "pickscore": "PickScore",
-    "hpsv2.0": "HPSv2.0",
-    "hpsv2.1": "HPSv2.1",
-    "imagereward": "ImageReward",
-    "aesthetic": "Aesthetic",
-}
+PUBLISHED = ("pickscore", "hpsv2.0", "hpsv2.1", "imagereward", "aesthetic")
 _GRID_EXTREMES, _GRID_RANDOM = 3, 4  # rows of the picture
 
 
@@ -122,8 +116,7 @@ def write_results(scored: Scored, weights: Path | None = None) -> dict[str, Any]
     """
     folder = scored.folder
     tree = {"schema": SCHEMA, **scored.settings, **_sections(scored), "missing": _missing(scored, weights)}
-    for _ in unfinished(folder / ".lock", 1, lambda number: False):
-        remove_temporary(folder, {SCORES, CSV, TABLE, GRID})
+    with alone(folder, {SCORES, CSV, TABLE, GRID}):
         content = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / SCORES, content.encode(), CheckpointError)
         fault("statistics-write")
@@ -255,7 +248,7 @@ def _markdown(scored: Scored, tree: Mapping[str, Any]) -> str:
         if row["scorer"] not in PUBLISHED:
             columns[row["scorer"]].append(key)
     pairs = [(name, key) for name, keys in columns.items() for key in keys]
-    heads = [f"{PUBLISHED.get(name, name)} {_arrow(scorers.get(key))}".strip() for name, key in pairs]
+    heads = [f"{_label(name)}{_arrow(scorers.get(key))}" for name, key in pairs]
     lines = [_row(["", *heads]), _row(["---"] * (len(heads) + 1))]
     for model in scored.media.models:
         lines.append(_row([model, *(_cell(scorers, key, model) for _, key in pairs)]))
@@ -265,8 +258,12 @@ def _markdown(scored: Scored, tree: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _label(name: str) -> str:
+    return registry.SCORERS[name].label if name in registry.SCORERS else name
+
+
 def _arrow(scorer: Mapping[str, Any] | None) -> str:
-    return "" if scorer is None or scorer["higher_is_better"] else "(lower is better)"
+    return "" if scorer is None or scorer["higher_is_better"] else " (lower is better)"
 
 
 def _cell(scorers: Mapping[str, Any], key: str | None, model: str) -> str:
@@ -298,7 +295,7 @@ def _caption(scored: Scored, tree: Mapping[str, Any]) -> list[str]:
     for key, row in tree["scorers"].items():
         cut = f", {row['cut']} prompts truncated" if row["cut"] else ""
         lines.append(f"{row['scorer']}: {key}, digest {row['digest'][:12]}{cut}.")
-    lines += [f"{PUBLISHED.get(name, name)}: no scores ({why})." for name, why in tree["missing"].items()]
+    lines += [f"{_label(name)}: no scores ({why})." for name, why in tree["missing"].items()]
     return lines
 
 

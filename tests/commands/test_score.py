@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from seppo_fast.cli import main
@@ -15,24 +16,28 @@ from seppo_fast.commands import demo
 from seppo_fast.commands.export import export
 from seppo_fast.commands.report import report
 from seppo_fast.config.load import read_config
+from seppo_fast.diffusion import protocols
 from seppo_fast.evaluation.judged import held_out_prompts
 from seppo_fast.evaluation.scores import read_scores
 from seppo_fast.evaluation.statistics import paired_difference
+from seppo_fast.scorers import registry
 from seppo_fast.train import train
 from tests.helpers.runs import tiny_config
 from tests.helpers.tiny import tiny_pipeline
 
 PROMPTS = ["a red fox", "a blue hare", "a red fox", "a green owl", "two cats | dogs", "snow", "rain"]
-SCORER = """
-import numpy as np
+BRIGHTNESS = (
+    f"brightness-{registry.load_scorer('brightness', torch.device('cpu'), torch.float32, None).version}-float32"
+)
+
+
 class Contrast:
-    name, version, digest, higher_is_better, cut = "contrast", "2.1", "{digest}", False, 1
+    """A scorer of another kind than functions: lower scores are better, and prompts are truncated."""
+
+    name, version, digest, higher_is_better, cut = "contrast", "2.1", "d1", False, 1
+
     def __call__(self, prompts, pictures):
-        {body}
         return pictures.reshape(len(pictures), -1).std(axis=1)
-def make():
-    return Contrast()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +63,24 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def scorer(tmp_path, monkeypatch):
-    """Writes a scorer of the user's own; returns its name."""
+    """Writes a scorer of the user's own, a function of `prompts` and `pictures`; returns its name."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def write(body="pass", digest="d1"):
-        name = f"own_{tmp_path.name}_{digest}"  # a module of this name is imported only once
-        (tmp_path / f"{name}.py").write_text(SCORER.format(body=body, digest=digest))
-        return f"{name}:make"
+    def write(body):
+        module = f"own_{tmp_path.name}"  # a module of this name is imported only once
+        (tmp_path / f"{module}.py").write_text(f"import numpy as np\ndef score(prompts, pictures):\n    {body}\n")
+        return f"{module}:score"
 
     return write
+
+
+@pytest.fixture
+def contrast(monkeypatch):
+    """The name of a scorer that is a `Contrast`."""
+    load = registry.load_scorer
+    monkeypatch.setattr(registry, "missing_weights", lambda name, folder: None)
+    monkeypatch.setattr(registry, "load_scorer", lambda name, *more: Contrast() if name == "own" else load(name, *more))
+    return "own"
 
 
 def scored(runs, prompts, output, *more, scorers="brightness"):
@@ -98,6 +112,7 @@ def test_the_files_of_a_command(straight, runs):
     items = json.loads((straight / "items.json").read_text())
     assert list(items["models"]) == ["base", "run-0", "run-1"] and len(set(items["models"].values())) == 3
     assert len(items["items"]) == 2 * len(PROMPTS) and {item["seed"] for item in items["items"]} == {0}
+    assert len({item["id"] for item in items["items"]}) == len(items["items"])
     for item in items["items"]:
         for name, file in item["files"].items():
             assert file.startswith(f"media/{items['models'][name]}/")
@@ -105,17 +120,17 @@ def test_the_files_of_a_command(straight, runs):
                 assert picture.format == "PNG" and picture.size == (16, 16)
     (lines,) = straight.glob("scores/*.jsonl")
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert lines.name == "brightness-1-float32.jsonl" and len(rows) == 3 * 2 * len(PROMPTS)
+    assert lines.name == f"{BRIGHTNESS}.jsonl" and len(rows) == 3 * 2 * len(PROMPTS)
     for row in rows:
         content = (straight / row["file"]).read_bytes()
         assert row["sha256"] == hashlib.sha256(content).hexdigest()
         with Image.open(straight / row["file"]) as picture:
             assert row["score"] == pytest.approx(np.asarray(picture, dtype=np.float64).mean() / 255)
     table = list(csv.DictReader((straight / "scores.csv").open(newline="")))
-    assert len(table) == len(rows) and table[0].keys() == {"id", "prompt", "sample", "model", "brightness-1-float32"}
+    assert len(table) == len(rows) and table[0].keys() == {"id", "prompt", "sample", "model", BRIGHTNESS}
     by_file = {row["file"]: row["score"] for row in rows}
     wanted = [by_file[item["files"][name]] for item in items["items"] for name in items["models"]]
-    assert [float(row["brightness-1-float32"]) for row in table] == wanted
+    assert [float(row[BRIGHTNESS]) for row in table] == wanted
     with Image.open(straight / "grid.png") as grid:
         assert grid.width == 260 + 3 * 128
 
@@ -126,7 +141,7 @@ def test_the_statistics_are_over_distinct_prompts(straight):
     assert tree["schema"] == 2 and tree["prompts"]["count"] == len(PROMPTS)
     by_model = {}
     for row in table:
-        by_model.setdefault(row["model"], {}).setdefault(row["prompt"], []).append(float(row["brightness-1-float32"]))
+        by_model.setdefault(row["model"], {}).setdefault(row["prompt"], []).append(float(row[BRIGHTNESS]))
     assert len(by_model["base"]["a red fox"]) == 4  # two records, two samples each
     means = {name: np.array([np.mean(found[text]) for text in sorted(found)]) for name, found in by_model.items()}
     (scorer,) = tree["scorers"].values()
@@ -140,17 +155,17 @@ def test_the_statistics_are_over_distinct_prompts(straight):
         assert sorted(row["difference"] for row in listed) == pytest.approx(sorted(change[change != 0]))
         assert found["p"] == found["p_holm"] and 0 < found["p"] <= 1
         assert found["bootstrap_low"] < found["difference"] < found["bootstrap_high"]
-    assert scorer["means"]["base"] == pytest.approx(np.mean([float(r["brightness-1-float32"]) for r in table[::3]]))
+    assert scorer["means"]["base"] == pytest.approx(np.mean([float(r[BRIGHTNESS]) for r in table[::3]]))
 
 
 def test_the_table_has_a_column_per_published_scorer_and_its_notes_in_the_caption(straight):
     text = (straight / "scores.md").read_text()
-    head = text.splitlines()[0]
-    assert head == "|  | PickScore | HPSv2.0 | HPSv2.1 | ImageReward | Aesthetic | brightness |"
+    published = ("pickscore", "hpsv2.0", "hpsv2.1", "imagereward", "aesthetic")
+    labels = {name: registry.SCORERS[name].label if name in registry.SCORERS else name for name in published}
+    assert text.splitlines()[0] == f"|  | {' | '.join(labels.values())} | {registry.SCORERS['brightness'].label} |"
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in rows[1:5]] == ["| ---", "| base", "| run-0", "| run-1"]
-    for name in ("PickScore", "HPSv2.0", "ImageReward", "Aesthetic"):
-        assert f"{name}: no scores (not requested" in text
+    assert all(f"{label}: no scores (not requested" in text for label in labels.values())
     assert "14 files per model: 7 prompts of p.json (6 distinct), 2 per prompt, seed 0" in text
     assert "ddim, 2 steps, guidance 3, 16 pixels, fp32 on cpu" in text
     assert "**run-1 against base**, per distinct prompt" in text
@@ -285,7 +300,7 @@ def test_a_scorer_that_fails_loses_only_itself(runs, prompts, scorer, tmp_path, 
     words = scored(runs[:1], prompts, tmp_path / "out", scorers=f"brightness,{fails},shapes")
     assert run(*words) == 0
     tree = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert list(tree["scorers"]) == ["brightness-1-float32"]
+    assert list(tree["scorers"]) == [BRIGHTNESS]
     assert "no such picture" in tree["missing"][fails] and "must be uint8" in tree["missing"]["shapes"]
     said = capsys.readouterr().out
     assert f"scorer {fails}: failed (ValueError: no such picture); it is left out" in said
@@ -294,14 +309,32 @@ def test_a_scorer_that_fails_loses_only_itself(runs, prompts, scorer, tmp_path, 
     assert "every scorer failed" in capsys.readouterr().err
 
 
-def test_scores_of_another_version_of_a_scorer_are_not_reused(runs, prompts, scorer, tmp_path):
+def test_scores_of_other_weights_of_a_scorer_are_not_reused(runs, prompts, contrast, monkeypatch, tmp_path):
     means = []
-    for digest, body in (("d1", "pass"), ("d2", "return np.full(len(prompts), 0.25)")):
-        assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=scorer(body, digest))) == 0
+    for digest, value in (("d1", 0.5), ("d2", 0.25), ("d2", 0.125)):
+        monkeypatch.setattr(Contrast, "digest", digest)
+        monkeypatch.setattr(Contrast, "__call__", lambda self, prompts, pictures, value=value: [value] * len(prompts))
+        assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=contrast)) == 0
         (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())["scorers"].values()
-        assert row["digest"] == digest and row["version"] == "2.1" and row["cut"] == 1
+        assert row["digest"] == digest and row["cut"] == 1
         means.append(row["means"]["base"])
-    assert means[0] != 0.25 == means[1]
+    assert means == [0.5, 0.25, 0.25]  # the third command found the second's scores
+
+
+def test_scores_of_another_version_replace_the_older_column(runs, prompts, contrast, monkeypatch, tmp_path):
+    for version in ("2.1", "2.2"):
+        monkeypatch.setattr(Contrast, "version", version)
+        assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=contrast)) == 0
+        tree = json.loads((tmp_path / "out" / "scores.json").read_text())
+        assert list(tree["scorers"]) == [f"contrast-{version}-float32"]
+
+
+@pytest.mark.parametrize("result", [np.zeros((2, 2)), np.zeros(1), "words", None])
+def test_a_scorer_that_returns_anything_but_scores_has_failed(runs, prompts, contrast, monkeypatch, tmp_path, result):
+    monkeypatch.setattr(Contrast, "__call__", lambda self, prompts, pictures: result)
+    assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=f"{contrast},brightness")) == 0
+    tree = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert list(tree["scorers"]) == [BRIGHTNESS] and contrast in tree["missing"]
 
 
 def test_ties_and_missing_scores(runs, prompts, scorer, tmp_path):
@@ -310,15 +343,15 @@ def test_ties_and_missing_scores(runs, prompts, scorer, tmp_path):
     (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())["scorers"].values()
     found = row["runs"]["run-0"]
     assert (found["wins"], found["ties"], found["losses"], found["items"], found["left_out"]) == (0, 5, 0, 5, 1)
-    assert (found["win_rate"], found["win_low"], found["p"], found["difference"]) == (0.5, None, 1.0, 0.0)
+    assert (found["win_rate"], found["win_low"], found["p"], found["difference"]) == (0.5, 0.0, 1.0, 0.0)
     assert found["largest_gains"] == found["largest_losses"] == []
     empty = [line for line in (tmp_path / "out" / "scores.csv").read_text().splitlines() if line.endswith(",")]
     assert len(empty) == 4 and all("snow" in line for line in empty)
     assert "(5 prompts, 1 without a score)" in (tmp_path / "out" / "scores.md").read_text()
 
 
-def test_a_lower_score_wins_where_lower_is_better(runs, prompts, scorer, tmp_path):
-    assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=scorer())) == 0
+def test_a_lower_score_wins_where_lower_is_better(runs, prompts, contrast, tmp_path):
+    assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=contrast)) == 0
     (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())["scorers"].values()
     found = row["runs"]["run-0"]
     sums = {}
@@ -328,7 +361,8 @@ def test_a_lower_score_wins_where_lower_is_better(runs, prompts, scorer, tmp_pat
     assert found["wins"] == sum(total < 0 for total in sums.values())
     assert found["losses"] == sum(total > 0 for total in sums.values())
     assert {row["prompt"] for row in found["largest_gains"]} == {text for text, total in sums.items() if total < 0}
-    assert "own" in (text := (tmp_path / "out" / "scores.md").read_text()) and "(lower is better)" in text
+    text = (tmp_path / "out" / "scores.md").read_text()
+    assert "own (lower is better)" in text and "1 prompts truncated" in text
 
 
 def test_one_prompt_has_a_difference_and_no_interval(runs, tmp_path):
@@ -357,9 +391,9 @@ def test_report_and_model_card_quote_the_scores(runs, prompts, tmp_path):
     assert run("score", copy, "--prompts", prompts, "--scorers", "brightness") == 0
     scores = read_scores(copy)
     tree = json.loads((copy / "score" / "scores.json").read_text())
-    found = tree["scorers"]["brightness-1-float32"]["runs"]["run-0"]
-    assert scores.paired["brightness-1-float32"].low == found["low"] and scores.update == 3 and not scores.average
-    quoted = f"brightness-1-float32 {found['base']:.3f} -> {found['other']:.3f}, difference"
+    found = tree["scorers"][BRIGHTNESS]["runs"]["run-0"]
+    assert scores.paired[BRIGHTNESS].low == found["low"] and scores.update == 3 and not scores.average
+    quoted = f"{BRIGHTNESS} {found['base']:.3f} -> {found['other']:.3f}, difference"
     assert quoted in str(scores) and quoted.replace(">", "&gt;") in report(copy).read_text()
     card = (export(copy) / "README.md").read_text()
     assert f"Scores: {scores}." in card and "other weights" not in card
@@ -388,9 +422,7 @@ def test_the_demos_figures_to_the_digit(tmp_path, monkeypatch):
     assert result["guidance"] == 3 and result["items"] == 9
     for name in ("base", "other", "difference", "low", "high", "items", "left_out"):
         assert found[name] == result[name], name
-    assert (
-        set(tree["spearman"]["run"]) == {"shapes-1-float32 | brightness-1-float32"} or len(tree["spearman"]["run"]) == 1
-    )
+    assert set(tree["spearman"]["run"]) == {f"shapes-1-float32 | {BRIGHTNESS}"}
 
 
 @pytest.mark.parametrize(
@@ -428,8 +460,6 @@ def test_without_a_run_or_with_another_folder(prompts, tmp_path, capsys):
 
 
 def test_missing_weights_end_the_command_before_anything_is_generated(runs, prompts, tmp_path, monkeypatch, capsys):
-    from seppo_fast.scorers import registry
-
     monkeypatch.setattr(registry, "missing_weights", lambda name, folder: f"{name}: get 2 GB" if folder else None)
     words = scored(runs, prompts, tmp_path / "out", "--weights", tmp_path, scorers="brightness,shapes")
     assert run(*words) == 2
@@ -466,8 +496,6 @@ def test_clips_are_lossless_and_scored(tiny, adapter, tmp_path, prompts):
 
 @pytest.mark.parametrize("protocol", ["paper", "sdpo", "spo"])
 def test_protocols_sample_with_their_own_solvers(runs, tmp_path, protocol, monkeypatch):
-    from seppo_fast.diffusion import protocols
-
     known = protocols.PROTOCOLS[protocol]
     small = protocols.SamplingProtocol(known.source, {**known.sampler, "steps": 3}, known.resolution and 24, "fp32")
     monkeypatch.setitem(protocols.PROTOCOLS, protocol, small)

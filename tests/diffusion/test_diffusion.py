@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 
 from seppo_fast.config.schema import SamplerConfig
+from seppo_fast.diffusion.sampler import DiffusionSolver
 from seppo_fast.diffusion.schedule import NoiseSchedule
 from seppo_fast.models.families.sd15 import StableDiffusion
 from seppo_fast.utils.errors import ConfigError
@@ -84,7 +90,7 @@ def test_ddim_against_its_equation_in_float64():
     torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "pndm", "euler"])
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_samples_equal_the_pipelines(tiny, name, guidance):
     pipe = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
@@ -92,18 +98,29 @@ def test_samples_equal_the_pipelines(tiny, name, guidance):
     family = StableDiffusion.load(str(tiny), CPU)
     prompts = ["a fox", "two foxes on a hill"]
     noise = keyed_noise(0, "sample", [(0, 1), (0, 2)], (4, 8, 8))
-    sampler = family.sampler(SamplerConfig(name=name, steps=5, guidance=guidance), (4, 8, 8))
+    config = SamplerConfig(steps=5, guidance=guidance).model_copy(update={"name": name})
+    sampler = family.sampler(config, (4, 8, 8))
     got = sampler(
         lambda x, t, e: family.denoise(family.model, x, t, e),
         noise, encoded(family, prompts), encoded(family, [""]),
     )  # fmt: skip
-    if name == "dpmsolver++":
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
+    solvers = {
+        "dpmsolver++": lambda config: DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++"),
+        "pndm": lambda config: PNDMScheduler.from_config(config, skip_prk_steps=True),
+        "euler": EulerDiscreteScheduler.from_config,
+    }
+    if name in solvers:
+        pipe.scheduler = solvers[name](pipe.scheduler.config)
     with torch.no_grad():
         expected = pipe(
             prompts, latents=noise, num_inference_steps=5, guidance_scale=guidance, output_type="latent"
         ).images
     assert torch.equal(got, expected)
+
+
+def test_pndm_evaluates_the_model_once_more_than_it_has_steps():
+    config = SamplerConfig().model_copy(update={"name": "pndm", "steps": 50})
+    assert len(DiffusionSolver(SD15, config).times) == 51
 
 
 def test_guidance_one_never_reads_the_empty_prompt():

@@ -51,6 +51,12 @@ def test_a_flipped_byte_of_a_picture_is_noticed(tmp_path):
 PROMPTS = PromptList("p.txt", (Prompt("0", "a"), Prompt("1", "b"), Prompt("2", "a")))
 
 
+def test_ids_are_unique():
+    prompts = PromptList("p.json", tuple(Prompt(name, "a") for name in ("x", "x", "x-1", "y")))
+    ids = [item.id for item in media.media_of(prompts, {"base": "0a"}, 2, 0, clips=False).items]
+    assert ids == ["x", "x.2", "x-1", "y", "x-1.2", "x-1.3", "x-1-1", "y-1"]
+
+
 def test_items_are_listed_and_read_back(tmp_path):
     made = media.media_of(PROMPTS, {"base": "0a", "run": "1b"}, 2, 5, clips=False)
     assert [(item.sample, item.prompt_index) for item in made.items] == [(s, p) for s in range(2) for p in range(3)]
