@@ -123,6 +123,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS
     try:
         settings = dict(read_json(file))
+        if "models" not in settings:
+            raise ConfigError(f"{folder}: not all media are generated yet; run the command without --only")
         models = {name: row["digest"] for name, row in settings["models"].items()}
     except FileNotFoundError:
         raise ConfigError(f"{file}: does not exist; generate first: run the command without --only") from None

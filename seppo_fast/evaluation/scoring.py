@@ -169,7 +169,11 @@ def _score_with(
     def done(number: int) -> bool:
         return _part(parts, chunks[number], info.digest, hashes) is not None
 
-    with progress(len(hashes), "scored", f"files with {name}") as advance, ThreadPoolExecutor(_READERS) as readers:
+    have = sum(len(chunk.files) for number, chunk in enumerate(chunks) if done(number))
+    with (
+        progress(len(hashes), "scored", f"files with {name}", initial=have) as advance,
+        ThreadPoolExecutor(_READERS) as readers,
+    ):
         for number in unfinished(parts / ".lock", len(chunks), done, rank, world):
             chunk = chunks[number]
             remove_temporary(parts, {chunk.name})
