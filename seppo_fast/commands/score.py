@@ -39,7 +39,7 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line requests; None where nothing was given.
+    """The options of the command line; None if one was not given.
 
     Attributes:
         runs: the runs' folders.
