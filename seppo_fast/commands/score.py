@@ -35,6 +35,7 @@ from seppo_fast.utils.memory import is_out_of_memory
 Phase = Literal["generate", "score", "statistics"]
 DEFAULT_SCORERS = ("pickscore", "hpsv2.1", "imagereward", "aesthetic")
 SETTINGS = "settings.json"
+_TEXTS = ("command", "protocol.source", "prompts.name")  # settings that do not affect the media
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as problem:
         raise ConfigError(f"{file}: malformed ({problem}); choose another --output") from problem
     for key, value in now.items():
-        if key != "command" and before.get(key) != value:
+        if key not in _TEXTS and before.get(key) != value:
             raise ConfigError(
                 f"{folder}: its media were made with {key} = {before.get(key)!r}, not {value!r}; choose another "
                 "--output, or use the same settings"

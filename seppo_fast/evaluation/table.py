@@ -81,7 +81,7 @@ def read_scored(folder: Path, settings: Mapping[str, Any], names: Sequence[str] 
     Args:
         folder: the folder.
         settings: the content of its `settings.json`.
-        names: the scorers to include; None: all that have scores for all media.
+        names: the scorers to include, in this order; None: all that have scores for all media.
 
     Raises:
         ConfigError: a file is missing or malformed, or no scorer has scores for all media.
@@ -89,7 +89,7 @@ def read_scored(folder: Path, settings: Mapping[str, Any], names: Sequence[str] 
     media = read_media(folder)
     found, without = read_scores_of(folder, media)
     if names is not None:
-        found = {key: those for key, those in found.items() if those[0].scorer in names}
+        found = {key: those for name in names for key, those in found.items() if those[0].scorer == name}
         have = {info.scorer for info, _ in found.values()}
         absent = {name: "it was not run" for name in names if name not in have}
         without = absent | {name: why for name, why in without.items() if name not in have}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from seppo_fast.cli import main
 from seppo_fast.commands import demo
@@ -17,7 +18,7 @@ from seppo_fast.commands.export import export
 from seppo_fast.commands.report import report
 from seppo_fast.config.load import read_config
 from seppo_fast.diffusion import protocols
-from seppo_fast.evaluation.judged import held_out_prompts
+from seppo_fast.evaluation.judged import held_out_prompts, judged_model
 from seppo_fast.evaluation.scores import read_scores
 from seppo_fast.evaluation.statistics import paired_difference
 from seppo_fast.scorers import registry
@@ -412,7 +413,8 @@ def test_the_demos_figures_to_the_digit(tmp_path, monkeypatch):
         "reference": config.reference.model_copy(update={"uses": 1}),
         "sampler": config.sampler.model_copy(update={"steps": 3, "batch": 4}),
     }
-    demo.demo(config.model_copy(update=changes))
+    config = config.model_copy(update=changes)
+    demo.demo(config)
     folder = tmp_path / "run"
     words = ["--prompts", folder / "prompts.json", "--scorers", "shapes,brightness", "--seed", 2002, "--guidance", 3]
     assert run("score", folder, *words) == 0
@@ -422,6 +424,12 @@ def test_the_demos_figures_to_the_digit(tmp_path, monkeypatch):
     assert result["guidance"] == 3 and result["items"] == 9
     for name in ("base", "other", "difference", "low", "high", "items", "left_out"):
         assert found[name] == result[name], name
+    items = json.loads((folder / "score" / "items.json").read_text())["items"]
+    for name, weights in {"base": None, "run": folder / "weights"}.items():
+        pictures, _ = judged_model(config, [*prompts, prompts[0]], demo.REPORT, weights, guidance=3)
+        for item, picture in zip(items, pictures, strict=True):
+            with Image.open(folder / "score" / item["files"][name]) as made:
+                assert np.array_equal(np.asarray(made), picture)
     assert set(tree["spearman"]["run"]) == {f"shapes-1-float32 | {BRIGHTNESS}"}
 
 
@@ -505,3 +513,10 @@ def test_protocols_sample_with_their_own_solvers(runs, tmp_path, protocol, monke
     tree = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert tree["protocol"]["sampler"]["name"] == {"paper": "pndm", "sdpo": "euler", "spo": "ddim"}[protocol]
     assert tree["protocol"]["resolution"] == (24 if protocol == "paper" else 16)
+
+
+def test_a_pickle_is_converted_without_a_run(tmp_path):
+    pytest.importorskip("seppo_fast.scorers.convert")
+    torch.save({"state_dict": {"a": torch.arange(3.0)}}, tmp_path / "w.pt")
+    assert run("score", "--convert", tmp_path / "w.pt") == 0
+    assert load_file(tmp_path / "w.safetensors")["a"].tolist() == [0, 1, 2]
