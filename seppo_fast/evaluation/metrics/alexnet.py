@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seppo_fast.evaluation.metrics import keys
-from seppo_fast.evaluation.metrics.networks import add_units, load_network
+from seppo_fast.evaluation.metrics.networks import Shapes, add_units, load_network
 
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet, for values in [-1, 1]
 _STRIDES = {
@@ -63,6 +63,7 @@ class Lpips(nn.Module):
             if name in _POOLED_BEFORE:
                 x = F.max_pool2d(x, 3, 2)
             layer = self.get_submodule(name)
+            assert isinstance(layer, nn.Conv2d)
             x = F.relu(F.conv2d(x, layer.weight, layer.bias, stride, padding))
             outputs.append(x)
         return outputs
@@ -77,7 +78,7 @@ def load_lpips(alexnet: Path, heads: Path, device: torch.device) -> Lpips:
     convolutions = {f"{name}.weight": shape for name, shape in keys.ALEXNET.items()}
     convolutions |= {f"{name}.bias": shape[:1] for name, shape in keys.ALEXNET.items()}
     weights = {f"{name}.weight": shape for name, shape in keys.HEADS.items()}
-    files = {alexnet: (convolutions, keys.ALEXNET_UNUSED), heads: (weights, {})}
+    files: dict[Path, tuple[Shapes, Shapes]] = {alexnet: (convolutions, keys.ALEXNET_UNUSED), heads: (weights, {})}
     return load_network(Lpips, files, "LPIPS", device)
 
 

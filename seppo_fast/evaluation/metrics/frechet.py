@@ -94,10 +94,7 @@ def frechet(x: ArrayLike, y: ArrayLike, ddof: int = 1) -> float:
         ValueError: the shapes do not match, a set has less than two samples, or a feature is non-finite.
     """
     a, b = _features(x, y)
-    (mean_a, root_a), (mean_b, root_b) = _moments(a, ddof), _moments(b, ddof)
-    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    distance = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross
-    return float(max(distance, 0.0))  # rounding makes the distance of equal sets slightly negative
+    return _distance(_moments(a, ddof), _moments(b, ddof))
 
 
 def real_floor(x: ArrayLike, n: int, seed: int) -> float:
@@ -134,7 +131,7 @@ def frechet_interval(
 
     Both sets are resampled with replacement. A resample repeats samples, which increases the bias, so percentiles would
     lie above the distance itself. Only the replicates' standard deviation is used: the interval is the distance plus
-    and minus its normal quantile.
+    and minus a normal quantile times it. With fewer samples than features the interval is too wide.
 
     Args:
         x: features `(N, D)`.
@@ -191,8 +188,8 @@ def frechet_difference(
     replicates = []
     for number in range(resamples):
         rng = keyed_rng(seed, "bootstrap of a difference", number)
-        drawn, rows = x[_drawn(rng, len(x))], _drawn(rng, len(first))
-        replicates.append(frechet(drawn, second[rows]) - frechet(drawn, first[rows]))
+        drawn, rows = _moments(x[_drawn(rng, len(x))]), _drawn(rng, len(first))
+        replicates.append(_distance(drawn, _moments(second[rows])) - _distance(drawn, _moments(first[rows])))
     difference = frechet(x, second) - frechet(x, first)
     return (difference, *_normal_interval(difference, replicates, confidence))
 
@@ -232,8 +229,8 @@ def kernel_distance(
     values = []
     for number in range(1 if size == len(a) == len(b) else subsets):
         rng = keyed_rng(seed, "kernel distance", number)
-        drawn = (rows[rng.choice(len(rows), size, replace=False)] for rows in (a, b))
-        values.append(_squared_discrepancy(*drawn, degree))
+        first, second = (rows[rng.choice(len(rows), size, replace=False)] for rows in (a, b))
+        values.append(_squared_discrepancy(first, second, degree))
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -247,11 +244,21 @@ def _squared_discrepancy(x: np.ndarray, y: np.ndarray, degree: int) -> float:
     return float(own - 2 * np.mean((x @ y.T / d + 1) ** degree))
 
 
-def _moments(x: np.ndarray, ddof: int) -> tuple[np.ndarray, np.ndarray]:
+Moments = tuple[np.ndarray, np.ndarray]
+
+
+def _distance(first: Moments, second: Moments) -> float:
+    (mean_a, root_a), (mean_b, root_b) = first, second
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    distance = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross
+    return float(max(distance, 0.0))  # rounding makes the distance of equal sets slightly negative
+
+
+def _moments(x: np.ndarray, ddof: int = 1) -> Moments:
     """Returns the mean `(D,)` and a matrix A with A^T A = covariance, `(min(N, D), D)`."""
     mean = x.mean(axis=0)
     centred = (x - mean) / np.sqrt(len(x) - ddof)
-    return mean, np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
+    return mean, np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
 
 
 def _features(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

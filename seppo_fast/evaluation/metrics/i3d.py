@@ -61,8 +61,8 @@ class I3d(nn.Module):
 
     def _unit(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
         unit = self.get_submodule(name)
-        kernel = unit.conv3d.weight.shape[2:]
-        return unit(_same(x, kernel, (stride, stride, stride)), stride, (0, 0, 0))
+        assert isinstance(unit, Unit)
+        return unit(_same(x, unit.kernel, (stride, stride, stride)), stride, (0, 0, 0))
 
 
 def max_pool(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:

@@ -23,28 +23,29 @@ class Unit(nn.Module):
     """A convolution without bias, batch normalisation (eps 1e-3) with the stored statistics, and ReLU.
 
     Args:
-        shape: of the convolution's weight, (out, in, *kernel) for pictures (two kernel sizes) or clips (three).
+        shape: the shape (out, in, *kernel) of the convolution's weight, for pictures (two kernel sizes) or clips (three).
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         out, into, *kernel = shape
+        self.kernel = tuple(kernel)
         if len(kernel) == 2:
-            self.conv = nn.Conv2d(into, out, tuple(kernel), bias=False)
-            self.bn: nn.Module = nn.BatchNorm2d(out, eps=1e-3)
+            self.conv = nn.Conv2d(into, out, (kernel[0], kernel[1]), bias=False)
+            self.bn: nn.BatchNorm2d | nn.BatchNorm3d = nn.BatchNorm2d(out, eps=1e-3)
         else:
-            self.conv3d = nn.Conv3d(into, out, tuple(kernel), bias=False)
+            self.conv3d = nn.Conv3d(into, out, (kernel[0], kernel[1], kernel[2]), bias=False)
             self.bn = nn.BatchNorm3d(out, eps=1e-3)
-        self.bn.num_batches_tracked = None  # type: ignore[assignment]
+        self.bn.num_batches_tracked = None  # not in all files, and used in training alone
 
     def forward(self, x: Tensor, stride: int = 1, padding: tuple[int, ...] | None = None) -> Tensor:
-        """Applies the unit to (N, in, H, W) or (N, in, F, H, W); `padding` None keeps odd kernels centred."""
-        if x.ndim == 4:
-            same = tuple(size // 2 for size in self.conv.weight.shape[2:])
-            x = F.conv2d(x, self.conv.weight, stride=stride, padding=same if padding is None else padding)
+        """Applies the unit to (N, in, H, W) or (N, in, F, H, W); without `padding`, odd kernels are centred."""
+        if padding is None:
+            padding = tuple(size // 2 for size in self.kernel)
+        if len(self.kernel) == 2:
+            x = F.conv2d(x, self.conv.weight, stride=stride, padding=padding)
         else:
-            same = tuple(size // 2 for size in self.conv3d.weight.shape[2:])
-            x = F.conv3d(x, self.conv3d.weight, stride=stride, padding=same if padding is None else padding)
+            x = F.conv3d(x, self.conv3d.weight, stride=stride, padding=padding)
         return F.relu(self.bn(x))
 
 
