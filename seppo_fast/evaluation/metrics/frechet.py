@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from seppo_fast.utils.random import keyed_rng
 
+Moments = tuple[np.ndarray, np.ndarray]  # a mean (D,) and a root of a covariance, see `_moments`
 SAMPLES_PER_DIMENSION = 10  # with fewer, `Distance` warns
 
 
@@ -242,9 +243,6 @@ def _squared_discrepancy(x: np.ndarray, y: np.ndarray, degree: int) -> float:
         kernel = (rows @ rows.T / d + 1) ** degree
         own += (kernel.sum() - np.trace(kernel)) / (n * (n - 1))
     return float(own - 2 * np.mean((x @ y.T / d + 1) ** degree))
-
-
-Moments = tuple[np.ndarray, np.ndarray]
 
 
 def _distance(first: Moments, second: Moments) -> float:

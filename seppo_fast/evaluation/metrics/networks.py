@@ -23,7 +23,7 @@ class Unit(nn.Module):
     """A convolution without bias, batch normalisation (eps 1e-3) with the stored statistics, and ReLU.
 
     Args:
-        shape: the shape (out, in, *kernel) of the convolution's weight, for pictures (two kernel sizes) or clips (three).
+        shape: the shape (out, in, *kernel) of the convolution's weight; two kernel sizes for pictures, three for clips.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
