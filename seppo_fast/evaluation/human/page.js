@@ -65,6 +65,7 @@ function start(name) {
   shown = -1;
   byId("welcome").hidden = true;
   byId("work").hidden = false;
+  byId("work").focus();
   show();
 }
 
@@ -77,6 +78,7 @@ function show() {
   byId("undo").disabled = !answers.length;
   byId("trial").hidden = finished;
   byId("finished").hidden = !finished;
+  byId("viewing").hidden = finished;
   byId("save").classList.toggle("main", finished);
   if (finished) {
     ready = false;
@@ -205,7 +207,7 @@ function setPlay() {
 function key(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !rater || event.target.tagName === "SELECT") return;
   const moves = { ArrowLeft: [-10, 0], ArrowRight: [10, 0], ArrowUp: [0, -10], ArrowDown: [0, 10] };
-  if ("123".includes(event.key) && event.key && !event.repeat) answer(CHOICES[event.key - 1]);
+  if (/^[123]$/.test(event.key) && !event.repeat) answer(CHOICES[event.key - 1]);
   else if ((event.key === "u" || event.key === "Backspace") && !event.repeat) undo();
   else if (event.key === "z") nextZoom(origin);
   else if (event.key === "p") play();

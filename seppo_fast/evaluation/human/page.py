@@ -109,7 +109,7 @@ prompt first. Nothing is sent anywhere: at the end, save your answers as a file 
 <noscript><p class="warning">This page needs JavaScript.</p></noscript>
 </section>
 <p id="storage" class="warning" hidden>This browser does not keep answers. Save them before you close the page.</p>
-<section id="work" hidden>
+<section id="work" tabindex="-1" hidden>
 <div class="dim" id="count"></div>
 <progress id="progress" aria-label="answers given"></progress>
 <div id="trial">
@@ -130,12 +130,14 @@ prompt first. Nothing is sent anywhere: at the end, save your answers as a file 
 <h2 id="finished" tabindex="-1" hidden>All questions are answered. Save the answers and send the file back.</h2>
 <div class="tools">
 <button type="button" id="undo">Undo <kbd>u</kbd></button>
+<span id="viewing" class="tools">
 <button type="button" id="zoom">Zoom <kbd>z</kbd></button>
 <button type="button" id="play">Pause <kbd>p</kbd></button>
+</span>
 <button type="button" id="save">Save answers <kbd>s</kbd></button>
 </div>
 <p id="said" class="dim" role="status"></p>
-<p class="dim">When zoomed, move with the pointer or the arrow keys.</p>
+<p class="dim">When zoomed, move with the pointer or the arrow keys. To change the name, reload the page.</p>
 </section>
 </main>
 """

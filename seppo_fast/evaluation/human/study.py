@@ -20,7 +20,7 @@ KEY = "key.json"
 QUESTIONS = {
     "overall": "Overall, which one do you prefer for this prompt?",
     "alignment": "Which one matches the prompt better?",
-    "quality": "Which one has the better visual quality, whatever the prompt?",
+    "quality": "Which one has the better visual quality, regardless of the prompt?",
     "motion": "Which one has the better motion?",
 }
 DEFAULT_ITEMS = 100  # at most so many items unless a number is given
