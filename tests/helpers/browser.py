@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,14 @@ from typing import Any
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 _SECONDS = 60.0  # the longest wait for an answer
+# The protocol's pipe is file descriptors 3 and 4. Both ends are first moved away, because they may be these two.
+_LAUNCH = """
+import fcntl, os, sys
+for target, source in [(3, fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD, 10)),
+                       (4, fcntl.fcntl(int(sys.argv[2]), fcntl.F_DUPFD, 10))]:
+    os.dup2(source, target)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Tab:
@@ -115,9 +124,8 @@ def tab(folder: Path, address: str, *, width: int = 1000, height: int = 800) -> 
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
         "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--remote-debugging-pipe",
     ]  # fmt: skip
-    # The protocol's pipe is file descriptors 3 and 4.
-    shell = ["sh", "-c", f'exec "$@" 3<&{command_read} 4>&{answer_write}', "sh", *words]
-    browser = subprocess.Popen(shell, pass_fds=(command_read, answer_write), stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-c", _LAUNCH, str(command_read), str(answer_write), *words]
+    browser = subprocess.Popen(words, pass_fds=(command_read, answer_write), stderr=subprocess.DEVNULL)
     os.close(command_read)
     os.close(answer_write)
     try:

@@ -61,9 +61,12 @@ def answer_file(
     study: Study,
     rater: str,
     choose: Callable[[int, Trial, str], str | None],
-    **changed: object,
+    changed: dict[str, object] | None = None,
 ) -> Path:
-    """Writes a rater's answers: `choose` returns `left`, `same`, `right`, or None for no answer."""
+    """Writes a rater's answers: `choose` returns `left`, `same`, `right`, or None for no answer.
+
+    `changed` replaces fields of the finished file.
+    """
     rows = [
         [place, question, side, 1500]
         for place, trial in enumerate(study.raters[rater])
@@ -73,7 +76,7 @@ def answer_file(
     tree = {"schema": 1, "study": study.id, "rater": rater, "answers": rows}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"answers-{rater}.json"
-    file.write_text(json.dumps(tree | {"digest": answers_digest(study.id, rater, rows)} | changed))
+    file.write_text(json.dumps(tree | {"digest": answers_digest(study.id, rater, rows)} | (changed or {})))
     return file
 
 

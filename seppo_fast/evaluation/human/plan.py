@@ -91,7 +91,7 @@ def trials(
     """Returns one rater's trials in order: all pairs, attention checks, and repeats near the end.
 
     The first model is on the left in half of the pairs, and the obvious winner in half of the checks. Pairs to repeat
-    are drawn from the first half of the order and repeated in the last quarter.
+    are drawn from the first half of the pairs and repeated in the last quarter of the order.
 
     Args:
         chosen: the items of the study, the same for all raters.
@@ -109,10 +109,11 @@ def trials(
         pairs.append(Trial("pair", item.id, Shown(item.id, left), Shown(item.id, right)))
     order = pairs + _checks(chosen, spare, models, rng, mismatches)
     order = [order[place] for place in rng.permutation(len(order))]
-    early = [trial for trial in order[: (len(order) + 1) // 2] if trial.kind == "pair"]
+    early = [trial for trial in order if trial.kind == "pair"][: (len(chosen) + 1) // 2]
     count = min(len(early), max(LEAST_REPEATS, round(REPEAT_SHARE * len(chosen))))
-    start = len(order) - len(order) // 4
+    last_quarter = len(order) - len(order) // 4
     for place in rng.choice(len(early), count, replace=False):
+        start = max(last_quarter, order.index(early[place]) + 1)
         order.insert(int(rng.integers(start, len(order) + 1)), early[place].swapped)
     return order
 

@@ -185,7 +185,10 @@ def _interval(count: int, n: int) -> tuple[float, float]:
 def sign_test(wins: int, losses: int) -> float:
     """Returns the p value of the exact two-sided sign test: binomial with probability 1/2, ties left out."""
     n = wins + losses
-    tail = sum(math.comb(n, count) for count in range(min(wins, losses) + 1))
+    term = tail = 1  # exact integers: the binomial coefficients of 0, 1, ... and their sum
+    for count in range(min(wins, losses)):
+        term = term * (n - count) // (count + 1)
+        tail += term
     return min(1.0, 2 * tail / 2**n)
 
 
