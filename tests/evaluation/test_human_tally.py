@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,6 +352,20 @@ def test_wilson_ends_solve_its_equation():
 def test_wilson_refuses_impossible_counts(arguments):
     with pytest.raises(ValueError, match="wins, n"):
         wilson(*arguments)
+
+
+def test_the_table_of_sizes_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "human.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ± ([\d.]+) points \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for count, half, *powers in rows:
+        n = int(count)
+        low, high = wilson(n / 2, n)
+        assert f"{50 * (high - low):.1f}" == half
+        significant = [wins for wins in range(n // 2, n + 1) if sign_test(wins, n - wins) <= 0.05]
+        for share, power in zip((55, 60, 65), powers, strict=True):
+            found = sum(math.comb(n, wins) * share**wins * (100 - share) ** (n - wins) for wins in significant)
+            assert f"{found / 100**n:.2f}" == power, (n, share)
 
 
 def test_a_file_of_answers_is_plain_json(study, tmp_path):
