@@ -179,6 +179,10 @@ def test_all_items_are_answered_and_saved_without_a_mouse(tmp_path, clips, capsy
         browser.press("Tab")
         browser.press("Enter")
         answered(browser, careful, study, "ben")
+        browser.press("u")
+        browser.wait("ready && byId('finished').hidden")
+        browser.press({"left": "1", "right": "3"}[careful(0, study.raters["ben"][-1], "alignment")])
+        browser.wait("!byId('finished').hidden")
         assert browser.evaluate("document.documentElement.scrollWidth") <= 400
         browser.press("s")
         file = downloaded(tmp_path / "downloads")
