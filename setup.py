@@ -39,6 +39,7 @@ setup(
         "seppo_fast.diffusion",
         "seppo_fast.distributed",
         "seppo_fast.evaluation",
+        "seppo_fast.evaluation.human",
         "seppo_fast.evaluation.metrics",
         "seppo_fast.kernels",
         "seppo_fast.methods",
@@ -57,6 +58,7 @@ setup(
         # The modules of seppo_fast.kernels come from kernels/, which must not have an __init__.py; they use this one.
         "seppo_fast": ["kernels/__init__.py"],
         "seppo_fast.config.recipes": ["*.yaml"],
+        "seppo_fast.evaluation.human": ["page.js", "page.css"],
         "seppo_fast.shapes": ["made.safetensors", "pipeline/**", "motion_adapter/**", "motion_pipeline/**"],
     },
     install_requires=[

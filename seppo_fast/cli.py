@@ -1,4 +1,4 @@
-"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `report|export RUN`, `demo`."""
+"""The command line: `seppo-fast train|check CONFIG.yaml [--section.key VALUE ...]`, `report|export RUN`, `demo`, ..."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="seppo-fast train CONFIG.yaml --help lists every key with its default.",
     )
     parser.add_argument("--version", action="version", version=f"seppo_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | check | report | export | demo")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | check | report | export | demo | human"
+    )
     for name, purpose in {
         "train": "train a model, or resume an unfinished run",
         "check": "check configuration, data and model, and estimate memory, disk and time, without training",
@@ -72,7 +74,32 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge the result, in minutes on a CPU")
     demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes instead of pictures")
     demo.add_argument("--output", type=Path, help="the run's folder; default: runs/demo, or the next free runs/demo-N")
+    _add_human(commands.add_parser("human", help="compare two models by people: write a page, tally the answers"))
     return parser
+
+
+def _add_human(human: argparse.ArgumentParser) -> None:
+    actions = human.add_subparsers(dest="action", required=True, metavar="make | tally")
+    purpose = "write a page for a blind comparison of two models; it needs no server"
+    make = actions.add_parser("make", help=purpose, description=purpose)
+    make.add_argument("folder", type=Path, help="the output folder of seppo-fast score")
+    make.add_argument("--models", type=_names, help="two models, such as base,NAME; needed if the folder has more")
+    make.add_argument("--items", type=int, help="the number of items; default: all, but at most 100")
+    make.add_argument("--seed", type=int, default=0, help="seed of the choice, order and sides; default: 0")
+    make.add_argument("--raters", type=_names, help="names of the raters; default: rater-1,rater-2,rater-3")
+    make.add_argument(
+        "--questions", type=_names, help="some of overall,alignment,quality,motion; default: all, motion for clips only"
+    )
+    make.add_argument("--output", type=Path, help="a folder that does not exist; default: human in FOLDER")
+    purpose = "tally the files of answers that raters have saved"
+    tally = actions.add_parser("tally", help=purpose, description=purpose)
+    tally.add_argument("folder", type=Path, help="the folder with answers-*.json, and possibly a scores.csv")
+    tally.add_argument("--key", type=Path, required=True, help="the key.json that human make wrote")
+    tally.add_argument("--json", type=Path, help="a file for the results, replaced if it exists")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -98,6 +125,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
             moved = {name: getattr(arguments, name) for name in ("path", "motion_adapter") if getattr(arguments, name)}
             export(arguments.run, arguments.format, raw=arguments.raw, output=arguments.output, model=moved)
+            return 0
+        if arguments.command == "human":
+            _human(arguments)
             return 0
         config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
         quiet_libraries()
@@ -143,6 +173,23 @@ def _demo(clips: bool, output: Path | None) -> int:
     config = read_config(RECIPES[clips])
     demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
     return 0
+
+
+def _human(arguments: argparse.Namespace) -> None:
+    from seppo_fast.commands.human import make, tally
+
+    if arguments.action == "tally":
+        tally(arguments.folder, arguments.key, arguments.json)
+        return
+    make(
+        arguments.folder,
+        models=arguments.models,
+        items=arguments.items,
+        seed=arguments.seed,
+        raters=arguments.raters,
+        questions=arguments.questions,
+        output=arguments.output,
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -80,3 +81,23 @@ def paired_difference(base: ArrayLike, other: ArrayLike) -> PairedDifference:
         items=len(first),
         left_out=left_out,
     )
+
+
+def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the Wilson score interval for a share of `wins` among `n` trials (Wilson 1927); (0, 1) if n is 0.
+
+    Raises:
+        ValueError: `wins` is not between 0 and `n`, or `confidence` not between 0 and 1.
+    """
+    if not 0 <= wins <= n < np.inf or not 0 < confidence < 1:
+        raise ValueError(
+            f"wins, n, confidence: expected 0 <= wins <= n and 0 < confidence < 1, got {wins}, {n}, {confidence}"
+        )
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = wins / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = float(np.sqrt(share * (1 - share) * spread + spread**2 / 4)) / (1 + spread)
+    # At 0 and n wins one end is exactly 0 or 1, which rounding would miss.
+    return (0.0 if wins == 0 else centre - half), (1.0 if wins == n else centre + half)
