@@ -48,8 +48,8 @@ class Source:
         pickle = self._pickle(folder)
         if pickle is not None:
             return (
-                f"{pickle} is a pickle, which is not loaded, because it can run code; convert it once: "
-                f"seppo-fast score --convert {_quoted(pickle)}"
+                f"{pickle.with_name(self.files[0])}: the published file is a pickle, which is not loaded, because it "
+                f"can run code; convert it once: seppo-fast score --convert {_quoted(pickle)}"
             )
         wanted = (self.pickle,) if self.pickle else self.files
         local = Path("scorers" if folder is None else folder) / self.place
