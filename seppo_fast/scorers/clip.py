@@ -1,4 +1,4 @@
-"""CLIP towers on transformers' `CLIPModel`, and the scorers that are a cosine: PickScore, HPSv2 and the CLIP score."""
+"""CLIP towers on transformers' `CLIPModel`, and the scorers on them: PickScore, HPSv2, CLIP score, LAION aesthetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from seppo_fast.scorers.convert import Weights, from_open_clip, load_transformer, read_weights
-from seppo_fast.scorers.published import BATCH, PublishedScorer, fitted
+from seppo_fast.scorers.published import BATCH, AffineHead, PublishedScorer, fitted
 from seppo_fast.scorers.resize import longest_side_padded, normalized, shorter_side
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.files import read_json
@@ -152,6 +152,28 @@ def hps(name: str, file: Path, words: Path, device: torch.device, dtype: torch.d
     weights = from_open_clip(read_weights(file))
     towers = ClipTowers(CLIPConfig(**VIT_H_14), weights, file, words, longest_side_padded, device, dtype)
     return _cosine(name, towers, 100.0, [file], open_clip_cleaned)
+
+
+def aesthetic(files: dict[str, Path], head: Path, device: torch.device, dtype: torch.dtype) -> PublishedScorer:
+    """Returns the LAION aesthetic score of a picture: 1 to 10, mostly 5 to 6. It ignores the prompts.
+
+    The head is applied to CLIP ViT-L/14's image embedding of length 1. The original runs CLIP in float16 on a GPU.
+
+    Source: christophschuhmann/improved-aesthetic-predictor 6934dd8, `simple_inference.py`.
+
+    Args:
+        files: the CLIP's files by name.
+        head: the head's converted weights.
+        device: where the networks run.
+        dtype: the dtype of CLIP; the head is float32.
+    """
+    towers = hub_towers(files, partial(shorter_side, rounded=True), device, dtype)
+    layers = AffineHead(read_weights(head), towers.width, head).to(device)
+
+    def rate(prompts: Sequence[str], frames: np.ndarray) -> tuple[Tensor, int]:
+        return layers(towers.image(frames)), 0
+
+    return PublishedScorer("aesthetic", [files["model.safetensors"], head], rate)
 
 
 def open_clip_cleaned(prompt: str) -> str:

@@ -7,6 +7,7 @@ translation is corrected. The translation is cheap, since it makes views only.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seppo_fast.scorers.published import sha256
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.files import disk_message
 from seppo_fast.utils.logging import say
@@ -71,6 +71,15 @@ def convert(file: Path) -> Path:
         staging.unlink(missing_ok=True)
     say(f"{new}: {len(tensors)} tensors, sha256 {sha256(new)}")
     return new
+
+
+def sha256(file: Path) -> str:
+    """Returns the SHA-256 of a file's content as hexadecimal digits."""
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_weights(file: Path) -> Weights:

@@ -17,7 +17,8 @@ from seppo_fast.utils.errors import ConfigError
 class FunctionScorer:
     """Scores with a function of prompts and pictures; see `Scorer` for its arguments and result.
 
-    The version is the beginning of the digest, so that scores of a changed function are not mixed with older ones.
+    The digest is that of the source of the function's module; modules and weights that it loads are not included. The
+    version is the beginning of the digest, so that scores of a changed function are not mixed with older ones.
 
     Args:
         name: the scorer's name.
@@ -30,18 +31,9 @@ class FunctionScorer:
     def __init__(self, name: str, function: Callable[[Sequence[str], np.ndarray], np.ndarray]) -> None:
         self.name = name
         self._function = function
-        module = sys.modules[function.__module__]
-        self._source = inspect.getsource(module)
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of the source of the function's module. Modules and weights that it loads are not included."""
-        return hashlib.sha256(self._source.encode()).hexdigest()
-
-    @property
-    def version(self) -> str:
-        """The first eight digits of the digest."""
-        return self.digest[:8]
+        source = inspect.getsource(sys.modules[function.__module__])
+        self.digest = hashlib.sha256(source.encode()).hexdigest()
+        self.version = self.digest[:8]
 
     def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> np.ndarray:
         """See `Scorer`; ValueError also if the function returns anything but N numbers."""

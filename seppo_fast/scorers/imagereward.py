@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from seppo_fast.scorers.aesthetic import AffineHead
 from seppo_fast.scorers.convert import from_blip, load_transformer, read_weights
-from seppo_fast.scorers.published import BATCH, PublishedScorer, fitted
+from seppo_fast.scorers.published import BATCH, AffineHead, PublishedScorer, fitted
 from seppo_fast.scorers.resize import normalized, shorter_side
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's values

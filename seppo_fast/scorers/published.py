@@ -1,4 +1,4 @@
-"""What the published scorers share: checks, clips, finite scores, and digests of weights."""
+"""What the published scorers share: checks, clips, finite scores, digests of weights, the affine head."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from seppo_fast.scorers.convert import Weights, refuse_differences, sha256
 
 BATCH = 64  # the most pictures in one forward pass
+_WIDTHS = (1024, 128, 64, 16, 1)
+_PLACES = (0, 2, 4, 6, 7)  # the published names count the dropouts between the layers, which only training uses
 
 Rate = Callable[[Sequence[str], np.ndarray], tuple[Tensor, int]]
 
@@ -59,6 +63,34 @@ class PublishedScorer:
         return means
 
 
+class AffineHead(nn.Module):
+    """Five linear layers with no activation between them, so together an affine map to one number; float32.
+
+    Args:
+        weights: the published weights, `layers.0.weight` and so on, without a prefix.
+        width: the size of the input.
+        file: the file that they come from, for messages.
+
+    Raises:
+        ConfigError: weights are missing, unknown, or have other shapes.
+    """
+
+    def __init__(self, weights: Weights, width: int, file: Path) -> None:
+        super().__init__()
+        sizes = zip((width, *_WIDTHS), _WIDTHS)
+        self.layers = nn.ModuleDict({str(place): nn.Linear(*size) for place, size in zip(_PLACES, sizes)})
+        refuse_differences("head", {name: t.shape for name, t in self.state_dict().items()}, weights, file)
+        self.load_state_dict(weights)
+        self.eval().requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns one number per row of features `(N, width)`, as `(N,)` float32."""
+        hidden = features.float()
+        for layer in self.layers.values():
+            hidden = layer(hidden)
+        return hidden[:, 0]
+
+
 def check(prompts: Sequence[str], pictures: np.ndarray) -> None:
     """Raises ValueError unless pictures are `(N, H, W, 3)` or `(N, F, H, W, 3)` uint8 for N prompts, none empty."""
     if isinstance(prompts, str):
@@ -88,12 +120,3 @@ def fitted(ids: Sequence[Sequence[int]], limit: int, padding: int) -> tuple[Tens
     tokens = torch.tensor([row + [padding] * (limit - len(row)) for row in cut])
     mask = torch.tensor([[1] * len(row) + [0] * (limit - len(row)) for row in cut])
     return tokens, mask, sum(len(row) > limit for row in ids)
-
-
-def sha256(file: Path) -> str:
-    """Returns the SHA-256 of a file's content as hexadecimal digits."""
-    with file.open("rb") as opened:
-        digest = hashlib.sha256()
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

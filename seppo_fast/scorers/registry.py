@@ -68,7 +68,7 @@ def _hps(name: str, file: str) -> Build:
 
 
 def _aesthetic(files: Files, device: torch.device, dtype: torch.dtype) -> Scorer:
-    from seppo_fast.scorers.aesthetic import aesthetic
+    from seppo_fast.scorers.clip import aesthetic
 
     return aesthetic(files[1], files[0][_HEAD], device, dtype)
 
@@ -137,7 +137,7 @@ SCORERS: dict[str, ScorerEntry] = {
 
 
 def missing_weights(name: str, folder: Path | None) -> str | None:
-    """Returns a message about a scorer's missing files, with their source, size and a command; None if there are none.
+    """Returns a message about a scorer's missing files, with source, size and command; None if nothing is missing.
 
     Nothing is loaded or downloaded, and the files' content is not read.
 

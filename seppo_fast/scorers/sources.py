@@ -64,7 +64,7 @@ class Source:
         searched = [] if folder is None else [str(local)]
         searched += [] if self.url else ["the hub cache"]
         where = f"; not found in {' or '.join(searched)}" if searched else ""
-        then = ", and give `scorers` as the scorers' folder" if self.pickle and folder is None else ""
+        then = ", and add --weights scorers" if self.pickle and folder is None else ""
         return f"{', '.join(wanted)} of {self.repository} ({self.size}){where}; run {' && '.join(steps)}{then}"
 
     def _pickle(self, folder: Path | None) -> Path | None:

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from seppo_fast.scorers import clip as clip_module
-from seppo_fast.scorers.convert import convert
-from seppo_fast.scorers.published import sha256
+from seppo_fast.scorers.convert import convert, sha256
 from seppo_fast.scorers.registry import SCORERS, load_scorer
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.tiny_scorers import CLIP, END, SIDE, clip_ids, clip_words, head_state, open_clip_state, tiny_clip

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from seppo_fast.scorers import convert as module
-from seppo_fast.scorers.convert import convert, from_open_clip
-from seppo_fast.scorers.published import sha256
+from seppo_fast.scorers.convert import convert, from_open_clip, sha256
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.hostile import payloads
 from tests.helpers.tiny_scorers import head_state, open_clip_state, tiny_clip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ from torch.nn.functional import gelu, layer_norm, softmax
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from seppo_fast.scorers import imagereward as module
-from seppo_fast.scorers.convert import convert
-from seppo_fast.scorers.published import sha256
+from seppo_fast.scorers.convert import convert, sha256
 from seppo_fast.scorers.registry import load_scorer
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.tiny_scorers import BERT_WORDS, TEXT, VISION, bert_words, imagereward_state
@@ -148,13 +148,17 @@ def test_missing_surplus_and_misshapen_weights_are_refused(tmp_path, change, mes
         load_scorer("imagereward", CPU, torch.float32, tmp_path)
 
 
-def test_the_published_network_has_448_million_parameters(monkeypatch):
+def test_the_configuration_is_that_of_the_published_file(monkeypatch):
     monkeypatch.undo()
     with torch.device("meta"):
         text = BlipTextModel(BlipTextConfig(**module.TEXT), add_pooling_layer=False)
         vision = BlipVisionModel(BlipVisionConfig(**module.VISION))
     count = sum(parameter.numel() for network in (text, vision) for parameter in network.parameters())
-    assert round(count / 1e6) in range(440, 450)
+    widths = (768, 1024, 128, 64, 16, 1)
+    count += sum((inner + 1) * outer for inner, outer in pairwise(widths))
+    unused = 256 * (768 + 1) + 256 * (1024 + 1)  # text_proj and vision_proj
+    assert count == 446_206_689
+    assert round(4 * (count + unused) / 1e7) == 179  # the published file has 1.79 GB
     assert (text.config.layer_norm_eps, vision.config.layer_norm_eps) == (1e-12, 1e-6)
     assert text.encoder.layer[0].crossattention.self.key.in_features == 1024
     assert text.config.hidden_size // text.config.num_attention_heads == 64
