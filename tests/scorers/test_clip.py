@@ -101,6 +101,18 @@ def test_hps_under_open_clips_names_agrees_with_pickscore(folder, pictures):
     assert scorer(PROMPTS, smooth) / 100 == pytest.approx(pick(PROMPTS, smooth) / scale, abs=0.05)
 
 
+def test_hps_pads_what_pickscore_crops(folder):
+    wide = np.random.default_rng(4).integers(0, 256, (1, 14, SIDE, 3), dtype=np.uint8)
+    padded = np.pad(wide, ((0, 0), (7, 7), (0, 0), (0, 0)))
+    scores = {
+        name: [load_scorer(name, CPU, torch.float32, folder)(["red"], shown)[0] for shown in (wide, padded)]
+        for name in ("hpsv2.0", "hpsv2.1", "pickscore")
+    }
+    for name in ("hpsv2.0", "hpsv2.1"):
+        assert scores[name][0] == pytest.approx(scores[name][1], abs=1e-4)
+    assert abs(np.subtract(*scores["pickscore"])) > 0.1
+
+
 def test_the_two_versions_of_hps_are_different_scorers(folder, pictures):
     old, new = (load_scorer(name, CPU, torch.float32, folder) for name in ("hpsv2.0", "hpsv2.1"))
     assert old.name != new.name and old.digest != new.digest

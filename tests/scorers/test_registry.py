@@ -147,6 +147,12 @@ def test_a_pickle_in_the_cache_is_converted_there(empty_cache):
     assert "ImageReward.pt" not in missing_weights("imagereward", None)
 
 
+def test_a_part_of_the_files_is_not_enough(tmp_path, empty_cache):
+    clip_words(in_cache(empty_cache, "openai/clip-vit-large-patch14"))
+    clip_words(tmp_path / "clip")
+    assert "config.json, model.safetensors" in missing_weights("clip", tmp_path)
+
+
 def test_a_file_that_the_hub_is_known_to_lack_is_missing(monkeypatch):
     monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *arguments: object())
     assert missing_weights("clip", None) is not None
