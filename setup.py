@@ -84,10 +84,12 @@ setup(
         "tensorboard": ["tensorboard>=2.18"],
         "wandb": ["wandb>=0.18"],
         "xformers": ["xformers>=0.0.35"],  # earlier versions each pin one torch version
+        "scorers": ["ftfy>=6"],  # HPSv2's cleaning of prompts beyond plain ASCII
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.
         "test": [
             "av>=16",
+            "ftfy>=6",
             "ipykernel>=7",
             "nbclient>=0.10",
             "pytest>=8",
