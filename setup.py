@@ -39,6 +39,8 @@ setup(
         "seppo_fast.diffusion",
         "seppo_fast.distributed",
         "seppo_fast.evaluation",
+        "seppo_fast.evaluation.human",
+        "seppo_fast.evaluation.metrics",
         "seppo_fast.kernels",
         "seppo_fast.methods",
         "seppo_fast.models",
@@ -56,6 +58,7 @@ setup(
         # The modules of seppo_fast.kernels come from kernels/, which must not have an __init__.py; they use this one.
         "seppo_fast": ["kernels/__init__.py"],
         "seppo_fast.config.recipes": ["*.yaml"],
+        "seppo_fast.evaluation.human": ["page.js", "page.css"],
         "seppo_fast.shapes": ["made.safetensors", "pipeline/**", "motion_adapter/**", "motion_pipeline/**"],
     },
     install_requires=[
@@ -81,15 +84,19 @@ setup(
         "tensorboard": ["tensorboard>=2.18"],
         "wandb": ["wandb>=0.18"],
         "xformers": ["xformers>=0.0.35"],  # earlier versions each pin one torch version
+        "scorers": ["ftfy>=6"],  # HPSv2's cleaning of prompts beyond plain ASCII
         "8bit": ["bitsandbytes>=0.49"],
         # setuptools: the packaging tests build a wheel without isolation.
         "test": [
             "av>=16",
+            "ftfy>=6",
             "ipykernel>=7",
             "nbclient>=0.10",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
+            "scikit-image>=0.24",
+            "scipy>=1.13",
             "setuptools>=77",
             "tensorboard>=2.18",
         ],

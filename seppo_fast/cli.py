@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"seppo_fast {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | check | report | export | score | demo"
+        dest="command", required=True, metavar="train | check | report | export | score | demo | human"
     )
     for name, purpose in {
         "train": "train a model, or resume an unfinished run",
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge the result, in minutes on a CPU")
     demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes instead of pictures")
     demo.add_argument("--output", type=Path, help="the run's folder; default: runs/demo, or the next free runs/demo-N")
+    _add_human(commands.add_parser("human", help="compare two models by people: write a page, tally the answers"))
     return parser
 
 
@@ -86,8 +87,8 @@ def _add_score(commands: Any) -> None:
     score.add_argument("--prompts", type=Path, help="a .txt file with a prompt per line, or a .json list")
     score.add_argument(
         "--scorers",
-        type=lambda names: tuple(name.strip() for name in names.split(",")),
-        default=(),
+        type=_names,
+        default=[],
         help="scorers, separated by commas; module:function names your own; default: the published ones",
     )
     score.add_argument("--samples", type=int, default=1, help="samples per prompt; default: 1")
@@ -105,6 +106,30 @@ def _add_score(commands: Any) -> None:
     score.add_argument("--output", type=Path, help="the folder to write; default: score in the first run's")
     score.add_argument("--weights", type=Path, help="the folder with the scorers' weights")
     score.add_argument("--convert", type=Path, metavar="FILE", help="only write a pickle's weights as safetensors")
+
+
+def _add_human(human: argparse.ArgumentParser) -> None:
+    actions = human.add_subparsers(dest="action", required=True, metavar="make | tally")
+    purpose = "write a page for a blind comparison of two models; it needs no server"
+    make = actions.add_parser("make", help=purpose, description=purpose)
+    make.add_argument("folder", type=Path, help="the output folder of seppo-fast score")
+    make.add_argument("--models", type=_names, help="two models, such as base,NAME; needed if the folder has more")
+    make.add_argument("--items", type=int, help="the number of items; default: all, but at most 100")
+    make.add_argument("--seed", type=int, default=0, help="seed of the choice, order and sides; default: 0")
+    make.add_argument("--raters", type=_names, help="names of the raters; default: rater-1,rater-2,rater-3")
+    make.add_argument(
+        "--questions", type=_names, help="some of overall,alignment,quality,motion; default: all, motion for clips only"
+    )
+    make.add_argument("--output", type=Path, help="a folder that does not exist; default: human in FOLDER")
+    purpose = "tally the files of answers that raters have saved"
+    tally = actions.add_parser("tally", help=purpose, description=purpose)
+    tally.add_argument("folder", type=Path, help="the folder with answers-*.json, and possibly a scores.csv")
+    tally.add_argument("--key", type=Path, required=True, help="the key.json that human make wrote")
+    tally.add_argument("--json", type=Path, help="a file for the results, replaced if it exists")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -134,6 +159,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command == "score":
             quiet_libraries()
             return _score(arguments)
+        if arguments.command == "human":
+            _human(arguments)
+            return 0
         config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
         quiet_libraries()
         if config is None:
@@ -172,7 +200,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     if arguments.convert is not None:
-        from seppo_fast.scorers.convert import convert  # type: ignore[import-not-found]
+        from seppo_fast.scorers.convert import convert
 
         convert(arguments.convert)
         return 0
@@ -180,7 +208,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
     names = ("prompts", "scorers", "samples", "seed", "guidance", "protocol", "batch", "update", "raw", "only")
     options = {name: getattr(arguments, name) for name in (*names, "output", "weights")}
-    score(Options(tuple(arguments.runs), **options))
+    score(Options(tuple(arguments.runs), **options | {"scorers": tuple(arguments.scorers)}))
     return 0
 
 
@@ -192,6 +220,23 @@ def _demo(clips: bool, output: Path | None) -> int:
     config = read_config(RECIPES[clips])
     demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
     return 0
+
+
+def _human(arguments: argparse.Namespace) -> None:
+    from seppo_fast.commands.human import make, tally
+
+    if arguments.action == "tally":
+        tally(arguments.folder, arguments.key, arguments.json)
+        return
+    make(
+        arguments.folder,
+        models=arguments.models,
+        items=arguments.items,
+        seed=arguments.seed,
+        raters=arguments.raters,
+        questions=arguments.questions,
+        output=arguments.output,
+    )
 
 
 if __name__ == "__main__":

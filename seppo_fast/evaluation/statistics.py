@@ -140,7 +140,7 @@ def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, floa
     Raises:
         ValueError: an argument is out of range.
     """
-    if not 0 <= wins <= n or not 0 < confidence < 1:
+    if not 0 <= wins <= n < np.inf or not 0 < confidence < 1:
         raise ValueError(f"wins, n, confidence: need 0 <= wins <= n and 0 < confidence < 1, got {wins, n, confidence}")
     if n == 0:
         return 0.0, 1.0

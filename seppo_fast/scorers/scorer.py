@@ -16,11 +16,13 @@ class Scorer(Protocol):
         version: the version of what it computes; scores of different versions are not comparable.
         digest: a digest of the weights or rules behind the scores, to be recorded with results.
         higher_is_better: whether a higher score is better.
+        cut: how many prompts of the last call were cut to the scorer's text limit; 0 without a limit.
     """
 
     name: str
     version: str
     higher_is_better: bool
+    cut: int
 
     @property
     def digest(self) -> str:
@@ -34,7 +36,8 @@ class Scorer(Protocol):
             pictures: the pictures `(N, H, W, 3)` uint8, or clips `(N, F, H, W, 3)`.
 
         Returns:
-            Scores `(N,)` float64; NaN for a picture without a score.
+            Scores `(N,)` float64; NaN for a picture without a score. Published scorers of pictures give a clip the mean
+            of its frames' scores, and never NaN.
 
         Raises:
             ValueError: a shape or dtype is wrong, or the scorer does not understand a prompt.

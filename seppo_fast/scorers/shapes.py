@@ -17,6 +17,7 @@ class ShapesScorer:
     name = "shapes"
     version = "1"
     higher_is_better = True
+    cut = 0
 
     @property
     def digest(self) -> str:

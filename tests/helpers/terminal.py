@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -74,6 +75,12 @@ class OnTerminal:
         os.write(self._terminal, letters)
 
 
+def _own_terminal() -> None:
+    """Makes standard input the controlling terminal, and Ctrl-C work even if these tests run in a background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and children inherit that
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 @contextmanager
 def on_terminal(*arguments: object, environment: Mapping[str, str] | None = None) -> Iterator[OnTerminal]:
     """Runs `python ARGUMENTS` on a pseudo-terminal of `COLUMNS` columns; kills it at the end of the block."""
@@ -86,7 +93,7 @@ def on_terminal(*arguments: object, environment: Mapping[str, str] | None = None
         cwd=ROOT,
         env={**inherited, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", **(environment or {})},
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_own_terminal,
     )  # fmt: skip
     os.close(theirs)
     try:

@@ -142,7 +142,7 @@ def parse(command: str, monkeypatch) -> None:
             extras = [extra for word in rest for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
             setup = (ROOT / "setup.py").read_text()
             assert all(f'"{extra}":' in setup for extra in extras)
-        case ["tensorboard" | "cd" | "git" | "export", *_]:
+        case ["tensorboard" | "cd" | "git" | "export" | "hf", *_]:
             pass
         case _:
             raise AssertionError(f"a command that this test does not know: {command}")
@@ -247,10 +247,13 @@ def test_the_drop_in_diff_is_the_code_that_the_test_runs():
     assert set(after) <= set(source_after)
 
 
-def test_the_examples_of_a_family_and_a_method_are_those_that_tests_train():
-    source = (ROOT / "tests" / "helpers" / "toy_family.py").read_text(encoding="utf-8")
+def test_the_examples_of_extensions_are_those_that_tests_run():
+    family, scorer = (
+        (ROOT / "tests" / "helpers" / f"toy_{name}.py").read_text(encoding="utf-8") for name in ("family", "scorer")
+    )
     blocks = [block for block in fences(TEXTS["docs/extending.md"], "python") if "import my_family" not in block]
-    assert len(blocks) == 3 and all(block.strip("\n") in source for block in blocks)
+    assert len(blocks) == 4 and all(block.strip("\n") in family for block in blocks[:3])
+    assert blocks[3].strip("\n") in scorer and "import" in blocks[3]
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -146,7 +146,8 @@ def test_wheel_holds_pipeline_and_recipes(wheel: Path) -> None:
     assert "seppo_fast/shapes/pipeline/model_index.json" in pipeline
     assert "seppo_fast/shapes/pipeline/unet/diffusion_pytorch_model.safetensors" in pipeline
     assert "seppo_fast/config/recipes/demo.yaml" in recipes
-    assert pipeline | recipes | {"seppo_fast/shapes/made.safetensors"} <= files_of(wheel)
+    page = {f"seppo_fast/evaluation/human/page.{kind}" for kind in ("js", "css")}
+    assert pipeline | recipes | page | {"seppo_fast/shapes/made.safetensors"} <= files_of(wheel)
 
 
 def test_wheel_metadata(wheel: Path) -> None:
