@@ -19,6 +19,7 @@ from seppo_fast.utils.files import read_json
 SCORES = "scores.json"
 SCORE_FOLDER = "score"  # in a run's folder
 SCHEMA = 2
+_MOST_TEXT = 1 << 16  # characters that report and model card quote
 _FILED = {"other": "aligned"}  # fields of `PairedDifference` that have another name in the file
 
 
@@ -90,6 +91,8 @@ def read_scores(run: Path) -> Scores | ScoreTable | None:
         try:
             tree = read_json(file, most=1 << 26)
             found = _table(tree, run.resolve().name) if "schema" in tree else _single(tree)
+            if len(str(found)) > _MOST_TEXT:
+                raise ValueError("its texts are too long to be quoted")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as problem:
             raise ConfigError(f"{file}: malformed scores ({problem}); remove the file") from problem
         if found is not None:
