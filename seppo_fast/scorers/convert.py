@@ -29,7 +29,7 @@ Weights = dict[str, Tensor]
 def convert(file: Path) -> Path:
     """Writes the tensors of a published pickle as safetensors beside it, and prints the pickle's SHA-256.
 
-    The pickle is read with `torch.load(weights_only=True)`, which runs no code from it.
+    The pickle is read by `torch.load` with `weights_only`, which runs no code from it.
 
     Args:
         file: a state dict, or a dictionary with one under `state_dict`.
