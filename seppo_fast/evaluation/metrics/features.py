@@ -78,7 +78,7 @@ def read_features(file: Path) -> np.ndarray:
     """
     try:
         if file.suffix == ".npy":
-            rows = np.load(file, allow_pickle=False)
+            rows = np.load(file)  # never a pickle: that is its default
         elif file.suffix == ".safetensors":
             (rows,) = (tensor.float().numpy() for tensor in load_file(file).values())
         else:
