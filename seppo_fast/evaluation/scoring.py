@@ -84,7 +84,7 @@ def require_scorers(names: Sequence[str], weights: Path | None) -> None:
         raise ConfigError(f"--scorers {','.join(names)}: name at least one scorer, and each only once")
     missing = [problem for name in names if (problem := registry.missing_weights(name, weights)) is not None]
     if missing:
-        raise ConfigError("--scorers: " + "; ".join(missing))
+        raise ConfigError("--scorers: files are missing\n" + "\n".join(f"  {problem}" for problem in missing))
     for name in names:
         if ":" in name:
             registry.load_scorer(name, torch.device("cpu"), torch.float32, weights)
