@@ -471,7 +471,7 @@ def test_missing_weights_end_the_command_before_anything_is_generated(runs, prom
     monkeypatch.setattr(registry, "missing_weights", lambda name, folder: f"{name}: get 2 GB" if folder else None)
     words = scored(runs, prompts, tmp_path / "out", "--weights", tmp_path, scorers="brightness,shapes")
     assert run(*words) == 2
-    assert "brightness: get 2 GB; shapes: get 2 GB" in capsys.readouterr().err
+    assert "files are missing\n  brightness: get 2 GB\n  shapes: get 2 GB\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
