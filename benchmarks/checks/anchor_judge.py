@@ -5,7 +5,6 @@ Shape legend: N pairs.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from seppo_fast.scorers.shapes import ShapesScorer
 from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.imports import import_function
 
 Judge = Callable[[Sequence[str], np.ndarray], np.ndarray]
 """(N prompts, N pictures or clips, uint8) -> N scores, higher is better, NaN for no score; see `scorers.Scorer`."""
@@ -42,13 +42,7 @@ def judge_of(name: str) -> Judge:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ConfigError(f"--judge {name!r} is unknown; give {SHAPES}, or module:function")
-    try:
-        judge = getattr(importlib.import_module(module), function)
-    except Exception as problem:  # importing a module runs it, so it can raise anything
-        raise ConfigError(f"--judge {name!r} cannot be imported: {type(problem).__name__}: {problem}") from problem
-    if not callable(judge):
-        raise ConfigError(f"--judge {name!r} is a {type(judge).__name__} and cannot be called")
-    return judge
+    return import_function(name, f"--judge {name!r}")
 
 
 def scores_of(judge: Judge, prompts: Sequence[str], pictures: np.ndarray) -> np.ndarray:

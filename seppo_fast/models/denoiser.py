@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -44,8 +42,6 @@ class Denoiser:
         noise: Tensor,
         conditioning: Conditioning,
         uncond: Conditioning,
-        *,
-        sampled: Callable[[int], object] = lambda rows: None,
     ) -> Tensor:
         """Generates guided samples in batches of `sampler.config.batch` (all at once if it is None).
 
@@ -55,7 +51,6 @@ class Denoiser:
             noise: the initial noise: `(B, *latent)` float32.
             conditioning: B rows, one per sample; of the pair's own prompt even where training drops it.
             uncond: one row, for the empty prompt.
-            sampled: called after each batch with its number of rows.
 
         Returns:
             The samples: `(B, *latent)` float32 on the CPU.
@@ -65,12 +60,11 @@ class Denoiser:
         def denoise(latents: Tensor, times: Tensor, rows: Conditioning) -> Tensor:
             return self.denoise(model, latents, times, rows)
 
-        made = []
+        batches = zip(noise.split(size), conditioning.split(size), strict=True)
         with self.autocast():  # around all steps, so that autocast's cache casts each weight once, not once per step
-            for x, rows in zip(noise.split(size), conditioning.split(size), strict=True):
-                made.append(sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu())
-                sampled(len(x))
-            return torch.cat(made)
+            return torch.cat(
+                [sampler(denoise, x.to(device), rows.to(device), uncond.to(device)).cpu() for x, rows in batches]
+            )
 
     @torch.no_grad()
     def through_pixels(self, latents: Tensor) -> Tensor:

@@ -242,10 +242,10 @@ def test_pictures_of_samples(tiny, tmp_path, monkeypatch):
         file.write_text(json.dumps(json.loads(file.read_text()) | {dropout: 0.5}))
     started, sample = [], Denoiser.sample
 
-    def recording(denoiser, model, sampler, noise, own, uncond, **rest):
+    def recording(denoiser, model, sampler, noise, own, uncond):
         if len(noise) == 3:  # a rollout has batches of 4 and 2
             started.append((noise, own["prompt_embeds"], uncond["prompt_embeds"]))
-        return sample(denoiser, model, sampler, noise, own, uncond, **rest)
+        return sample(denoiser, model, sampler, noise, own, uncond)
 
     def observe(trainer, updates):
         if updates == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from seppo_fast.evaluation.metrics.networks import in_batches
 from seppo_fast.shapes.judge import WINDOW, find, segment
 from seppo_fast.shapes.world import COLOURS, RELATIONS, SHAPES, SIZE, SIZES
 from seppo_fast.utils.errors import ConfigError, DataError
+from seppo_fast.utils.imports import import_function
 
 FeatureFunction = Callable[[np.ndarray], np.ndarray]
 
@@ -185,13 +185,7 @@ def _imported(name: str) -> FeatureFunction:
         raise ConfigError(
             f"features {name!r} are unknown{did_you_mean(name, known)}; give {', '.join(known)} or module:function"
         )
-    try:
-        imported = getattr(importlib.import_module(module), function)
-    except Exception as problem:  # importing a module runs it, so it can raise anything
-        raise ConfigError(f"features {name!r} cannot be imported: {type(problem).__name__}: {problem}") from problem
-    if not callable(imported):
-        raise ConfigError(f"features {name!r} is a {type(imported).__name__} and cannot be called")
-    return partial(_checked, name, imported)
+    return partial(_checked, name, import_function(name, f"features {name!r}"))
 
 
 def _checked(name: str, function: Callable[[np.ndarray], object], pictures: np.ndarray) -> np.ndarray:
