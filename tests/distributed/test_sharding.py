@@ -96,7 +96,7 @@ def test_a_dead_process_of_a_sharded_run_ends_all_and_it_goes_on_bit_for_bit(ran
     command = ("train", folder / "run.yaml", "--output", tmp_path / "run")
     ends = ranks.run(2, *command, fsdp=True, faults={1: "micro-batch@5=kill"}, seconds=60)
     assert [end.code for end in ends] == [7, -9], ends[0].out
-    assert "another process of this run is gone" in ends[0].out
+    assert "another process of this run has exited" in ends[0].out
     ends = ranks.run(2, *command, fsdp=True)
     assert [end.code for end in ends] == [0, 0], ends[0].out
     assert "resuming after update " in ends[0].out
