@@ -21,12 +21,14 @@ import torch
 from seppo_fast.config.schema import did_you_mean
 from seppo_fast.data.cache.opening import truncation
 from seppo_fast.diffusion.protocols import PROTOCOLS
-from seppo_fast.evaluation.media import BASE, ITEMS, alone, disk_need, make_media, media_of, model_digest, read_media
-from seppo_fast.evaluation.prompts import PromptList, read_prompts
+from seppo_fast.evaluation.media.items import BASE, ITEMS, media_of, model_digest, read_media
+from seppo_fast.evaluation.media.making import disk_need, make_media
+from seppo_fast.evaluation.media.prompts import PromptList, read_prompts
+from seppo_fast.evaluation.media.subjects import Subject, batches_of, load_subject, subjects_of
+from seppo_fast.evaluation.media.work import alone
 from seppo_fast.evaluation.scores import SCORE_FOLDER
-from seppo_fast.evaluation.scoring import require_scorers, score_media
-from seppo_fast.evaluation.subjects import Subject, batches_of, load_subject, subjects_of
-from seppo_fast.evaluation.table import GRID, TABLE, read_scored, write_results
+from seppo_fast.evaluation.scoring.score_files import require_scorers, score_media
+from seppo_fast.evaluation.scoring.table import GRID, TABLE, read_scored, write_results
 from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from seppo_fast.utils.files import read_json, write_atomically
 from seppo_fast.utils.logging import say, set_rank

@@ -13,7 +13,7 @@ import torch
 from seppo_fast.config.schema import Config
 from seppo_fast.diffusion.protocols import SamplingProtocol
 from seppo_fast.evaluation.generate import PromptBatches
-from seppo_fast.evaluation.media import BASE
+from seppo_fast.evaluation.media.items import BASE
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.registry import family_of, load_family

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from seppo_fast.evaluation import media
-from seppo_fast.evaluation.prompts import Prompt, PromptList
+from seppo_fast.evaluation.media import files, items, work
+from seppo_fast.evaluation.media.prompts import Prompt, PromptList
 from seppo_fast.utils.errors import ConfigError, DataError
 from seppo_fast.utils.files import remove_temporary, write_atomically
 
@@ -15,37 +15,37 @@ from seppo_fast.utils.files import remove_temporary, write_atomically
 @pytest.mark.parametrize("shape", [(5, 7, 3), (1, 5, 7, 3), (6, 9, 11, 3)])
 def test_pixels_are_read_back_exactly(shape):
     picture = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    assert np.array_equal(media.decode_media(media.encode_media(picture), "x"), picture)
+    assert np.array_equal(files.decode_media(files.encode_media(picture), "x"), picture)
 
 
 def test_equal_frames_of_a_clip_are_kept():
     """The encoder merges them into one frame that is shown for longer."""
     frames = np.random.default_rng(1).integers(0, 256, (3, 8, 6, 3)).astype(np.uint8)
     clip = frames[[0, 0, 0, 1, 2, 2, 1, 1]]
-    assert np.array_equal(media.decode_media(media.encode_media(clip), "x"), clip)
+    assert np.array_equal(files.decode_media(files.encode_media(clip), "x"), clip)
     still = frames[[0] * 5]
-    assert np.array_equal(media.decode_media(media.encode_media(still), "x"), still)
+    assert np.array_equal(files.decode_media(files.encode_media(still), "x"), still)
 
 
 @pytest.mark.parametrize("shape", [(9, 9, 3), (4, 9, 9, 3)])
 def test_damage_is_noticed(tmp_path, shape):
-    content = media.encode_media(np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8))
+    content = files.encode_media(np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8))
     file = tmp_path / ("x.png" if len(shape) == 3 else "x.webp")
-    assert not media.is_intact(file)
+    assert not files.is_intact(file)
     for damaged in (b"", content[:-20], content[: len(content) // 2], b"text" * 99):
         file.write_bytes(damaged)
-        assert not media.is_intact(file)
+        assert not files.is_intact(file)
         with pytest.raises(DataError, match="not an intact picture or clip"):
-            media.decode_media(damaged, "x")
+            files.decode_media(damaged, "x")
     file.write_bytes(content)
-    assert media.is_intact(file)
+    assert files.is_intact(file)
 
 
 def test_a_flipped_byte_of_a_picture_is_noticed(tmp_path):
-    content = bytearray(media.encode_media(np.random.default_rng(3).integers(0, 256, (9, 9, 3)).astype(np.uint8)))
+    content = bytearray(files.encode_media(np.random.default_rng(3).integers(0, 256, (9, 9, 3)).astype(np.uint8)))
     content[60] ^= 1
     (tmp_path / "x.png").write_bytes(content)
-    assert not media.is_intact(tmp_path / "x.png")
+    assert not files.is_intact(tmp_path / "x.png")
 
 
 PROMPTS = PromptList("p.txt", (Prompt("0", "a"), Prompt("1", "b"), Prompt("2", "a")))
@@ -53,17 +53,17 @@ PROMPTS = PromptList("p.txt", (Prompt("0", "a"), Prompt("1", "b"), Prompt("2", "
 
 def test_ids_are_unique():
     prompts = PromptList("p.json", tuple(Prompt(name, "a") for name in ("x", "x", "x-1", "y")))
-    ids = [item.id for item in media.media_of(prompts, {"base": "0a"}, 2, 0, clips=False).items]
+    ids = [item.id for item in items.media_of(prompts, {"base": "0a"}, 2, 0, clips=False).items]
     assert ids == ["x", "x.2", "x-1", "y", "x-1.2", "x-1.3", "x-1-1", "y-1"]
 
 
 def test_items_are_listed_and_read_back(tmp_path):
-    made = media.media_of(PROMPTS, {"base": "0a", "run": "1b"}, 2, 5, clips=False)
+    made = items.media_of(PROMPTS, {"base": "0a", "run": "1b"}, 2, 5, clips=False)
     assert [(item.sample, item.prompt_index) for item in made.items] == [(s, p) for s in range(2) for p in range(3)]
     names = [item.files["run"] for item in made.items]
     assert len(set(names)) == 6 and names[4].startswith("media/1b/") and names[4].endswith("-1-5-1.png")
     made.write(tmp_path)
-    assert media.read_media(tmp_path) == made
+    assert items.read_media(tmp_path) == made
     tree = json.loads((tmp_path / "items.json").read_text())
     assert set(tree) == {"schema", "models", "items"} and tree["models"] == {"base": "0a", "run": "1b"}
     assert set(tree["items"][0]) == {"id", "prompt", "prompt_index", "sample", "seed", "files"}
@@ -71,7 +71,7 @@ def test_items_are_listed_and_read_back(tmp_path):
 
 @pytest.mark.parametrize("damage", ["schema", "outside", "empty", "lacks", "text"])
 def test_a_malformed_list_of_items_is_refused(tmp_path, damage):
-    media.media_of(PROMPTS, {"base": "0a"}, 1, 0, clips=False).write(tmp_path)
+    items.media_of(PROMPTS, {"base": "0a"}, 1, 0, clips=False).write(tmp_path)
     file = tmp_path / "items.json"
     tree = json.loads(file.read_text())
     if damage == "schema":
@@ -84,26 +84,26 @@ def test_a_malformed_list_of_items_is_refused(tmp_path, damage):
         tree["items"][1]["files"] = {}
     file.write_text("{" if damage == "text" else json.dumps(tree))
     with pytest.raises(ConfigError, match=r"items\.json: (has schema 9|malformed)"):
-        media.read_media(tmp_path)
+        items.read_media(tmp_path)
     file.unlink()
     with pytest.raises(ConfigError, match="generate first"):
-        media.read_media(tmp_path)
+        items.read_media(tmp_path)
 
 
 def test_the_name_of_a_model_folder_covers_all_settings():
     settings = {"weights": "a", "protocol": {"steps": 2}}
-    digests = {media.model_digest(settings), media.model_digest(settings | {"weights": "b"})}
-    assert len(digests) == 2 and media.model_digest(dict(reversed(settings.items()))) in digests
+    digests = {items.model_digest(settings), items.model_digest(settings | {"weights": "b"})}
+    assert len(digests) == 2 and items.model_digest(dict(reversed(settings.items()))) in digests
 
 
 def test_pieces_are_taken_from_a_processs_own_share_first(tmp_path):
     done = set()
     taken = []
-    for number in media.unfinished(tmp_path / "x" / ".lock", 5, done.__contains__, rank=1, world=2):
+    for number in work.unfinished(tmp_path / "x" / ".lock", 5, done.__contains__, rank=1, world=2):
         taken.append(number)
         done |= {number, 2}  # another process does piece 2 meanwhile
     assert taken == [1, 3, 0, 4]
-    assert list(media.unfinished(tmp_path / "x" / ".lock", 5, done.__contains__)) == []
+    assert list(work.unfinished(tmp_path / "x" / ".lock", 5, done.__contains__)) == []
 
 
 def test_a_piece_of_a_process_that_ends_is_taken_over(tmp_path):
@@ -112,13 +112,13 @@ def test_a_piece_of_a_process_that_ends_is_taken_over(tmp_path):
     holds, ends = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
-        work = media.unfinished(lock, 2, lambda number: False)
-        os.write(holds[1], bytes([next(work)]))
+        pieces = work.unfinished(lock, 2, lambda number: False)
+        os.write(holds[1], bytes([next(pieces)]))
         os.read(ends[0], 1)
         os._exit(0)
     assert os.read(holds[0], 1) == b"\0"
     taken = []
-    for number in media.unfinished(lock, 2, lambda number: False):
+    for number in work.unfinished(lock, 2, lambda number: False):
         taken.append(number)
         if number == 1:  # piece 0 was locked; from here on the parent waits for it
             os.write(ends[1], b".")

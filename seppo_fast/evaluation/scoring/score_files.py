@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from seppo_fast.evaluation.media import BASE, Item, Media, alone, decode_media, unfinished
+from seppo_fast.evaluation.media.files import decode_media
+from seppo_fast.evaluation.media.items import BASE, Item, Media
+from seppo_fast.evaluation.media.work import alone, unfinished
 from seppo_fast.scorers import registry
 from seppo_fast.scorers.scorer import Scorer
 from seppo_fast.utils.errors import CheckpointError, ConfigError

@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from seppo_fast.evaluation.grids import side_by_side
-from seppo_fast.evaluation.media import BASE, Item, Media, alone, decode_media, read_media
+from seppo_fast.evaluation.media.files import decode_media
+from seppo_fast.evaluation.media.items import BASE, Item, Media, read_media
+from seppo_fast.evaluation.media.work import alone
 from seppo_fast.evaluation.scores import SCHEMA, SCORES
-from seppo_fast.evaluation.scoring import ScorerInfo, read_scores_of
+from seppo_fast.evaluation.scoring.markdown import PUBLISHED, markdown
+from seppo_fast.evaluation.scoring.score_files import ScorerInfo, read_scores_of
 from seppo_fast.evaluation.statistics import (
     bootstrap,
     cluster,
@@ -39,8 +42,6 @@ from seppo_fast.utils.random import keyed_rng
 
 TABLE, CSV, GRID = "scores.md", "scores.csv", "grid.png"
 EXTREMES = 10  # largest gains and largest losses in scores.json
-# The published scorers of the paper's tables, in its order; their columns are shown even if they are empty.
-PUBLISHED = ("pickscore", "hpsv2.0", "hpsv2.1", "imagereward", "aesthetic")
 _GRID_EXTREMES, _GRID_RANDOM = 3, 4  # rows of the picture
 
 
@@ -121,7 +122,7 @@ def write_results(scored: Scored, weights: Path | None = None) -> dict[str, Any]
         write_atomically(folder / SCORES, content.encode(), CheckpointError)
         fault("statistics-write")
         write_atomically(folder / CSV, _csv(scored).encode(), CheckpointError)
-        write_atomically(folder / TABLE, _markdown(scored, tree).encode(), CheckpointError)
+        write_atomically(folder / TABLE, markdown(scored.media, tree).encode(), CheckpointError)
         write_atomically(folder / GRID, _grid(scored), CheckpointError)
     return tree
 
@@ -237,98 +238,6 @@ def _csv(scored: Scored) -> str:
             values = [repr(float(score)) if math.isfinite(score) else "" for score in found]
             writer.writerow([item.id, item.prompt, item.sample, name, *values])
     return text.getvalue()
-
-
-def _markdown(scored: Scored, tree: Mapping[str, Any]) -> str:
-    """Returns the table in the form of the paper's: a row per model, a column per scorer, and every note below it."""
-    scorers = tree["scorers"]
-    columns = {name: [key for key in scorers if scorers[key]["scorer"] == name] or [None] for name in PUBLISHED}
-    columns |= {row["scorer"]: [] for row in scorers.values() if row["scorer"] not in PUBLISHED}
-    for key, row in scorers.items():
-        if row["scorer"] not in PUBLISHED:
-            columns[row["scorer"]].append(key)
-    pairs = [(name, key) for name, keys in columns.items() for key in keys]
-    heads = [f"{_label(name)}{_arrow(scorers.get(key))}" for name, key in pairs]
-    lines = [_row(["", *heads]), _row(["---"] * (len(heads) + 1))]
-    for model in scored.media.models:
-        lines.append(_row([model, *(_cell(scorers, key, model) for _, key in pairs)]))
-    lines += ["", *(f"{line}  " for line in _caption(scored, tree))]
-    for run in scored.runs:
-        lines += ["", *_differences_table(scorers, run)]
-    return "\n".join(lines) + "\n"
-
-
-def _label(name: str) -> str:
-    return registry.SCORERS[name].label if name in registry.SCORERS else name
-
-
-def _arrow(scorer: Mapping[str, Any] | None) -> str:
-    return "" if scorer is None or scorer["higher_is_better"] else " (lower is better)"
-
-
-def _cell(scorers: Mapping[str, Any], key: str | None, model: str) -> str:
-    mean = None if key is None else scorers[key]["means"][model]
-    return "" if mean is None else f"{mean:.4g}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
-
-
-def _caption(scored: Scored, tree: Mapping[str, Any]) -> list[str]:
-    """Returns the notes of the table: what was scored, how, by what, and why columns are empty."""
-    prompts, protocol = tree["prompts"], tree["protocol"]
-    distinct = len(set(scored.prompts))
-    lines = [
-        f"Means over {len(scored.media.items)} files per model: {prompts['count']} prompts of {prompts['name']} "
-        f"({distinct} distinct), {tree['samples']} per prompt, seed {tree['seed']}; every model starts from the same "
-        "noise.",
-        f"Sampling: protocol {protocol['name']} ({protocol['source']}); {protocol['sampler']['name']}, "
-        f"{protocol['sampler']['steps']} steps, guidance {protocol['sampler']['guidance']:g}, {protocol['resolution']} "
-        f"pixels, {protocol['precision']} on {protocol['device']}.",
-    ]
-    for name, model in tree["models"].items():
-        if name != BASE:
-            lines.append(
-                f"{name}: after update {model['update']}, {'moving average' if model['average'] else 'raw weights'}."
-            )
-    for key, row in tree["scorers"].items():
-        cut = f", {row['cut']} prompts truncated" if row["cut"] else ""
-        lines.append(f"{row['scorer']}: {key}, digest {row['digest'][:12]}{cut}.")
-    lines += [f"{_label(name)}: no scores ({why})." for name, why in tree["missing"].items()]
-    return lines
-
-
-def _differences_table(scorers: Mapping[str, Any], run: str) -> list[str]:
-    lines = [
-        f"**{run} against base**, per distinct prompt. Intervals: 95 %, over prompts, not over training seeds. Win "
-        "rate: ties count half; its interval is Wilson's, without ties. p: sign-flip test, adjusted for the number of "
-        "scorers (Holm).",
-        "",
-        _row(["scorer", "difference", "bootstrap", "wins", "ties", "losses", "win rate", "wins of decided", "p"]),
-        _row(["---"] * 9),
-    ]
-    for key, row in scorers.items():
-        found = row["runs"][run]
-        counts = [str(found[name]) if found[name] is not None else "" for name in ("wins", "ties", "losses")]
-        cells = [key, _interval(found), _ends(found, "bootstrap_low", "bootstrap_high", "+.4g"), *counts]
-        cells += [_text(found["win_rate"], ".3f"), _ends(found, "win_low", "win_high", ".3f")]
-        lines.append(_row([*cells, _text(found["p_holm"], ".3g")]))
-    return lines
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-    left_out = f", {found['left_out']} without a score" if found["left_out"] else ""
-    ends = _ends(found, "low", "high", "+.4g")
-    return f"{_text(found['difference'], '+.4g')} {ends} ({found['items']} prompts{left_out})"
-
-
-def _ends(found: Mapping[str, Any], low: str, high: str, form: str) -> str:
-    return "" if found[low] is None else f"[{found[low]:{form}}, {found[high]:{form}}]"
-
-
-def _text(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
 
 
 def _grid(scored: Scored) -> bytes:

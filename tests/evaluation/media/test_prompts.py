@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from seppo_fast.evaluation.prompts import Prompt, read_prompts
+from seppo_fast.evaluation.media.prompts import Prompt, read_prompts
 from seppo_fast.utils.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LISTS = ROOT.parent / "shared" / "data" / "prompts"
 
 

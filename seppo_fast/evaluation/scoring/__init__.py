@@ -1,0 +1,1 @@
+"""The scores of generated media, and the tables that compare models."""
