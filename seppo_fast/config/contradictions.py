@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from seppo_fast.config.objectives import SCORER
 from seppo_fast.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +50,30 @@ def refuse_contradictions(config: Config) -> None:
         raise ConfigError(
             f"objective {config.objective!r} generates no samples to decode and encode: set sampler.round_trip = false"
         )
+    _refuse_judge_settings(config)
     _refuse_learning_settings(config)
+
+
+def _refuse_judge_settings(config: Config) -> None:
+    """Checks the settings of objectives whose sign is a scorer's verdict."""
+    reference, judged = config.reference, config.row.flipper == SCORER
+    if judged and reference.judge is None:
+        raise ConfigError(
+            f"objective {config.objective!r} needs reference.judge, the scorer that compares samples with winners: "
+            "pickscore, for example, or shapes for the embedded world"
+        )
+    if not judged and (reference.judge is not None or reference.judge_weights is not None):
+        raise ConfigError(
+            f"reference.judge: objective {config.objective!r} uses no scorer; remove it, or set objective = "
+            "seppo-judged"
+        )
+    if judged and config.train.safeguard:
+        raise ConfigError(f"train.safeguard is not available for objective {config.objective!r}: set it to false")
+    if judged and config.train.tie_tol:
+        raise ConfigError(
+            f"train.tie_tol is a setting of the anchor test, which objective {config.objective!r} does not use: set it "
+            "to 0"
+        )
 
 
 def _refuse_learning_settings(config: Config) -> None:

@@ -12,6 +12,9 @@ from typing import Literal
 
 from seppo_fast.config.vocabulary import Draw, Flipper
 
+SCORER: Literal["scorer"] = "scorer"
+"""The flipper of objectives whose sign is a scorer's verdict, not the anchor test's."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -19,7 +22,7 @@ class Objective:
 
     Attributes:
         flipper: the values of the sign `a`: `adaptive` (+1 rejects the loser, -1 learns from it), `indicator` (+1, or 0
-            drops the loser), `never` (always +1).
+            drops the loser), `never` (always +1), `scorer` (+1 unless a scorer finds the loser better, then -1).
         draw: which past policy is the reference: `uniform` over all so far, `newest`, `initial` (checkpoint 0);
             None: no reference at all, plain supervised fine-tuning.
         negatives: `generated` by the drawn reference, the `labelled` losers of the data, or None.
@@ -27,7 +30,7 @@ class Objective:
         source: the publication that the row comes from.
     """
 
-    flipper: Flipper
+    flipper: Flipper | Literal["scorer"]
     draw: Draw | None
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
@@ -46,6 +49,7 @@ OBJECTIVES: dict[str, Objective] = {
     "seppo-never": Objective("never", "uniform", "generated", "preferred", "SePPO table 4: without the anchor test"),
     "seppo-initial": Objective("adaptive", "initial", "generated", "preferred", "SePPO table 4: ref = 0"),
     "seppo-newest": Objective("adaptive", "newest", "generated", "preferred", "SePPO table 4: ref = k-1"),
+    "seppo-judged": Objective(SCORER, "uniform", "generated", "preferred", "SePPO, its sign a scorer's (this project)"),
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
     "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),

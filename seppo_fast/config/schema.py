@@ -253,6 +253,14 @@ class ReferenceConfig(_Section):
         description="GiB of disk, in data.cache, for past policies that memory has no room for; null: nine tenths of "
         "what is free",
     )
+    judge: str | None = Field(
+        None,
+        description="scorer that compares each sample with its winner, for objective seppo-judged: a name that "
+        "`seppo-fast score` knows, or module:function",
+    )
+    judge_weights: str | None = Field(
+        None, description="folder with a subfolder of weights per scorer; null: the hub cache"
+    )
     pairs_gib: float | None = Field(
         None,
         ge=0,

@@ -36,6 +36,8 @@ class Pairs:
         conditioning: B rows, each for the pair's prompt, or for the empty prompt if the prompt was dropped.
         ref_error: `(2B,)` float32 denoising errors of the reference, winner half first; None if they are not computed
             ahead of the update.
+        verdict: `(B,)` float32, a scorer's verdict on each loser: 1 rejects it, -1 learns from it, 0 skips the pair;
+            None if no scorer is asked.
     """
 
     sample_ids: tuple[int, ...]
@@ -45,6 +47,7 @@ class Pairs:
     noise: Tensor
     conditioning: Conditioning
     ref_error: Tensor | None = None
+    verdict: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -61,6 +64,7 @@ class Pairs:
                 noise=self._both_halves(self.noise, chosen),
                 conditioning=self.conditioning.take(chosen),
                 ref_error=None if self.ref_error is None else self._both_halves(self.ref_error, chosen),
+                verdict=None if self.verdict is None else self.verdict[chosen],
             )
 
     def _both_halves(self, rows: Tensor, chosen: slice) -> Tensor:

@@ -15,6 +15,7 @@ from seppo_fast.methods.pairs import PairMaker
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.runs.signals import Interruption
+from seppo_fast.scorers.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MethodParts:
         draws: chooses the past policy that is an update's reference.
         processes: the run's processes.
         interruption: call its `check` between two batches of work, so that a signal can end the run there.
+        judge: the scorer that `reference.judge` names; None without it.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class MethodParts:
     draws: Draws
     processes: Processes
     interruption: Interruption
+    judge: Scorer | None = None
 
     def pair_maker(self) -> PairMaker:
         """Returns a maker of this process's share of each update's pairs."""

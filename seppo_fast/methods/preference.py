@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.config.objectives import Objective
+from seppo_fast.config.objectives import SCORER, Objective
 from seppo_fast.config.schema import Config
 from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, loss_and_grad
 from seppo_fast.methods.bands import BAND_SUMS, band_averages, band_sums
@@ -24,15 +24,16 @@ class PreferenceMethod(Method):
 
     Args:
         parts: the run's parts.
+        judge: see `Rollout`.
     """
 
-    def __init__(self, parts: MethodParts) -> None:
+    def __init__(self, parts: MethodParts, judge: Callable[[Sequence[int], Tensor], Tensor] | None = None) -> None:
         self._config: Config = parts.config
         self._schedule = parts.family.schedule
         strategy = REFERENCE_STRATEGIES[parts.config.reference.errors]
         self.strategy = strategy(parts.family, parts.denoiser, parts.sampler, parts.model, parts.config)
         self.rollout = Rollout(
-            parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.processes, parts.interruption
+            parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.processes, parts.interruption, judge
         )
 
     @property
@@ -107,6 +108,7 @@ def step_loss(
         safeguard: mu of the scale on the losers' gradient, see `preference_loss`; None: off.
         progress: `(b,)` how far along the forward process each pair is, see `Schedule.progress`; None: no bands.
     """
+    assert objective.flipper != SCORER, "JudgedMethod has its own loss"
     if ref_error is None:
         leaf = model_pred.detach().requires_grad_()
         errors = denoising_errors(leaf, target, backend=backend)
@@ -126,13 +128,14 @@ def step_loss(
         grad_scale=grad_scale,
         backend=backend,
     )
-    sums = _sums(result, beta) | band_sums(result, progress)
+    sums = preference_sums(result, beta) | band_sums(result, progress)
     if sft_weight:
         sums["sft_loss"] = result.sft_loss * len(result.reject)
     return StepLoss(model_pred, grad, sums, halves=2)
 
 
-def _sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
+def preference_sums(result: PreferenceLoss, beta: float) -> dict[str, Tensor]:
+    """Returns the sums over pairs from which `averages` makes the values to log."""
     winner, loser = result.model_error.chunk(2)
     ref_winner, ref_loser = result.ref_error.chunk(2)
     reject, correct = result.reject.float(), (result.logit > 0).float()

@@ -8,8 +8,10 @@ from seppo_fast.config.objectives import OBJECTIVES, Objective
 from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
+from seppo_fast.methods.rewards.judged import JudgedMethod
 
 _METHODS: dict[str, Callable[[MethodParts], Method]] = dict.fromkeys(OBJECTIVES, PreferenceMethod)
+_METHODS["seppo-judged"] = JudgedMethod
 
 
 def register(objective: str, row: Objective, method: Callable[[MethodParts], Method]) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,20 @@ from seppo_fast.utils.progress import progress
 _FULL_BATCHES = 8  # sampling batches per window: a last batch that is not full then wastes an eighth at most
 
 
+class RolledOut(NamedTuple):
+    """What was computed ahead for the n samples of an update.
+
+    Attributes:
+        samples: `(n, *latent)` float32 on the CPU; None if the objective generates none.
+        errors: the reference's denoising errors of the pairs; None if they are not computed ahead.
+        verdicts: `(n,)` float32, see `Pairs.verdict`; None if no scorer is asked.
+    """
+
+    samples: Tensor | None = None
+    errors: Tensor | None = None
+    verdicts: Tensor | None = None
+
+
 class Rollout:
     """Makes the pairs of each update. A window of consecutive updates is rolled out together, to fill sampling batches.
 
@@ -43,7 +58,7 @@ class Rollout:
         batch: number of samples generated at once; halved when memory runs out.
         seconds: time that the last update's pairs took, including an equal share of its window's rollout.
         maker: makes the pairs, except for the reference's samples and errors.
-        waiting: samples and errors of updates that were rolled out ahead, by update.
+        waiting: what was computed for updates that were rolled out ahead, by update.
         offload_context: entered while a reference is resident, to free device memory that only the learner needs.
 
     Args:
@@ -53,6 +68,7 @@ class Rollout:
         draws: the past policies; starts copying the next drawn one to the device.
         processes: the run's processes.
         interruption: checked before each batch; if it raises, the policy and the pairs in `waiting` are unchanged.
+        judge: returns the verdicts on an update's samples, given their ids; None if no scorer is asked.
     """
 
     def __init__(
@@ -63,6 +79,7 @@ class Rollout:
         draws: Draws,
         processes: Processes,
         interruption: Interruption,
+        judge: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     ) -> None:
         assert config.sampler.batch is not None, "sampler.batch must be chosen by now"
         self._config = config
@@ -72,9 +89,10 @@ class Rollout:
         self._draws = draws
         self._processes = processes
         self._interruption = interruption
+        self._judge = judge
         self.offload_context: Callable[[], AbstractContextManager[None]] = nullcontext
         self.batch = config.sampler.batch
-        self.waiting: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self.waiting: dict[int, RolledOut] = {}
         self._window_share = 0.0
         self.seconds = 0.0
 
@@ -93,8 +111,11 @@ class Rollout:
             self.batch = self._processes.min(self.batch)
             self._window_share = (time.perf_counter() - started) / len(self.waiting)
         started = time.perf_counter()
-        samples, errors = self.waiting.pop(update, (None, None))
-        pairs = replace(self.maker.pairs(update, self.maker.sample_ids(update), samples), ref_error=errors)
+        made = self.waiting.pop(update, RolledOut())
+        pairs = self.maker.pairs(update, self.maker.sample_ids(update), made.samples)
+        uses = self._config.reference.uses
+        verdict = None if made.verdicts is None else made.verdicts.repeat_interleave(uses)
+        pairs = replace(pairs, ref_error=made.errors, verdict=verdict)
         self.seconds = self._window_share + time.perf_counter() - started
         return pairs
 
@@ -113,21 +134,23 @@ class Rollout:
         start = first + (update - first) // ahead * ahead
         return range(start, min(start + ahead, first + length, config.train.updates))
 
-    def _roll_out(self, window: range, first: int, reference: int) -> dict[int, tuple[Tensor | None, Tensor | None]]:
-        """Returns samples and errors of the window's updates from `first` on; a resumed run may start inside one."""
+    def _roll_out(self, window: range, first: int, reference: int) -> dict[int, RolledOut]:
+        """Returns what the window's updates need from `first` on; a resumed run may start inside one."""
         assert self._draws.pool is not None
         ids = {update: self.maker.sample_ids(update) for update in window}
         keys = [(update, sample) for update in window for sample in ids[update]]
         done = sum(len(ids[update]) for update in range(window[0], first))
         with self.offload_context(), self._strategy.load_reference(self._draws.pool, reference) as model:
             samples = self._generate(model, keys, done) if self._generates else None
-            made: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+            made: dict[int, RolledOut] = {}
             for update in window[first - window[0] :]:
                 start = (update - window[0]) * len(ids[update])
                 own = None if samples is None else samples[start : start + len(ids[update])]
                 pairs = partial(self.maker.pairs, update, ids[update], own)
                 self._interruption.check()
-                made[update] = own, self._strategy.ahead(model, pairs)
+                errors = self._strategy.ahead(model, pairs)
+                verdicts = None if own is None or self._judge is None else self._judge(ids[update], own)
+                made[update] = RolledOut(own, errors, verdicts)
         return made
 
     def _generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int) -> Tensor:

@@ -15,6 +15,8 @@ from seppo_fast.models.attention import require_xformers
 from seppo_fast.models.registry import refuse_other_kind, validate_model
 from seppo_fast.runs.folder import refuse_occupied
 from seppo_fast.runs.trackers import require_trackers
+from seppo_fast.scorers.functions import own_scorer
+from seppo_fast.scorers.registry import missing_weights
 from seppo_fast.utils.errors import ConfigError, DataError
 
 
@@ -49,6 +51,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if config.train.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer = adamw8bit needs bitsandbytes: pip install 'seppo_fast[8bit]'")
     require_trackers(config)
+    _check_judge(config)
     if config.model.attention == "xformers":
         require_xformers(device)
     if config.train.backend == "triton":
@@ -86,6 +89,18 @@ def _check_names(config: Config) -> None:
                 else f"this locale's encoding is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             )
             raise ConfigError(f"{key} = {place!r} is not UTF-8, which file names must be; {instead}") from None
+
+
+def _check_judge(config: Config) -> None:
+    """Raises a ConfigError if the scorer of `reference.judge` is unknown, lacks files, or cannot be imported."""
+    name, folder = config.reference.judge, config.reference.judge_weights
+    if name is None:
+        return
+    lacking = missing_weights(name, None if folder is None else Path(folder))
+    if lacking is not None:
+        raise ConfigError(f"reference.judge: {lacking}")
+    if ":" in name:
+        own_scorer(name)
 
 
 def _check_triton(key: str, without: str, device: torch.device) -> None:

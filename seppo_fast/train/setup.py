@@ -25,6 +25,8 @@ from seppo_fast.references.pool import ReferencePool
 from seppo_fast.references.tiers import Budget
 from seppo_fast.runs.checkpoint import SavedState
 from seppo_fast.runs.resume import refuse_other_content, resumed_config
+from seppo_fast.scorers.registry import load_scorer
+from seppo_fast.scorers.scorer import Scorer
 from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import ConfigError
 
@@ -41,7 +43,8 @@ class Setup:
         cache: latents and conditioning of the training data.
         denoiser: the forward pass that policy and references share.
         sampler: generates samples.
-        fingerprints: digests of the model and of the data.
+        fingerprints: digests of the model, of the data, and of the judge if there is one.
+        judge: the scorer that `reference.judge` names; None without it.
     """
 
     asked: Config
@@ -52,6 +55,7 @@ class Setup:
     denoiser: Denoiser
     sampler: Sampler
     fingerprints: dict[str, str]
+    judge: Scorer | None
 
 
 def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Setup:
@@ -74,13 +78,14 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     config = apply_preset(config, device)
     source = preflight(config, device, processes.world)
     family = load_family(config, device)
-    fingerprints = {"model": family.identity()}
+    judge = _judge(config, device)
+    fingerprints = {"model": family.identity()} | ({} if judge is None else {"judge": judge.digest})
     if saved is not None:
-        refuse_other_content(saved, {"model": (fingerprints["model"],)})
+        refuse_other_content(saved, {name: (digest,) for name, digest in fingerprints.items()})
     cache = _shared_cache(config, source, family, processes, saved)
     fingerprints["data"] = cache.fingerprint
     if not processes.same(fingerprints):
-        raise ConfigError("model.path, data.source, data.cache: ranks see different model or data files")
+        raise ConfigError("model.path, data.source, data.cache: ranks see different model, data or judge files")
     config, policy = _policy(config, family, processes)
     return Setup(
         asked=asked,
@@ -91,7 +96,17 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
         denoiser=Denoiser(family, DTYPES[config.model.precision]),
         sampler=family.sampler(config.sampler, cache.latent_shape),
         fingerprints=fingerprints,
+        judge=judge,
     )
+
+
+def _judge(config: Config, device: torch.device) -> Scorer | None:
+    """Loads the scorer that `reference.judge` names; its networks stay on the device, in float16 on a GPU."""
+    name, folder = config.reference.judge, config.reference.judge_weights
+    if name is None:
+        return None
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return load_scorer(name, device, dtype, None if folder is None else Path(folder))
 
 
 def _shared_cache(

@@ -79,6 +79,7 @@ class Trainer:
             draws=self.draws,
             processes=processes,
             interruption=self.interruption,
+            judge=setup.judge,
         )
         self.method = method_of(self.parts)
         self.recorder = Recorder(setup, processes, self.sharded)
