@@ -46,6 +46,7 @@ setup(
         "seppo_fast.kernels",
         "seppo_fast.methods",
         "seppo_fast.methods.losses",
+        "seppo_fast.methods.rewards",
         "seppo_fast.models",
         "seppo_fast.models.families",
         "seppo_fast.models.pipelines",

@@ -1,0 +1,1 @@
+"""From the rewards of samples to what a loss weighs them with."""
