@@ -1,6 +1,6 @@
 """The objectives as a table: where negatives come from, which past policy is the reference, and which flipper is used.
 
-With D = m - r (policy error minus reference error, per sample), every row but SFT is
+With D = m - r (policy error minus reference error, per sample), every row but SFT and MaPO is
 `loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in the sign `a` and in where the losers `x_l` and the
 reference errors `r` come from.
 """
@@ -21,10 +21,11 @@ class Objective:
         flipper: the values of the sign `a`: `adaptive` (+1 rejects the loser, -1 learns from it), `indicator` (+1, or 0
             drops the loser), `never` (always +1).
         draw: which past policy is the reference: `uniform` over all so far, `newest`, `initial` (checkpoint 0);
-            None: no reference at all, plain supervised fine-tuning.
+            None: no reference at all.
         negatives: `generated` by the drawn reference, the `labelled` losers of the data, or None.
         winners: the `preferred` image of each example (SePPO-w), or a `random` one of its two images (SePPO-r).
         source: the publication that the row comes from.
+        loss: the loss, `preference` as above (or SFT's), or one of its own.
     """
 
     flipper: Flipper
@@ -32,6 +33,7 @@ class Objective:
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str
+    loss: Literal["preference", "mapo"] = "preference"
 
     @property
     def needs_pairs(self) -> bool:
@@ -48,5 +50,6 @@ OBJECTIVES: dict[str, Objective] = {
     "seppo-newest": Objective("adaptive", "newest", "generated", "preferred", "SePPO table 4: ref = k-1"),
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
+    "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),
     "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),
 }

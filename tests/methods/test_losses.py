@@ -204,7 +204,7 @@ def test_mapo_is_smooth_where_its_series_begins():
         f = 1 - x / 2 + x**2 / 12 - x**4 / 720 + x**6 / 30240
         slope = -1 / 2 + x / 6 - x**3 / 180 + x**5 / 5040
         z = f - 1
-        assert rows.sums["margin"].item() == pytest.approx(z, rel=1e-10, abs=2e-16)
+        assert rows.sums["ratio_margin"].item() == pytest.approx(z, rel=1e-10, abs=2e-16)
         expected = 1 - slope / (1 + math.exp(z))
         assert rows.coefficients[0, 0].item() == pytest.approx(expected, rel=1e-12)
     far = mapo(torch.tensor([1e4]), torch.tensor([0.1]), beta=0.1, q=0.5, steps=1000)

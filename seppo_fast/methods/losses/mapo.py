@@ -25,8 +25,8 @@ def mapo(winner: Tensor, loser: Tensor, *, beta: float, q: float, steps: float) 
         steps: T, the factor on the margin: the number of timesteps.
 
     Returns:
-        B losses; coefficients `(1, 2B)`, winners first. Sums: `loss`; `winner_error` and `loser_error`; `margin`, the
-        difference of f without T; `margin_loss`, the second term; `correct`, margins above 0; `saturated`, rows with
+        B losses; coefficients `(1, 2B)`, winners first. Sums: `loss`; `winner_error` and `loser_error`; `ratio_margin`,
+        f(m_w) - f(m_l); `margin_loss`, the second term; `correct`, margins above 0; `saturated`, rows with
         |logit| above 10.
     """
     win, f_win, slope_win = _ratio(winner, q)
@@ -41,7 +41,7 @@ def mapo(winner: Tensor, loser: Tensor, *, beta: float, q: float, steps: float) 
         "loss": loss,
         "winner_error": win,
         "loser_error": lose,
-        "margin": margin,
+        "ratio_margin": margin,
         "margin_loss": penalty,
         "correct": margin > 0,
         "saturated": logit.abs() > 10,

@@ -129,6 +129,6 @@ def _refuse_non_finite(rewards: np.ndarray) -> None:
     if len(bad):
         place = tuple(int(index) for index in bad[0])
         raise ValueError(
-            f"rewards: {len(bad)} of {rewards.size} are non-finite, the first at {place}: {rewards[place]}. Every sample "
-            "needs a finite reward"
+            f"rewards: {len(bad)} of {rewards.size} are non-finite, the first at {place}: {rewards[place]}. Every "
+            "sample needs a finite reward"
         )
