@@ -62,8 +62,8 @@ def _refuse_learning_settings(config: Config) -> None:
             f"train.updates = {train.updates} must be more than train.warmup_updates = {train.warmup_updates} if "
             "train.lr_schedule = cosine, because the cosine begins after the warm-up"
         )
-    if config.row.loss == "mapo":
-        _refuse_for_mapo(config)
+    if config.row.loss != "preference":
+        _refuse_preference_settings(config)
     if config.row.negatives is None and train.safeguard:
         raise ConfigError(f"objective {config.objective!r} has no losers to scale: set train.safeguard = false")
     if config.row.negatives is None and train.sft_weight:
@@ -75,10 +75,10 @@ def _refuse_learning_settings(config: Config) -> None:
         raise ConfigError(f"train.safeguard_mu = {train.safeguard_mu} needs train.safeguard = true")
 
 
-def _refuse_for_mapo(config: Config) -> None:
-    """Checks that no setting of the preference loss is left over; its default for beta is one of them."""
+def _refuse_preference_settings(config: Config) -> None:
+    """Checks that an objective with another loss has no setting of the preference loss; MaPO's beta is another one."""
     train = config.train
-    if train.beta > MOST_MAPO_BETA:
+    if config.row.loss == "mapo" and train.beta > MOST_MAPO_BETA:
         raise ConfigError(
             f"objective {config.objective!r} with train.beta = {train.beta:g}: MaPO's beta is the weight of its margin "
             f"beside the winners' error, published as 0.1 and at most {MOST_MAPO_BETA:g} here; set train.beta = 0.1"

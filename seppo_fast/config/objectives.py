@@ -1,6 +1,6 @@
 """The objectives as a table: where negatives come from, which past policy is the reference, and which flipper is used.
 
-With D = m - r (policy error minus reference error, per sample), every row but SFT and MaPO is
+With D = m - r (policy error minus reference error, per sample), every row but SFT, MaPO and KTO is
 `loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in the sign `a` and in where the losers `x_l` and the
 reference errors `r` come from.
 """
@@ -33,12 +33,17 @@ class Objective:
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str
-    loss: Literal["preference", "mapo"] = "preference"
+    loss: Literal["preference", "mapo", "kto"] = "preference"
 
     @property
     def needs_pairs(self) -> bool:
         """Whether the data must contain two images per prompt."""
         return self.negatives == "labelled" or self.winners == "random"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether each example must be labelled as liked or disliked."""
+        return self.loss == "kto"
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -51,5 +56,6 @@ OBJECTIVES: dict[str, Objective] = {
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
     "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),
+    "kto": Objective("never", "initial", None, "preferred", "Diffusion-KTO: liked and disliked examples", "kto"),
     "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),
 }

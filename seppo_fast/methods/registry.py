@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from seppo_fast.config.objectives import OBJECTIVES, Objective
+from seppo_fast.methods.labelled.kto import KtoMethod
 from seppo_fast.methods.labelled.mapo import MapoMethod
 from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
@@ -13,6 +14,7 @@ from seppo_fast.methods.preference import PreferenceMethod
 _METHODS: dict[str, Callable[[MethodParts], Method]] = {
     **dict.fromkeys(OBJECTIVES, PreferenceMethod),
     "mapo": MapoMethod,
+    "kto": KtoMethod,
 }
 
 
