@@ -159,6 +159,8 @@ def test_yamls_words_are_understood_as_flags():
             "has no reference: remove reference.errors",
         ),
         ("objective: mapo\ntrain: {beta: 0.1}\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
+        ("objective: kto\ntrain: {sft_weight: 1}", "objective 'kto' has a loss of its own, without train.sft_weight"),
+        ("objective: kto\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
         ("train: {safeguard_mu: 0.5}", "train.safeguard_mu = 0.5 needs train.safeguard = true"),
     ],
 )

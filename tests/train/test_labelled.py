@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from seppo_fast.config.load import to_yaml
 from seppo_fast.methods.labelled import kto
 from seppo_fast.methods.pairs import noised
 from seppo_fast.runs.checkpoint import newest_state
@@ -185,6 +186,24 @@ def test_the_micro_batch_does_not_change_what_kto_learns(tiny, tmp_path):
     for name in ("loss", "winner_error", "loser_error", "ref_loser_error", "grad_norm"):
         assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-5, abs=1e-7), name
         assert logs[0][1][name] == pytest.approx(logs[1][1][name], rel=1e-2, abs=1e-7), name
+
+
+def test_two_processes_learn_kto_as_one(tiny, tmp_path, ranks):
+    """7 rows in all, of which two processes have 4 and 3; the offset is that of all of them."""
+    train = {"micro_batch": 2, "updates": 2, "learning_rate": 1e-5, "pairs_per_update": 7}
+    config = kto_config(tiny, tmp_path, train=train)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    logs = []
+    for world in (1, 2):
+        output = str(tmp_path / f"world{world}")
+        ends = ranks.run(world, "train", tmp_path / "run.yaml", "--output", output)
+        assert [end.code for end in ends] == [0] * world, ends[0].out
+        logs.append(log_of(config.model_copy(update={"output": output})))
+    assert logs[0][0]["offset"] == logs[1][0]["offset"] == 0 and logs[0][0]["liked"] == logs[1][0]["liked"]
+    for update, tolerance in enumerate((1e-5, 1e-2)):
+        for name in ("loss", "winner_error", "loser_error", "grad_norm"):
+            assert logs[0][update][name] == pytest.approx(logs[1][update][name], rel=tolerance), name
+    assert logs[0][1]["offset"] == pytest.approx(logs[1][1]["offset"], rel=0.05, abs=1e-8)
 
 
 def test_kto_needs_labels(tiny, tmp_path):
