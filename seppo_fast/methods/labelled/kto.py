@@ -59,16 +59,18 @@ class KtoMethod(PreferenceMethod):
     def _estimate(self, policy: nn.Module) -> Tensor:
         """Returns z_0. Its errors come from whole micro-batches, so that it is exactly 0 at equal weights."""
         assert self._collected is not None and self._config.train.micro_batch is not None
-        count = min(OFFSET_ROWS, self._config.train.pairs_per_update)
-        mine = len(range(self._processes.rank, count, self._processes.world))  # rows are dealt round-robin
+        uses, world = self._config.reference.uses, self._processes.world
+        samples = min(-(-OFFSET_ROWS // uses), self._config.train.pairs_per_update // uses)
+        mine = uses * len(range(self._processes.rank, samples, world))  # samples are dealt round-robin
+        most, done = uses * -(-samples // world), 0  # shards need equally many forwards in all processes
         gain = torch.zeros((), device=self.strategy.device)
         for part in self._collected.micro_batches(self._config.train.micro_batch):
-            if mine <= 0:
+            if done >= most:
                 break
             error, ref_error = self._errors(policy, part)
-            gain = gain + (ref_error - error)[:mine].sum()
-            mine -= len(part)
-        return kto_offset(self._processes.accelerator.reduce(gain, "sum"), count)
+            gain = gain + (ref_error - error)[: max(mine - done, 0)].sum()
+            done += len(part)
+        return kto_offset(self._processes.accelerator.reduce(gain, "sum"), samples * uses)
 
     def _errors(self, policy: nn.Module, part: Pairs) -> tuple[Tensor, Tensor]:
         """Returns the errors of policy and reference on a micro-batch; its activations are freed on return."""
