@@ -45,6 +45,8 @@ setup(
         "seppo_fast.evaluation.scoring",
         "seppo_fast.kernels",
         "seppo_fast.methods",
+        "seppo_fast.methods.labelled",
+        "seppo_fast.methods.losses",
         "seppo_fast.methods.rewards",
         "seppo_fast.models",
         "seppo_fast.models.families",

@@ -124,7 +124,8 @@ def model_card(
         "weights": "moving average" if average else "raw",
         "data": f"{config.data.source}, {config.data.resolution} pixels"
         + (f", {config.data.frames} frames" if family_of(config.model).makes_clips else ""),
-        "objective": f"{config.objective}, beta {config.train.beta:g} (times a mean over latent elements)",
+        "objective": f"{config.objective}, beta {config.train.beta:g} "
+        + ("(times a mean over latent elements)" if config.row.loss != "mapo" else "(weight of the margin)"),
         "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
         "references": f"a new past policy every {config.train.updates_per_iteration} updates",
         "sampler of the references": f"{config.sampler.name}, {config.sampler.steps} steps, "

@@ -27,6 +27,8 @@ _PANELS = {
         "loser error": {"policy": "loser_error", "reference": "ref_loser_error"},
         "reject rate": {"reject": "aaf_rate"},
         "margin": {"margin": "margin"},
+        "MaPO's margin, f(m_w) - f(m_l)": {"margin": "ratio_margin"},
+        "KTO's offset": {"offset": "offset"},
         "|logit|": {"logit": "logit_abs"},
         "gradient norm, before clipping": {"norm": "grad_norm"},
         "pairs per second": {"rate": "pairs_per_second"},

@@ -10,6 +10,8 @@ from seppo_fast.utils.errors import ConfigError
 if TYPE_CHECKING:
     from seppo_fast.config.schema import Config
 
+MOST_MAPO_BETA = 10.0
+
 
 def refuse_contradictions(config: Config) -> None:
     """Checks settings against each other; each value by itself is valid already.
@@ -84,6 +86,8 @@ def _refuse_learning_settings(config: Config) -> None:
             f"train.updates = {train.updates} must be more than train.warmup_updates = {train.warmup_updates} if "
             "train.lr_schedule = cosine, because the cosine begins after the warm-up"
         )
+    if config.row.loss != "preference":
+        _refuse_preference_settings(config)
     if config.row.negatives is None and train.safeguard:
         raise ConfigError(f"objective {config.objective!r} has no losers to scale: set train.safeguard = false")
     if config.row.negatives is None and train.sft_weight:
@@ -93,3 +97,19 @@ def _refuse_learning_settings(config: Config) -> None:
         )
     if not train.safeguard and train.safeguard_mu != type(train).model_fields["safeguard_mu"].default:
         raise ConfigError(f"train.safeguard_mu = {train.safeguard_mu} needs train.safeguard = true")
+
+
+def _refuse_preference_settings(config: Config) -> None:
+    """Checks that an objective with another loss has no setting of the preference loss; MaPO's beta is another one."""
+    train = config.train
+    if config.row.loss == "mapo" and train.beta > MOST_MAPO_BETA:
+        raise ConfigError(
+            f"objective {config.objective!r} with train.beta = {train.beta:g}: MaPO's beta is the weight of its margin "
+            f"beside the winners' error, published as 0.1 and at most {MOST_MAPO_BETA:g} here; set train.beta = 0.1"
+        )
+    for key in ("safeguard", "sft_weight", "tie_tol"):
+        if getattr(train, key):
+            off = str(type(train).model_fields[key].default).lower()
+            raise ConfigError(
+                f"objective {config.objective!r} has a loss of its own, without train.{key}: set train.{key} = {off}"
+            )

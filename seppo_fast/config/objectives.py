@@ -1,6 +1,6 @@
 """The objectives as a table: where negatives come from, which past policy is the reference, and which flipper is used.
 
-With D = m - r (policy error minus reference error, per sample), every row but SFT is
+With D = m - r (policy error minus reference error, per sample), every row but SFT, MaPO and KTO is
 `loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in the sign `a` and in where the losers `x_l` and the
 reference errors `r` come from.
 """
@@ -24,10 +24,11 @@ class Objective:
         flipper: the values of the sign `a`: `adaptive` (+1 rejects the loser, -1 learns from it), `indicator` (+1, or 0
             drops the loser), `never` (always +1), `scorer` (+1 unless a scorer finds the loser better, then -1).
         draw: which past policy is the reference: `uniform` over all so far, `newest`, `initial` (checkpoint 0);
-            None: no reference at all, plain supervised fine-tuning.
+            None: no reference at all.
         negatives: `generated` by the drawn reference, the `labelled` losers of the data, or None.
         winners: the `preferred` image of each example (SePPO-w), or a `random` one of its two images (SePPO-r).
         source: the publication that the row comes from.
+        loss: the loss, `preference` as above (or SFT's), or one of its own.
     """
 
     flipper: Flipper | Literal["scorer"]
@@ -35,11 +36,17 @@ class Objective:
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str
+    loss: Literal["preference", "mapo", "kto"] = "preference"
 
     @property
     def needs_pairs(self) -> bool:
         """Whether the data must contain two images per prompt."""
         return self.negatives == "labelled" or self.winners == "random"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether each example must be labelled as liked or disliked."""
+        return self.loss == "kto"
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -52,5 +59,7 @@ OBJECTIVES: dict[str, Objective] = {
     "seppo-judged": Objective(SCORER, "uniform", "generated", "preferred", "SePPO, its sign a scorer's (this project)"),
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
+    "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),
+    "kto": Objective("never", "initial", None, "preferred", "Diffusion-KTO: liked and disliked examples", "kto"),
     "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),
 }

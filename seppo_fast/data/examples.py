@@ -99,6 +99,17 @@ class Source(ABC):
         """Returns the source to use if pairs are needed: if only some examples have losers, just those."""
         return self
 
+    def labels(self) -> list[tuple[str, object]]:
+        """Returns each example's id and its label as the data has it, None if it is missing.
+
+        Raises:
+            DataError: This kind of data cannot have labels.
+        """
+        raise DataError(
+            f"{self.spec}: no labels are read from this kind of data. Use a folder with metadata.jsonl or "
+            "metadata.csv, parquet files or a hub data set with a label in each row, or labelled pairs."
+        )
+
     @abstractmethod
     def digest(self) -> str:
         """Returns the sha256 (hex) over all data that a cache depends on, wherever the data set is stored."""

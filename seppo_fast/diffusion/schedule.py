@@ -83,6 +83,11 @@ class NoiseSchedule:
             )
 
     @property
+    def alphas_cumprod(self) -> Tensor:
+        """The signal's share of the variance at each timestep: `(num_timesteps,)` float32 on the CPU."""
+        return self._scheduler.alphas_cumprod
+
+    @property
     def shared_target(self) -> bool:
         """Whether the model predicts the noise."""
         return self.prediction_type == "epsilon"

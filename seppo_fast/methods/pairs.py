@@ -34,10 +34,11 @@ class Pairs:
         times: `(B,)` in the schedule's dtype; a pair's winner and loser share one.
         noise: `(B, *latent)` if a pair's winner and loser share it, else `(2B, *latent)`, winner half first.
         conditioning: B rows, each for the pair's prompt, or for the empty prompt if the prompt was dropped.
-        ref_error: `(2B,)` float32 denoising errors of the reference, winner half first; None if they are not computed
-            ahead of the update.
+        ref_error: `(2B,)` float32 denoising errors of the reference, winner half first, or `(B,)` without losers; None
+            if they are not computed ahead of the update.
         verdict: `(B,)` float32, a scorer's verdict on each loser: 1 rejects it, -1 learns from it, 0 skips the pair;
             None if no scorer is asked.
+        labels: `(B,)` bool, whether each winner is liked; None if the objective does not learn from labels.
     """
 
     sample_ids: tuple[int, ...]
@@ -48,6 +49,7 @@ class Pairs:
     conditioning: Conditioning
     ref_error: Tensor | None = None
     verdict: Tensor | None = None
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -65,6 +67,7 @@ class Pairs:
                 conditioning=self.conditioning.take(chosen),
                 ref_error=None if self.ref_error is None else self._both_halves(self.ref_error, chosen),
                 verdict=None if self.verdict is None else self.verdict[chosen],
+                labels=None if self.labels is None else self.labels[chosen],
             )
 
     def _both_halves(self, rows: Tensor, chosen: slice) -> Tensor:
@@ -204,4 +207,17 @@ class PairMaker:
             losers = losers.repeat_interleave(uses, 0)
         elif losers is None and self._objective.negatives == "labelled":
             losers = other
-        return Pairs(tuple(key[1] for key in keys), winners, losers, times, noise, self._cache.conditioning(prompts))
+        return Pairs(
+            tuple(key[1] for key in keys),
+            winners,
+            losers,
+            times,
+            noise,
+            self._cache.conditioning(prompts),
+            labels=self._labels(examples).repeat_interleave(uses) if self._objective.needs_labels else None,
+        )
+
+    def _labels(self, examples: Sequence[int]) -> Tensor:
+        numbers = self._cache.numbers
+        assert numbers is not None, "a source with labels gives every example a number"
+        return torch.tensor([numbers[example] == 1 for example in examples])

@@ -84,7 +84,10 @@ class ReferenceStrategy(ABC):
 
     @abstractmethod
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor | None:
-        """Returns errors `(2B,)` float32 on the CPU, winner half first; None if the learner's step computes them."""
+        """Returns errors `(2B,)` float32 on the CPU, winner half first; None if the learner's step computes them.
+
+        Without losers there are B.
+        """
 
     @abstractmethod
     def predictions(self, policy: nn.Module, pairs: Pairs) -> Predictions:
@@ -119,7 +122,11 @@ class Precomputed(ReferenceStrategy):
 
     def ahead(self, reference: nn.Module, pairs: Callable[[], Pairs]) -> Tensor:
         """See `ReferenceStrategy.ahead`."""
-        halves = [self._errors(reference, batch).chunk(2) for batch in pairs().micro_batches(self._micro_batch)]
+        made = pairs()
+        errors = [self._errors(reference, batch) for batch in made.micro_batches(self._micro_batch)]
+        if made.losers is None:
+            return torch.cat(errors).cpu()
+        halves = [both.chunk(2) for both in errors]
         return torch.cat([winner for winner, _ in halves] + [loser for _, loser in halves]).cpu()
 
     def _errors(self, reference: nn.Module, batch: Pairs) -> Tensor:

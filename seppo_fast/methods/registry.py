@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from seppo_fast.config.objectives import OBJECTIVES, Objective
+from seppo_fast.methods.labelled.kto import KtoMethod
+from seppo_fast.methods.labelled.mapo import MapoMethod
 from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
 from seppo_fast.methods.rewards.judged import JudgedMethod
 
-_METHODS: dict[str, Callable[[MethodParts], Method]] = dict.fromkeys(OBJECTIVES, PreferenceMethod)
-_METHODS["seppo-judged"] = JudgedMethod
+_METHODS: dict[str, Callable[[MethodParts], Method]] = {
+    **dict.fromkeys(OBJECTIVES, PreferenceMethod),
+    "seppo-judged": JudgedMethod,
+    "mapo": MapoMethod,
+    "kto": KtoMethod,
+}
 
 
 def register(objective: str, row: Objective, method: Callable[[MethodParts], Method]) -> None:

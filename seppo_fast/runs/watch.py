@@ -139,8 +139,11 @@ class HealthWatch:
 
 
 def _known(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a log entry with `preference_loss` filled in: where the key is missing, `loss` is used."""
-    return {"preference_loss": entry["loss"], **entry} if "loss" in entry else entry
+    """Returns a log entry with `preference_loss` filled in: where the key is missing, `loss` is used.
+
+    KTO, which alone logs `liked`, has another loss: it is 0.5, not ln 2, where policy and reference agree.
+    """
+    return {"preference_loss": entry["loss"], **entry} if "loss" in entry and "liked" not in entry else entry
 
 
 def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:

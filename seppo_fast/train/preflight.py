@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from seppo_fast.config.schema import Config
+from seppo_fast.data.labels import with_labels
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.models.attention import require_xformers
 from seppo_fast.models.registry import refuse_other_kind, validate_model
@@ -71,7 +72,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
         )
     if not len(source) and not source.problems:
         raise DataError(f"data.source = {config.data.source!r} contains no examples")
-    return source
+    return with_labels(source) if config.row.needs_labels else source
 
 
 def _check_names(config: Config) -> None:

@@ -148,6 +148,19 @@ def test_yamls_words_are_understood_as_flags():
         ("objective: sft\ntrain: {safeguard: true}", "'sft' has no losers to scale: set train.safeguard = false"),
         ("objective: sft\ntrain: {sft_weight: 2}", "objective 'sft' has none: set train.sft_weight = 0"),
         ("objective: diffusion-dpo\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
+        ("objective: mapo", "train.beta = 2000: MaPO's beta is the weight of its margin"),
+        (
+            "objective: mapo\ntrain: {beta: 0.1, safeguard: true}",
+            "without train.safeguard: set train.safeguard = false",
+        ),
+        ("objective: mapo\ntrain: {beta: 0.1, tie_tol: 1.0}", "without train.tie_tol: set train.tie_tol = 0.0"),
+        (
+            "objective: mapo\ntrain: {beta: 0.1}\nreference: {errors: apart}",
+            "has no reference: remove reference.errors",
+        ),
+        ("objective: mapo\ntrain: {beta: 0.1}\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
+        ("objective: kto\ntrain: {sft_weight: 1}", "objective 'kto' has a loss of its own, without train.sft_weight"),
+        ("objective: kto\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
         ("train: {safeguard_mu: 0.5}", "train.safeguard_mu = 0.5 needs train.safeguard = true"),
     ],
 )

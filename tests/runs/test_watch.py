@@ -122,6 +122,15 @@ def test_an_objective_without_a_reference_warns_of_its_gradient_alone():
     assert list(intervals(log)) == ["gradient_grown"]
 
 
+def test_the_loss_of_kto_is_no_preference_loss():
+    """It is 0.5 where policy and reference agree; other rules hold for it as for every objective with a reference."""
+    log = [{"update": n, "loss": 0.5, "liked": 0.4, "winner_error": 0.1001, "ref_winner_error": 0.1, "grad_norm": 1.0}
+           for n in range(1, 10)]  # fmt: skip
+    assert intervals(log) == {}
+    assert list(intervals([{**line, "winner_error": 0.11} for line in log])) == ["winner_above_reference"]
+    assert list(intervals([{k: v for k, v in line.items() if k != "liked"} for line in log])) == ["losers_worse"]
+
+
 def test_logs_without_a_loss_of_preference_have_their_loss():
     log = [entry(number, loss=0.6, winner_error=0.1001) for number in range(1, 10)]
     assert intervals(log) == {}

@@ -20,13 +20,17 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 
 @dataclass(frozen=True)
 class Entry:
-    """A captioned file; `name` is its path relative to the folder, with slashes. See `Example` for the other fields."""
+    """A captioned file; `name` is its path relative to the folder, with slashes, and `label` is as its listing has it.
+
+    See `Example` for the other fields.
+    """
 
     id: str
     name: str
     prompt: str
     time_lapse: bool = False
     by_number: bool = False
+    label: object = None
 
 
 class FolderSource(Source):
@@ -48,6 +52,10 @@ class FolderSource(Source):
         entry = self._entries[index]
         ref = file_ref(path_of(self.folder, entry.name))
         return Example(entry.id, entry.prompt, ref, time_lapse=entry.time_lapse, by_number=entry.by_number)
+
+    def labels(self) -> list[tuple[str, object]]:
+        """See `Source`."""
+        return [(entry.id, entry.label) for entry in self._entries]
 
     def digest(self) -> str:
         """Digests ids, captions, problems and contents: every image is read in full, of a clip only its two ends."""

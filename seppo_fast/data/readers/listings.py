@@ -58,7 +58,8 @@ def open_listing(spec: str, listing: Path) -> Source:
             problems.append(Problem(f"{listing.name}:{number}", str(error)))
             continue
         file = files.find(name)
-        entries.append(Entry(f"{name}#{number}" if file in listed else name, file, prompt))
+        label = row.get("label") if isinstance(row, dict) else None
+        entries.append(Entry(f"{name}#{number}" if file in listed else name, file, prompt, label=label))
         listed.add(file)
     clips = 2 * sum(_is(entry.name, VIDEO_SUFFIXES) for entry in entries) > len(entries)
     if clips:

@@ -107,6 +107,13 @@ class TableSource(Source):
             self._rows.row_name(row), self._captions[row].as_py(), self._ref(row, self._images[winner]), loser
         )
 
+    def labels(self) -> list[tuple[str, object]]:
+        """See `Source`."""
+        if "label" not in self._rows.names:
+            return [(self._rows.row_name(int(row)), None) for row in self._kept]
+        labels = [label for _, table in self._rows.read_columns(["label"]) for label in table.column(0).to_pylist()]
+        return [(self._rows.row_name(int(row)), labels[row]) for row in self._kept]
+
     def _ref(self, row: int, column: str) -> ImageRef:
         return bytes_ref(f"{self._rows.row_name(row)} {column}", partial(self._read_cell, row, column))
 

@@ -1,1 +1,1 @@
-"""Methods that learn from the scores of generated pictures."""
+"""Rewards: scores of samples, and what a loss weighs them with."""

@@ -1,0 +1,124 @@
+"""Labels of single examples: how they are read from listings and tables, taken from pairs, and refused."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from seppo_fast.data.labels import liked, with_labels
+from seppo_fast.data.sources import open_source
+from seppo_fast.utils.errors import DataError
+
+VALUES = {
+    "numbers": [1, 0, 0, 1],
+    "booleans": [True, False, False, True],
+    "floats": [1.0, 0.0, 0.0, 1.0],
+    "words": ["like", "Dislike", " dislike ", "LIKE"],
+    "texts of numbers": ["1", "0", "0", "1"],
+    "texts of booleans": ["true", "False", "FALSE", "True"],
+}
+EXPECTED = [1.0, 0.0, 0.0, 1.0]
+
+
+def pictures(folder, count=4):
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(draw.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def jsonl(folder, labels):
+    rows = [{"file_name": f"{n}.png", "text": f"fox {n}", "label": label} for n, label in enumerate(labels)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def table(folder, labels):
+    images = [(folder / f"{n}.png").read_bytes() for n in range(len(labels))]
+    for file in folder.glob("*.png"):
+        file.unlink()
+    columns = {"image": images, "text": [f"fox {n}" for n in range(len(labels))], "label": labels}
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
+    return str(folder)
+
+
+def comma_separated(folder, labels):
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["file_name", "text", "label"], *([f"{n}.png", "fox", label] for n, label in enumerate(labels))]
+        )
+    return str(folder)
+
+
+@pytest.mark.parametrize("write", [jsonl, table, comma_separated])
+@pytest.mark.parametrize("kind", VALUES)
+def test_labels_of_listings_and_tables(tmp_path, write, kind):
+    plain = open_source(write(pictures(tmp_path), VALUES[kind]))
+    source = with_labels(plain)
+    assert [example.number for example in source] == EXPECTED and len(source) == 4
+    assert [example.id for example in source] == [example.id for example in plain]
+    assert all(example.number is None and example.loser is None for example in plain)
+    assert source.digest() != plain.digest()
+
+
+def test_other_labels_are_other_data_and_without_them_nothing_changes(tmp_path):
+    pictures(tmp_path)
+    digests = []
+    for labels in ([1, 0, 0, 1], [1, 0, 1, 1], [1, 0, 0, 1]):
+        plain = open_source(jsonl(tmp_path, labels))
+        digests.append((plain.digest(), with_labels(plain).digest()))
+    assert len({plain for plain, _ in digests}) == 1
+    assert digests[0] == digests[2] and digests[0][1] != digests[1][1]
+
+
+def test_pairs_are_taken_apart():
+    pairs = open_source("shapes-made:20").labelled()
+    source = with_labels(open_source("shapes-made:20"))
+    assert len(source) == 2 * len(pairs) > 0 and not source.has_losers and source.ties == pairs.ties
+    for row, pair in enumerate(pairs):
+        winner, loser = source[2 * row], source[2 * row + 1]
+        assert (winner.number, loser.number) == (1.0, 0.0) and winner.loser is loser.loser is None
+        assert winner.image.name == pair.image.name and loser.image.name == pair.loser.name
+        assert winner.prompt == loser.prompt == pair.prompt
+    assert len({example.id for example in source}) == len(source)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, None, 0, math.nan], r"2 of 4 examples \(b, d\) have no label"),
+        ([1, "", 0, 1], r"1 of 4 examples \(b\) has no label"),
+        ([None] * 4, "no example has a label. Give each row of metadata.jsonl"),
+        ([1, "maybe", 0, 2], r"2 of 4 examples \(b \(maybe\), d \(2\)\) have an unknown label"),
+        ([1, "like", 0, True], r"several kinds: .*1 or 0 \(a\).*Write all of them in one way"),
+        ([1, 1, 1, 1], "all 4 examples are liked, the first is a.*use objective: sft"),
+        ([False] * 4, "all 4 examples are disliked"),
+        ([0.5, 0, 1, 1], r"a \(0.5\)"),
+        ([[1], 0, 1, 1], r"a \(\[1\]\)"),
+    ],
+)
+def test_unusable_labels_are_refused_by_name(labels, message):
+    with pytest.raises(DataError, match=message) as refused:
+        liked("data", list(zip("abcd", labels, strict=True)))
+    assert refused.value.exit_code == 3 and str(refused.value).startswith("data: ")
+
+
+def test_kinds_are_named_with_an_example_each():
+    with pytest.raises(DataError) as refused:
+        liked("data", [("a", 1), ("b", "dislike"), ("c", "like"), ("d", 0)])
+    assert "1 or 0 (a)" in str(refused.value) and "like or dislike (b)" in str(refused.value)
+
+
+def test_sources_without_labels_are_refused(tmp_path):
+    with pytest.raises(DataError, match="shapes:4: no labels are read from this kind of data"):
+        with_labels(open_source("shapes:4"))
+    pictures(tmp_path)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("a fox")
+    with pytest.raises(DataError, match="no example has a label"):
+        with_labels(open_source(str(tmp_path)))
