@@ -215,8 +215,8 @@ def _run(arguments: argparse.Namespace) -> int:
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}; "
-            "to use less, set --memory low, a smaller train.micro_batch, sampler.batch or data.resolution, or model.train "
-            "lora"
+            "to use less, set --memory low, a smaller train.micro_batch, sampler.batch or data.resolution, or "
+            "model.train lora"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -53,7 +53,7 @@ def _print_help(file: str, config: Config) -> None:
 
 
 def _flags(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Splits a command line into pairs (key, words of its value); of `--beta_dpo=10` it makes ("train.beta", ["10"])."""
+    """Splits a command line into pairs (key, words of its value); `--beta_dpo=10` is ("train.beta", ["10"])."""
     flags: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--"):

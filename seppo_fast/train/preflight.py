@@ -16,6 +16,7 @@ from seppo_fast.models.registry import refuse_other_kind, validate_model
 from seppo_fast.runs.folder import refuse_occupied
 from seppo_fast.runs.trackers import require_trackers
 from seppo_fast.utils.errors import ConfigError, DataError
+from seppo_fast.utils.files import blocking_file
 
 
 def preflight(config: Config, device: torch.device, processes: int) -> Source:
@@ -32,6 +33,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     validate_model(config)
     _check_names(config)
     refuse_occupied(Path(config.output))
+    _check_cache(config.data.cache)
     samples = config.train.pairs_per_update // config.reference.uses
     if samples < processes:
         raise ConfigError(
@@ -86,6 +88,17 @@ def _check_names(config: Config) -> None:
                 else f"this locale's encoding is {encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
             )
             raise ConfigError(f"{key} = {place!r} is not UTF-8, which file names must be; {instead}") from None
+
+
+def _check_cache(place: str) -> None:
+    """Raises a ConfigError if the folder for caches cannot be created because of a file."""
+    try:
+        blocking = blocking_file(Path(place))
+    except OSError:
+        return  # opening the cache reports it
+    if blocking:
+        where = "" if blocking == Path(place) else f": {blocking}"
+        raise ConfigError(f"data.cache = {place!r}{where} is a file; choose another folder")
 
 
 def _check_triton(key: str, without: str, device: torch.device) -> None:

@@ -155,7 +155,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run, capsys):
         (tmp_path / name).mkdir()
         for file, text in content.items():
             (tmp_path / name / file).write_text(text)
-    for name in ("absent", "empty", "other"):
+    assert main(["report", str(tmp_path / "absent"), "--watch"]) == 2
+    assert "absent: does not exist; name the folder of a run" in capsys.readouterr().err
+    for name in ("empty", "other"):
         assert main(["report", str(tmp_path / name), "--watch"]) == 2
         said = capsys.readouterr()
         assert said.out == "" and f"{name}: not the folder of a run: log.jsonl cannot be read" in said.err
@@ -169,7 +171,7 @@ def test_a_folder_that_goes_away_ends_it(run):
             file.unlink()
         run.rmdir()
 
-    with pytest.raises(ConfigError, match="not the folder of a run"):
+    with pytest.raises(ConfigError, match="run: does not exist; name the folder of a run"):
         Watched(run, gone)
 
 
