@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(commands)
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge the result, in minutes on a CPU")
     demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes instead of pictures")
-    demo.add_argument("--output", type=Path, help="the run's folder; default: runs/demo, or the next free runs/demo-N")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        help="the run's folder; default: runs/demo (with --clips: runs/demo-video), where an unfinished demo is "
+        "resumed; if that is finished, the next one with a number",
+    )
     _add_human(commands.add_parser("human", help="compare two models by people: write a page, tally the answers"))
     return parser
 
@@ -252,12 +257,11 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _demo(clips: bool, output: Path | None) -> int:
-    from seppo_fast.commands.demo import RECIPES, demo
+    from seppo_fast.commands.demo import RECIPES, demo, demo_folder
     from seppo_fast.config.load import read_config
-    from seppo_fast.utils.files import free_name
 
     config = read_config(RECIPES[clips])
-    demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
+    demo(config.model_copy(update={"output": str(output or demo_folder(Path(config.output)))}))
     return 0
 
 

@@ -21,8 +21,9 @@ from seppo_fast.utils.logging import say
 
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
+CURVE = "curve.json"  # the judge's scores during a demo
 # What a run may have written before its first state.
-_BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
+_BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html", CURVE} | FOLDERS
 
 
 def is_begun(folder: Path) -> bool:
