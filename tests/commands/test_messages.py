@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from seppo_fast.cli import main
 from seppo_fast.config.load import to_yaml
@@ -74,3 +75,33 @@ def test_out_of_memory_while_encoding_names_the_resolution(ends, file, monkeypat
     said = ends(4, "train", file)
     assert said.startswith("seppo-fast: out of memory while encoding data.source at data.resolution = 16: ")
     assert "allocate" in said and "; set a smaller data.resolution" in said and "micro_batch" not in said
+
+
+def test_check_ends_with_the_bad_files_and_counts_that_agree(file, tmp_path, capsys):
+    """One example has no caption, one is no picture, one of the four others is small; estimates stand before that."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (7 if index == 5 else 40, 40)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a picture that has the number {index}")
+    (folder / "0.txt").unlink()
+    (folder / "1.png").write_bytes(b"no picture")
+    assert main(["check", str(file), "--data.source", str(folder)]) == 3
+    *above, small, cropped, caption, unread, counts, refused = capsys.readouterr().out.splitlines()
+    assert small.startswith("1 of 4 images is enlarged more than twofold") and cropped.startswith("1 of 4 images loses")
+    assert caption.startswith("bad: 0.png: no caption") and unread.startswith("bad: 1.png: not an image")
+    assert counts == "data: 6 examples, 2 bad, 4 usable"
+    assert refused == "a run refuses more than 1 % of bad examples: fix or remove them"
+    assert above[-1].startswith("eta: about ") and above[-1].endswith("extrapolated from a few timed forwards")
+    assert any(line.startswith("4 of 4 prompts have more tokens") for line in above)
+
+
+def test_check_reads_the_data_even_if_the_model_cannot_be_loaded(file, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(b"no picture")
+    (folder / "0.txt").write_text("a caption")
+    assert main(["check", str(file), "--data.source", str(folder), "--model.path", "nobody/no-such-model"]) == 2
+    said = capsys.readouterr()
+    assert "bad: 0.png: not an image" in said.out and "data: 1 examples, 1 bad, 0 usable" in said.out
+    assert said.err.startswith("seppo-fast: model.path = 'nobody/no-such-model' could not be loaded")
