@@ -92,7 +92,8 @@ def test_the_page_follows_the_log_to_the_end_of_the_run(run):
     assert watched.updates == [1, 2, None, None, 4, 4]
     assert watched.file == run / "report.html"
     assert watched.told == [
-        f"report: {watched.file}, rewritten every 10 seconds while the log grows; press Ctrl-C to stop",
+        f"report: {watched.file}, rewritten every 10 seconds while the log grows, without further lines; ends with the "
+        "run, or press Ctrl-C",
         f"the run is finished; its final report: {watched.file}",
     ]
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "log.jsonl", "report.html", "weights"]
