@@ -18,14 +18,17 @@ setup: $(VENV)/installed
 # torch is installed first and alone: with the project's own range, pip would choose the newest build, with gigabytes of
 # CUDA.
 $(VENV)/torch.txt:
+	@echo "Setting up $(VENV): first torch, then seppo_fast with what it needs. This takes minutes and prints little."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	@$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $@
 
 # The constraint names the installed build of torch, so that a dependency that needs another one is an error.
 $(VENV)/installed: $(VENV)/torch.txt setup.py seppo_fast/__init__.py
+	@echo "Installing seppo_fast and what it needs into $(VENV) ..."
 	$(PIP) --constraint $(VENV)/torch.txt --editable '.[test,dev]'
 	@touch $@
+	@echo "Installed. For the command seppo-fast in this shell: source $(VENV)/bin/activate"
 
 demo: setup
 	$(VENV)/bin/seppo-fast demo

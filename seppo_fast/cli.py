@@ -7,11 +7,21 @@ import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seppo_fast import __version__
-from seppo_fast.utils.errors import EXIT_INTERRUPTED, CheckpointError, LostProcessError, OutOfMemoryError, SeppoError
+from seppo_fast.utils.errors import (
+    EXIT_INTERRUPTED,
+    CheckpointError,
+    ConfigError,
+    LostProcessError,
+    OutOfMemoryError,
+    SeppoError,
+)
 from seppo_fast.utils.logging import tolerant_output
+
+if TYPE_CHECKING:
+    from seppo_fast.config.schema import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,9 +55,21 @@ def _parser() -> argparse.ArgumentParser:
         "train": "train a model, or resume an unfinished run",
         "check": "check configuration, data and model, and estimate memory, disk and time, without training",
     }.items():
-        command = commands.add_parser(name, help=purpose, description=purpose, add_help=False)
-        command.add_argument("config", help="a YAML file, or a recipe that ships with the package, such as sd15.yaml")
-        command.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key VALUE, instead of the file's")
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=purpose,
+            usage=f"seppo-fast {name} CONFIG.yaml [--section.key VALUE ...]",
+            add_help=False,
+            prefix_chars="\0",  # no word is an option of this parser; `configure` reads the flags
+        )
+        command.add_argument(
+            "config", nargs="?", help="a YAML file, or a recipe that ships with the package, such as sd15.yaml"
+        )
+        command.add_argument(
+            "overrides", nargs="*", help="--section.key VALUE, instead of the file's; --help lists every key"
+        )
+        command.set_defaults(explain=command.print_help)
     purpose = "write one HTML page about a run, finished or not"
     report = commands.add_parser("report", help=purpose, description=purpose)
     report.add_argument("run", type=Path, help="the run's folder")
@@ -75,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(commands)
     demo = commands.add_parser("demo", help="align the embedded pipeline and judge the result, in minutes on a CPU")
     demo.add_argument("--clips", action="store_true", help="AnimateDiff on moving shapes instead of pictures")
-    demo.add_argument("--output", type=Path, help="the run's folder; default: runs/demo, or the next free runs/demo-N")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        help="the run's folder; default: runs/demo (with --clips: runs/demo-video), where an unfinished demo is "
+        "resumed; if that is finished, the next one with a number",
+    )
     _add_human(commands.add_parser("human", help="compare two models by people: write a page, tally the answers"))
     return parser
 
@@ -134,7 +161,6 @@ def _names(text: str) -> list[str]:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Deferred: these imports take seconds and would delay usage errors.
-    from seppo_fast.config.overrides import configure
     from seppo_fast.utils.logging import quiet_libraries
 
     try:
@@ -162,10 +188,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command == "human":
             _human(arguments)
             return 0
-        config = None if arguments.command == "demo" else configure(arguments.config, arguments.overrides)
-        quiet_libraries()
-        if config is None:
+        if arguments.command == "demo":
+            quiet_libraries()
             return _demo(arguments.clips, arguments.output)
+        if arguments.config in ("-h", "--help"):
+            arguments.explain()
+            return 0
+        config = _configured(arguments)
+        quiet_libraries()
         from seppo_fast.models.registry import validate_model
 
         validate_model(config)
@@ -190,12 +220,26 @@ def _run(arguments: argparse.Namespace) -> int:
             raise
         raise OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}; "
-            "to use less, set --memory low, a smaller train.micro_batch or sampler.batch, or model.train lora"
+            "to use less, set --memory low, a smaller train.micro_batch, sampler.batch or data.resolution, or "
+            "model.train lora"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"no space left for {error.filename or 'the run'}; make room and rerun") from error
         raise
+
+
+def _configured(arguments: argparse.Namespace) -> Config:
+    from seppo_fast.config.load import shipped
+    from seppo_fast.config.overrides import configure
+
+    file = arguments.config
+    if file is None or file.startswith("--"):
+        raise ConfigError(
+            f"{arguments.command}: the first word must be a YAML file or a recipe, as in: seppo-fast "
+            f"{arguments.command} sd15-lora.yaml --data.source my_pictures; {shipped()}"
+        )
+    return configure(file, arguments.overrides)
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -213,12 +257,11 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _demo(clips: bool, output: Path | None) -> int:
-    from seppo_fast.commands.demo import RECIPES, demo
+    from seppo_fast.commands.demo import RECIPES, demo, demo_folder
     from seppo_fast.config.load import read_config
-    from seppo_fast.utils.files import free_name
 
     config = read_config(RECIPES[clips])
-    demo(config.model_copy(update={"output": str(output or free_name(Path(config.output)))}))
+    demo(config.model_copy(update={"output": str(output or demo_folder(Path(config.output)))}))
     return 0
 
 

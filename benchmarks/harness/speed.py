@@ -59,8 +59,8 @@ def _suite_table(suite: str, rows: Rows) -> str:
         return ""
     cells = [_cells(row) for row in chosen]
     kept = [column for column in range(len(_HEADINGS)) if any(line[column] for line in cells)]
-    limits = ", ".join(dict.fromkeys(row["limit"] for row in chosen if row["limit"]))
-    named = {_LIMIT: f"of {limits}", _SHARE: _SHARES.get(suite, "")}
+    limits = ", ".join(dict.fromkeys(f"{row['limit']}'s" for row in chosen if row["limit"]))
+    named = {_LIMIT: f"of {limits} speed", _SHARE: _SHARES.get(suite, "")}
     headings = [named.get(name, name) for name in _HEADINGS]
     lines = [_markdown([suite, "", *[headings[column] for column in kept]]), "|---" * (2 + len(kept)) + "|"]
     before = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,13 +12,15 @@ from seppo_fast.capacity.plan import Need, need_of, room_on, size
 from seppo_fast.capacity.presets import apply_preset, checkpoints
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
+from seppo_fast.data.cache.build import too_many
 from seppo_fast.data.cache.opening import truncation
+from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
 from seppo_fast.distributed.processes import processes
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
-from seppo_fast.models.registry import load_family
+from seppo_fast.models.registry import family_of, load_family
 from seppo_fast.models.trainable import DTYPES, make_trainable, trainable
 from seppo_fast.references.layout import PackedLayout
 from seppo_fast.train.preflight import preflight
@@ -27,7 +29,9 @@ from seppo_fast.utils.progress import duration
 
 
 def check(config: Config) -> int:
-    """Prints the resolved configuration, the result of the data scan, and an estimate of memory, disk and time.
+    """Prints the resolved configuration, an estimate of memory, disk and time, and last what is wrong with the data.
+
+    The data are read first, so that their mistakes are also printed if the model cannot be loaded.
 
     Returns:
         0 if a run could start; the exit code of `DataError` if any file is bad, even if a run would only drop it.
@@ -38,45 +42,75 @@ def check(config: Config) -> int:
     device = processes().device
     config = apply_preset(config, device)
     print(to_yaml(config))
-    objective = config.row
-    print(f"objective: {objective.source}")
+    print(f"objective: {config.row.source}")
     source = preflight(config, device, processes=1)
+    frames = config.data.frames if family_of(config.model).makes_clips else None
+    print("reading the data ...", flush=True)
+    remarks = Remarks(config.data.resolution)
+    problems = scan(source, losers=config.row.needs_pairs, frames=frames, remarks=remarks)
+    try:
+        for line in _estimate(config, source, problems, device):
+            print(line, flush=True)
+    finally:
+        for line in _findings(config, source, problems, remarks, frames):
+            print(line, flush=True)
+    return DataError.exit_code if problems else 0
+
+
+def _usable(source: Source, problems: Sequence[Problem]) -> list[Example]:
+    """Returns the examples without a problem."""
+    bad = {problem.id for problem in problems}
+    return [example for example in source if example.id not in bad]
+
+
+def _findings(
+    config: Config, source: Source, problems: Sequence[Problem], remarks: Remarks, frames: int | None
+) -> Iterator[str]:
+    """Yields the lines about the data: notes, remarks on the usable examples, each bad example, and the counts."""
+    usable = _usable(source, problems)
+    pictures = len(usable) * (1 + (config.row.needs_pairs and source.has_losers))
+    yield from source.notes
+    found = remarks.of([example.id for example in usable])
+    yield from remark_lines(found, pictures, config.data.resolution, frames)
+    for problem in problems:
+        yield f"bad: {problem}"
+    ties = f", {source.ties} ties dropped" if source.ties else ""
+    total = len(source) + len(source.problems)
+    rest = f", {len(usable)} usable" if problems else ""
+    yield f"data: {total} examples, {len(problems)} bad{rest}{ties}"
+    if problems:
+        refused = too_many(problems, total)
+        yield "a run refuses more than 1 % of bad examples: fix or remove them" if refused else "a run leaves them out"
+
+
+def _estimate(config: Config, source: Source, problems: Sequence[Problem], device: torch.device) -> Iterator[str]:
+    """Yields the lines about the model, and estimates of memory, disk and time.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or does not support a setting.
+    """
     family = load_family(config, device)
     shape = family.latent_shape(config.data.resolution)
     family.sampler(config.sampler, shape)
-    remarks = Remarks(config.data.resolution)
-    problems = scan(source, losers=objective.needs_pairs, frames=family.frames, remarks=remarks)
-    for problem in problems:
-        print(f"bad: {problem}")
-    for note in source.notes:
-        print(note)
-    pictures = len(source) * (1 + (objective.needs_pairs and source.has_losers))
-    found = remarks.of([example.id for example in source])
-    for line in remark_lines(found, pictures, config.data.resolution, family.frames):
-        print(line)
-    prompts = {example.prompt for example in source}
-    for line in truncation(family.too_long(sorted(prompts)), len(prompts)):
-        print(line)
-    ties = f", {source.ties} ties dropped" if source.ties else ""
-    print(f"data: {len(source) + len(source.problems)} examples, {len(problems)} bad{ties}")
+    usable = _usable(source, problems)
+    prompts = {example.prompt for example in usable}
+    yield from truncation(family.too_long(sorted(prompts)), len(prompts))
     room = room_on(device)
     need = need_of(config, family, device, room)
-    print(f"device memory ({size(room)} available on {device.type}):")
-    print("\n".join(need.table()))
-    for line in _places(config, family, need, device):
-        print(line)
+    yield f"device memory ({size(room)} available on {device.type}):"
+    yield from need.table()
+    yield from _places(config, family, need, device)
     text = len(prompts) * sum(tensor.numel() for tensor in family.example_row().values())
-    latents = len(source) * torch.Size(shape).numel() * (2 if objective.needs_pairs else 1)
-    print(f"disk: {size((latents + text) * 4)} for the cache, or half of that if a GPU fills it in half precision")
+    latents = len(usable) * torch.Size(shape).numel() * (2 if config.row.needs_pairs else 1)
+    yield f"disk: {size((latents + text) * 4)} for the cache, or half of that if a GPU fills it in half precision"
     states = need.trained + need.moments + need.average
-    print(f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, plus the past policies once")
+    yield f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, plus the past policies once"
     denoiser = Denoiser(family, DTYPES[config.model.precision])
     seconds = seconds_of_run(config, need, family, denoiser)
-    print(
+    yield (
         f"eta: about {duration(seconds)} for {config.train.updates} updates on one {device.type} like this one, "
-        "estimated from timed forwards"
+        "extrapolated from a few timed forwards"
     )
-    return DataError.exit_code if problems else 0
 
 
 def _places(config: Config, family: Family, need: Need, device: torch.device) -> Iterator[str]:

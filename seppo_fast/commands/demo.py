@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -20,9 +21,13 @@ from seppo_fast.evaluation.grids import animate, side_by_side
 from seppo_fast.evaluation.judged import DEVELOPMENT, REPORT, judged_model, judged_pictures, prompt_sets
 from seppo_fast.evaluation.scores import Scores
 from seppo_fast.evaluation.statistics import PairedDifference, cluster, given, paired_difference
+from seppo_fast.runs.folder import CURVE, is_begun
 from seppo_fast.runs.journal import read_journal
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
+from seppo_fast.utils.errors import CheckpointError
+from seppo_fast.utils.files import read_json, write_atomically
+from seppo_fast.utils.logging import warn
 from seppo_fast.utils.random import keyed_rng
 
 if TYPE_CHECKING:
@@ -39,29 +44,63 @@ SFT_ALONE: dict[str, tuple[str, ...]] = {
         "+0.118 at guidance 1.5 (mean of 3 seeds)",
     ),
 }
-PROMPTS = "prompts.json"  # the held-out prompts, in the run's folder
+# Files in the run's folder: the held-out prompts, and what the demo measured, which it writes last.
+PROMPTS, RESULT = "prompts.json", "result.json"
 GRID_CHANGED, GRID_RANDOM = 3, 3  # rows of the picture; see `shown_rows`
 
 
 class ScoreCurve:
     """An observer of `train` that records the judge's scores on development prompts during training.
 
+    It also keeps them in a file, from which a resumed demo continues.
+
+    Args:
+        prompts: the development prompts.
+        folder: the run's folder.
+
     Attributes:
         points: pairs (updates, mean score).
     """
 
-    def __init__(self, prompts: list[str]) -> None:
-        self.points: list[tuple[int, float]] = []
+    def __init__(self, prompts: list[str], folder: Path) -> None:
         self._prompts = prompts
+        self._file = folder / CURVE
+        self._started = time.perf_counter()
+        self.points, self._before = _read_curve(self._file)
 
     def __call__(self, trainer: Trainer, updates: int) -> None:
-        if updates % CURVE_EVERY == 0 or updates == trainer.config.train.updates:
+        # Updates after the saved state are made again, and judged again.
+        self.points = [point for point in self.points if point[0] <= updates]
+        due = updates % CURVE_EVERY == 0 or updates == trainer.config.train.updates
+        if due and updates not in dict(self.points):
             _, scores = judged_pictures(
                 trainer.family, trainer.denoiser, trainer.policy, trainer.sampler, self._prompts, DEVELOPMENT
             )
             scored = given(scores)
             self.points.append((updates, float(scored.mean())))
             print(f"judge after {updates} updates: {scored.mean():.3f} ({len(scored)} development prompts)", flush=True)
+        if updates:  # a run that ends without an update leaves nothing
+            self._write()
+
+    def seconds(self) -> float:
+        """Returns the duration of this session and of those before it, up to their last update."""
+        return self._before + time.perf_counter() - self._started
+
+    def _write(self) -> None:
+        content = json.dumps({"seconds": self.seconds(), "points": self.points})
+        try:
+            write_atomically(self._file, content.encode(), CheckpointError)
+        except CheckpointError as problem:
+            warn(f"training continues; a resumed demo would lack these scores of the judge: {problem}")
+
+
+def _read_curve(file: Path) -> tuple[list[tuple[int, float]], float]:
+    """Returns the points and the seconds of earlier sessions; empty and 0 if the file is missing or damaged."""
+    try:
+        saved = read_json(file)
+        return [(int(updates), float(score)) for updates, score in saved["points"]], float(saved["seconds"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return [], 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +133,7 @@ def compare(config: Config, prompts: list[str], weights: Path, guidance: float) 
     """Judges the base and a run's weights on report prompts at one guidance scale."""
     pictures, scores = {}, {}
     for name, trained in {"base": None, "aligned": weights}.items():
+        print(f"judging {name} at guidance {guidance:g} on {len(prompts)} held-out prompts ...", flush=True)
         pictures[name], scores[name] = judged_model(config, prompts, REPORT, trained, guidance=guidance)
     paired = paired_difference(*(cluster(prompts, scores[name]) for name in ("base", "aligned")))
     return Comparison(guidance, pictures, scores, paired)
@@ -105,15 +145,13 @@ def demo(config: Config) -> None:
     The run's folder gets `demo.png` (with clips also `demo.webp`), `scores.json`, `result.json`, and `prompts.json`,
     with which `seppo-fast score` repeats the comparison.
     """
-    started = time.perf_counter()
     development, prompts = prompt_sets(open_source(config.data.source))
     prompts = judged_prompts(prompts)
     clips = bool(config.model.motion_adapter)
-    curve = ScoreCurve(development[: CURVE_CLIPS if clips else CURVE_PROMPTS])
-    weights = train(config, curve)
     folder = Path(config.output)
+    curve = ScoreCurve(development[: CURVE_CLIPS if clips else CURVE_PROMPTS], folder)
+    weights = train(config, curve)
     (folder / PROMPTS).write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
-    print(f"judging base and aligned on {len(prompts)} held-out prompts ...", flush=True)
     scales = config.evaluation.guidance or (config.sampler.guidance,)
     comparisons = [compare(config, prompts, weights, scale) for scale in scales]
     first = comparisons[0]
@@ -127,19 +165,36 @@ def demo(config: Config) -> None:
         paired=first.paired,
     )
     measured.write(folder)
-    seconds = time.perf_counter() - started
+    seconds = curve.seconds()
     result = {
         "comparisons": [comparison.numbers() for comparison in comparisons],
         "seconds": seconds,
         "torch": version("torch"),
         "cores": os.cpu_count(),
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"picture: {folder / 'demo.png'}")
     for line in lines(comparisons, seconds):
         print(line)
     for line in sft_lines(config):
         print(line)
+
+
+def demo_folder(usual: Path) -> Path:
+    """Returns the folder for a demo: that of an unfinished demo, which is then resumed, or one that does not exist.
+
+    Prints a line if it is not simply the usual folder, which does not exist yet.
+    """
+    numbered = (usual.with_name(f"{usual.name}-{number}") for number in itertools.count(2))
+    for folder in itertools.chain([usual], numbered):
+        if not folder.exists():
+            if folder != usual:
+                print(f"{usual} is kept; this demo is written to {folder}", flush=True)
+            return folder
+        if is_begun(folder) and not (folder / RESULT).exists():
+            print(f"resuming the unfinished demo in {folder}; --output FOLDER starts another", flush=True)
+            return folder
+    raise AssertionError("the numbers do not end")
 
 
 def judged_prompts(report: list[str]) -> list[str]:

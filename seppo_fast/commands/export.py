@@ -22,6 +22,7 @@ from seppo_fast.models.family import Family
 from seppo_fast.models.registry import family_of
 from seppo_fast.models.trainable import lora_weights
 from seppo_fast.runs.checkpoint import SavedState, newest_state
+from seppo_fast.runs.folder import lacking
 from seppo_fast.runs.resume import saved_config
 from seppo_fast.runs.saver import on_cpu
 from seppo_fast.runs.weights import load_trained
@@ -33,6 +34,7 @@ from seppo_fast.utils.progress import progress
 Format = Literal["diffusers", "lora", "comfyui"]
 COMFYUI_FILE = "lora-comfyui.safetensors"
 _MOVED = "If the base was moved, give its new place: --model PATH, --motion-adapter PATH"
+_NOT_YET = "the run has no saved state yet; it saves one every save.minutes, and when it is interrupted or finished"
 _STAGES = 5  # load the base, compare it with the run's, load the weights, write them, flush them to disk
 
 
@@ -69,7 +71,7 @@ def export(
     """
     saved = newest_state(run)
     if saved is None:
-        raise ConfigError(f"{run}: not the folder of a run with a saved state")
+        raise ConfigError(lacking(run, " with a saved state", _NOT_YET))
     if not applied_updates(saved.numbers):
         raise ConfigError(f"{run}: all of its {saved.update} updates were skipped, so there is nothing to export")
     config = saved_config(saved)
@@ -81,9 +83,12 @@ def export(
     family = family_of(config.model)
     if form == "comfyui" and not family.has_comfyui_names:
         raise ConfigError(f"{run}: ComfyUI has no key names for a LoRA of {family.__name__}; use --format lora")
-    folder = output or free_name(run / f"export-{form}")
+    usual = run / f"export-{form}"
+    folder = output or free_name(usual)
     if folder.exists():
         raise ConfigError(f"--output {folder}: already exists; choose another folder")
+    if output is None and folder != usual:
+        report(f"{usual} exists and is kept; this export is written to {folder}")
     scores = read_scores(run)
     with progress(_STAGES, "exported", "stages") as advance:
         trained, average = load_trained(config, saved, torch.device("cpu"), raw=raw, instead=_MOVED, loaded=advance)

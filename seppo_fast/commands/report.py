@@ -28,11 +28,13 @@ from seppo_fast.config.plain_yaml import MOST_BYTES, parse_yaml
 from seppo_fast.data.media.images import ImageError, decode_image, file_ref, open_file, open_image
 from seppo_fast.evaluation.grids import CAPTION_WIDTH
 from seppo_fast.evaluation.scores import read_scores
+from seppo_fast.runs.folder import lacking
 from seppo_fast.runs.journal import LOG, SKIPPED, read_journal
 from seppo_fast.runs.watch import intervals
 from seppo_fast.utils.errors import ConfigError
 
 NAME = "report.html"
+_NOT_YET = "the run has not finished its first update; rerun this later, or add --watch, which waits for it"
 _BEGINS = b"<!doctype html>"
 _PICTURES = 6  # at most so many sample pictures are shown, beside the base's
 _WIDEST = 1600  # a picture's largest width in the page, in pixels
@@ -148,7 +150,11 @@ def _log(run: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{run / LOG}: has {found.st_size} bytes; a report reads at most {_MOST_LOG_BYTES}")
         log = read_journal(run)
     except OSError as problem:
-        raise ConfigError(f"{run}: not the folder of a run: {LOG} cannot be read ({problem.strerror})") from problem
+        unread = f": {LOG} cannot be read ({problem.strerror})"
+        absent = isinstance(problem, FileNotFoundError | NotADirectoryError)
+        raise ConfigError(
+            lacking(run, unread, _NOT_YET) if absent else f"{run}: not the folder of a run{unread}"
+        ) from problem
     return list(itertools.takewhile(lambda entry: 0 <= entry["update"] <= _MOST_UPDATES, log))
 
 

@@ -43,7 +43,10 @@ def watch(
         KeyboardInterrupt: Ctrl-C was pressed.
     """
     file = output or run / NAME
-    begins = f"report: {file}, rewritten every {SECONDS:g} seconds while the log grows; press Ctrl-C to stop"
+    begins = (
+        f"report: {file}, rewritten every {SECONDS:g} seconds while the log grows, without further lines; ends with the "
+        "run, or press Ctrl-C"
+    )
     waits = f"{run / LOG} does not exist yet; waiting for the run's first update"
     shown: tuple[int, int, int] | None = None
     told: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from seppo_fast.config.contradictions import refuse_contradictions
 from seppo_fast.config.plain_yaml import read_yaml
-from seppo_fast.config.schema import Config, _Section, did_you_mean, keys
+from seppo_fast.config.schema import Config, _Section, closest, did_you_mean, keys
 from seppo_fast.utils.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -27,13 +28,29 @@ def read_config(path: str | Path) -> Config:
     if not file.exists() and str(path) == file.name:
         file = RECIPES / file.name
     if not file.exists():
-        recipes = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"config {str(path)!r} does not exist; recipes that ship with seppo_fast: {recipes}")
+        similar = closest(file.stem, [Path(name).stem for name in recipe_names()])
+        advice = f", did you mean the recipe '{similar}.yaml'?" if similar else f"; {shipped()}"
+        raise ConfigError(f"config {str(path)!r} does not exist{advice}")
+    if file.is_dir():
+        raise ConfigError(
+            f"config {str(path)!r} is a folder, not a YAML file; to train on its pictures, name a recipe first and the "
+            f"folder as the data: sd15-lora.yaml --data.source {shlex.quote(str(path))}"
+        )
     try:
         tree = read_yaml(file)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     return parse_config(tree or {}, str(path))
+
+
+def shipped() -> str:
+    """Returns the part of a message that lists the recipes."""
+    return f"recipes that ship with seppo_fast: {', '.join(recipe_names())}"
+
+
+def recipe_names() -> list[str]:
+    """Returns the file names of the recipes that ship with the package."""
+    return sorted(recipe.name for recipe in RECIPES.glob("*.yaml"))
 
 
 def parse_config(tree: Any, origin: str = "config") -> Config:

@@ -7,6 +7,7 @@ of `seppo-fast train CONFIG --help`; the commented recipes in `seppo_fast/config
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -388,9 +389,28 @@ def keys() -> dict[str, str]:
     return spellings | {key: key for key in full} | ALIASES
 
 
-def did_you_mean(word: str, known: Any) -> str:
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Returns the known word that is most similar to an unknown one; None if none is similar.
+
+    Args:
+        word: the unknown word. If it has the form `section.key`, a known word may also be similar to its key alone, or
+            have its initials (`train.learning_rate` for `train.lr`).
+        known: the known words.
+    """
+    names, (section, dot, key) = list(known), word.rpartition(".")
+    short = [name for name in names if dot and name.startswith(section) and _initials(name[len(section) + 1 :]) == key]
+    if key in names or short:
+        return key if key in names else short[0]
+    likes = [name for name in names if "." in name] if dot else names
+    close = difflib.get_close_matches(word, likes, n=1) or difflib.get_close_matches(key, names, n=1)
+    return close[0] if close else None
+
+
+def _initials(key: str) -> str:
+    return "".join(part[:1] for part in key.split("_"))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown word: the most similar known one, or all known ones."""
-    close = difflib.get_close_matches(word, list(known), n=1) or difflib.get_close_matches(
-        word.rpartition(".")[2], list(known), n=1
-    )
-    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    close = closest(word, known)
+    return f", did you mean {close!r}?" if close else f"; known: {', '.join(sorted(known))}"

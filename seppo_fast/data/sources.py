@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 import shlex
@@ -63,7 +64,7 @@ def open_source(spec: str, split: str = "train") -> Source:
     if spec.startswith("shapes-made:"):
         return _open_made(spec)
     if not spec:  # Path("") would mean the working folder
-        raise DataError(f"the name of the data set is empty.\n{CHOICES}")
+        raise DataError(f"{CHOICES}\nThe name of the data set is empty; name one of these.")
     path = home_expanded(spec, DataError)
     if path.is_dir():
         return _open_folder(spec, path, split)
@@ -76,12 +77,18 @@ def open_source(spec: str, split: str = "train") -> Source:
             return open_listing(spec, path)
         if path.suffix.lower() == ".csv":
             return open_clip_csv(spec, path, walk_files(path.parent))
-        raise DataError(f"{spec}: this kind of file cannot be read as data.\n{CHOICES}")
+        raise DataError(f"{CHOICES}\n{spec}: this kind of file cannot be read as data; name one of the above.")
     if shards := expand_braces(spec):
         return open_shards(spec, shards)
     if _HUB_ID.fullmatch(spec):
-        return open_hub(spec, split)
-    raise DataError(f"{spec}: no such file or folder.\n{CHOICES}")
+        try:
+            return open_hub(spec, split)
+        except DataError as problem:
+            raise DataError(f"{problem}{_similar(path)}") from problem
+    raise DataError(
+        f"{spec}: no such file or folder. A data set is a path, a hub id such as yuvalkirstain/pickapic_v2, or N "
+        f"examples of an embedded world, such as shapes:2048.{_similar(path)}"
+    )
 
 
 def _open_folder(spec: str, folder: Path, split: str) -> Source:
@@ -107,7 +114,17 @@ def _open_folder(spec: str, folder: Path, split: str) -> Source:
     if any(path.suffix == ".arrow" for path in files):
         raise DataError(f"{spec}: Arrow files, as the datasets library saves them, are not read. {_to_parquet(folder)}")
     left_out = next((f" {note}." for clips in (False, True) for note in other_kinds(folder, files, clips)), "")
-    raise DataError(f"{spec}: no images, clips, parquet or tar files in this folder.{left_out}\n{CHOICES}")
+    raise DataError(f"{CHOICES}\n{spec}: no images, clips, parquet or tar files in this folder.{left_out}")
+
+
+def _similar(path: Path) -> str:
+    """Returns a sentence that suggests the most similar name in a missing path's folder; empty if none is similar."""
+    try:
+        names = sorted(place.name for place in path.parent.iterdir())
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
 
 
 def _to_parquet(folder: Path) -> str:

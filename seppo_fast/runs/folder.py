@@ -16,13 +16,14 @@ from seppo_fast.runs.checkpoint import SavedState, newest_state, saved_states
 from seppo_fast.runs.journal import LOG, SKIPPED
 from seppo_fast.runs.trackers import FOLDERS
 from seppo_fast.utils.errors import CheckpointError, ConfigError, SeppoError
-from seppo_fast.utils.files import NO_LOCKS, disk_message
+from seppo_fast.utils.files import NO_LOCKS, blocking_file, disk_message
 from seppo_fast.utils.logging import say
 
 LOCK = ".lock"
 _MARK = "a run of seppo_fast\n"
+CURVE = "curve.json"  # the judge's scores during a demo
 # What a run may have written before its first state.
-_BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html"} | FOLDERS
+_BEGUN = {"config.yaml", LOG, SKIPPED, "samples", "state", "report.html", CURVE} | FOLDERS
 
 
 def is_begun(folder: Path) -> bool:
@@ -35,6 +36,21 @@ def is_begun(folder: Path) -> bool:
         return False
 
 
+def lacking(folder: Path, what: str, not_yet: str) -> str:
+    """Returns a message that a path is not the folder of a run that has what a command needs.
+
+    Args:
+        folder: the path.
+        what: continues "not the folder of a run", such as " with a saved state".
+        not_yet: a sentence for a run that has begun but does not have it yet, with what to do.
+    """
+    if not os.path.exists(folder):
+        return f"{folder}: does not exist; name the folder of a run, such as runs/demo"
+    if not os.path.isdir(folder):
+        return f"{folder}: is a file; name the folder of a run, such as runs/demo"
+    return f"{folder}: {not_yet}" if is_begun(folder) else f"{folder}: not the folder of a run{what}"
+
+
 def refuse_occupied(folder: Path) -> None:
     """Checks that a folder is missing, empty or a run's.
 
@@ -43,14 +59,15 @@ def refuse_occupied(folder: Path) -> None:
         CheckpointError: it is not writable, or its contents cannot be listed.
     """
     try:
-        if folder.exists() and not (folder.is_dir() and (_ours(folder) or not _names(folder))):
+        if blocking := blocking_file(folder):
+            where = "" if blocking == folder else f": {blocking}"
+            raise ConfigError(f"output = {str(folder)!r}{where} is a file; choose another folder")
+        if folder.exists() and not (_ours(folder) or not _names(folder)):
             raise ConfigError(
                 f"output = {str(folder)!r} is not empty and holds no run that can be resumed; choose another folder or "
                 "remove it"
             )
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not existing.is_dir():
-            raise ConfigError(f"output = {str(folder)!r}: {existing} is a file; choose another folder")
         for place in (existing, folder / "state"):
             if place.exists() and not os.access(place, os.W_OK):
                 raise CheckpointError(f"output = {str(folder)!r}: {place} is not writable")
@@ -138,7 +155,9 @@ def _locked(folder: Path) -> int:
     except OSError as problem:
         if problem.errno in (errno.EAGAIN, errno.EACCES):
             os.close(handle)
-            raise ConfigError(f"output = {str(folder)!r}: another run is writing to this folder") from None
+            raise ConfigError(
+                f"output = {str(folder)!r}: another run is writing to this folder; choose another one"
+            ) from None
         if problem.errno not in NO_LOCKS:
             os.close(handle)
             raise CheckpointError(f"{folder / LOCK}: cannot be locked: {problem}") from problem

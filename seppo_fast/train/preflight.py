@@ -19,6 +19,7 @@ from seppo_fast.runs.trackers import require_trackers
 from seppo_fast.scorers.functions import own_scorer
 from seppo_fast.scorers.registry import missing_weights
 from seppo_fast.utils.errors import ConfigError, DataError
+from seppo_fast.utils.files import blocking_file
 
 
 def preflight(config: Config, device: torch.device, processes: int) -> Source:
@@ -35,6 +36,7 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     validate_model(config)
     _check_names(config)
     refuse_occupied(Path(config.output))
+    _check_cache(config.data.cache)
     samples = config.train.pairs_per_update // config.reference.uses
     if samples < processes:
         raise ConfigError(
@@ -102,6 +104,17 @@ def _check_judge(config: Config) -> None:
         raise ConfigError(f"reference.judge: {lacking}")
     if ":" in name:
         own_scorer(name)
+
+
+def _check_cache(place: str) -> None:
+    """Raises a ConfigError if the folder for caches cannot be created because of a file."""
+    try:
+        blocking = blocking_file(Path(place))
+    except OSError:
+        return  # opening the cache reports it
+    if blocking:
+        where = "" if blocking == Path(place) else f": {blocking}"
+        raise ConfigError(f"data.cache = {place!r}{where} is a file; choose another folder")
 
 
 def _check_triton(key: str, without: str, device: torch.device) -> None:

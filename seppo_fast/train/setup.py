@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,8 @@ from seppo_fast.runs.resume import refuse_other_content, resumed_config
 from seppo_fast.scorers.registry import load_scorer
 from seppo_fast.scorers.scorer import Scorer
 from seppo_fast.train.preflight import preflight
-from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.errors import ConfigError, OutOfMemoryError
+from seppo_fast.utils.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _shared_cache(
         if saved is not None:
             refuse_other_content(saved, {"data": data})
 
-    with processes.first_alone():
+    with processes.first_alone(), _encoding(config):
         family.latent_shape(config.data.resolution)
         cache = open_or_build(
             source,
@@ -133,6 +136,21 @@ def _shared_cache(
         family.park_encoders()
     processes.barrier(patient=True)  # patient, since each process reads all of the data to compute its digest
     return cache
+
+
+@contextmanager
+def _encoding(config: Config) -> Iterator[None]:
+    """Turns running out of memory inside the block into an error that names the setting that matters there."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = (str(error).splitlines() or ["allocation failed"])[0]
+        raise OutOfMemoryError(
+            f"out of memory while encoding data.source at data.resolution = {config.data.resolution}: {problem}; set a "
+            "smaller data.resolution (Stable Diffusion 1.5 was made for 512)"
+        ) from error
 
 
 def _policy(config: Config, family: Family, processes: Processes) -> tuple[Config, nn.Module]:

@@ -116,6 +116,16 @@ def remove_temporary(folder: Path, names: Collection[str]) -> None:
             left.unlink(missing_ok=True)
 
 
+def blocking_file(folder: Path) -> Path | None:
+    """Returns the file because of which a folder cannot be created: at its own path or a parent's; None without one.
+
+    Raises:
+        OSError: a parent cannot be searched.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return None if existing.is_dir() else existing
+
+
 def free_name(path: Path) -> Path:
     """Returns the first of `path`, `path-2`, `path-3`, ... that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -108,8 +109,9 @@ def tolerant_output() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Makes transformers and diffusers log errors only, and hides libraries' progress bars except for downloads.
 
-    Bars of downloads are shown only on a terminal. Call this before anything imports these libraries, since they read
-    the environment on import. Environment variables that the user has set are kept.
+    Also hides a warning of huggingface_hub about an argument that diffusers, not the user, passes to it. Bars of
+    downloads are shown only on a terminal. Call this before anything imports these libraries, since they read the
+    environment on import. Environment variables that the user has set are kept.
     """
     downloads = on_terminal() and os.environ.get("RANK", "0") == "0"  # set by launchers; `set_rank` is called later
     asked = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
@@ -118,6 +120,7 @@ def quiet_libraries() -> None:
         values |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     for name, value in values.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
     from diffusers.utils import logging  # only now, because it reads the environment on import
 
     logging.disable_progress_bar()

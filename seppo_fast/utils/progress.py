@@ -52,10 +52,15 @@ def progress(total: int, done: str, unit: str, initial: int = 0) -> Iterator[Cal
 
 
 def duration(seconds: float) -> str:
-    """Returns a number of seconds as text: `45 s`, `12 m` or `3.4 h`."""
+    """Returns a number of seconds as text: `45 s`, `12 m`, `3.4 h`, or from two days on `5.2 days`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} m" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} m"
+    days = seconds / 86400
+    if days < 2:
+        return f"{seconds / 3600:.1f} h"
+    return f"{days:.1f} days" if days < 100 else f"{days:.0f} days"
 
 
 class _Lines:

@@ -313,6 +313,6 @@ def test_the_table_of_the_cache():
         for way, mine in ((COPY, {"share_of_step": 1e-3}), (SWITCH, {"share_of_step": 2e-5, "launches": 1.0}))
     ]
     lines = speed.speed_table(rows).splitlines()
-    assert lines[0] == "| cache | | ms | x baseline | GB/s | of copy | of the learning | launches |"
+    assert lines[0] == "| cache | | ms | x baseline | GB/s | of copy's speed | of the learning | launches |"
     assert lines[2] == "| full | plain copy | 31 | 12.00 | 54.3 | 98.0% | 0.10% | |"
     assert lines[3] == "| | switch | 31 | 12.00 | 54.3 | 98.0% | < 0.01% | 1 |"

@@ -432,7 +432,9 @@ def test_the_table_of_the_kernels():
         for mine in [{"provider": "copy", "limit": "copy"}, {"provider": losses.ONE_PASS, **measured}]
     ]
     lines = speed.speed_table(rows).splitlines()
-    assert lines[0] == "| kernels | | ms | in a graph | x baseline | per second | of copy | of a step | launches |"
+    assert (
+        lines[0] == "| kernels | | ms | in a graph | x baseline | per second | of copy's speed | of a step | launches |"
+    )
     assert lines[2] == "| 1 pair | ours, loss_and_grad | 0.05 | 0.0123 | 3.00 | 123,000 | 91.2% | 0.12% | 1 |"
     assert len(lines) == 5
 

@@ -163,12 +163,17 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
     run = Path(config.output)
     for words, code, said in (
         (["export", str(run), "--format", "lora"], 2, "there is no LoRA; use --format diffusers"),
-        (["export", str(tmp_path / "none")], 2, "not the folder of a run with a saved state"),
+        (["export", str(tmp_path / "none")], 2, "none: does not exist; name the folder of a run"),
+        (["export", str(tmp_path)], 2, "not the folder of a run with a saved state"),
         (["export", str(run), "--output", str(tmp_path)], 2, "already exists"),
     ):
         assert main(words) == code
         assert said in capsys.readouterr().err
-    assert main(["export", str(run)]) == 0 and main(["export", str(run)]) == 0
+    assert main(["export", str(run)]) == 0
+    assert "exists" not in capsys.readouterr().out
+    assert main(["export", str(run)]) == 0
+    first, second = run / "export-diffusers", run / "export-diffusers-2"
+    assert capsys.readouterr().out.startswith(f"{first} exists and is kept; this export is written to {second}\n")
     assert (run / "export-diffusers").is_dir() and (run / "export-diffusers-2").is_dir()
     for folder in saved_states(run):
         (folder / "policy.safetensors").write_bytes(b"")

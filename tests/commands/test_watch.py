@@ -92,7 +92,8 @@ def test_the_page_follows_the_log_to_the_end_of_the_run(run):
     assert watched.updates == [1, 2, None, None, 4, 4]
     assert watched.file == run / "report.html"
     assert watched.told == [
-        f"report: {watched.file}, rewritten every 10 seconds while the log grows; press Ctrl-C to stop",
+        f"report: {watched.file}, rewritten every 10 seconds while the log grows, without further lines; ends with the "
+        "run, or press Ctrl-C",
         f"the run is finished; its final report: {watched.file}",
     ]
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "log.jsonl", "report.html", "weights"]
@@ -155,7 +156,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, run, capsys):
         (tmp_path / name).mkdir()
         for file, text in content.items():
             (tmp_path / name / file).write_text(text)
-    for name in ("absent", "empty", "other"):
+    assert main(["report", str(tmp_path / "absent"), "--watch"]) == 2
+    assert "absent: does not exist; name the folder of a run" in capsys.readouterr().err
+    for name in ("empty", "other"):
         assert main(["report", str(tmp_path / name), "--watch"]) == 2
         said = capsys.readouterr()
         assert said.out == "" and f"{name}: not the folder of a run: log.jsonl cannot be read" in said.err
@@ -169,7 +172,7 @@ def test_a_folder_that_goes_away_ends_it(run):
             file.unlink()
         run.rmdir()
 
-    with pytest.raises(ConfigError, match="not the folder of a run"):
+    with pytest.raises(ConfigError, match="run: does not exist; name the folder of a run"):
         Watched(run, gone)
 
 

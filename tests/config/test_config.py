@@ -100,6 +100,21 @@ def test_missing_file_lists_the_recipes():
         read_config("nowhere.yaml")
 
 
+@pytest.mark.parametrize("name", ["sd15-lra.yaml", "sd15-lora", "folder/sd15_lora.yml"])
+def test_a_misspelt_recipe_has_a_suggestion_and_no_list(name):
+    with pytest.raises(ConfigError) as error:
+        read_config(name)
+    assert str(error.value) == f"config {name!r} does not exist, did you mean the recipe 'sd15-lora.yaml'?"
+
+
+def test_a_folder_of_pictures_as_the_recipe_is_offered_as_data(tmp_path):
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    with pytest.raises(ConfigError) as error:
+        configure(str(folder), [])
+    assert str(error.value).endswith(f"sd15-lora.yaml --data.source '{folder}'")
+
+
 def test_command_line_overrides_the_file(tmp_path):
     file = write(tmp_path, "train: {beta: 10, updates: 3}")
     flags = [
@@ -133,9 +148,65 @@ def test_every_objective_has_a_recipe():
     assert {read_config(recipe).objective for recipe in RECIPES.glob("*.yaml")} == set(OBJECTIVES)
 
 
-def test_yamls_words_are_understood_as_flags():
-    from seppo_fast.config.overrides import configure
+def test_a_mistake_has_the_same_message_in_the_file_and_as_a_flag(tmp_path):
+    """Values out of range, of another type, and misspelt choices, in scalars and in lists."""
+    for text, flags in (
+        ("train: {learning_rate: -1}", ["--train.learning-rate", "-1"]),
+        ("train: {updates: many}", ["--train.updates", "many"]),
+        ("train: {lr_schedule: cosin}", ["--lr_scheduler=cosin"]),
+        ("model: {precision: fp8}", ["--mixed_precision", "fp8"]),
+        ("objective: sepo", ["--objective", "sepo"]),
+        ("evaluation: {guidance: [3, 0.5]}", ["--evaluation.guidance", "3", "0.5"]),
+        ("log: {trackers: [wandbb]}", ["--log.trackers", "wandbb"]),
+    ):
+        said = []
+        for read in (read_config, lambda file, flags=flags: configure("demo.yaml", flags)):
+            with pytest.raises(ConfigError) as error:
+                read(write(tmp_path, text))
+            said.append(str(error.value).partition(": "))
+        assert (said[0][0].endswith("run.yaml"), said[1][0]) == (True, "command line")
+        assert said[0][2] == said[1][2], text
 
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--udpates", "3"], "unknown flag --udpates, did you mean --train.updates?"),
+        (["--train.learning-rat", "3"], "unknown flag --train.learning-rat, did you mean --train.learning-rate?"),
+        (["--train.lr", "-1"], "unknown flag --train.lr, did you mean --train.learning-rate?"),
+        (["--train.objective", "sepo"], "unknown flag --train.objective, did you mean --objective?"),
+        (["--zzzzzqqq", "3"], "unknown flag --zzzzzqqq; --help after the file's name lists all flags"),
+        (["--seed", "3", "--train.updates"], "--train.updates needs a value"),
+        (["--train.updates", "--seed", "3"], "--train.updates needs a value"),
+        (["--data.source", "my", "pictures"], "--data.source takes one value, but got 2: my pictures; put quotes"),
+        (["my_pictures"], "unexpected word 'my_pictures'; settings are written --section.key VALUE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistaken_flags_are_named(flags, message):
+    with pytest.raises(ConfigError) as error:
+        configure("demo.yaml", flags)
+    assert str(error.value).startswith(f"command line: {message}")
+
+
+def test_text_is_taken_as_it_stands_and_other_values_as_yaml_reads_them():
+    flags = ["--data.source", "2048", "--output=true", "--model.motion-adapter", "", "--log.sample-prompts", "1", "no"]
+    config = configure("demo.yaml", [*flags, "--learning-rate", "1e-5", "--evaluation.guidance", "3", "2.5"])
+    assert (config.data.source, config.output, config.model.motion_adapter) == ("2048", "true", "")
+    assert (config.log.sample_prompts, config.learning_rate) == (("1", "no"), 1e-5)
+    assert config.evaluation.guidance == (3.0, 2.5)
+    assert configure("demo.yaml", ["--evaluation.guidance", "--seed", "1", "--seed", "2"]).evaluation.guidance == ()
+    assert configure("demo.yaml", ["--seed", "1", "--seed", "2"]).seed == 2
+
+
+def test_help_lists_every_flag_with_the_files_values(capsys):
+    with pytest.raises(SystemExit) as ended:
+        configure("demo.yaml", ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "--reference.pairs-gib" in said and "(default: 3e-05)" in said
+
+
+def test_yamls_words_are_understood_as_flags():
     flags = ["--sampler.batch", "null", "--model.compile", "true", "--train.share-noise", "false"]
     config = configure("demo.yaml", flags)
     assert config.sampler.batch is None and config.model.compile is True and config.train.share_noise is False
@@ -171,8 +242,6 @@ def test_settings_that_do_not_go_together(tmp_path, text, message):
 
 
 def test_contradictions_are_refused_alike_from_file_and_flags(tmp_path):
-    from seppo_fast.config.overrides import configure
-
     file = tmp_path / "run.yaml"
     file.write_text("reference: {uses: 3}\ntrain: {pairs_per_update: 64}\n")
     said = []

@@ -506,8 +506,27 @@ def test_nothing_that_fits_names_the_choices(tmp_path):
     (tmp_path / "both/a.png").write_bytes(encoded(pixels(0)))
     pickapic(tmp_path / "both/b.parquet", [(1.0, 0.0)], ["a"])
     (tmp_path / "empty").mkdir()
-    for spec in (str(tmp_path / "empty"), str(tmp_path / "readme.md"), str(tmp_path / "gone"), "", "word"):
-        with pytest.raises(DataError, match=r"(?s)A data set is one of:.*metadata.jsonl.*hub id.*shapes:N"):
+    for spec, cause in (
+        (str(tmp_path / "empty"), f"{tmp_path / 'empty'}: no images, clips, parquet or tar files in this folder."),
+        (str(tmp_path / "readme.md"), f"{tmp_path / 'readme.md'}: this kind of file cannot be read as data; "),
+        ("", "The name of the data set is empty; "),
+    ):
+        with pytest.raises(DataError, match=r"(?s)A data set is one of:.*metadata.jsonl.*hub id.*shapes:N") as error:
             open_source(spec)
+        assert str(error.value).splitlines()[-1].startswith(cause)  # last, where it is read
     with pytest.raises(DataError, match="both parquet files and images"):
         open_source(str(tmp_path / "both"))
+
+
+def test_a_misspelt_path_has_a_suggestion_and_no_list(tmp_path, monkeypatch):
+    (tmp_path / "my" / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for spec in (f"{tmp_path}/my/pictres", "my/pictres"):  # the second could be a hub id
+        with pytest.raises(DataError) as error:
+            open_source(spec)
+        said = str(error.value)
+        assert said.startswith(f"{spec}: no such ") and said.endswith(f" Did you mean '{spec[:-3]}ures'?")
+        assert "\n" not in said
+    for spec in ("word", f"{tmp_path}/none/pictures"):
+        with pytest.raises(DataError, match=r"no such file or folder.* such as shapes:2048\.$"):
+            open_source(spec)

@@ -303,9 +303,9 @@ def test_an_output_below_a_file_is_refused_by_check_too(run):
 
 
 def test_a_folder_that_is_no_run_is_not_exported(run):
-    for place in (run.file, run.output):
+    for place, said in ((run.file, "is a file"), (run.output, "does not exist")):
         ended = run.forks.run("export", place)
-        assert ended.code == 2 and "not the folder of a run with a saved state" in ended.err
+        assert ended.code == 2 and f"{place}: {said}; name the folder of a run" in ended.err
 
 
 def test_states_that_cannot_be_listed_while_an_older_one_is_removed_are_warned_of(tmp_path, monkeypatch, capsys):

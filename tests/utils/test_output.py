@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,19 @@ def test_python_m_is_the_command_line(module):
         [sys.executable, "-m", module, "train", "missing.yaml"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith("seppo-fast: config 'missing.yaml' does not exist")
+
+
+def test_the_warning_about_an_argument_that_diffusers_passes_is_hidden_and_no_other():
+    from huggingface_hub.utils._validators import smoothly_deprecate_legacy_arguments
+
+    from seppo_fast.utils.logging import quiet_libraries
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        smoothly_deprecate_legacy_arguments("hf_hub_download", {"local_dir_use_symlinks": "auto"})
+        assert len(seen) == 1  # the library still warns
+        quiet_libraries()
+        smoothly_deprecate_legacy_arguments("hf_hub_download", {"local_dir_use_symlinks": "auto"})
+        assert len(seen) == 1
+        smoothly_deprecate_legacy_arguments("hf_hub_download", {"force_filename": "x"})
+        assert len(seen) == 2

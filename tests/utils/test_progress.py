@@ -237,6 +237,9 @@ def test_seconds_for_people():
     assert [duration(seconds) for seconds in (0, 89.4, 90, 600, 5399, 5400, 86400)] == [
         "0 s", "89 s", "2 m", "10 m", "90 m", "1.5 h", "24.0 h",
     ]  # fmt: skip
+    assert [duration(3600 * hours) for hours in (47.9, 48, 1000, 9835.9)] == [
+        "47.9 h", "2.0 days", "41.7 days", "410 days",
+    ]  # fmt: skip
 
 
 INTERRUPTED = """

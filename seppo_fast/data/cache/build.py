@@ -78,7 +78,7 @@ def build(
     for note in source.notes:
         say(note)
     problems = list(source.problems)
-    for problem in problems if not _too_many(problems, total) else ():
+    for problem in problems if not too_many(problems, total) else ():
         say(f"left out: {problem}")
     remarks = Remarks(resolution)
     decode = _to_square(resolution, remarks) if frames is None else _to_clip(resolution, frames, flip, remarks)
@@ -89,17 +89,17 @@ def build(
         for example, outcome in decode_all(source, decode, losers):
             if isinstance(outcome, Problem):
                 problems.append(outcome)
-                if not _too_many(problems, total):
+                if not too_many(problems, total):
                     say(f"left out: {outcome}")
             else:
                 batch.append((example, outcome))
             if len(batch) == batch_size:
                 # Past the limit no cache is written, but the list of bad examples is still completed.
-                if not _too_many(problems, total):
+                if not too_many(problems, total):
                     writer.add(batch)
                 batch = []
             advance(1)
-        if _too_many(problems, total):
+        if too_many(problems, total):
             raise DataError(_bad_list(source, problems, total))
         if batch:
             writer.add(batch)
@@ -129,8 +129,8 @@ def _to_clip(resolution: int, frames: int, flip: bool, remarks: Remarks) -> Deco
     return decode
 
 
-def _too_many(problems: list[Problem], total: int) -> bool:
-    """Returns whether more than 1 % of `total` examples have problems."""
+def too_many(problems: Sequence[Problem], total: int) -> bool:
+    """Returns whether more than 1 % of `total` examples have problems, so that no cache is built from the others."""
     return len(problems) * 100 > total
 
 
