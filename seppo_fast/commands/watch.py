@@ -44,8 +44,8 @@ def watch(
     """
     file = output or run / NAME
     begins = (
-        f"report: {file}, rewritten every {SECONDS:g} seconds while the log grows; it prints no more and ends with the "
-        "run, or press Ctrl-C"
+        f"report: {file}, rewritten every {SECONDS:g} seconds while the log grows, without further lines; ends with "
+        "the run, or press Ctrl-C"
     )
     waits = f"{run / LOG} does not exist yet; waiting for the run's first update"
     shown: tuple[int, int, int] | None = None
