@@ -49,13 +49,13 @@ def make(
 
     Raises:
         ConfigError: an argument is invalid, or `output` exists.
-        DataError: `items.json` or a medium is malformed.
+        DataError: `items.json` is malformed, or a medium is missing or damaged.
         CheckpointError: the output cannot be written.
     """
     material = read_items(folder)
     study = draw_study(material, models, items, seed, raters, questions)
     target = output or folder / "human"
-    write_study(study, material.items, target)
+    write_study(study, material, target)
     rows = next(iter(study.raters.values()))
     kinds = [trial.kind for trial in rows]
     checks = kinds.count("noise") + kinds.count("mismatch")

@@ -88,7 +88,7 @@ def score(options: Options) -> None:
     Raises:
         ConfigError: an option is invalid, weights of a scorer are missing (checked before anything is generated), the
             runs cannot be compared, or the folder holds media of other settings.
-        DataError: the prompt file or a media file cannot be used, or every scorer failed.
+        DataError: the prompt file, `items.json` or a media file cannot be used, or every scorer failed.
         CheckpointError: a state cannot be read, the disk is too small, or a file cannot be written.
         OutOfMemoryError: a model does not fit.
     """

@@ -118,7 +118,7 @@ def test_bad_input_to_make(folder, tmp_path, capsys):
     assert "--questions" in ends(capsys, 2, "human", "make", folder, "--questions", "motion")
     assert "--raters" in ends(capsys, 2, "human", "make", folder, "--raters", "anna,anna")
     (folder / "items.json").write_text("{")
-    assert "items.json: cannot be read" in ends(capsys, 3, "human", "make", folder)
+    assert "items.json: malformed" in ends(capsys, 3, "human", "make", folder)
 
 
 @pytest.mark.parametrize("words", [["human"], ["human", "make"], ["human", "make", "x", "--items", "y"],

@@ -355,7 +355,7 @@ def test_wilson_refuses_impossible_counts(arguments):
 
 
 def test_the_table_of_sizes_in_the_docs():
-    page = (Path(__file__).parents[2] / "docs" / "human.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "human.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| ± ([\d.]+) points \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     assert len(rows) == 7
     for count, half, *powers in rows:
