@@ -18,7 +18,9 @@ from seppo_fast.commands.export import export
 from seppo_fast.commands.report import report
 from seppo_fast.config.load import read_config
 from seppo_fast.diffusion import protocols
+from seppo_fast.evaluation.generate import PromptBatches
 from seppo_fast.evaluation.judged import held_out_prompts, judged_model
+from seppo_fast.evaluation.media.batch import halve_batch
 from seppo_fast.evaluation.scores import read_scores
 from seppo_fast.evaluation.statistics import paired_difference
 from seppo_fast.scorers import registry
@@ -282,6 +284,90 @@ def test_media_of_other_prompts_are_refused(runs, prompts, straight, tmp_path, c
     assert "its media were made with prompts." in capsys.readouterr().err
     assert run(*scored(runs, prompts, tmp_path / "out", "--only", "score")) == 2
     assert "holds media of other prompts" in capsys.readouterr().err
+
+
+@pytest.fixture
+def device_of(monkeypatch):
+    """Returns a function that lets larger batches than a number of prompts run out of memory, and counts the calls."""
+    generate, sizes = PromptBatches.generate, []
+
+    def limited(largest):
+        def small_device(self, places, sample=0):
+            sizes.append(len(places))
+            if len(places) > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return generate(self, places, sample)
+
+        monkeypatch.setattr(PromptBatches, "generate", small_device)
+        return sizes
+
+    return limited
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_all_models(runs, prompts, tmp_path, device_of, capsys):
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 1)) == 0
+    sizes = device_of(1)
+    capsys.readouterr()
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 0  # the runs' sampler.batch is 4
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert [line.partition("; ")[2] for line in said] == [
+        "starting over with batches of 2 instead of 4",
+        "starting over with batches of 1 instead of 2",
+    ]
+    assert sizes[:2] == [4, 2] and set(sizes[2:]) == {1}
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "small")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["protocol"]["sampler"]["batch"] == 1 and settings["command"].endswith("--batch 1")
+
+
+def test_the_folders_batch_is_kept_and_a_given_one_is_not_changed(runs, prompts, straight, tmp_path, device_of, capsys):
+    shutil.copytree(straight, tmp_path / "out")
+    sizes = device_of(2)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 0  # as if with --batch 3: nothing is left to generate
+    assert sizes == [] and bytes_of(tmp_path / "out") == bytes_of(straight)
+    capsys.readouterr()
+    assert run(*scored(runs, prompts, tmp_path / "new", "--batch", 3)) == 4
+    assert "out of memory while generating; set --batch below 3" in capsys.readouterr().err and sizes == [3]
+
+
+def test_media_that_exist_are_not_made_useless_by_a_smaller_batch(runs, prompts, straight, tmp_path, device_of, capsys):
+    shutil.copytree(straight, tmp_path / "out")
+    next((tmp_path / "out").glob("media/*/*.png")).unlink()
+    before = bytes_of(tmp_path / "out")
+    device_of(2)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 4
+    said = capsys.readouterr().err
+    assert "has media in batches of 3" in said and "choose another --output with --batch 1" in said
+    assert bytes_of(tmp_path / "out") == before
+
+
+def test_a_single_sample_that_does_not_fit_ends_the_command(runs, prompts, tmp_path, device_of, capsys):
+    sizes = device_of(0)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 4
+    assert "out of memory while generating one sample at a time" in capsys.readouterr().err and sizes == [4, 2, 1]
+    assert run(*scored(runs, prompts, tmp_path / "one", "--batch", 1)) == 4
+    assert "one sample at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", [1, 12])
+def test_a_batch_that_another_process_halves_is_followed(runs, prompts, tmp_path, monkeypatch, when):
+    """The other process is one that records a smaller batch while this one generates its first or its last batch."""
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2)) == 0
+    generate, sizes = PromptBatches.generate, []
+
+    def meanwhile(self, places, sample=0):
+        sizes.append(len(places))
+        if len(sizes) == when:
+            file = tmp_path / "out" / "settings.json"
+            halve_batch(tmp_path / "out", json.loads(file.read_text()), [])
+        return generate(self, places, sample)
+
+    monkeypatch.setattr(PromptBatches, "generate", meanwhile)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 0
+    assert sizes[:when] == [4, 3] * (when // 2) + [4] * (when % 2) and max(sizes[when:]) == 2
+    found, small = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "small")
+    assert {name: found[name] for name in small} == small
+    assert all(name.startswith("media/") for name in found.keys() - small.keys())  # of the batches that were too large
 
 
 @pytest.mark.parametrize("other", ["base", "steps", "resolution"])
