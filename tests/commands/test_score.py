@@ -396,6 +396,36 @@ def test_a_scorer_that_fails_loses_only_itself(runs, prompts, scorer, tmp_path, 
     assert "every scorer failed" in capsys.readouterr().err
 
 
+def test_a_scorer_that_runs_out_of_memory_scores_fewer_files_at_once(
+    runs, prompts, contrast, monkeypatch, tmp_path, capsys
+):
+    assert run(*scored(runs, prompts, tmp_path / "all", scorers=contrast)) == 0
+    score, sizes, largest = Contrast.__call__, [], 2
+
+    def small_device(self, prompts, pictures):
+        sizes.append(len(prompts))
+        if len(prompts) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return score(self, prompts, pictures)
+
+    monkeypatch.setattr(Contrast, "__call__", small_device)
+    capsys.readouterr()
+    words = scored(runs, prompts, tmp_path / "out", scorers=contrast)
+    assert run(*words) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert said == ["scorer own: out of memory with 7 files at once; continuing with fewer"]
+    # Seven files per chunk: 7, then 3, are tried once; afterwards nothing larger than 1, the half of 3, is.
+    assert sizes == [7, 3] + [1] * 7 * 6
+    tables = [tmp_path / name / "scores.csv" for name in ("all", "out")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+    counts = [json.loads((tmp_path / name / "scores.json").read_text())["scorers"] for name in ("all", "out")]
+    assert counts[0].keys() == counts[1].keys() and counts[1]["contrast-2.1-float32"]["cut"] == 7
+    largest = 0
+    monkeypatch.setattr(Contrast, "digest", "d2")
+    assert run(*words) == 3
+    assert "own: does not fit into memory, even with one file (OutOfMemoryError: CUDA" in capsys.readouterr().err
+
+
 def test_scores_of_other_weights_of_a_scorer_are_not_reused(runs, prompts, contrast, monkeypatch, tmp_path):
     means = []
     for digest, value in (("d1", 0.5), ("d2", 0.25), ("d2", 0.125)):

@@ -24,8 +24,8 @@ import torch
 from seppo_fast.evaluation.media.files import decode_media
 from seppo_fast.evaluation.media.items import BASE, Item, Media
 from seppo_fast.evaluation.media.work import alone, unfinished
+from seppo_fast.evaluation.scoring.calling import Calls, ScorerError, reason
 from seppo_fast.scorers import registry
-from seppo_fast.scorers.scorer import Scorer
 from seppo_fast.utils.errors import CheckpointError, ConfigError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import read_json, remove_temporary, write_atomically
@@ -59,10 +59,6 @@ class ScorerInfo:
     dtype: str
     higher_is_better: bool
     cut: int
-
-
-class _ScorerError(Exception):
-    """A scorer could not be loaded, or did not return scores."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def score_media(
             key = _score_with(name, folder, media, hashes, device, dtype, weights, rank, world, keys)
             keys.add(key)
             failed.unlink(missing_ok=True)
-        except _ScorerError as problem:
+        except ScorerError as problem:
             warn(f"scorer {name}: {problem}; it is left out")
             problems.append(f"{name}: {problem}")
             row = {"scorer": name, "problem": str(problem)}
@@ -155,17 +151,17 @@ def _score_with(
     world: int,
     taken: set[str],
 ) -> str:
-    """Scores all media with one scorer and returns its key; raises _ScorerError."""
+    """Scores all media with one scorer and returns its key; raises ScorerError."""
     try:
         scorer = registry.load_scorer(name, device, dtype, weights)
         precision = str(dtype).removeprefix("torch.")
         key = f"{_plain(scorer.name)}-{_plain(scorer.version)}-{precision}"
         info = ScorerInfo(name, key, scorer.version, scorer.digest, precision, bool(scorer.higher_is_better), 0)
     except Exception as problem:
-        raise _ScorerError(f"cannot be loaded ({_reason(problem)})") from problem
+        raise ScorerError(f"cannot be loaded ({reason(problem)})") from problem
     if key in taken:
-        raise _ScorerError(f"has the same name and version as another scorer of this command, {key}")
-    parts = folder / SCORES / ".parts" / key
+        raise ScorerError(f"has the same name and version as another scorer of this command, {key}")
+    parts, called = folder / SCORES / ".parts" / key, Calls(name, scorer)
     chunks = list(_chunks(folder, media))
 
     def done(number: int) -> bool:
@@ -180,7 +176,7 @@ def _score_with(
             chunk = chunks[number]
             remove_temporary(parts, {chunk.name})
             pictures = np.stack(list(readers.map(lambda file: _pixels(folder, file), chunk.files)))
-            scores, cut = _called(scorer, chunk.prompts, pictures)
+            scores, cut = called(chunk.prompts, pictures)
             rows = [
                 {"file": file, "sha256": hashes[file], "score": score if math.isfinite(score) else None}
                 for file, score in zip(chunk.files, scores, strict=True)
@@ -238,17 +234,6 @@ def _part(parts: Path, chunk: _Chunk, digest: str, hashes: Mapping[str, str]) ->
         return dict(part) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _called(scorer: Scorer, prompts: Sequence[str], pictures: np.ndarray) -> tuple[list[float], int]:
-    """Returns the scores and the number of truncated prompts; raises _ScorerError."""
-    try:
-        scores = np.asarray(scorer(prompts, pictures), dtype=np.float64)
-    except Exception as problem:
-        raise _ScorerError(f"failed ({_reason(problem)})") from problem
-    if scores.shape != (len(prompts),):
-        raise _ScorerError(f"returned scores of shape {scores.shape} for {len(prompts)} prompts")
-    return scores.tolist(), int(getattr(scorer, "cut", 0))
 
 
 def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerInfo, dict[str, float]]], dict[str, str]]:
@@ -312,8 +297,3 @@ def _pixels(folder: Path, file: str) -> np.ndarray:
 def _plain(name: str) -> str:
     """Returns a name with only characters that are valid in file names everywhere."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def _reason(problem: Exception) -> str:
-    text = str(problem).strip()
-    return f"{type(problem).__name__}: {text.splitlines()[0]}" if text else type(problem).__name__
