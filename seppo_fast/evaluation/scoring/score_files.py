@@ -26,7 +26,7 @@ from seppo_fast.evaluation.media.items import BASE, Item, Media
 from seppo_fast.evaluation.media.work import alone, unfinished
 from seppo_fast.evaluation.scoring.calling import Calls, ScorerError, reason
 from seppo_fast.scorers import registry
-from seppo_fast.utils.errors import CheckpointError, ConfigError
+from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import read_json, remove_temporary, write_atomically
 from seppo_fast.utils.logging import say, warn
@@ -236,6 +236,24 @@ def _part(parts: Path, chunk: _Chunk, digest: str, hashes: Mapping[str, str]) ->
         return None
 
 
+def read_infos(folder: Path) -> list[ScorerInfo]:
+    """Reads which scorers have files of scores in the output folder of `seppo-fast score`; empty if there is none.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    found = []
+    for file in sorted((folder / SCORES).glob("*.json")):
+        try:
+            info = ScorerInfo(**read_json(file))
+            if not isinstance(info.key, str) or not isinstance(info.higher_is_better, bool):
+                raise ValueError("key must be text, higher_is_better true or false")
+        except (OSError, ValueError, TypeError) as problem:
+            raise DataError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
+        found.append(info)
+    return found
+
+
 def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerInfo, dict[str, float]]], dict[str, str]]:
     """Reads what `score_media` wrote.
 
@@ -244,19 +262,18 @@ def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerIn
         reason why others have no scores, by name or key.
 
     Raises:
-        ConfigError: a file of scores is malformed.
+        DataError: a file of scores is malformed.
     """
     wanted = {file for item in media.items for file in item.files.values()}
     found: dict[str, tuple[ScorerInfo, dict[str, float]]] = {}
     without: dict[str, str] = {}
-    for file in sorted((folder / SCORES).glob("*.json")):
+    for info in read_infos(folder):
+        file = folder / SCORES / f"{_plain(info.key)}.jsonl"
         try:
-            info = ScorerInfo(**read_json(file))
-            lines = (file.parent / f"{_plain(info.key)}.jsonl").read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in lines.split("\n") if line]
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
             scores = {row["file"]: math.nan if row["score"] is None else float(row["score"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise ConfigError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
+            raise DataError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
         if wanted <= scores.keys():
             found[info.key] = info, scores
         else:
@@ -264,11 +281,11 @@ def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerIn
     for file in sorted((folder / SCORES).glob(f"*{_FAILED}")):
         try:
             row = read_json(file)
-            name, reason = str(row["scorer"]), str(row["problem"])
+            name, why = str(row["scorer"]), str(row["problem"])
         except (OSError, ValueError, KeyError, TypeError):
-            name, reason = file.stem, "it failed"
+            name, why = file.stem, "it failed"
         if all(info.scorer != name for info, _ in found.values()):
-            without[name] = reason
+            without[name] = why
     return found, without
 
 
