@@ -597,9 +597,10 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_generated(runs, 
     assert "the media need about" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_ends_the_command_and_it_resumes(forks, runs, prompts, straight, tmp_path):
+@pytest.mark.parametrize("fault", ["media-write@4", "score-write@2", "statistics-write@1"])
+def test_a_full_disk_ends_the_command_and_it_resumes(forks, runs, prompts, straight, tmp_path, fault):
     words = scored(runs, prompts, tmp_path / "out", "--batch", 3)
-    ended = forks.run(*words, fault="media-write@4=full")
+    ended = forks.run(*words, fault=f"{fault}=full")
     assert ended.code == 6 and "no space left" in ended.err
     assert forks.run(*words).code == 0
     assert bytes_of(tmp_path / "out") == bytes_of(straight)

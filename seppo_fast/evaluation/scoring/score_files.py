@@ -237,7 +237,7 @@ def _part(parts: Path, chunk: _Chunk, digest: str, hashes: Mapping[str, str]) ->
 
 
 def read_infos(folder: Path) -> list[ScorerInfo]:
-    """Reads which scorers have files of scores in the output folder of `seppo-fast score`, which may be no scorer.
+    """Reads what each scorer was that has a file of scores in the output folder of `seppo-fast score`.
 
     Raises:
         DataError: a file is malformed.
