@@ -102,6 +102,13 @@ def bytes_of(folder):
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shown}
 
 
+def differs_only_in_media(folder, expected):
+    """Returns whether a folder has all files of another, byte for byte, and beyond them at most pictures."""
+    found, wanted = bytes_of(folder), bytes_of(expected)
+    same = {name: found.get(name) for name in wanted} == wanted
+    return same and all(name.startswith("media/") for name in found.keys() - wanted.keys())
+
+
 @pytest.fixture(scope="module")
 def straight(runs, tmp_path_factory):
     """The folder of a command that was not interrupted."""
@@ -365,9 +372,28 @@ def test_a_batch_that_another_process_halves_is_followed(runs, prompts, tmp_path
     monkeypatch.setattr(PromptBatches, "generate", meanwhile)
     assert run(*scored(runs, prompts, tmp_path / "out")) == 0
     assert sizes[:when] == [4, 3] * (when // 2) + [4] * (when % 2) and max(sizes[when:]) == 2
-    found, small = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "small")
-    assert {name: found[name] for name in small} == small
-    assert all(name.startswith("media/") for name in found.keys() - small.keys())  # of the batches that were too large
+    assert differs_only_in_media(tmp_path / "out", tmp_path / "small")
+
+
+def test_a_command_that_is_killed_after_halving_its_batch_keeps_that_batch(forks, runs, prompts, tmp_path):
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2)) == 0
+    words = scored(runs, prompts, tmp_path / "out")
+    ended = forks.run(*words, fault="generating@1=memory,media-write@3=kill")
+    assert ended.code == -9
+    ended = forks.run(*words)
+    assert ended.code == 0, ended.err
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "small")
+
+
+def test_two_processes_agree_on_a_batch_if_one_runs_out_of_memory(ranks, runs, prompts, tmp_path):
+    """It halves the batch for both, or it ends because the other one has media by then: either way the files agree."""
+    words = scored(runs, prompts, tmp_path / "out")
+    first, second = ranks.run(2, *words, faults={0: "generating@1=memory"})
+    assert (first.code, second.code) in ((0, 0), (4, 0)), (first, second)
+    assert run(*words) == 0
+    batch = 2 if first.code == 0 else 4
+    assert run(*scored(runs, prompts, tmp_path / "other", "--batch", batch)) == 0
+    assert differs_only_in_media(tmp_path / "out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("other", ["base", "steps", "resolution"])
