@@ -59,6 +59,7 @@ bench: setup
 	$(PY) -m benchmarks.run --quick --suite kernels
 	$(PY) -m benchmarks.run --quick --suite cache
 	$(PY) -m benchmarks.run --quick --suite video
+	$(PY) -m benchmarks.run --quick --suite score
 	$(PY) -m benchmarks.full_size --quick --clips
 
 # For a CUDA machine, after `make setup TORCH=...` with a CUDA build: checks values, then measures what matters most.

@@ -5,6 +5,7 @@
     python -m benchmarks.run --suite step --json FILE    # also writes the rows, rewritten after each case
     python -m benchmarks.run --suite kernels             # the loss alone, up to 8192 pairs on a GPU
     python -m benchmarks.run --suite cache --minutes 6   # starts no case that would end later, by counted estimates
+    python -m benchmarks.run --suite score               # the phases of seppo-fast score
     python -m benchmarks.run --suite video --cases 256   # clips, only the cases whose title contains "256"
 
 On a GPU the model is SD-1.5's architecture with random weights (859.5 M parameters, bf16, 64 x 64 latents), on a CPU
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.harness.measure import Machine
     from benchmarks.harness.rows import Row
 
-SUITES = ("sampling", "step", "endtoend", "kernels", "cache", "video")
+SUITES = ("sampling", "step", "endtoend", "kernels", "cache", "video", "score")
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:

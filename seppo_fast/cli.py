@@ -126,7 +126,7 @@ def _add_score(commands: Any) -> None:
         default="run",
         help="sampling settings: the runs' own (run), or those of a published evaluation: paper, sdpo, spo",
     )
-    score.add_argument("--batch", type=int, help="samples generated at once; default: the runs' sampler.batch")
+    score.add_argument("--batch", type=int, help="samples generated at once; default: the folder's or the runs' own")
     score.add_argument("--update", type=int, help="the saved state after this update; default: the newest")
     score.add_argument("--raw", action="store_true", help="the raw weights, even if a run keeps a moving average")
     score.add_argument("--only", choices=("generate", "score", "statistics"), help="run only this phase")

@@ -13,7 +13,7 @@ from benchmarks.harness.rows import NAIVE, NAIVE_BATCH, NAIVE_FAST, NAIVE_FAST_B
 
 PAPER_UPDATES, PAPER_PAIRS = 210, 2048
 CHECK = "gpu_check"
-SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video")
+SUITES = ("endtoend", "sampling", "step", "kernels", "cache", "video", "score")
 _LIMIT, _SHARE = "of limit", "share"
 _SHARES = {"kernels": "of a step", "cache": "of the learning"}  # `endtoend` has shares of phases, which the chart shows
 _HEADINGS = (
@@ -95,7 +95,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number("ratio", ".2f") if row["value_ok"] else "values differ",
         "" if row["pairs_per_s"] is None else three_digits(row["pairs_per_s"]),
         number("mfu", ".1%"),
-        number("gb_per_s", ".3g") if row["suite"] in ("cache", "video") else "",
+        number("gb_per_s", ".3g") if row["suite"] in ("cache", "video", "score") else "",
         number("limit_fraction", ".1%"),
         _share(row["share_of_step"]) if row["suite"] in _SHARES else "",
         number("peak_allocated_bytes", ".3g", 1e-9),

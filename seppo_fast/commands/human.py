@@ -15,6 +15,7 @@ from seppo_fast.evaluation.human.page import SHIPPED, write_study
 from seppo_fast.evaluation.human.scorers import read_scores_table, scorer_agreement
 from seppo_fast.evaluation.human.study import KEY, Study, draw_study, read_key
 from seppo_fast.evaluation.human.tally import Preference, Reliability, pair_items, preference, ratings, reliability
+from seppo_fast.evaluation.scoring.score_files import SCORES, read_infos
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import disk_message
 
@@ -49,13 +50,13 @@ def make(
 
     Raises:
         ConfigError: an argument is invalid, or `output` exists.
-        DataError: `items.json` or a medium is malformed.
+        DataError: `items.json` is malformed, or a medium is missing or damaged.
         CheckpointError: the output cannot be written.
     """
     material = read_items(folder)
     study = draw_study(material, models, items, seed, raters, questions)
     target = output or folder / "human"
-    write_study(study, material.items, target)
+    write_study(study, material, target)
     rows = next(iter(study.raters.values()))
     kinds = [trial.kind for trial in rows]
     checks = kinds.count("noise") + kinds.count("mismatch")
@@ -73,19 +74,21 @@ def tally(folder: Path, key: Path, output: Path | None = None, report: Callable[
     """Tallies all `answers-*.json` in a folder, with and without the raters that the exclusion rule applies to.
 
     Args:
-        folder: the folder with the answers; if it has a `scores.csv`, scorers are compared with the raters.
+        folder: the folder with the answers; if it has a `scores.csv`, scorers are compared with the raters; its
+            subfolder `scores` says for which of them lower is better.
         key: the study's `key.json`.
         output: a JSON file for the results, or None; an older one is replaced.
         report: receives lines for the user.
 
     Raises:
         ConfigError: no answers or no key.
-        DataError: the key, the answers or `scores.csv` are malformed or do not belong together.
+        DataError: the key, the answers, `scores.csv` or a file in `scores` are malformed or do not belong together.
         CheckpointError: `output` cannot be written.
     """
     study = read_key(key)
     answers = read_answers(folder, study)
     scores = read_scores_table(folder)
+    higher_is_better = {info.key: info.higher_is_better for info in read_infos(folder)}
     raters = [reliability(rater, study) for rater in answers]
     kept = [rater for rater, found in zip(answers, raters) if not found.excluded]
     groups = {"all": answers, "kept": kept}
@@ -96,13 +99,17 @@ def tally(folder: Path, key: Path, output: Path | None = None, report: Callable[
     items = pair_items(study)
     scorers = {
         question: {
-            name: scorer_agreement(found, study, items, ratings(kept, items, question))
+            name: scorer_agreement(
+                found, study, items, ratings(kept, items, question), higher_is_better=higher_is_better.get(name, True)
+            )
             for name, found in scores.items()
         }
         for question in study.questions
     }
     for line in _lines(study, raters, preferences):
         report(line)
+    for name in sorted(scores.keys() - higher_is_better.keys()):
+        report(f"{name}: {folder / SCORES} does not say which direction is better; higher is assumed")
     for question, by_scorer in scorers.items():
         for name, agreement in by_scorer.items():
             report(

@@ -7,7 +7,6 @@ resumed, and any number of processes may work on the first two at once.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,14 @@ import torch
 from seppo_fast.config.schema import did_you_mean
 from seppo_fast.data.cache.opening import truncation
 from seppo_fast.diffusion.protocols import PROTOCOLS
+from seppo_fast.evaluation.media.batch import (
+    SETTINGS,
+    SmallerBatch,
+    follow_batch,
+    halve_batch,
+    recorded_batch,
+    write_settings,
+)
 from seppo_fast.evaluation.media.items import BASE, ITEMS, media_of, model_digest, read_media
 from seppo_fast.evaluation.media.making import disk_need, make_media
 from seppo_fast.evaluation.media.prompts import PromptList, read_prompts
@@ -30,13 +37,12 @@ from seppo_fast.evaluation.scores import SCORE_FOLDER
 from seppo_fast.evaluation.scoring.score_files import require_scorers, score_media
 from seppo_fast.evaluation.scoring.table import GRID, TABLE, read_scored, write_results
 from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
-from seppo_fast.utils.files import read_json, write_atomically
+from seppo_fast.utils.files import read_json
 from seppo_fast.utils.logging import say, set_rank
 from seppo_fast.utils.memory import is_out_of_memory
 
 Phase = Literal["generate", "score", "statistics"]
 DEFAULT_SCORERS = ("pickscore", "hpsv2.1", "imagereward", "aesthetic")
-SETTINGS = "settings.json"
 _TEXTS = ("command", "protocol.source", "prompts.name")  # settings that do not affect the media
 
 
@@ -52,7 +58,7 @@ class Options:
         seed: the seed of the starting noise.
         guidance: the guidance scale instead of the protocol's.
         protocol: the name of the sampling settings; see `PROTOCOLS`.
-        batch: the number of samples generated at once.
+        batch: the number of samples generated at once; None: the folder's, if it has media, else the runs'.
         update: the update whose saved state is scored; None: the newest state.
         raw: whether to score the raw weights even if a run keeps their moving average.
         only: the only phase to run; None: all three.
@@ -88,7 +94,7 @@ def score(options: Options) -> None:
     Raises:
         ConfigError: an option is invalid, weights of a scorer are missing (checked before anything is generated), the
             runs cannot be compared, or the folder holds media of other settings.
-        DataError: the prompt file or a media file cannot be used, or every scorer failed.
+        DataError: the prompt file, `items.json` or a media file cannot be used, or every scorer failed.
         CheckpointError: a state cannot be read, the disk is too small, or a file cannot be written.
         OutOfMemoryError: a model does not fit.
     """
@@ -155,18 +161,31 @@ def _check(options: Options) -> None:
 
 
 def _generate(options: Options, folder: Path, rank: int, world: int) -> None:
-    """Makes the media of base and runs, model by model, then lists them in `items.json`."""
+    """Makes the media; starts over in the smaller batches that `settings.json` states if a batch does not fit."""
     assert options.prompts is not None
     prompts = read_prompts(options.prompts)
+    while True:
+        batch = options.batch or recorded_batch(folder)
+        try:
+            return _generate_in_batches(options, prompts, batch, folder, rank, world)
+        except SmallerBatch:
+            pass
+        _free_memory()  # only here, because the exception refers to the model
+
+
+def _generate_in_batches(
+    options: Options, prompts: PromptList, batch: int | None, folder: Path, rank: int, world: int
+) -> None:
+    """Makes the media of base and runs, model by model, then lists them in `items.json`; raises SmallerBatch."""
     protocol, device = PROTOCOLS[options.protocol], _device()
-    subjects = subjects_of(options.runs, options.update, protocol, options.guidance, options.batch)
+    subjects = subjects_of(options.runs, options.update, protocol, options.guidance, batch)
     first, clips = subjects[0], subjects[0].clips
     settings = _settings(options, prompts, first, device)
     _refuse_other_settings(folder, settings)
     _require_disk(folder, settings, len(subjects) + 1)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
-            _write_settings(folder, settings)
+            write_settings(folder, settings)
     models: dict[str, Any] = {}
     encoders: dict[str, str] = {}
     for name, subject in {BASE: first, **{subject.name: subject for subject in subjects}}.items():
@@ -182,17 +201,16 @@ def _generate(options: Options, folder: Path, rank: int, world: int) -> None:
             for line in truncation(family.too_long(distinct), len(distinct)):
                 say(line)
         media = media_of(prompts, {name: digest}, options.samples, options.seed, clips=clips)
-        with _explaining_memory(settings["protocol"]["sampler"]["batch"]):
+        with _halving_batch(options, folder, settings, models):
             made = batches_of(family, subject.config, prompts.texts, options.seed)
             make_media(folder, name, media.items, made, rank, world)
         del family, made
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_memory()
     digests = {name: row["digest"] for name, row in models.items()}
     media = media_of(prompts, digests, options.samples, options.seed, clips=clips)
     with alone(folder, {SETTINGS, ITEMS}):
-        _write_settings(folder, settings | {"models": models})
+        follow_batch(folder, settings["protocol"]["sampler"]["batch"])
+        write_settings(folder, settings | {"models": models})
         media.write(folder)
 
 
@@ -201,7 +219,7 @@ def _settings(options: Options, prompts: PromptList, first: Subject, device: tor
     config, protocol = first.config, PROTOCOLS[options.protocol]
     names = ("name", "steps", "guidance", "batch")
     return {
-        "command": _command(options),
+        "command": _command(options, config.sampler.batch),
         "protocol": {
             "name": options.protocol,
             "source": protocol.source,
@@ -218,14 +236,14 @@ def _settings(options: Options, prompts: PromptList, first: Subject, device: tor
     }
 
 
-def _command(options: Options) -> str:
+def _command(options: Options, batch: int | None) -> str:
     """Returns the command that gives the same results, with the folders' names instead of their paths."""
     assert options.prompts is not None
     words = ["seppo-fast score", *(run.resolve().name for run in options.runs), "--prompts", options.prompts.name]
     words += ["--scorers", ",".join(options.scorers or DEFAULT_SCORERS)]
     words += ["--samples", str(options.samples), "--seed", str(options.seed), "--protocol", options.protocol]
     words += [] if options.guidance is None else ["--guidance", f"{options.guidance:g}"]
-    words += [] if options.batch is None else ["--batch", str(options.batch)]
+    words += ["--batch", str(batch)]
     words += [] if options.update is None else ["--update", str(options.update)]
     return " ".join([*words, *(["--raw"] if options.raw else [])])
 
@@ -280,20 +298,26 @@ def _require_disk(folder: Path, settings: Mapping[str, Any], models: int) -> Non
         )
 
 
-def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    content = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / SETTINGS, content.encode("utf-8", "backslashreplace"), CheckpointError)
-
-
 @contextmanager
-def _explaining_memory(batch: int) -> Iterator[None]:
-    """Turns running out of memory inside the block into an OutOfMemoryError that says what to change."""
+def _halving_batch(
+    options: Options, folder: Path, settings: Mapping[str, Any], models: Mapping[str, Any]
+) -> Iterator[None]:
+    """Turns running out of memory inside the block into a SmallerBatch, or into an OutOfMemoryError with the remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(f"out of memory while generating; set --batch below {batch}") from error
+        if options.batch is not None and options.batch > 1:
+            raise OutOfMemoryError(f"out of memory while generating; set --batch below {options.batch}") from error
+        halve_batch(folder, settings, [row["digest"] for row in models.values()])
+        raise SmallerBatch from None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _place() -> tuple[int, int]:

@@ -54,9 +54,14 @@ class PromptBatches:
         self._uncond = family.encode_prompts([""])[0]
         self._encoded = lru_cache(maxsize=2)(self._encode)  # a batch lies in at most two chunks if it is not larger
 
+    @property
+    def batch(self) -> int:
+        """The number of prompts in a batch; the last one may be smaller."""
+        return self._sampler.config.batch or len(self._prompts)
+
     def batches(self) -> list[range]:
         """Returns the places in the list of prompts of each batch."""
-        size = self._sampler.config.batch or len(self._prompts)
+        size = self.batch
         return [range(start, min(start + size, len(self._prompts))) for start in range(0, len(self._prompts), size)]
 
     def generate(self, places: Sequence[int], sample: int = 0) -> np.ndarray:

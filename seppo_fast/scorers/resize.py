@@ -7,7 +7,7 @@ threads, since PIL and torch release the interpreter's lock.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, BLIP's too
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 
 T = TypeVar("T")
 
 
-def shorter_side(pictures: np.ndarray, size: int, *, rounded: bool = False) -> Tensor:
+def shorter_side(pictures: np.ndarray, size: int, *, rounded: bool = False, threads: int = THREADS) -> Tensor:
     """Resizes the shorter side to `size` with PIL's bicubic filter, and crops the center.
 
     Args:
@@ -31,6 +31,7 @@ def shorter_side(pictures: np.ndarray, size: int, *, rounded: bool = False) -> T
         size: the side of the result in pixels.
         rounded: whether half pixels of the crop's offset are rounded to even, as torchvision's `CenterCrop` does
             (ImageReward, the original CLIP), or down, as transformers does (PickScore).
+        threads: the most threads to use; the result does not depend on it.
 
     Returns:
         `(N, 3, size, size)` float32 in [0, 1].
@@ -45,10 +46,10 @@ def shorter_side(pictures: np.ndarray, size: int, *, rounded: bool = False) -> T
         top, left = (round(m / 2) if rounded else m // 2 for m in (new_height - size, new_width - size))
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
-    return _unit_range(np.stack(_in_threads(resized, pictures)))
+    return _unit_range(np.stack(_in_threads(resized, pictures, threads)))
 
 
-def longest_side_padded(pictures: np.ndarray, size: int) -> Tensor:
+def longest_side_padded(pictures: np.ndarray, size: int, *, threads: int = THREADS) -> Tensor:
     """Resizes the longest side to `size` and pads with black to a square, as HPSv2's preprocessing does.
 
     Bicubic, on the float tensor, so values may leave [0, 1] slightly. `antialias=True` is part of the definition here:
@@ -63,6 +64,7 @@ def longest_side_padded(pictures: np.ndarray, size: int) -> Tensor:
     Args:
         pictures: `(N, H, W, 3)` uint8.
         size: the side of the result in pixels.
+        threads: the most threads to use; the result does not depend on it.
 
     Returns:
         `(N, 3, size, size)` float32.
@@ -77,7 +79,7 @@ def longest_side_padded(pictures: np.ndarray, size: int) -> Tensor:
         top, left = ((size - side) // 2 for side in new)
         return pad(image, (left, size - new[1] - left, top, size - new[0] - top))
 
-    return torch.cat(_in_threads(resized, pictures))
+    return torch.cat(_in_threads(resized, pictures, threads))
 
 
 def normalized(pictures: Tensor) -> Tensor:
@@ -90,6 +92,6 @@ def _unit_range(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
-def _in_threads(work: Callable[[np.ndarray], T], pictures: Sequence[np.ndarray] | np.ndarray) -> list[T]:
-    with ThreadPoolExecutor(min(_THREADS, len(pictures))) as pool:
+def _in_threads(work: Callable[[np.ndarray], T], pictures: np.ndarray, threads: int) -> list[T]:
+    with ThreadPoolExecutor(min(threads, len(pictures))) as pool:
         return list(pool.map(work, pictures))

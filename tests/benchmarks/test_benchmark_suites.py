@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from benchmarks import run
 from benchmarks.harness import cases as suites
@@ -16,9 +16,10 @@ from benchmarks.harness import counters, estimates
 from benchmarks.harness.cases import Case, LeftOut, Shared, chosen, run_cases
 from benchmarks.harness.measure import Machine
 from benchmarks.harness.rows import Row
-from benchmarks.suites import temporal
+from benchmarks.suites import score, temporal
 from seppo_fast import shapes
 from seppo_fast.config.schema import ModelConfig
+from seppo_fast.scorers.clip import VIT_H_14
 
 H200 = Machine(torch.device("cuda"), quick=False)
 MINUTES = 6
@@ -314,6 +315,16 @@ def test_flops_that_estimates_count_are_those_of_the_true_architecture(tmp_path)
     assert counters.unet_flops(str(tmp_path)) / 1e12 == pytest.approx(estimates.PICTURE.forward, rel=1e-3)
     trained = counters.unet_flops(str(tmp_path), ModelConfig(train="full"))
     assert trained / 1e12 == pytest.approx(estimates.PICTURE.trained["full"], rel=1e-3)
+
+
+def test_flops_of_towers_that_estimates_count_are_those_of_vit_h_14():
+    with torch.device("meta"), torch.no_grad():
+        model, pixels = CLIPModel(CLIPConfig(**VIT_H_14)), torch.empty(1, 3, 224, 224)
+        tokens = torch.zeros(1, 77, dtype=torch.int64)
+        assert sum(weight.numel() for weight in model.parameters()) == 986_109_441
+        image = counters.count_flops(lambda: model.get_image_features(pixel_values=pixels))
+        text = counters.count_flops(lambda: model.get_text_features(input_ids=tokens))
+    assert {"image": image / 1e12, "text": text / 1e12} == pytest.approx(score.FLOPS, rel=0.01)
 
 
 def test_launches_that_estimates_count_are_those_of_the_census():

@@ -28,7 +28,7 @@ from benchmarks.harness.rows import (
     table,
     with_ratios,
 )
-from benchmarks.suites import endtoend, sampling, step, temporal, video
+from benchmarks.suites import endtoend, sampling, score, step, temporal, video
 from tests.helpers.benchmark import MACHINE, driven, smallest_cache, smallest_kernels
 from tests.helpers.drop_in import seppo_before
 from tests.helpers.runs import tiny_config
@@ -45,6 +45,8 @@ def smallest(monkeypatch):
     smallest_kernels(monkeypatch)
     smallest_cache(monkeypatch)
     smallest_video(monkeypatch)
+    size = score.Size(pictures=3, side=232, generated=2, batch=2, steps=1, rounds=1)
+    monkeypatch.setitem(score.SIZES, "quick", size)
 
 
 def smallest_video(monkeypatch):
@@ -129,6 +131,10 @@ def test_the_rows_of_a_suite(suite, smallest, tmp_path, capsys):
         switched, stepped = 2 * SWITCHES, [switches.ALONE, switches.SWITCH, switches.AHEAD]
         assert [row["provider"] for row in rows] == [*2 * switched, *stepped]
         assert all((row["share_of_step"] is None) == ("steps of" in row["case"]) for row in rows)
+    if suite == "score":
+        threads, alone = [score.ONE_THREAD, score.FOUR_THREADS], [score.ALONE, score.BATCHES]
+        phases = ["copy", *3 * threads, *2 * alone, score.ALONE, "batches of 2"]
+        assert [row["provider"] for row in rows] == ["matmul", score.ALONE, score.PHASE, *phases]
     if suite == "video":
         assert phases_add_up([row for row in rows if row["case"].startswith("update")]) == 1
         assert [(row["case"], row["provider"]) for row in rows if SEPARATOR not in row["case"]] == VIDEO

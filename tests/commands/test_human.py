@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from seppo_fast.cli import main
 from seppo_fast.evaluation.human.study import read_key
+from seppo_fast.evaluation.scoring.score_files import ScorerInfo
 from tests.helpers.browser import BROWSER, tab
 from tests.helpers.hostile import ends
 from tests.helpers.study import MODELS, answer_file, score_folder, side_of
@@ -88,6 +90,35 @@ def test_tally_prints_results_with_and_without_exclusion(folder, capsys, tmp_pat
     assert found["scorers"]["overall"]["pickscore"]["agree"] == 6
 
 
+def test_tally_reads_from_the_score_files_for_which_scorers_lower_is_better(folder, tmp_path, capsys):
+    """The rater prefers the tuned model; `up` and `unknown` score it higher, `down` scores it lower."""
+    study = make(folder, "--raters", "anna", "--questions", "overall")
+    answer_file(folder, study, "anna", careful)
+    lines = ["id,prompt,sample,model,up-1-float32,down-1-float32,unknown"]
+    for index in range(6):
+        lines += [f"{index}-0,p,0,{model},{better},{1 - better},{better}" for better, model in enumerate((BASE, TUNED))]
+    (folder / "scores.csv").write_text("\n".join(lines))
+    (folder / "scores").mkdir()
+    for name in ("up", "down"):
+        info = ScorerInfo(name, f"{name}-1-float32", "1", "digest", "float32", name == "up", 0)
+        (folder / "scores" / f"{name}-float32.json").write_text(json.dumps(asdict(info)))
+    capsys.readouterr()
+    tally(folder, "--json", str(tmp_path / "human.json"))
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "human.json").read_text())["scorers"]["overall"]
+    assert {name: row["agree"] for name, row in found.items()} == dict.fromkeys(found, 6) and len(found) == 3
+    assert "unknown: " in said and said.count("does not say which direction is better; higher is assumed") == 1
+    tree = asdict(info) | {"higher_is_better": True}
+    (folder / "scores" / "down-float32.json").write_text(json.dumps(tree))
+    tally(folder, "--json", str(tmp_path / "human.json"))
+    found = json.loads((tmp_path / "human.json").read_text())["scorers"]["overall"]
+    assert {name: row["agree"] for name, row in found.items()}["down-1-float32"] == 0
+    (folder / "scores" / "down-float32.json").write_text(json.dumps(tree | {"higher_is_better": "no"}))
+    assert "down-float32.json: malformed scores" in ends(
+        capsys, 3, "human", "tally", folder, "--key", folder / "human" / "key.json"
+    )
+
+
 def test_tally_warns_of_a_preferred_side(folder, capsys):
     study = make(folder, "--raters", "anna,ben", "--questions", "overall")
     for rater in study.raters:
@@ -118,7 +149,7 @@ def test_bad_input_to_make(folder, tmp_path, capsys):
     assert "--questions" in ends(capsys, 2, "human", "make", folder, "--questions", "motion")
     assert "--raters" in ends(capsys, 2, "human", "make", folder, "--raters", "anna,anna")
     (folder / "items.json").write_text("{")
-    assert "items.json: cannot be read" in ends(capsys, 3, "human", "make", folder)
+    assert "items.json: malformed" in ends(capsys, 3, "human", "make", folder)
 
 
 @pytest.mark.parametrize("words", [["human"], ["human", "make"], ["human", "make", "x", "--items", "y"],

@@ -18,7 +18,9 @@ from seppo_fast.commands.export import export
 from seppo_fast.commands.report import report
 from seppo_fast.config.load import read_config
 from seppo_fast.diffusion import protocols
+from seppo_fast.evaluation.generate import PromptBatches
 from seppo_fast.evaluation.judged import held_out_prompts, judged_model
+from seppo_fast.evaluation.media.batch import halve_batch
 from seppo_fast.evaluation.scores import read_scores
 from seppo_fast.evaluation.statistics import paired_difference
 from seppo_fast.scorers import registry
@@ -98,6 +100,13 @@ def bytes_of(folder):
     files = [file for file in folder.rglob("*") if file.is_file()]
     shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shown}
+
+
+def differs_only_in_media(folder, expected):
+    """Returns whether a folder has all files of another, byte for byte, and beyond them at most pictures."""
+    found, wanted = bytes_of(folder), bytes_of(expected)
+    same = {name: found.get(name) for name in wanted} == wanted
+    return same and all(name.startswith("media/") for name in found.keys() - wanted.keys())
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +293,109 @@ def test_media_of_other_prompts_are_refused(runs, prompts, straight, tmp_path, c
     assert "holds media of other prompts" in capsys.readouterr().err
 
 
+@pytest.fixture
+def device_of(monkeypatch):
+    """Returns a function that lets larger batches than a number of prompts run out of memory, and counts the calls."""
+    generate, sizes = PromptBatches.generate, []
+
+    def limited(largest):
+        def small_device(self, places, sample=0):
+            sizes.append(len(places))
+            if len(places) > largest:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return generate(self, places, sample)
+
+        monkeypatch.setattr(PromptBatches, "generate", small_device)
+        return sizes
+
+    return limited
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_all_models(runs, prompts, tmp_path, device_of, capsys):
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 1)) == 0
+    sizes = device_of(1)
+    capsys.readouterr()
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 0  # the runs' sampler.batch is 4
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert [line.partition("; ")[2] for line in said] == [
+        "starting over with batches of 2 instead of 4",
+        "starting over with batches of 1 instead of 2",
+    ]
+    assert sizes[:2] == [4, 2] and set(sizes[2:]) == {1}
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "small")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["protocol"]["sampler"]["batch"] == 1 and settings["command"].endswith("--batch 1")
+
+
+def test_the_folders_batch_is_kept_and_a_given_one_is_not_changed(runs, prompts, straight, tmp_path, device_of, capsys):
+    shutil.copytree(straight, tmp_path / "out")
+    sizes = device_of(2)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 0  # as if with --batch 3: nothing is left to generate
+    assert sizes == [] and bytes_of(tmp_path / "out") == bytes_of(straight)
+    capsys.readouterr()
+    assert run(*scored(runs, prompts, tmp_path / "new", "--batch", 3)) == 4
+    assert "out of memory while generating; set --batch below 3" in capsys.readouterr().err and sizes == [3]
+
+
+def test_media_that_exist_are_not_made_useless_by_a_smaller_batch(runs, prompts, straight, tmp_path, device_of, capsys):
+    shutil.copytree(straight, tmp_path / "out")
+    next((tmp_path / "out").glob("media/*/*.png")).unlink()
+    before = bytes_of(tmp_path / "out")
+    device_of(2)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 4
+    said = capsys.readouterr().err
+    assert "has media in batches of 3" in said and "choose another --output with --batch 1" in said
+    assert bytes_of(tmp_path / "out") == before
+
+
+def test_a_single_sample_that_does_not_fit_ends_the_command(runs, prompts, tmp_path, device_of, capsys):
+    sizes = device_of(0)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 4
+    assert "out of memory while generating one sample at a time" in capsys.readouterr().err and sizes == [4, 2, 1]
+    assert run(*scored(runs, prompts, tmp_path / "one", "--batch", 1)) == 4
+    assert "one sample at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", [1, 12])
+def test_a_batch_that_another_process_halves_is_followed(runs, prompts, tmp_path, monkeypatch, when):
+    """The other process is one that records a smaller batch while this one generates its first or its last batch."""
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2)) == 0
+    generate, sizes = PromptBatches.generate, []
+
+    def meanwhile(self, places, sample=0):
+        sizes.append(len(places))
+        if len(sizes) == when:
+            file = tmp_path / "out" / "settings.json"
+            halve_batch(tmp_path / "out", json.loads(file.read_text()), [])
+        return generate(self, places, sample)
+
+    monkeypatch.setattr(PromptBatches, "generate", meanwhile)
+    assert run(*scored(runs, prompts, tmp_path / "out")) == 0
+    assert sizes[:when] == [4, 3] * (when // 2) + [4] * (when % 2) and max(sizes[when:]) == 2
+    assert differs_only_in_media(tmp_path / "out", tmp_path / "small")
+
+
+def test_a_command_that_is_killed_after_halving_its_batch_keeps_that_batch(forks, runs, prompts, tmp_path):
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2)) == 0
+    words = scored(runs, prompts, tmp_path / "out")
+    ended = forks.run(*words, fault="generating@1=memory,media-write@3=kill")
+    assert ended.code == -9
+    ended = forks.run(*words)
+    assert ended.code == 0, ended.err
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "small")
+
+
+def test_two_processes_agree_on_a_batch_if_one_runs_out_of_memory(ranks, runs, prompts, tmp_path):
+    """It halves the batch for both, or it ends because the other one has media by then: either way the files agree."""
+    words = scored(runs, prompts, tmp_path / "out")
+    first, second = ranks.run(2, *words, faults={0: "generating@1=memory"})
+    assert (first.code, second.code) in ((0, 0), (4, 0)), (first, second)
+    assert run(*words) == 0
+    batch = 2 if first.code == 0 else 4
+    assert run(*scored(runs, prompts, tmp_path / "other", "--batch", batch)) == 0
+    assert differs_only_in_media(tmp_path / "out", tmp_path / "other")
+
+
 @pytest.mark.parametrize("other", ["base", "steps", "resolution"])
 def test_runs_that_cannot_be_compared_are_refused_with_the_field(tiny, runs, prompts, tmp_path, capsys, other):
     sections = {"steps": {"sampler": {"steps": 3}}, "resolution": {"data": {"resolution": 32}}}.get(other, {})
@@ -308,6 +420,36 @@ def test_a_scorer_that_fails_loses_only_itself(runs, prompts, scorer, tmp_path, 
     assert "no such picture" in (tmp_path / "out" / "scores.md").read_text()
     assert run(*scored(runs[:1], prompts, tmp_path / "out", scorers=fails)) == 3
     assert "every scorer failed" in capsys.readouterr().err
+
+
+def test_a_scorer_that_runs_out_of_memory_scores_fewer_files_at_once(
+    runs, prompts, contrast, monkeypatch, tmp_path, capsys
+):
+    assert run(*scored(runs, prompts, tmp_path / "all", scorers=contrast)) == 0
+    score, sizes, largest = Contrast.__call__, [], 2
+
+    def small_device(self, prompts, pictures):
+        sizes.append(len(prompts))
+        if len(prompts) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return score(self, prompts, pictures)
+
+    monkeypatch.setattr(Contrast, "__call__", small_device)
+    capsys.readouterr()
+    words = scored(runs, prompts, tmp_path / "out", scorers=contrast)
+    assert run(*words) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert said == ["scorer own: out of memory with 7 files at once; continuing with fewer"]
+    # Seven files per chunk: 7, then 3, are tried once; afterwards nothing larger than 1, the half of 3, is.
+    assert sizes == [7, 3] + [1] * 7 * 6
+    tables = [tmp_path / name / "scores.csv" for name in ("all", "out")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+    counts = [json.loads((tmp_path / name / "scores.json").read_text())["scorers"] for name in ("all", "out")]
+    assert counts[0].keys() == counts[1].keys() and counts[1]["contrast-2.1-float32"]["cut"] == 7
+    largest = 0
+    monkeypatch.setattr(Contrast, "digest", "d2")
+    assert run(*words) == 3
+    assert "own: does not fit into memory, even with one file (OutOfMemoryError: CUDA" in capsys.readouterr().err
 
 
 def test_scores_of_other_weights_of_a_scorer_are_not_reused(runs, prompts, contrast, monkeypatch, tmp_path):
@@ -481,9 +623,10 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_generated(runs, 
     assert "the media need about" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_ends_the_command_and_it_resumes(forks, runs, prompts, straight, tmp_path):
+@pytest.mark.parametrize("fault", ["media-write@4", "score-write@2", "statistics-write@1"])
+def test_a_full_disk_ends_the_command_and_it_resumes(forks, runs, prompts, straight, tmp_path, fault):
     words = scored(runs, prompts, tmp_path / "out", "--batch", 3)
-    ended = forks.run(*words, fault="media-write@4=full")
+    ended = forks.run(*words, fault=f"{fault}=full")
     assert ended.code == 6 and "no space left" in ended.err
     assert forks.run(*words).code == 0
     assert bytes_of(tmp_path / "out") == bytes_of(straight)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from seppo_fast.evaluation.statistics import (
     bootstrap,
@@ -12,9 +13,24 @@ from seppo_fast.evaluation.statistics import (
     holm,
     sign_flip,
     spearman,
+    t_quantile,
     wilson,
     win_rate,
 )
+
+
+@pytest.mark.parametrize("probability", [0.6, 0.9, 0.975, 0.995])
+def test_t_quantiles_against_scipy(probability):
+    freedoms = [*range(1, 64), 99, 100, 149, 999, 3199, 10_000, 10_001, 100_000, 10**7]
+    found = [t_quantile(probability, freedom) for freedom in freedoms]
+    assert found == pytest.approx(scipy.stats.t.ppf(probability, freedoms), rel=1e-10)
+    assert t_quantile(0.5, 7) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("probability", "freedom"), [(0.4, 3), (1.0, 3), (0.9, 0)])
+def test_t_quantiles_refuse_what_is_out_of_range(probability, freedom):
+    with pytest.raises(ValueError, match="probability, freedom"):
+        t_quantile(probability, freedom)
 
 
 @pytest.mark.parametrize(

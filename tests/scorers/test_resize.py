@@ -106,3 +106,11 @@ def test_the_mean_picture_is_zero_after_normalization():
     assert torch.equal(normalized(mean), torch.zeros(1, 3, 2, 2))
     whole = normalized(torch.ones(1, 3, 2, 2))[0, :, 0, 0].tolist()
     assert whole == pytest.approx([0.51854534 / 0.26862954, 0.5421725 / 0.26130258, 0.59178927 / 0.27577711])
+
+
+@pytest.mark.parametrize("resize", [shorter_side, longest_side_padded])
+def test_threads_do_not_change_pixels_or_order(resize):
+    pictures = np.random.default_rng(5).integers(0, 256, (5, 40, 33, 3), dtype=np.uint8)
+    one_by_one = torch.cat([resize(picture[None], 28) for picture in pictures])
+    for threads in (1, 3, 8):
+        assert torch.equal(resize(pictures, 28, threads=threads), one_by_one)

@@ -6,12 +6,12 @@ import base64
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.evaluation.human.items import Item
+from seppo_fast.evaluation.human.items import Material
 from seppo_fast.evaluation.human.media import Sheet, copy_media
 from seppo_fast.evaluation.human.plan import Shown
 from seppo_fast.evaluation.human.study import KEY, QUESTIONS, Study, media_files
@@ -22,17 +22,17 @@ SHIPPED = "for-raters"
 _PAGE, _MEDIA = "index.html", "media"
 
 
-def write_study(study: Study, items: Sequence[Item], folder: Path) -> None:
+def write_study(study: Study, material: Material, folder: Path) -> None:
     """Writes `for-raters/index.html`, `for-raters/media/` and `key.json` into a new folder.
 
     Args:
         study: the drawn study.
-        items: the items of its material, with their source files.
+        material: the media that it was drawn from.
         folder: the folder to create.
 
     Raises:
         ConfigError: the folder exists.
-        DataError: a medium is damaged, or the media of an item differ in size.
+        DataError: a medium is missing or damaged, or the media of an item differ in size.
         CheckpointError: the folder cannot be written.
     """
     if folder.exists():
@@ -40,7 +40,7 @@ def write_study(study: Study, items: Sequence[Item], folder: Path) -> None:
     with staged_folder(folder, CheckpointError) as staging:
         media = staging / SHIPPED / _MEDIA
         media.mkdir(parents=True)
-        sheets = copy_media(media_files(study, items), media, study.seed, study.source)
+        sheets = copy_media(media_files(study, material), media, study.seed, study.source)
         (staging / SHIPPED / _PAGE).write_text(page(study, sheets), encoding="utf-8", newline="\n")
         study.write_key(staging / KEY)
 

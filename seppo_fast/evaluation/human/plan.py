@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from seppo_fast.evaluation.human.items import Item
+from seppo_fast.evaluation.media.items import Item
 from seppo_fast.utils.random import keyed_rng
 
 Kind = Literal["pair", "repeat", "noise", "mismatch"]

@@ -67,16 +67,23 @@ def read_scores_table(folder: Path) -> dict[str, dict[tuple[str, str], float]]:
 
 
 def scorer_agreement(
-    scores: Mapping[tuple[str, str], float], study: Study, items: list[str], table: np.ndarray
+    scores: Mapping[tuple[str, str], float],
+    study: Study,
+    items: list[str],
+    table: np.ndarray,
+    *,
+    higher_is_better: bool = True,
 ) -> ScorerAgreement:
-    """Compares one scorer, for which a higher score is better, with the majority of raters.
+    """Compares one scorer with the majority of raters.
 
     Args:
         scores: its scores by (item id, model).
         study: the study.
         items: ids of the items.
         table: the raters' answers `(items, raters)` as `tally.ratings` returns them; "about the same" is no vote.
+        higher_is_better: whether the scorer prefers the model with the higher score.
     """
+    sign = 1 if higher_is_better else -1
     agree = ties = count = 0
     for item, answers in zip(items, table):
         net = int((answers == 1).sum()) - int((answers == 0).sum())
@@ -84,7 +91,7 @@ def scorer_agreement(
         if net and math.isfinite(second - first):
             count += 1
             ties += first == second
-            agree += (second - first) * net > 0
+            agree += sign * (second - first) * net > 0
     decisive = count - ties
     return ScorerAgreement(
         items=count,

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from seppo_fast.evaluation.human.items import Item, Material
+from seppo_fast.evaluation.human.items import Material
 from seppo_fast.evaluation.human.plan import Kind, Shown, Trial, choose, trials
 from seppo_fast.utils.errors import ConfigError, DataError
 from seppo_fast.utils.files import read_json
@@ -78,7 +78,7 @@ def draw_study(
     """Draws a study.
 
     Args:
-        material: the content of `items.json`.
+        material: the generated media.
         models: the two models to compare; None: those of the material, if it has exactly two.
         count: the number of items; None: all, but at most `DEFAULT_ITEMS`.
         seed: seed of all draws.
@@ -87,40 +87,40 @@ def draw_study(
 
     Raises:
         ConfigError: an argument is invalid, or more items are requested than exist.
-        DataError: no item has media of both models.
+        DataError: media are missing, or pictures and clips are mixed.
     """
     pair = material.pair(models)
-    items = material.with_media_of(pair)
-    clips = items[0].files[pair[0]].suffix == ".webp"
-    asked = _questions(questions, clips)
+    files, media = material.files_of(pair), material.media
+    items = media.items
+    asked = _questions(questions, clips=next(iter(files.values())).suffix == ".webp")
     raters = DEFAULT_RATERS if raters is None else raters
     _check_raters(raters, pair)
     count = min(len(items), DEFAULT_ITEMS) if count is None else count
     if not 1 <= count <= len(items):
-        raise ConfigError(f"--items: expected 1 to {len(items)}, the items with media of both models, got {count}")
-    chosen = choose(items, count, seed, material.digest)
+        raise ConfigError(f"--items: expected 1 to {len(items)}, the number of items in the folder, got {count}")
+    chosen = choose(items, count, seed, media.digest)
     ids = {item.id for item in chosen}
     spare = [item for item in items if item.id not in ids]
     drawn = {
-        name: trials(chosen, spare, pair, number, seed, material.digest, mismatches="alignment" in asked)
+        name: trials(chosen, spare, pair, number, seed, media.digest, mismatches="alignment" in asked)
         for number, name in enumerate(raters)
     }
     shown = {item for rows in drawn.values() for trial in rows for item in (trial.left.item, trial.right.item)}
     return Study(
         models=pair,
-        digests=(material.models[pair[0]], material.models[pair[1]]),
+        digests=(media.models[pair[0]], media.models[pair[1]]),
         questions=asked,
         seed=seed,
-        source=material.digest,
+        source=media.digest,
         prompts={item.id: item.prompt for item in items if item.id in shown},
         raters=drawn,
     )
 
 
-def media_files(study: Study, items: Sequence[Item]) -> dict[Shown, Path]:
-    """Returns the source file of every medium of the study."""
-    files = {item.id: item.files for item in items}
-    return {shown: files[shown.item][shown.model] for shown in study.media()}
+def media_files(study: Study, material: Material) -> dict[Shown, Path]:
+    """Returns the source file of every medium of the study; raises DataError if one is missing."""
+    files = material.files_of(study.models)
+    return {shown: files[shown.item, shown.model] for shown in study.media()}
 
 
 def read_key(file: Path) -> Study:

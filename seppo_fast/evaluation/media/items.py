@@ -13,17 +13,19 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from seppo_fast.evaluation.media.prompts import PromptList
-from seppo_fast.utils.errors import CheckpointError, ConfigError
+from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError
 from seppo_fast.utils.files import read_json, write_atomically
 
 BASE = "base"
 ITEMS = "items.json"
+SUFFIXES = (".png", ".webp")  # a picture, a clip
 SCHEMA = 1
 
 
@@ -55,10 +57,12 @@ class Media:
     Attributes:
         models: the digest of each model, by name; "base" is first.
         items: all samples of all prompts, sample by sample.
+        digest: the SHA-256 of the file; empty if it has not been read from one.
     """
 
     models: Mapping[str, str]
     items: Sequence[Item]
+    digest: str = field(default="", compare=False)
 
     def write(self, folder: Path) -> None:
         """Writes `items.json`."""
@@ -87,30 +91,70 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def read_media(folder: Path) -> Media:
-    """Reads `items.json`.
+    """Reads `items.json` and checks it; whether the media files exist is not checked.
 
     Raises:
-        ConfigError: it does not exist, is malformed, or has a newer schema.
+        ConfigError: the folder has no `items.json`.
+        DataError: the file is malformed, has another schema, or names a file outside the folder.
     """
     file = folder / ITEMS
     try:
         tree = read_json(file, most=1 << 30)
-        if tree["schema"] != SCHEMA:
-            raise ConfigError(f"{file}: has schema {tree['schema']!r}; this version reads {SCHEMA}")
-        media = Media(dict(tree["models"]), [Item(**row) for row in tree["items"]])
-        if not media.items or any(set(item.files) != set(media.models) for item in media.items):
-            raise ValueError("an item lacks the file of a model, or there is no item")
-        if any(not _is_inside(path) for item in media.items for path in item.files.values()):
-            raise ValueError("a file is outside the folder")
+        return _media(tree, hashlib.sha256(file.read_bytes()).hexdigest())
     except FileNotFoundError:
-        raise ConfigError(f"{file}: does not exist; generate first: run the command without --only") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise ConfigError(f"{file}: malformed ({problem}); remove it and generate again") from problem
-    return media
+        raise ConfigError(
+            f"{folder}: not an output folder of seppo-fast score, {ITEMS} is missing; generate first: run seppo-fast "
+            "score without --only"
+        ) from None
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{file}: malformed ({problem}); remove it and rerun seppo-fast score") from problem
 
 
-def _is_inside(path: str) -> bool:
-    return not os.path.isabs(path) and ".." not in Path(path).parts
+def _media(tree: Any, digest: str) -> Media:
+    """Returns what a parsed `items.json` lists; raises ValueError."""
+    if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
+        found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(f"expected schema {SCHEMA}, got {found!r}")
+    models = _field(tree, "models", dict, "the file")
+    if not models or not all(name and isinstance(value, str) for name, value in models.items()):
+        raise ValueError("models: expected a digest for each model's name")
+    rows = _field(tree, "items", list, "the file")
+    items = [_item(row, f"items[{place}]", models) for place, row in enumerate(rows)]
+    if not items:
+        raise ValueError("it lists no item")
+    twice = next((name for name, times in Counter(item.id for item in items).items() if times > 1), None)
+    if twice is not None:
+        raise ValueError(f"the id {twice!r} occurs twice")
+    return Media(models, items, digest)
+
+
+def _item(row: Any, place: str, models: Mapping[str, str]) -> Item:
+    """Returns an item of a parsed `items.json`; raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object, got {type(row).__name__}")
+    name, prompt = (_field(row, key, str, place) for key in ("id", "prompt"))
+    files = _field(row, "files", dict, place)
+    if not name:
+        raise ValueError(f"{place}.id is empty")
+    index, sample, seed = (_field(row, key, int, place) for key in ("prompt_index", "sample", "seed"))
+    if min(index, sample, seed) < 0:
+        raise ValueError(f"{place}: prompt_index, sample and seed must be at least 0")
+    if files.keys() != models.keys():
+        raise ValueError(f"{place}.files: expected a file of each of {', '.join(models)}, got {', '.join(files)}")
+    for model, path in files.items():
+        where = f"{place}.files[{model!r}]"
+        if not isinstance(path, str) or Path(path).suffix not in SUFFIXES:
+            raise ValueError(f"{where}: expected a file ending in {' or '.join(SUFFIXES)}, got {path!r}")
+        if os.path.isabs(path) or ".." in Path(path).parts or "\0" in path:
+            raise ValueError(f"{where}: {path!r} is not a path inside the folder")
+    return Item(name, prompt, index, sample, seed, files)
+
+
+def _field(row: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
+    value = row.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{place}: {key} must be of type {kind.__name__}, got {value!r:.80}")
+    return value
 
 
 def file_name(prompt: str, place: int, seed: int, sample: int, *, clips: bool) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seppo_fast.evaluation.generate import PromptBatches
+from seppo_fast.evaluation.media.batch import follow_batch
 from seppo_fast.evaluation.media.files import encode_media, is_intact
 from seppo_fast.evaluation.media.items import Item
 from seppo_fast.evaluation.media.work import unfinished
@@ -31,6 +32,7 @@ def make_media(folder: Path, name: str, items: Sequence[Item], made: PromptBatch
         world: the number of processes.
 
     Raises:
+        SmallerBatch: another process has recorded another batch in `settings.json`.
         CheckpointError: a file cannot be written.
     """
     by_sample: dict[int, list[Item]] = {}
@@ -54,7 +56,9 @@ def make_media(folder: Path, name: str, items: Sequence[Item], made: PromptBatch
             return finished
 
         for number in unfinished(place / ".lock", len(batches), done, rank, world):
+            follow_batch(folder, made.batch)
             batch = batches[number]
+            fault("generating")
             remove_temporary(place, {Path(item.files[name]).name for item in batch})
             pictures = made.generate([item.prompt_index for item in batch], batch[0].sample)
             for row in missing(number):

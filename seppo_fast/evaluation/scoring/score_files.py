@@ -24,9 +24,9 @@ import torch
 from seppo_fast.evaluation.media.files import decode_media
 from seppo_fast.evaluation.media.items import BASE, Item, Media
 from seppo_fast.evaluation.media.work import alone, unfinished
+from seppo_fast.evaluation.scoring.calling import Calls, ScorerError, reason
 from seppo_fast.scorers import registry
-from seppo_fast.scorers.scorer import Scorer
-from seppo_fast.utils.errors import CheckpointError, ConfigError
+from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import read_json, remove_temporary, write_atomically
 from seppo_fast.utils.logging import say, warn
@@ -59,10 +59,6 @@ class ScorerInfo:
     dtype: str
     higher_is_better: bool
     cut: int
-
-
-class _ScorerError(Exception):
-    """A scorer could not be loaded, or did not return scores."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def score_media(
             key = _score_with(name, folder, media, hashes, device, dtype, weights, rank, world, keys)
             keys.add(key)
             failed.unlink(missing_ok=True)
-        except _ScorerError as problem:
+        except ScorerError as problem:
             warn(f"scorer {name}: {problem}; it is left out")
             problems.append(f"{name}: {problem}")
             row = {"scorer": name, "problem": str(problem)}
@@ -155,17 +151,17 @@ def _score_with(
     world: int,
     taken: set[str],
 ) -> str:
-    """Scores all media with one scorer and returns its key; raises _ScorerError."""
+    """Scores all media with one scorer and returns its key; raises ScorerError."""
     try:
         scorer = registry.load_scorer(name, device, dtype, weights)
         precision = str(dtype).removeprefix("torch.")
         key = f"{_plain(scorer.name)}-{_plain(scorer.version)}-{precision}"
         info = ScorerInfo(name, key, scorer.version, scorer.digest, precision, bool(scorer.higher_is_better), 0)
     except Exception as problem:
-        raise _ScorerError(f"cannot be loaded ({_reason(problem)})") from problem
+        raise ScorerError(f"cannot be loaded ({reason(problem)})") from problem
     if key in taken:
-        raise _ScorerError(f"has the same name and version as another scorer of this command, {key}")
-    parts = folder / SCORES / ".parts" / key
+        raise ScorerError(f"has the same name and version as another scorer of this command, {key}")
+    parts, called = folder / SCORES / ".parts" / key, Calls(name, scorer)
     chunks = list(_chunks(folder, media))
 
     def done(number: int) -> bool:
@@ -180,7 +176,7 @@ def _score_with(
             chunk = chunks[number]
             remove_temporary(parts, {chunk.name})
             pictures = np.stack(list(readers.map(lambda file: _pixels(folder, file), chunk.files)))
-            scores, cut = _called(scorer, chunk.prompts, pictures)
+            scores, cut = called(chunk.prompts, pictures)
             rows = [
                 {"file": file, "sha256": hashes[file], "score": score if math.isfinite(score) else None}
                 for file, score in zip(chunk.files, scores, strict=True)
@@ -240,15 +236,22 @@ def _part(parts: Path, chunk: _Chunk, digest: str, hashes: Mapping[str, str]) ->
         return None
 
 
-def _called(scorer: Scorer, prompts: Sequence[str], pictures: np.ndarray) -> tuple[list[float], int]:
-    """Returns the scores and the number of truncated prompts; raises _ScorerError."""
-    try:
-        scores = np.asarray(scorer(prompts, pictures), dtype=np.float64)
-    except Exception as problem:
-        raise _ScorerError(f"failed ({_reason(problem)})") from problem
-    if scores.shape != (len(prompts),):
-        raise _ScorerError(f"returned scores of shape {scores.shape} for {len(prompts)} prompts")
-    return scores.tolist(), int(getattr(scorer, "cut", 0))
+def read_infos(folder: Path) -> list[ScorerInfo]:
+    """Reads what each scorer was that has a file of scores in the output folder of `seppo-fast score`.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    found = []
+    for file in sorted((folder / SCORES).glob("*.json")):
+        try:
+            info = ScorerInfo(**read_json(file))
+            if not isinstance(info.key, str) or not isinstance(info.higher_is_better, bool):
+                raise ValueError("key must be text, higher_is_better true or false")
+        except (OSError, ValueError, TypeError) as problem:
+            raise DataError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
+        found.append(info)
+    return found
 
 
 def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerInfo, dict[str, float]]], dict[str, str]]:
@@ -259,19 +262,18 @@ def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerIn
         reason why others have no scores, by name or key.
 
     Raises:
-        ConfigError: a file of scores is malformed.
+        DataError: a file of scores is malformed.
     """
     wanted = {file for item in media.items for file in item.files.values()}
     found: dict[str, tuple[ScorerInfo, dict[str, float]]] = {}
     without: dict[str, str] = {}
-    for file in sorted((folder / SCORES).glob("*.json")):
+    for info in read_infos(folder):
+        file = folder / SCORES / f"{_plain(info.key)}.jsonl"
         try:
-            info = ScorerInfo(**read_json(file))
-            lines = (file.parent / f"{_plain(info.key)}.jsonl").read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in lines.split("\n") if line]
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
             scores = {row["file"]: math.nan if row["score"] is None else float(row["score"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise ConfigError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
+            raise DataError(f"{file}: malformed scores ({problem}); remove it and score again") from problem
         if wanted <= scores.keys():
             found[info.key] = info, scores
         else:
@@ -279,11 +281,11 @@ def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerIn
     for file in sorted((folder / SCORES).glob(f"*{_FAILED}")):
         try:
             row = read_json(file)
-            name, reason = str(row["scorer"]), str(row["problem"])
+            name, why = str(row["scorer"]), str(row["problem"])
         except (OSError, ValueError, KeyError, TypeError):
-            name, reason = file.stem, "it failed"
+            name, why = file.stem, "it failed"
         if all(info.scorer != name for info, _ in found.values()):
-            without[name] = reason
+            without[name] = why
     return found, without
 
 
@@ -312,8 +314,3 @@ def _pixels(folder: Path, file: str) -> np.ndarray:
 def _plain(name: str) -> str:
     """Returns a name with only characters that are valid in file names everywhere."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def _reason(problem: Exception) -> str:
-    text = str(problem).strip()
-    return f"{type(problem).__name__}: {text.splitlines()[0]}" if text else type(problem).__name__

@@ -85,7 +85,8 @@ def read_scored(folder: Path, settings: Mapping[str, Any], names: Sequence[str] 
         names: the scorers to include, in this order; None: all that have scores for all media.
 
     Raises:
-        ConfigError: a file is missing or malformed, or no scorer has scores for all media.
+        ConfigError: `items.json` is missing, or no scorer has scores for all media.
+        DataError: a file is malformed.
     """
     media = read_media(folder)
     found, without = read_scores_of(folder, media)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -63,29 +64,55 @@ def test_items_are_listed_and_read_back(tmp_path):
     names = [item.files["run"] for item in made.items]
     assert len(set(names)) == 6 and names[4].startswith("media/1b/") and names[4].endswith("-1-5-1.png")
     made.write(tmp_path)
-    assert items.read_media(tmp_path) == made
+    read = items.read_media(tmp_path)
+    assert read == made and (made.digest, len(read.digest)) == ("", 64)
     tree = json.loads((tmp_path / "items.json").read_text())
     assert set(tree) == {"schema", "models", "items"} and tree["models"] == {"base": "0a", "run": "1b"}
     assert set(tree["items"][0]) == {"id", "prompt", "prompt_index", "sample", "seed", "files"}
 
 
-@pytest.mark.parametrize("damage", ["schema", "outside", "empty", "lacks", "text"])
-def test_a_malformed_list_of_items_is_refused(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(schema=9), "expected schema 1, got 9"),
+        (lambda tree: tree.update(models={}), "models"),
+        (lambda tree: tree.update(models={"base": 3}), "models"),
+        (lambda tree: tree.update(items={}), "items must be of type list"),
+        (lambda tree: tree.update(items=[]), "it lists no item"),
+        (lambda tree: tree["items"].append(3), "items[3]: expected an object, got int"),
+        (lambda tree: tree["items"].append(tree["items"][0]), "the id '0' occurs twice"),
+        (lambda tree: tree["items"][1].pop("prompt"), "items[1]: prompt must be of type str"),
+        (lambda tree: tree["items"][1].update(id=""), "items[1].id is empty"),
+        (lambda tree: tree["items"][1].update(seed=True), "seed must be of type int, got True"),
+        (lambda tree: tree["items"][1].update(sample=-1), "items[1]: prompt_index, sample and seed"),
+        (lambda tree: tree["items"][1].update(files=[]), "files must be of type dict"),
+        (lambda tree: tree["items"][2].update(files={}), "items[2].files: expected a file of each of base, got"),
+        (lambda tree: tree["items"][2]["files"].update(other="x.png"), "expected a file of each of base, got base, o"),
+        (lambda tree: tree["items"][2]["files"].update(base="x.gif"), "ending in .png or .webp, got 'x.gif'"),
+        (lambda tree: tree["items"][2]["files"].update(base=3), "got 3"),
+        (lambda tree: tree["items"][2]["files"].update(base="a\0.png"), "not a path inside the folder"),
+        (lambda tree: tree["items"][2]["files"].update(base="/tmp/x.png"), "items[2].files['base']: '/tmp/x.png'"),
+        (lambda tree: tree["items"][2]["files"].update(base="a/../../x.png"), "not a path inside the folder"),
+    ],
+)
+def test_a_malformed_list_of_items_is_refused(tmp_path, change, message):
     items.media_of(PROMPTS, {"base": "0a"}, 1, 0, clips=False).write(tmp_path)
     file = tmp_path / "items.json"
     tree = json.loads(file.read_text())
-    if damage == "schema":
-        tree["schema"] = 9
-    elif damage == "outside":
-        tree["items"][0]["files"]["base"] = "../../secret.png"
-    elif damage == "empty":
-        tree["items"] = []
-    elif damage == "lacks":
-        tree["items"][1]["files"] = {}
-    file.write_text("{" if damage == "text" else json.dumps(tree))
-    with pytest.raises(ConfigError, match=r"items\.json: (has schema 9|malformed)"):
+    change(tree)
+    file.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=rf"items\.json: malformed \(.*{re.escape(message)}"):
         items.read_media(tmp_path)
-    file.unlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"[]", b"3"])
+def test_a_list_of_items_that_is_no_json_object_is_refused(tmp_path, content):
+    (tmp_path / "items.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"items\.json: malformed"):
+        items.read_media(tmp_path)
+
+
+def test_a_folder_without_a_list_of_items_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="generate first"):
         items.read_media(tmp_path)
 

@@ -309,6 +309,10 @@ def test_agreement_of_scorers_with_the_majority(study, tmp_path):
     assert good.interval == pytest.approx(wilson(6, 7))
     bad = scorer_agreement(scores["bad"], study, items, table)
     assert (bad.items, bad.agree, bad.share) == (3, 0, 0)
+    reverse = scorer_agreement(scores["good"], study, items, table, higher_is_better=False)
+    assert (reverse.items, reverse.agree, reverse.ties) == (8, 1, 1)  # what agreed disagrees, and ties stay
+    lower = {place: -score for place, score in scores["good"].items()}
+    assert scorer_agreement(lower, study, items, table, higher_is_better=False) == good
     none = scorer_agreement({}, study, items, table)
     assert none.items == 0 and math.isnan(none.share) and none.interval == (0, 1)
 
@@ -355,7 +359,7 @@ def test_wilson_refuses_impossible_counts(arguments):
 
 
 def test_the_table_of_sizes_in_the_docs():
-    page = (Path(__file__).parents[2] / "docs" / "human.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "human.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| ± ([\d.]+) points \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     assert len(rows) == 7
     for count, half, *powers in rows:
