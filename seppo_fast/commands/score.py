@@ -26,6 +26,8 @@ from seppo_fast.evaluation.media.making import disk_need, make_media
 from seppo_fast.evaluation.media.prompts import PromptList, read_prompts
 from seppo_fast.evaluation.media.subjects import Subject, batches_of, load_subject, subjects_of
 from seppo_fast.evaluation.media.work import alone
+from seppo_fast.evaluation.real.command import Comparison, tables
+from seppo_fast.evaluation.real.text import metrics_lines
 from seppo_fast.evaluation.scores import SCORE_FOLDER
 from seppo_fast.evaluation.scoring.score_files import require_scorers, score_media
 from seppo_fast.evaluation.scoring.table import GRID, TABLE, read_scored, write_results
@@ -58,6 +60,9 @@ class Options:
         only: the only phase to run; None: all three.
         output: the folder; None: `score` in the first run's.
         weights: the folder with the scorers' weights.
+        real: the folder of real pictures or clips, or `shapes`.
+        metrics: the metrics' names.
+        features: the features of the metrics `frechet` and `kernel`.
     """
 
     runs: tuple[Path, ...]
@@ -73,6 +78,9 @@ class Options:
     only: Phase | None = None
     output: Path | None = None
     weights: Path | None = None
+    real: str | None = None
+    metrics: tuple[str, ...] = ()
+    features: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -98,8 +106,11 @@ def score(options: Options) -> None:
     names = options.scorers or DEFAULT_SCORERS
     if options.only in (None, "score"):
         require_scorers(names, options.weights)
+    comparison = None
+    if options.only in (None, "score"):
+        comparison = Comparison.chosen(options.real, options.metrics, options.features, options.weights)
     if options.only in (None, "generate"):
-        _generate(options, folder, rank, world)
+        _generate(options, folder, rank, world, comparison)
     else:
         _refuse_other_prompts(options, folder)
     if options.only in (None, "score"):
@@ -111,10 +122,14 @@ def score(options: Options) -> None:
         )
         if len(problems) == len(names):
             raise DataError(f"{folder}: every scorer failed: {'; '.join(problems)}")
+        if comparison is not None:
+            comparison.measure(folder, media, read_settings(folder)["protocol"], device, rank, world)
     if options.only in (None, "statistics") and rank == 0:
         chosen = options.scorers or (names if options.only is None else None)
         scored = read_scored(folder, read_settings(folder), chosen)
-        _tell(write_results(scored, options.weights), folder)
+        metrics = options.metrics or (() if options.only is None else None)
+        more, columns, text = tables(scored, metrics)
+        _tell(write_results(scored, options.weights, more, columns, text), folder)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -154,7 +169,7 @@ def _check(options: Options) -> None:
         raise ConfigError("score: --prompts FILE and at least one RUN are needed to generate")
 
 
-def _generate(options: Options, folder: Path, rank: int, world: int) -> None:
+def _generate(options: Options, folder: Path, rank: int, world: int, comparison: Comparison | None) -> None:
     """Makes the media of base and runs, model by model, then lists them in `items.json`."""
     assert options.prompts is not None
     prompts = read_prompts(options.prompts)
@@ -163,6 +178,8 @@ def _generate(options: Options, folder: Path, rank: int, world: int) -> None:
     first, clips = subjects[0], subjects[0].clips
     settings = _settings(options, prompts, first, device)
     _refuse_other_settings(folder, settings)
+    if comparison is not None:
+        comparison.require(prompts, options.samples, settings["protocol"])
     _require_disk(folder, settings, len(subjects) + 1)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
@@ -227,6 +244,9 @@ def _command(options: Options) -> str:
     words += [] if options.guidance is None else ["--guidance", f"{options.guidance:g}"]
     words += [] if options.batch is None else ["--batch", str(options.batch)]
     words += [] if options.update is None else ["--update", str(options.update)]
+    words += [] if options.real is None else ["--real", Path(options.real).name]
+    words += ["--metrics", ",".join(options.metrics)] if options.metrics else []
+    words += [] if options.features is None else ["--features", options.features]
     return " ".join([*words, *(["--raw"] if options.raw else [])])
 
 
@@ -316,4 +336,6 @@ def _tell(tree: Mapping[str, Any], folder: Path) -> None:
             interval = f", difference {found['difference']:+.4g}" if found["difference"] is not None else ""
             ends = f" [{found['low']:+.4g}, {found['high']:+.4g}]" if found["low"] is not None else ""
             say(f"{key}: base -> {run}: {means}{interval}{ends}")
+    for line in metrics_lines(tree.get("metrics")):
+        say(line)
     say(f"tables: {folder / TABLE}, picture: {folder / GRID}")

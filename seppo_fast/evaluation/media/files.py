@@ -11,7 +11,7 @@ from PIL import Image, ImageSequence
 from seppo_fast.utils.errors import DataError
 
 _FRAME_MILLISECONDS = 125
-_FRAMES = b"seppo_fast frames="  # before the number of frames, in a clip's metadata
+CLIP_MARK = b"seppo_fast frames="  # before the number of frames, in a clip's metadata
 
 
 def encode_media(picture: np.ndarray) -> bytes:
@@ -30,7 +30,7 @@ def encode_media(picture: np.ndarray) -> bytes:
         duration=_FRAME_MILLISECONDS,
         loop=0,
         lossless=True,
-        xmp=b"%s%d" % (_FRAMES, len(picture)),
+        xmp=b"%s%d" % (CLIP_MARK, len(picture)),
     )
     return content.getvalue()
 
@@ -50,7 +50,7 @@ def decode_media(content: bytes, name: str) -> np.ndarray:
             if opened.format == "PNG":
                 _check_png(content)
                 return np.array(opened.convert("RGB"))
-            total = int(opened.info["xmp"].removeprefix(_FRAMES))
+            total = int(opened.info["xmp"].removeprefix(CLIP_MARK))
             frames: list[np.ndarray] = []
             for frame in ImageSequence.Iterator(opened):
                 pixels = np.array(frame.convert("RGB"))

@@ -135,7 +135,7 @@ def real_floor(x: ArrayLike, n: int, seed: int, unit: int = 1) -> float:
         ValueError: as `frechet`, or `n` is less than 2, or R less than 4, or R is no multiple of `unit`.
     """
     features, _ = features_of(x, x)
-    _check_units((len(features), unit))
+    check_units(2, (len(features), unit))
     if n < max(2, unit) or len(features) < max(4, 2 * unit):
         raise ValueError(f"n, x: at least 2 samples per subset are needed, got n = {n} and {len(features)} samples")
     items = min(n // unit, len(features) // unit // 2) * unit
@@ -178,13 +178,12 @@ def frechet_interval(
         ValueError: as `frechet`, or `resamples` is less than 2, or N or M is no multiple of its unit.
     """
     a, b = features_of(x, y)
-    _check_resamples(resamples)
-    _check_units((len(a), units[0]), (len(b), units[1]))
+    check_units(resamples, (len(a), units[0]), (len(b), units[1]))
     replicates = []
     for number in range(resamples):
         rng = keyed_rng(seed, "bootstrap of a distance", number)
-        replicates.append(frechet(a[_drawn(rng, len(a), units[0])], b[_drawn(rng, len(b), units[1])]))
-    return _normal_interval(frechet(a, b), replicates, confidence)
+        replicates.append(frechet(a[drawn(rng, len(a), units[0])], b[drawn(rng, len(b), units[1])]))
+    return normal_interval(frechet(a, b), replicates, confidence)
 
 
 def frechet_difference(
@@ -221,15 +220,14 @@ def frechet_difference(
     _, second = features_of(real, other)
     if len(first) != len(second):
         raise ValueError(f"base, other: equally many rows are needed, got {len(first)} and {len(second)}")
-    _check_resamples(resamples)
-    _check_units((len(x), units[0]), (len(first), units[1]))
+    check_units(resamples, (len(x), units[0]), (len(first), units[1]))
     replicates = []
     for number in range(resamples):
         rng = keyed_rng(seed, "bootstrap of a difference", number)
-        drawn, rows = _moments(x[_drawn(rng, len(x), units[0])]), _drawn(rng, len(first), units[1])
-        replicates.append(_distance(drawn, _moments(second[rows])) - _distance(drawn, _moments(first[rows])))
+        reals, rows = _moments(x[drawn(rng, len(x), units[0])]), drawn(rng, len(first), units[1])
+        replicates.append(_distance(reals, _moments(second[rows])) - _distance(reals, _moments(first[rows])))
     difference = frechet(x, second) - frechet(x, first)
-    return (difference, *_normal_interval(difference, replicates, confidence))
+    return (difference, *normal_interval(difference, replicates, confidence))
 
 
 def _distance(first: Moments, second: Moments) -> float:
@@ -258,31 +256,30 @@ def features_of(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def _check_resamples(resamples: int) -> None:
+def check_units(resamples: int, *sets: tuple[int, int]) -> None:
+    """Raises ValueError for too few resamples, or if the rows of a set cannot be divided into its units."""
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, got {resamples}")
-
-
-def _check_units(*sets: tuple[int, int]) -> None:
     for count, unit in sets:
         if unit < 1 or count % unit:
             raise ValueError(f"units: {count} rows cannot be divided into units of {unit}")
 
 
-def _drawn(rng: np.random.Generator, count: int, unit: int = 1) -> np.ndarray:
+def drawn(rng: np.random.Generator, count: int, unit: int = 1) -> np.ndarray:
     """Draws `count` of `count` rows with replacement, `unit` consecutive ones at once, at least two different ones."""
     number = count // unit
-    drawn = rng.integers(number, size=number)
-    if (drawn == drawn[0]).all():
-        drawn[0] = (drawn[0] + 1) % number
-    return _rows(drawn, unit)
+    units = rng.integers(number, size=number)
+    if (units == units[0]).all():
+        units[0] = (units[0] + 1) % number
+    return _rows(units, unit)
+
+
+def normal_interval(centre: float, replicates: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Returns `centre` plus and minus a normal quantile times the standard deviation of the replicates."""
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(replicates, ddof=1))
+    return centre - half, centre + half
 
 
 def _rows(units: np.ndarray, unit: int) -> np.ndarray:
     """Returns the rows of units with these numbers."""
     return (units[:, None] * unit + np.arange(unit)).ravel()
-
-
-def _normal_interval(centre: float, replicates: list[float], confidence: float) -> tuple[float, float]:
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(replicates, ddof=1))
-    return centre - half, centre + half
