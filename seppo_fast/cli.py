@@ -113,6 +113,7 @@ def _add_score(commands: Any) -> None:
         help="metrics against --real: ssim,psnr,lpips,fid,clean-fid,kid,fvd,frechet,kernel",
     )
     score.add_argument("--features", help="the features of frechet and kernel: judge, or module:function for your own")
+    score.add_argument("--layout", help="chronomagic: also write clips as its official scripts read them")
     score.add_argument("--convert", type=Path, metavar="FILE", help="only write a pickle's weights as safetensors")
 
 
@@ -215,7 +216,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from seppo_fast.commands.score import Options, score
 
     names = ("prompts", "samples", "seed", "guidance", "protocol", "batch", "update", "raw", "only", "output")
-    options = {name: getattr(arguments, name) for name in (*names, "weights", "real", "features")}
+    options = {name: getattr(arguments, name) for name in (*names, "weights", "real", "features", "layout")}
     options |= {name: tuple(getattr(arguments, name)) for name in ("scorers", "metrics")}
     score(Options(tuple(arguments.runs), **options))
     return 0

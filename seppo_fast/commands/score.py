@@ -22,6 +22,7 @@ from seppo_fast.config.schema import did_you_mean
 from seppo_fast.data.cache.opening import truncation
 from seppo_fast.diffusion.protocols import PROTOCOLS
 from seppo_fast.evaluation.media.items import BASE, ITEMS, media_of, model_digest, read_media
+from seppo_fast.evaluation.media.layout import LAYOUTS, export_layout, require_layout
 from seppo_fast.evaluation.media.making import disk_need, make_media
 from seppo_fast.evaluation.media.prompts import PromptList, read_prompts
 from seppo_fast.evaluation.media.subjects import Subject, batches_of, load_subject, subjects_of
@@ -63,6 +64,7 @@ class Options:
         real: the folder of real pictures or clips, or `shapes`.
         metrics: the metrics' names.
         features: the features of the metrics `frechet` and `kernel`.
+        layout: the folder layout in which clips are exported, too: one of `LAYOUTS`.
     """
 
     runs: tuple[Path, ...]
@@ -81,6 +83,7 @@ class Options:
     real: str | None = None
     metrics: tuple[str, ...] = ()
     features: str | None = None
+    layout: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -165,6 +168,10 @@ def _check(options: Options) -> None:
         raise ConfigError(f"--batch {options.batch}: must be at least 1")
     if options.protocol not in PROTOCOLS:
         raise ConfigError(f"--protocol {options.protocol!r} is unknown{did_you_mean(options.protocol, PROTOCOLS)}")
+    if options.layout is not None and options.layout not in LAYOUTS:
+        raise ConfigError(f"--layout {options.layout!r} is unknown{did_you_mean(options.layout, LAYOUTS)}")
+    if options.layout is not None and options.only not in (None, "generate"):
+        raise ConfigError(f"--layout {options.layout}: belongs to the phase generate; leave out --only {options.only}")
     if options.only in (None, "generate") and (options.prompts is None or not options.runs):
         raise ConfigError("score: --prompts FILE and at least one RUN are needed to generate")
 
@@ -180,6 +187,9 @@ def _generate(options: Options, folder: Path, rank: int, world: int, comparison:
     _refuse_other_settings(folder, settings)
     if comparison is not None:
         comparison.require(prompts, options.samples, settings["protocol"])
+    if options.layout is not None:
+        names = [BASE, *(subject.name for subject in subjects)]
+        require_layout(names, [prompt.id for prompt in prompts.prompts], options.samples, clips=clips)
     _require_disk(folder, settings, len(subjects) + 1)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
@@ -211,6 +221,8 @@ def _generate(options: Options, folder: Path, rank: int, world: int, comparison:
     with alone(folder, {SETTINGS, ITEMS}):
         _write_settings(folder, settings | {"models": models})
         media.write(folder)
+    if options.layout is not None:
+        say(f"clips for the official scripts: {export_layout(folder, media, rank, world)}")
 
 
 def _settings(options: Options, prompts: PromptList, first: Subject, device: torch.device) -> dict[str, Any]:
