@@ -106,7 +106,9 @@ class RealFolder(RealSet):
 
 def _pictures(spec: str, files: list[Path]) -> dict[Path, tuple[Path, ...]]:
     for path in files:
-        if path.suffix.lower() in VIDEO_SUFFIXES or (path.suffix.lower() == _WEBP and _is_animated(path)):
+        if path.suffix.lower() in VIDEO_SUFFIXES or (
+            path.suffix.lower() == _WEBP and _is_animated(path, damaged=False)
+        ):
             raise DataError(f"--real {spec}: {path.name} is a clip, but these models make pictures")
     return {path: (path,) for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
 
@@ -116,7 +118,7 @@ def _clips(spec: str, folder: Path, files: list[Path]) -> dict[Path, tuple[Path,
     clips: dict[Path, list[Path]] = {}
     for path in files:
         suffix = path.suffix.lower()
-        if suffix in VIDEO_SUFFIXES or (suffix == _WEBP and _is_animated(path)):
+        if suffix in VIDEO_SUFFIXES or (suffix == _WEBP and _is_animated(path, damaged=True)):
             clips[path] = [path]
         elif suffix in IMAGE_SUFFIXES and path.parent == folder:
             raise DataError(
@@ -132,13 +134,13 @@ def _decoded(path: Path) -> Image.Image:
     return decode_image(str(path), open_image(file_ref(path)))
 
 
-def _is_animated(path: Path) -> bool:
-    """Returns whether a WebP file is a clip, also one whose frames are all equal; False if it cannot be read."""
+def _is_animated(path: Path, *, damaged: bool) -> bool:
+    """Returns whether a WebP file is a clip, also one whose frames are all equal; `damaged` if it cannot be read."""
     try:
         with Image.open(path, formats=("WEBP",)) as opened:
             return getattr(opened, "n_frames", 1) > 1 or _is_own(opened)
     except (OSError, SyntaxError, ValueError):  # reported when it is decoded
-        return False
+        return damaged
 
 
 def _is_own(opened: Image.Image) -> bool:
