@@ -64,7 +64,7 @@ def read_measured(scored: Scored, names: Sequence[str] | None) -> Measured | Non
         names: the metrics to include, in this order; None: all that were measured.
 
     Returns:
-        The measured metrics; None if there are none and none were requested.
+        The measured metrics; None if no metric was requested or measured.
 
     Raises:
         ConfigError: a file is malformed.

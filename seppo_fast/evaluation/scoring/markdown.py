@@ -105,7 +105,7 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def interval_text(found: Mapping[str, Any], low: str, high: str, form: str) -> str:
-    """Returns an interval as text, from the values under two keys; empty if there is none."""
+    """Returns an interval as text, from the values under two keys; empty without one."""
     return "" if found[low] is None else f"[{found[low]:{form}}, {found[high]:{form}}]"
 
 
