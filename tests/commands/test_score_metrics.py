@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 from PIL import Image
 from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
@@ -132,10 +131,11 @@ def decibels(x, y):
     return -10 * math.log10(np.mean((x / 255 - y / 255) ** 2))
 
 
-def by_square_root(x, y):
+def by_eigenvalues(x, y):
     x, y = x.astype(np.float64), y.astype(np.float64)
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    return float(np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a + b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real)
+    root = np.sqrt(np.linalg.eigvals(a @ b).real.clip(0)).sum()  # the trace of the square root; a and b are singular
+    return float(np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a + b) - 2 * root)
 
 
 def by_double_sum(x, y):
@@ -173,15 +173,15 @@ def test_distances_equal_independent_formulas(straight):
     frechet, kernel = section["frechet"], section["kernel"]
     made = {model: judge_features(pictures_of(straight, model)[1]) for model in ("base", "run")}
     for model, rows in made.items():
-        assert frechet["models"][model]["value"] == pytest.approx(by_square_root(real, rows), rel=1e-4)
+        assert frechet["models"][model]["value"] == pytest.approx(by_eigenvalues(real, rows), rel=1e-4)
         assert kernel["models"][model]["value"] == pytest.approx(by_double_sum(real, rows), rel=1e-6)
         for metric in (frechet, kernel):
             found = metric["models"][model]
             assert (found["low"] + found["high"]) / 2 == pytest.approx(found["value"])
         assert frechet["models"][model]["warning"].startswith("8 samples are few for 25 features")
     order = keyed_rng(0, "real floor").permutation(16)
-    assert frechet["floor"] == pytest.approx(by_square_root(real[order[:8]], real[order[8:]]), rel=1e-4)
-    for metric, distance in ((frechet, by_square_root), (kernel, by_double_sum)):
+    assert frechet["floor"] == pytest.approx(by_eigenvalues(real[order[:8]], real[order[8:]]), rel=1e-4)
+    for metric, distance in ((frechet, by_eigenvalues), (kernel, by_double_sum)):
         change = metric["runs"]["run"]
         expected = distance(real, made["run"]) - distance(real, made["base"])
         assert change["difference"] == pytest.approx(expected, abs=1e-4 * abs(distance(real, made["base"])))
@@ -242,7 +242,7 @@ def test_two_processes_share_the_work_and_give_the_same_bytes(ranks, trained, pr
     assert bytes_of(out) == bytes_of(straight)
 
 
-def test_the_statistics_need_files_alone(straight, tmp_path):
+def test_the_statistics_need_files_alone(straight, tmp_path, capsys):
     out = shutil.copytree(straight, tmp_path / "out")
     for name in ("scores.json", "scores.md", "scores.csv"):
         (out / name).unlink()
@@ -253,6 +253,8 @@ def test_the_statistics_need_files_alone(straight, tmp_path):
     section = tree_of(out)["metrics"]
     assert list(section["values"]) == ["psnr"] and "not measured" in section["missing"]["lpips"]
     assert "lpips: no value (it was not measured" in (out / "scores.md").read_text()
+    assert run("score", "--only", "statistics", "--output", out, "--metrics", "pnsr") == 2
+    assert "did you mean 'psnr'?" in capsys.readouterr().err
 
 
 def test_a_changed_real_picture_is_measured_again(trained, prompts, real, out):
@@ -265,6 +267,16 @@ def test_a_changed_real_picture_is_measured_again(trained, prompts, real, out):
     assert values[0]["psnr"]["means"] != values[1]["psnr"]["means"]
     assert values[0]["kernel"]["models"] != values[1]["kernel"]["models"]
     assert values[0]["psnr"]["real"]["digest"] != values[1]["psnr"]["real"]["digest"]
+
+
+def test_arrays_that_another_command_replaced_are_not_used(straight, trained, prompts, real, tmp_path):
+    """The second command replaces the features of the real pictures, which both distances use."""
+    out = shutil.copytree(straight, tmp_path / "out")
+    assert run(*scored(trained, prompts, out, "--real", real, "--metrics", "kernel", "--features", "judge")) == 0
+    assert run("score", "--only", "statistics", "--output", out) == 0
+    section = tree_of(out)["metrics"]
+    assert list(section["values"]) == ["ssim", "psnr", "kernel"] and section["values"]["kernel"]["n_real"] == 5
+    assert "other real files" in section["missing"]["frechet"]
 
 
 def test_metrics_of_other_media_are_not_shown(straight, trained, prompts, tmp_path):
@@ -300,7 +312,7 @@ def test_every_real_picture_counts_in_a_distance(trained, prompts, real, out, ow
     x, y = (rows.reshape(len(rows), -1, 3).mean(1) for rows in (fitted, pictures_of(out, "run")[1]))
     found = tree_of(out)["metrics"]["values"]["frechet"]
     assert found["n_real"] == 5 and found["dimensions"] == 3 and found["features"] == name
-    assert found["models"]["run"]["value"] == pytest.approx(by_square_root(x, y), rel=1e-4)
+    assert found["models"]["run"]["value"] == pytest.approx(by_eigenvalues(x, y), rel=1e-4)
 
 
 def test_networks_read_weights_by_name(trained, real, tmp_path, capsys):
@@ -374,7 +386,7 @@ def write_bad_real(folder, kind):
         ("clip", "psnr", 3, "p.mp4 is a clip, but these models make pictures"),
         ("few", "frechet --features judge", 3, "at least 4 files, found 3"),
         ("good", "psnrr", 2, "did you mean 'psnr'?"),
-        ("good", "psnr,psnr", 2, "each only once"),
+        ("good", "psnr,psnr", 2, "name each metric only once"),
         ("good", "fvd", 2, "i3d_pretrained_400.pt of wilson1yan/VideoGPT (50 MB)"),
         ("good", "fid,psnr", 2, "seppo-fast score --convert"),
         ("good", "frechet", 2, "add --features judge"),
@@ -429,3 +441,10 @@ def test_features_that_fail_lose_only_themselves(trained, prompts, out, own, cap
     assert says in (out / "scores.md").read_text()
     assert run(*words, "frechet") == 3
     assert "every metric failed" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_ends_the_command_and_it_resumes(trained, prompts, out, own, capsys):
+    words = scored(trained, prompts, out, "--real", "shapes", "--metrics", "kernel", "--features")
+    assert run(*words, own("raise MemoryError")) == 4
+    assert "rerun the same command to resume" in capsys.readouterr().err
+    assert run(*words, "judge") == 0

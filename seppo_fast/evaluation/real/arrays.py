@@ -63,6 +63,10 @@ class Rows:
     load: Callable[[int], Pictures]
     chunk: int
 
+    def stamp(self, digest: str) -> Stamp:
+        """Returns the stamp of their array under a metric's digest."""
+        return Stamp(digest, self.names, _joined(self.contents))
+
 
 def names_digest(names: Sequence[str]) -> str:
     """Returns a digest of files' names in order."""
@@ -115,7 +119,7 @@ def fill(
         DataError: a file cannot be loaded.
         CheckpointError: a file cannot be written.
     """
-    whole = Stamp(digest, rows.names, _joined(rows.contents))
+    whole = rows.stamp(digest)
     if read_stamp(file) == whole:
         return
     total, parts = len(rows.contents), file.parent / ".parts" / file.stem

@@ -13,7 +13,7 @@ import torch
 from seppo_fast.evaluation.media.items import BASE, Media, media_of
 from seppo_fast.evaluation.media.prompts import PromptList
 from seppo_fast.evaluation.real.measuring import measure
-from seppo_fast.evaluation.real.metrics import METRICS, Choice, chosen, require_applicable
+from seppo_fast.evaluation.real.metrics import METRICS, Choice, chosen, require_applicable, require_known
 from seppo_fast.evaluation.real.results import metrics_section, read_measured
 from seppo_fast.evaluation.real.sets import wanted_of
 from seppo_fast.evaluation.real.sources import open_real, require_real
@@ -110,8 +110,9 @@ def tables(
         was requested or measured.
 
     Raises:
-        ConfigError: a file is malformed.
+        ConfigError: a name is unknown, or a file is malformed.
     """
+    require_known(names or ())
     measured = read_measured(scored, names)
     if measured is None:
         return {}, {}, ""

@@ -52,6 +52,8 @@ class MetricInfo:
         real: the name of the real pictures or clips.
         real_count: their number.
         real_digest: a digest of their contents.
+        arrays: for each of its arrays, by the end of the file's name, the digest of the contents that it was computed
+            from: another command may have replaced it.
         problem: why it could not be measured; empty if it was.
     """
 
@@ -62,6 +64,7 @@ class MetricInfo:
     real: str
     real_count: int
     real_digest: str
+    arrays: Mapping[str, str]
     problem: str = ""
 
 
@@ -97,7 +100,7 @@ def measure(
     for name in choice.names:
         features = choice.features_of(name)
         stem = re.sub(r"[^\w.-]+", "_", features or name)
-        info = MetricInfo(name, features, stem, choice.digest(name), real.name, len(reals), real_digest)
+        digest = choice.digest(name)
         models = _model_rows(folder, media, contents, real.wanted.frames or 1)
         if features:
             fitted = not METRICS[name].features or real.wanted.frames is not None
@@ -107,10 +110,12 @@ def measure(
             own = [counterparts[item.prompt_index] for item in media.items]
             rows = [_with_counterparts(some, real, reals, own) for some in models]
             compute = partial(_compared, cache(partial(_pair_function, choice, name, device)))
+        stamps = {some.name: some.stamp(digest).contents for some in rows}
+        info = MetricInfo(name, features, stem, digest, real.name, len(reals), real_digest, stamps)
         try:
             for some in rows:
                 file = folder / FOLDER / f"{stem}-{some.name}.safetensors"
-                fill(file, some, info.digest, f"files of {some.name} for {name}", compute, rank, world)
+                fill(file, some, digest, f"files of {some.name} for {name}", compute, rank, world)
         except MetricError as problem:
             warn(f"metric {name}: {problem}; it is left out")
             problems.append(f"{name}: {problem}")

@@ -145,11 +145,7 @@ def chosen(names: Sequence[str], features_name: str | None, weights: Path | None
         ConfigError: a name is unknown or repeated, features are missing, superfluous or cannot be imported, or files of
             networks are missing; the message lists all of these.
     """
-    for name in names:
-        if name not in METRICS:
-            raise ConfigError(f"--metrics: {name!r} is unknown{did_you_mean(name, METRICS)}")
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"--metrics {','.join(names)}: name at least one metric, and each only once")
+    require_known(names)
     own = [name for name in names if METRICS[name].kind != "pairs" and not METRICS[name].features]
     if own and not features_name:
         raise ConfigError(f"--metrics {','.join(own)}: add --features judge, or module:function for your own features")
@@ -171,6 +167,15 @@ def chosen(names: Sequence[str], features_name: str | None, weights: Path | None
     if absent:
         raise ConfigError("--metrics: files are missing\n" + "\n".join(f"  {line}" for line in absent.values()))
     return Choice(tuple(names), features_name or "", weights)
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Raises ConfigError if a metric is unknown or named twice."""
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(f"--metrics: {name!r} is unknown{did_you_mean(name, METRICS)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--metrics {','.join(names)}: name each metric only once")
 
 
 def require_applicable(choice: Choice, resolution: int, frames: int | None) -> None:

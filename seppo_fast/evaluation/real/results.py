@@ -83,7 +83,7 @@ def read_measured(scored: Scored, names: Sequence[str] | None) -> Measured | Non
         arrays = {digest: _array(folder, info, digest, media) for digest in set(media.models.values())}
         reals = None if METRICS[name].kind == "pairs" else _array(folder, info, REAL, media)
         if any(array is None for array in arrays.values()) or (METRICS[name].kind != "pairs" and reals is None):
-            without[name] = f"it has not measured all media; {_RERUN}"
+            without[name] = f"it has not measured all media, or other real files since; {_RERUN}"
             continue
         infos[name] = info
         models[name] = {model: array for model, digest in media.models.items() if (array := arrays[digest]) is not None}
@@ -102,9 +102,9 @@ def _read_info(file: Path) -> MetricInfo | None:
 
 
 def _array(folder: Path, info: MetricInfo, name: str, media: Media) -> np.ndarray | None:
-    """Returns an array of a metric; None if it is missing or belongs to other files or weights."""
+    """Returns an array of a metric; None if it is missing or was computed from other files or weights."""
     found = read_array(folder / f"{info.stem}-{name}.safetensors")
-    if found is None or found[0].digest != info.digest:
+    if found is None or (found[0].digest, found[0].contents) != (info.digest, info.arrays.get(name)):
         return None
     if name != REAL:
         model = next(model for model, digest in media.models.items() if digest == name)

@@ -15,7 +15,7 @@ from seppo_fast.evaluation.metrics.frechet import (
     real_floor,
     resamples_for,
 )
-from seppo_fast.evaluation.metrics.kernel import kernel_distance
+from seppo_fast.evaluation.metrics.kernel import discrepancy, kernel_difference, kernel_distance, kernel_interval
 from seppo_fast.utils.random import keyed_rng
 
 
@@ -214,6 +214,29 @@ def test_rows_of_a_unit_are_drawn_together():
     difference, low, high = frechet_difference(real, base, other, resamples=5, seed=3, units=(2, 2))
     half = 1.959963984540054 * np.std(differences, ddof=1)
     assert (low, high) == pytest.approx((difference - half, difference + half), rel=1e-6)
+
+
+def test_resamples_of_a_kernel_distance_are_those_of_its_double_sum():
+    real, base, other = normal(25, 12, 3), normal(26, 10, 3), normal(27, 10, 3) + 1
+    assert discrepancy(real, other, 2) == pytest.approx(double_sum(real, other, 2), rel=1e-12)
+    values, differences = [], []
+    for number in range(4):
+        rng = keyed_rng(4, "bootstrap of a kernel distance", number)
+        x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
+        values.append(double_sum(real[x], other[y], 2))
+        rng = keyed_rng(4, "bootstrap of a kernel difference", number)
+        x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
+        differences.append(double_sum(real[x], other[y], 2) - double_sum(real[x], base[y], 2))
+    half = 1.959963984540054 * np.std(values, ddof=1)
+    centre = double_sum(real, other, 2)
+    found = kernel_interval(real, other, 2, resamples=4, seed=4, units=(2, 2))
+    assert found == pytest.approx((centre - half, centre + half), rel=1e-9)
+    half = 1.959963984540054 * np.std(differences, ddof=1)
+    centre -= double_sum(real, base, 2)
+    found = kernel_difference(real, base, other, 2, resamples=4, seed=4, units=(2, 2))
+    assert found == pytest.approx((centre, centre - half, centre + half), rel=1e-9)
+    with pytest.raises(ValueError, match="equally many rows"):
+        kernel_difference(real, base, other[:8])
 
 
 def test_a_floor_keeps_units_whole():
