@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from seppo_fast.data.cache.opening import truncation
 from seppo_fast.diffusion.protocols import PROTOCOLS
 from seppo_fast.evaluation.media.items import BASE, ITEMS, media_of, model_digest, read_media
 from seppo_fast.evaluation.media.layout import LAYOUTS, export_layout, require_layout
-from seppo_fast.evaluation.media.making import disk_need, make_media
+from seppo_fast.evaluation.media.making import make_media, require_disk
 from seppo_fast.evaluation.media.prompts import PromptList, read_prompts
 from seppo_fast.evaluation.media.subjects import Subject, batches_of, load_subject, subjects_of
 from seppo_fast.evaluation.media.work import alone
 from seppo_fast.evaluation.real.command import Comparison, tables
 from seppo_fast.evaluation.real.text import metrics_lines
 from seppo_fast.evaluation.scores import SCORE_FOLDER
+from seppo_fast.evaluation.scoring.markdown import score_lines
 from seppo_fast.evaluation.scoring.score_files import require_scorers, score_media
 from seppo_fast.evaluation.scoring.table import GRID, TABLE, read_scored, write_results
 from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
@@ -132,7 +132,10 @@ def score(options: Options) -> None:
         scored = read_scored(folder, read_settings(folder), chosen)
         metrics = options.metrics or (() if options.only is None else None)
         more, columns, text = tables(scored, metrics)
-        _tell(write_results(scored, options.weights, more, columns, text), folder)
+        tree = write_results(scored, options.weights, more, columns, text)
+        for line in (*score_lines(tree["scorers"]), *metrics_lines(tree.get("metrics"))):
+            say(line)
+        say(f"tables: {folder / TABLE}, picture: {folder / GRID}")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -190,7 +193,8 @@ def _generate(options: Options, folder: Path, rank: int, world: int, comparison:
     if options.layout is not None:
         names = [BASE, *(subject.name for subject in subjects)]
         require_layout(names, [prompt.id for prompt in prompts.prompts], options.samples, clips=clips)
-    _require_disk(folder, settings, len(subjects) + 1)
+    resolution, frames = settings["protocol"]["resolution"], settings["protocol"]["frames"]
+    require_disk(folder, len(prompts.prompts) * options.samples, len(subjects) + 1, frames or 1, resolution)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
             _write_settings(folder, settings)
@@ -298,20 +302,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _require_disk(folder: Path, settings: Mapping[str, Any], models: int) -> None:
-    """Says how much space the media will take; raises CheckpointError if the disk has less."""
-    items, protocol = settings["prompts"]["count"] * settings["samples"], settings["protocol"]
-    need = disk_need(items, models, protocol["frames"] or 1, protocol["resolution"])
-    have = sum(file.stat().st_size for file in folder.glob("media/*/[!.]*"))
-    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    say(f"{items} files for each of {models} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
-    if need - have > free:
-        raise CheckpointError(
-            f"{folder}: the media need about {(need - have) / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are "
-            "free; make room, use fewer --samples or prompts, or choose another --output"
-        )
-
-
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     content = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / SETTINGS, content.encode("utf-8", "backslashreplace"), CheckpointError)
@@ -339,15 +329,3 @@ def _device() -> torch.device:
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def _tell(tree: Mapping[str, Any], folder: Path) -> None:
-    for key, row in tree["scorers"].items():
-        for run, found in row["runs"].items():
-            means = f"{row['means'][BASE]:.4g} -> {row['means'][run]:.4g}" if found["base"] is not None else "no score"
-            interval = f", difference {found['difference']:+.4g}" if found["difference"] is not None else ""
-            ends = f" [{found['low']:+.4g}, {found['high']:+.4g}]" if found["low"] is not None else ""
-            say(f"{key}: base -> {run}: {means}{interval}{ends}")
-    for line in metrics_lines(tree.get("metrics")):
-        say(line)
-    say(f"tables: {folder / TABLE}, picture: {folder / GRID}")

@@ -26,9 +26,10 @@ from seppo_fast.evaluation.scoring.score_files import ScorerInfo
 from seppo_fast.evaluation.scoring.table import Scored, comparisons
 from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.files import read_json
+from seppo_fast.utils.logging import say
 from seppo_fast.utils.progress import progress
 
-DRAWS = 100  # resamples of a kernel distance
+DRAWS = 100  # resamples of a distance, unless it is too expensive
 _RERUN = "rerun the command without --only statistics"
 
 
@@ -167,6 +168,11 @@ def _distances(measured: Measured, name: str) -> dict[str, Any]:
 
 def _frechet(name: str, real: np.ndarray, models: Mapping[str, np.ndarray], units: Units) -> dict[str, Any]:
     resamples = resamples_for(len(real), len(models[BASE]), real.shape[1])
+    if resamples < DRAWS:
+        say(
+            f"{name}: {len(real)} real and {len(models[BASE])} generated samples of {real.shape[1]} features; "
+            f"intervals from {resamples} instead of {DRAWS} resamples, which may take minutes"
+        )
     values: dict[str, Any] = {}
     floor: dict[str, Any] = {}
     with warnings.catch_warnings(), progress(2 * len(models) - 1, "computed", f"parts of {name}") as advance:

@@ -31,6 +31,18 @@ def markdown(media: Media, tree: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def score_lines(scorers: Mapping[str, Any]) -> list[str]:
+    """Returns what the command prints about scores: a line per scorer and run."""
+    lines = []
+    for key, row in scorers.items():
+        for run, found in row["runs"].items():
+            means = f"{row['means'][BASE]:.4g} -> {row['means'][run]:.4g}" if found["base"] is not None else "no score"
+            interval = f", difference {found['difference']:+.4g}" if found["difference"] is not None else ""
+            ends = interval_text(found, "low", "high", "+.4g")
+            lines.append(f"{key}: base -> {run}: {means}{interval}{f' {ends}' if ends else ''}")
+    return lines
+
+
 def _label(name: str) -> str:
     return registry.SCORERS[name].label if name in registry.SCORERS else name
 
