@@ -42,6 +42,7 @@ setup(
         "seppo_fast.evaluation.human",
         "seppo_fast.evaluation.media",
         "seppo_fast.evaluation.metrics",
+        "seppo_fast.evaluation.real",
         "seppo_fast.evaluation.scoring",
         "seppo_fast.kernels",
         "seppo_fast.methods",

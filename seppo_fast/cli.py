@@ -132,6 +132,15 @@ def _add_score(commands: Any) -> None:
     score.add_argument("--only", choices=("generate", "score", "statistics"), help="run only this phase")
     score.add_argument("--output", type=Path, help="the folder to write; default: score in the first run's")
     score.add_argument("--weights", type=Path, help="the folder with the scorers' weights")
+    score.add_argument("--real", help="a folder of real pictures or clips, or shapes: those of the embedded world")
+    score.add_argument(
+        "--metrics",
+        type=_names,
+        default=[],
+        help="metrics against --real: ssim,psnr,lpips,fid,clean-fid,kid,fvd,frechet,kernel",
+    )
+    score.add_argument("--features", help="the features of frechet and kernel: judge, or module:function for your own")
+    score.add_argument("--layout", help="chronomagic: also write clips as its official scripts read them")
     score.add_argument("--convert", type=Path, metavar="FILE", help="only write a pickle's weights as safetensors")
 
 
@@ -250,9 +259,10 @@ def _score(arguments: argparse.Namespace) -> int:
         return 0
     from seppo_fast.commands.score import Options, score
 
-    names = ("prompts", "scorers", "samples", "seed", "guidance", "protocol", "batch", "update", "raw", "only")
-    options = {name: getattr(arguments, name) for name in (*names, "output", "weights")}
-    score(Options(tuple(arguments.runs), **options | {"scorers": tuple(arguments.scorers)}))
+    names = ("prompts", "samples", "seed", "guidance", "protocol", "batch", "update", "raw", "only", "output")
+    options = {name: getattr(arguments, name) for name in (*names, "weights", "real", "features", "layout")}
+    options |= {name: tuple(getattr(arguments, name)) for name in ("scorers", "metrics")}
+    score(Options(tuple(arguments.runs), **options))
     return 0
 
 

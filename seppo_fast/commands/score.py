@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,14 +28,18 @@ from seppo_fast.evaluation.media.batch import (
     write_settings,
 )
 from seppo_fast.evaluation.media.items import BASE, ITEMS, media_of, model_digest, read_media
-from seppo_fast.evaluation.media.making import disk_need, make_media
+from seppo_fast.evaluation.media.layout import LAYOUTS, export_layout, require_layout
+from seppo_fast.evaluation.media.making import make_media, require_disk
 from seppo_fast.evaluation.media.prompts import PromptList, read_prompts
 from seppo_fast.evaluation.media.subjects import Subject, batches_of, load_subject, subjects_of
 from seppo_fast.evaluation.media.work import alone
+from seppo_fast.evaluation.real.command import Comparison, tables
+from seppo_fast.evaluation.real.text import metrics_lines
 from seppo_fast.evaluation.scores import SCORE_FOLDER
+from seppo_fast.evaluation.scoring.markdown import score_lines
 from seppo_fast.evaluation.scoring.score_files import require_scorers, score_media
 from seppo_fast.evaluation.scoring.table import GRID, TABLE, read_scored, write_results
-from seppo_fast.utils.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
+from seppo_fast.utils.errors import ConfigError, DataError, OutOfMemoryError
 from seppo_fast.utils.files import read_json
 from seppo_fast.utils.logging import say, set_rank
 from seppo_fast.utils.memory import is_out_of_memory
@@ -64,6 +67,10 @@ class Options:
         only: the only phase to run; None: all three.
         output: the folder; None: `score` in the first run's.
         weights: the folder with the scorers' weights.
+        real: the folder of real pictures or clips, or `shapes`.
+        metrics: the metrics' names.
+        features: the features of the metrics `frechet` and `kernel`.
+        layout: the folder layout in which clips are exported, too: one of `LAYOUTS`.
     """
 
     runs: tuple[Path, ...]
@@ -79,6 +86,10 @@ class Options:
     only: Phase | None = None
     output: Path | None = None
     weights: Path | None = None
+    real: str | None = None
+    metrics: tuple[str, ...] = ()
+    features: str | None = None
+    layout: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -104,8 +115,11 @@ def score(options: Options) -> None:
     names = options.scorers or DEFAULT_SCORERS
     if options.only in (None, "score"):
         require_scorers(names, options.weights)
+    comparison = None
+    if options.only in (None, "score"):
+        comparison = Comparison.chosen(options.real, options.metrics, options.features, options.weights)
     if options.only in (None, "generate"):
-        _generate(options, folder, rank, world)
+        _generate(options, folder, rank, world, comparison)
     else:
         _refuse_other_prompts(options, folder)
     if options.only in (None, "score"):
@@ -117,10 +131,17 @@ def score(options: Options) -> None:
         )
         if len(problems) == len(names):
             raise DataError(f"{folder}: every scorer failed: {'; '.join(problems)}")
+        if comparison is not None:
+            comparison.measure(folder, media, read_settings(folder)["protocol"], device, rank, world)
     if options.only in (None, "statistics") and rank == 0:
         chosen = options.scorers or (names if options.only is None else None)
         scored = read_scored(folder, read_settings(folder), chosen)
-        _tell(write_results(scored, options.weights), folder)
+        metrics = options.metrics or (() if options.only is None else None)
+        more, columns, text = tables(scored, metrics)
+        tree = write_results(scored, options.weights, more, columns, text)
+        for line in (*score_lines(tree["scorers"]), *metrics_lines(tree.get("metrics"))):
+            say(line)
+        say(f"tables: {folder / TABLE}, picture: {folder / GRID}")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -156,25 +177,35 @@ def _check(options: Options) -> None:
         raise ConfigError(f"--batch {options.batch}: must be at least 1")
     if options.protocol not in PROTOCOLS:
         raise ConfigError(f"--protocol {options.protocol!r} is unknown{did_you_mean(options.protocol, PROTOCOLS)}")
+    if options.layout is not None and options.layout not in LAYOUTS:
+        raise ConfigError(f"--layout {options.layout!r} is unknown{did_you_mean(options.layout, LAYOUTS)}")
+    if options.layout is not None and options.only not in (None, "generate"):
+        raise ConfigError(f"--layout {options.layout}: belongs to the phase generate; leave out --only {options.only}")
     if options.only in (None, "generate") and (options.prompts is None or not options.runs):
         raise ConfigError("score: --prompts FILE and at least one RUN are needed to generate")
 
 
-def _generate(options: Options, folder: Path, rank: int, world: int) -> None:
+def _generate(options: Options, folder: Path, rank: int, world: int, comparison: Comparison | None) -> None:
     """Makes the media; starts over in the smaller batches that `settings.json` states if a batch does not fit."""
     assert options.prompts is not None
     prompts = read_prompts(options.prompts)
     while True:
         batch = options.batch or recorded_batch(folder)
         try:
-            return _generate_in_batches(options, prompts, batch, folder, rank, world)
+            return _generate_in_batches(options, prompts, batch, folder, rank, world, comparison)
         except SmallerBatch:
             pass
         _free_memory()  # only here, because the exception refers to the model
 
 
 def _generate_in_batches(
-    options: Options, prompts: PromptList, batch: int | None, folder: Path, rank: int, world: int
+    options: Options,
+    prompts: PromptList,
+    batch: int | None,
+    folder: Path,
+    rank: int,
+    world: int,
+    comparison: Comparison | None,
 ) -> None:
     """Makes the media of base and runs, model by model, then lists them in `items.json`; raises SmallerBatch."""
     protocol, device = PROTOCOLS[options.protocol], _device()
@@ -182,7 +213,13 @@ def _generate_in_batches(
     first, clips = subjects[0], subjects[0].clips
     settings = _settings(options, prompts, first, device)
     _refuse_other_settings(folder, settings)
-    _require_disk(folder, settings, len(subjects) + 1)
+    if comparison is not None:
+        comparison.require(prompts, options.samples, settings["protocol"])
+    if options.layout is not None:
+        names = [BASE, *(subject.name for subject in subjects)]
+        require_layout(names, [prompt.id for prompt in prompts.prompts], options.samples, clips=clips)
+    resolution, frames = settings["protocol"]["resolution"], settings["protocol"]["frames"]
+    require_disk(folder, len(prompts.prompts) * options.samples, len(subjects) + 1, frames or 1, resolution)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
             write_settings(folder, settings)
@@ -212,6 +249,8 @@ def _generate_in_batches(
         follow_batch(folder, settings["protocol"]["sampler"]["batch"])
         write_settings(folder, settings | {"models": models})
         media.write(folder)
+    if options.layout is not None:
+        say(f"clips for the official scripts: {export_layout(folder, media, rank, world)}")
 
 
 def _settings(options: Options, prompts: PromptList, first: Subject, device: torch.device) -> dict[str, Any]:
@@ -245,6 +284,9 @@ def _command(options: Options, batch: int | None) -> str:
     words += [] if options.guidance is None else ["--guidance", f"{options.guidance:g}"]
     words += ["--batch", str(batch)]
     words += [] if options.update is None else ["--update", str(options.update)]
+    words += [] if options.real is None else ["--real", Path(options.real).name]
+    words += ["--metrics", ",".join(options.metrics)] if options.metrics else []
+    words += [] if options.features is None else ["--features", options.features]
     return " ".join([*words, *(["--raw"] if options.raw else [])])
 
 
@@ -284,20 +326,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _require_disk(folder: Path, settings: Mapping[str, Any], models: int) -> None:
-    """Says how much space the media will take; raises CheckpointError if the disk has less."""
-    items, protocol = settings["prompts"]["count"] * settings["samples"], settings["protocol"]
-    need = disk_need(items, models, protocol["frames"] or 1, protocol["resolution"])
-    have = sum(file.stat().st_size for file in folder.glob("media/*/[!.]*"))
-    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    say(f"{items} files for each of {models} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
-    if need - have > free:
-        raise CheckpointError(
-            f"{folder}: the media need about {(need - have) / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are "
-            "free; make room, use fewer --samples or prompts, or choose another --output"
-        )
-
-
 @contextmanager
 def _halving_batch(
     options: Options, folder: Path, settings: Mapping[str, Any], models: Mapping[str, Any]
@@ -331,13 +359,3 @@ def _device() -> torch.device:
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def _tell(tree: Mapping[str, Any], folder: Path) -> None:
-    for key, row in tree["scorers"].items():
-        for run, found in row["runs"].items():
-            means = f"{row['means'][BASE]:.4g} -> {row['means'][run]:.4g}" if found["base"] is not None else "no score"
-            interval = f", difference {found['difference']:+.4g}" if found["difference"] is not None else ""
-            ends = f" [{found['low']:+.4g}, {found['high']:+.4g}]" if found["low"] is not None else ""
-            say(f"{key}: base -> {run}: {means}{interval}{ends}")
-    say(f"tables: {folder / TABLE}, picture: {folder / GRID}")

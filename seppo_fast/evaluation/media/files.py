@@ -10,8 +10,8 @@ from PIL import Image, ImageSequence
 
 from seppo_fast.utils.errors import DataError
 
-_FRAME_MILLISECONDS = 125
-_FRAMES = b"seppo_fast frames="  # before the number of frames, in a clip's metadata
+FRAME_MILLISECONDS = 125
+CLIP_MARK = b"seppo_fast frames="  # before the number of frames, in a clip's metadata
 
 
 def encode_media(picture: np.ndarray) -> bytes:
@@ -27,10 +27,10 @@ def encode_media(picture: np.ndarray) -> bytes:
         "WEBP",
         save_all=True,
         append_images=others,
-        duration=_FRAME_MILLISECONDS,
+        duration=FRAME_MILLISECONDS,
         loop=0,
         lossless=True,
-        xmp=b"%s%d" % (_FRAMES, len(picture)),
+        xmp=b"%s%d" % (CLIP_MARK, len(picture)),
     )
     return content.getvalue()
 
@@ -50,11 +50,11 @@ def decode_media(content: bytes, name: str) -> np.ndarray:
             if opened.format == "PNG":
                 _check_png(content)
                 return np.array(opened.convert("RGB"))
-            total = int(opened.info["xmp"].removeprefix(_FRAMES))
+            total = int(opened.info["xmp"].removeprefix(CLIP_MARK))
             frames: list[np.ndarray] = []
             for frame in ImageSequence.Iterator(opened):
                 pixels = np.array(frame.convert("RGB"))
-                ends = (opened.info["timestamp"] + opened.info["duration"]) / _FRAME_MILLISECONDS
+                ends = (opened.info["timestamp"] + opened.info["duration"]) / FRAME_MILLISECONDS
                 frames += [pixels] * ((total if getattr(opened, "n_frames", 1) == 1 else round(ends)) - len(frames))
             if len(frames) != total:
                 raise ValueError(f"it has {len(frames)} frames instead of {total}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from seppo_fast.evaluation.media.work import unfinished
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import remove_temporary, write_atomically
+from seppo_fast.utils.logging import say
 from seppo_fast.utils.progress import progress
 
 _PNG_SHARE = 0.75  # of the raw pixels: a cautious estimate; photographs take 0.6
@@ -68,6 +70,25 @@ def make_media(folder: Path, name: str, items: Sequence[Item], made: PromptBatch
             advance(len(batch))
 
 
-def disk_need(items: int, models: int, frames: int, resolution: int) -> int:
-    """Returns an estimate of the bytes that media take."""
-    return int(items * models * frames * resolution * resolution * 3 * _PNG_SHARE)
+def require_disk(folder: Path, items: int, models: int, frames: int, resolution: int) -> None:
+    """Says how much space the media will take.
+
+    Args:
+        folder: the folder with `media/`.
+        items: the number of items.
+        models: the number of models.
+        frames: the number of frames of a clip; 1 for pictures.
+        resolution: the side of a picture in pixels.
+
+    Raises:
+        CheckpointError: the disk has less space.
+    """
+    need = int(items * models * frames * resolution * resolution * 3 * _PNG_SHARE)
+    have = sum(file.stat().st_size for file in folder.glob("media/*/[!.]*"))
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    say(f"{items} files for each of {models} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
+    if need - have > free:
+        raise CheckpointError(
+            f"{folder}: the media need about {(need - have) / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are "
+            "free; make room, use fewer --samples or prompts, or choose another --output"
+        )

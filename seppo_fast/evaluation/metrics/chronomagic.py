@@ -229,11 +229,12 @@ def official_path(model: str, video_id: str, sample: int | None) -> PurePosixPat
             layout of closed models, and that of the UMT and CHScore scripts for ChronoMagic-Bench-150.
 
     Raises:
-        ValueError: a name is empty or contains a separator or a dot, or `sample` is out of range.
+        ValueError: a name is empty, contains a separator, begins with a dot or contains ".mp4", at which the scripts
+            end a name; or `sample` is out of range.
     """
     for key, name in (("model", model), ("video_id", video_id)):
-        if not name or any(sign in name for sign in "/\\.\0"):
-            raise ValueError(f"{key} must be a plain file name without dots, got {name!r}")
+        if not name or name.startswith(".") or ".mp4" in name or any(sign in name for sign in "/\\\0"):
+            raise ValueError(f"{key} must be a plain file name without the suffix .mp4, got {name!r}")
     if sample is not None and not 1 <= sample <= SAMPLES:
         raise ValueError(f"sample must lie in 1..{SAMPLES}, got {sample}")
     folder = PurePosixPath(model) if sample is None else PurePosixPath(model, str(sample))

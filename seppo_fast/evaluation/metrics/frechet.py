@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors, with what is needed to read them: floors, intervals, warnings.
+"""The Fréchet distance of two sets of feature vectors, with what is needed to read it: floors, intervals, warnings.
 
 The Fréchet distance of few samples is mostly bias: it is far from 0 for two samples of the same distribution. Never
 report it without the number of samples and the distance of real samples to other real samples (`real_floor`).
@@ -16,7 +16,10 @@ from numpy.typing import ArrayLike
 from seppo_fast.utils.random import keyed_rng
 
 Moments = tuple[np.ndarray, np.ndarray]  # a mean (D,) and a root of a covariance, see `_moments`
+Units = tuple[int, int]  # how many consecutive rows of each set belong together: a clip's frames, a prompt's samples
 SAMPLES_PER_DIMENSION = 10  # with fewer, `Distance` warns
+_RESAMPLES, _FEWEST_RESAMPLES = 100, 20
+_CHEAP = 512  # samples or features up to which a distance takes a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,25 @@ class Distance:
         )
 
 
-def compare(real: ArrayLike, generated: ArrayLike, *, resamples: int = 100, seed: int = 0) -> Distance:
+def resamples_for(real: int, generated: int, dimensions: int) -> int:
+    """Returns the number of bootstrap samples that is affordable for sets of this size.
+
+    A distance costs the cube of its rank: the number of features, or of samples in the larger set if that is smaller.
+    Up to a rank of 512 there are 100 bootstrap samples; above, fewer in proportion to the cube, but at least 20, from
+    which the half width of an interval is known to about 16 %.
+
+    Args:
+        real: the number of real samples.
+        generated: the number of generated samples.
+        dimensions: the number of features.
+    """
+    rank = max(min(max(real, generated), dimensions), _CHEAP)
+    return max(_FEWEST_RESAMPLES, round(_RESAMPLES * (_CHEAP / rank) ** 3))
+
+
+def compare(
+    real: ArrayLike, generated: ArrayLike, *, resamples: int = 100, seed: int = 0, units: Units = (1, 1)
+) -> Distance:
     """Computes the Fréchet distance of generated to real features, with its floor and interval.
 
     Args:
@@ -64,14 +85,16 @@ def compare(real: ArrayLike, generated: ArrayLike, *, resamples: int = 100, seed
         generated: features `(G, D)`, G at least 2.
         resamples: the number of bootstrap samples for the interval; each costs as much as the distance.
         seed: seed of the floor and the bootstrap.
+        units: how many consecutive rows of either set belong together; see `frechet_interval`.
 
     Raises:
         ValueError: as `frechet`, or `real` is too short.
     """
-    x, y = _features(real, generated)
-    items = min(len(y), len(x) // 2)
-    low, high = frechet_interval(x, y, resamples=resamples, seed=seed)
-    floor = real_floor(x, items, seed)
+    x, y = features_of(real, generated)
+    items = min(len(y), len(x) // (2 * units[0]) * units[0])
+    low, high = frechet_interval(x, y, resamples=resamples, seed=seed, units=units)
+    floor = real_floor(x, items, seed, units[0])
+    items = items // units[0] * units[0]
     return Distance(frechet(x, y), low, high, floor, items, len(x), len(y), x.shape[1])
 
 
@@ -94,11 +117,11 @@ def frechet(x: ArrayLike, y: ArrayLike, ddof: int = 1) -> float:
     Raises:
         ValueError: the shapes do not match, a set has less than two samples, or a feature is non-finite.
     """
-    a, b = _features(x, y)
+    a, b = features_of(x, y)
     return _distance(_moments(a, ddof), _moments(b, ddof))
 
 
-def real_floor(x: ArrayLike, n: int, seed: int) -> float:
+def real_floor(x: ArrayLike, n: int, seed: int, unit: int = 1) -> float:
     """Computes the Fréchet distance of two disjoint random subsets of the real features, `n` samples each.
 
     Args:
@@ -106,27 +129,35 @@ def real_floor(x: ArrayLike, n: int, seed: int) -> float:
         n: the number of samples whose distance is to be read. If R < 2 n, subsets of R // 2 are used, with a warning:
             their distance overstates the floor at `n`.
         seed: seed of the subsets.
+        unit: how many consecutive rows belong together and are in the same subset; `n` is rounded down to a multiple.
 
     Raises:
-        ValueError: as `frechet`, or `n` is less than 2, or R less than 4.
+        ValueError: as `frechet`, or `n` is less than 2, or R less than 4, or R is no multiple of `unit`.
     """
-    features, _ = _features(x, x)
-    if n < 2 or len(features) < 4:
+    features, _ = features_of(x, x)
+    check_units(2, (len(features), unit))
+    if n < max(2, unit) or len(features) < max(4, 2 * unit):
         raise ValueError(f"n, x: at least 2 samples per subset are needed, got n = {n} and {len(features)} samples")
-    items = min(n, len(features) // 2)
-    if items < n:
+    items = min(n // unit, len(features) // unit // 2) * unit
+    if items < n // unit * unit:
         warnings.warn(
             f"the floor is measured at {items} samples instead of {n}, because there are only {len(features)} real "
             f"ones; it overstates the floor at {n}",
             RuntimeWarning,
             stacklevel=2,
         )
-    order = keyed_rng(seed, "real floor").permutation(len(features))
+    order = _rows(keyed_rng(seed, "real floor").permutation(len(features) // unit), unit)
     return frechet(features[order[:items]], features[order[items : 2 * items]])
 
 
 def frechet_interval(
-    x: ArrayLike, y: ArrayLike, *, resamples: int = 100, seed: int = 0, confidence: float = 0.95
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    resamples: int = 100,
+    seed: int = 0,
+    confidence: float = 0.95,
+    units: Units = (1, 1),
 ) -> tuple[float, float]:
     """Returns a bootstrap interval of the Fréchet distance: it covers the choice of samples, not the bias.
 
@@ -140,17 +171,19 @@ def frechet_interval(
         resamples: the number of bootstrap samples.
         seed: seed of the bootstrap.
         confidence: the interval's nominal coverage.
+        units: how many consecutive rows of `x`, and of `y`, belong together and are drawn together, such as the frames
+            of a clip or the samples of a prompt, which are not independent.
 
     Raises:
-        ValueError: as `frechet`, or `resamples` is less than 2.
+        ValueError: as `frechet`, or `resamples` is less than 2, or N or M is no multiple of its unit.
     """
-    a, b = _features(x, y)
-    _check_resamples(resamples)
+    a, b = features_of(x, y)
+    check_units(resamples, (len(a), units[0]), (len(b), units[1]))
     replicates = []
     for number in range(resamples):
         rng = keyed_rng(seed, "bootstrap of a distance", number)
-        replicates.append(frechet(a[_drawn(rng, len(a))], b[_drawn(rng, len(b))]))
-    return _normal_interval(frechet(a, b), replicates, confidence)
+        replicates.append(frechet(a[drawn(rng, len(a), units[0])], b[drawn(rng, len(b), units[1])]))
+    return normal_interval(frechet(a, b), replicates, confidence)
 
 
 def frechet_difference(
@@ -161,6 +194,7 @@ def frechet_difference(
     resamples: int = 100,
     seed: int = 0,
     confidence: float = 0.95,
+    units: Units = (1, 1),
 ) -> tuple[float, float, float]:
     """Computes the Fréchet distance of `other` minus that of `base` to the same real features, with an interval.
 
@@ -174,6 +208,7 @@ def frechet_difference(
         resamples: the number of bootstrap samples.
         seed: seed of the bootstrap.
         confidence: the interval's nominal coverage.
+        units: as in `frechet_interval`, of `real` and of either model.
 
     Returns:
         The difference (negative: `other` is closer to the real samples) and the ends of its interval.
@@ -181,68 +216,18 @@ def frechet_difference(
     Raises:
         ValueError: as `frechet_interval`, or the models have different numbers of samples.
     """
-    x, first = _features(real, base)
-    _, second = _features(real, other)
+    x, first = features_of(real, base)
+    _, second = features_of(real, other)
     if len(first) != len(second):
         raise ValueError(f"base, other: equally many rows are needed, got {len(first)} and {len(second)}")
-    _check_resamples(resamples)
+    check_units(resamples, (len(x), units[0]), (len(first), units[1]))
     replicates = []
     for number in range(resamples):
         rng = keyed_rng(seed, "bootstrap of a difference", number)
-        drawn, rows = _moments(x[_drawn(rng, len(x))]), _drawn(rng, len(first))
-        replicates.append(_distance(drawn, _moments(second[rows])) - _distance(drawn, _moments(first[rows])))
+        reals, rows = _moments(x[drawn(rng, len(x), units[0])]), drawn(rng, len(first), units[1])
+        replicates.append(_distance(reals, _moments(second[rows])) - _distance(reals, _moments(first[rows])))
     difference = frechet(x, second) - frechet(x, first)
-    return (difference, *_normal_interval(difference, replicates, confidence))
-
-
-def kernel_distance(
-    x: ArrayLike, y: ArrayLike, degree: int = 3, subsets: int = 100, subset_size: int | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """Computes the squared maximum mean discrepancy of two sets with the kernel (x.y / D + 1)^degree, without bias.
-
-    Known as KID for Inception features (Bińkowski et al. 2018, arXiv 1801.01401). Its expectation for two samples of
-    one distribution is 0 at any number of samples, so single values may be negative.
-
-    Args:
-        x: features `(N, D)`.
-        y: features `(M, D)`.
-        degree: the kernel's degree.
-        subsets: the number of random subsets.
-        subset_size: the samples per subset, drawn without replacement from each set; None: 1000, or all samples of the
-            smaller set if it has fewer. If both sets are used whole, there is only one subset.
-        seed: seed of the subsets.
-
-    Returns:
-        Mean and (population) standard deviation over the subsets. The deviation is no confidence interval: subsets
-        overlap.
-
-    Raises:
-        ValueError: as `frechet`, or `subsets` or `subset_size` is out of range.
-    """
-    a, b = _features(x, y)
-    most = min(len(a), len(b))
-    size = min(1000, most) if subset_size is None else subset_size
-    if not 2 <= size <= most or subsets < 1:
-        raise ValueError(
-            f"subset_size must lie in 2..{most}, subsets must be at least 1; got subset_size = {size}, "
-            f"subsets = {subsets}"
-        )
-    values = []
-    for number in range(1 if size == len(a) == len(b) else subsets):
-        rng = keyed_rng(seed, "kernel distance", number)
-        first, second = (rows[rng.choice(len(rows), size, replace=False)] for rows in (a, b))
-        values.append(_squared_discrepancy(first, second, degree))
-    return float(np.mean(values)), float(np.std(values))
-
-
-def _squared_discrepancy(x: np.ndarray, y: np.ndarray, degree: int) -> float:
-    """Returns the unbiased estimate (Gretton et al. 2012, eq. 3) for two equally long sets."""
-    n, d = x.shape
-    own = 0.0
-    for rows in (x, y):
-        kernel = (rows @ rows.T / d + 1) ** degree
-        own += (kernel.sum() - np.trace(kernel)) / (n * (n - 1))
-    return float(own - 2 * np.mean((x @ y.T / d + 1) ** degree))
+    return (difference, *normal_interval(difference, replicates, confidence))
 
 
 def _distance(first: Moments, second: Moments) -> float:
@@ -259,7 +244,8 @@ def _moments(x: np.ndarray, ddof: int = 1) -> Moments:
     return mean, np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
 
 
-def _features(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def features_of(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two sets of features as float64; raises ValueError for a wrong shape, too few rows or non-finite ones."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 2 or a.shape[1] < 1:
         raise ValueError(
@@ -270,19 +256,30 @@ def _features(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def _check_resamples(resamples: int) -> None:
+def check_units(resamples: int, *sets: tuple[int, int]) -> None:
+    """Raises ValueError for too few resamples, or if the rows of a set cannot be divided into its units."""
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, got {resamples}")
+    for count, unit in sets:
+        if unit < 1 or count % unit:
+            raise ValueError(f"units: {count} rows cannot be divided into units of {unit}")
 
 
-def _drawn(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws `count` of `count` rows with replacement, at least two different ones."""
-    rows = rng.integers(count, size=count)
-    if (rows == rows[0]).all():
-        rows[0] = (rows[0] + 1) % count
-    return rows
+def drawn(rng: np.random.Generator, count: int, unit: int = 1) -> np.ndarray:
+    """Draws `count` of `count` rows with replacement, `unit` consecutive ones at once, at least two different ones."""
+    number = count // unit
+    units = rng.integers(number, size=number)
+    if (units == units[0]).all():
+        units[0] = (units[0] + 1) % number
+    return _rows(units, unit)
 
 
-def _normal_interval(centre: float, replicates: list[float], confidence: float) -> tuple[float, float]:
+def normal_interval(centre: float, replicates: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Returns `centre` plus and minus a normal quantile times the standard deviation of the replicates."""
     half = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(replicates, ddof=1))
     return centre - half, centre + half
+
+
+def _rows(units: np.ndarray, unit: int) -> np.ndarray:
+    """Returns the rows of units with these numbers."""
+    return (units[:, None] * unit + np.arange(unit)).ravel()

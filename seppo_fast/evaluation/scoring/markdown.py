@@ -22,13 +22,25 @@ def markdown(media: Media, tree: Mapping[str, Any]) -> str:
             columns[row["scorer"]].append(key)
     pairs = [(name, key) for name, keys in columns.items() for key in keys]
     heads = [f"{_label(name)}{_arrow(scorers.get(key))}" for name, key in pairs]
-    lines = [_row(["", *heads]), _row(["---"] * (len(heads) + 1))]
+    lines = [table_row(["", *heads]), table_row(["---"] * (len(heads) + 1))]
     for model in media.models:
-        lines.append(_row([model, *(_cell(scorers, key, model) for _, key in pairs)]))
+        lines.append(table_row([model, *(_cell(scorers, key, model) for _, key in pairs)]))
     lines += ["", *(f"{line}  " for line in _caption(media, tree))]
     for run in [name for name in media.models if name != BASE]:
-        lines += ["", *_differences_table(scorers, run)]
+        lines += ["", *differences_table(scorers, run, "scorer")]
     return "\n".join(lines) + "\n"
+
+
+def score_lines(scorers: Mapping[str, Any]) -> list[str]:
+    """Returns what the command prints about scores: a line per scorer and run."""
+    lines = []
+    for key, row in scorers.items():
+        for run, found in row["runs"].items():
+            means = f"{row['means'][BASE]:.4g} -> {row['means'][run]:.4g}" if found["base"] is not None else "no score"
+            interval = f", difference {found['difference']:+.4g}" if found["difference"] is not None else ""
+            ends = interval_text(found, "low", "high", "+.4g")
+            lines.append(f"{key}: base -> {run}: {means}{interval}{f' {ends}' if ends else ''}")
+    return lines
 
 
 def _label(name: str) -> str:
@@ -44,7 +56,8 @@ def _cell(scorers: Mapping[str, Any], key: str | None, model: str) -> str:
     return "" if mean is None else f"{mean:.4g}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
+    """Returns a row of a table."""
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
 
 
@@ -72,31 +85,39 @@ def _caption(media: Media, tree: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _differences_table(scorers: Mapping[str, Any], run: str) -> list[str]:
+def differences_table(scorers: Mapping[str, Any], run: str, kind: str) -> list[str]:
+    """Returns the lines of the table that compares a run with the base.
+
+    Args:
+        scorers: what `comparisons` returns.
+        run: the run's name.
+        kind: the noun for what is compared: scorer or metric.
+    """
     lines = [
         f"**{run} against base**, per distinct prompt. Intervals: 95 %, over prompts, not over training seeds. Win "
         "rate: ties count half; its interval is Wilson's, without ties. p: sign-flip test, adjusted for the number of "
-        "scorers (Holm).",
+        f"{kind}s (Holm).",
         "",
-        _row(["scorer", "difference", "bootstrap", "wins", "ties", "losses", "win rate", "wins of decided", "p"]),
-        _row(["---"] * 9),
+        table_row([kind, "difference", "bootstrap", "wins", "ties", "losses", "win rate", "wins of decided", "p"]),
+        table_row(["---"] * 9),
     ]
     for key, row in scorers.items():
         found = row["runs"][run]
         counts = [str(found[name]) if found[name] is not None else "" for name in ("wins", "ties", "losses")]
-        cells = [key, _interval(found), _ends(found, "bootstrap_low", "bootstrap_high", "+.4g"), *counts]
-        cells += [_text(found["win_rate"], ".3f"), _ends(found, "win_low", "win_high", ".3f")]
-        lines.append(_row([*cells, _text(found["p_holm"], ".3g")]))
+        cells = [key, _interval(found), interval_text(found, "bootstrap_low", "bootstrap_high", "+.4g"), *counts]
+        cells += [_text(found["win_rate"], ".3f"), interval_text(found, "win_low", "win_high", ".3f")]
+        lines.append(table_row([*cells, _text(found["p_holm"], ".3g")]))
     return lines
 
 
 def _interval(found: Mapping[str, Any]) -> str:
     left_out = f", {found['left_out']} without a score" if found["left_out"] else ""
-    ends = _ends(found, "low", "high", "+.4g")
+    ends = interval_text(found, "low", "high", "+.4g")
     return f"{_text(found['difference'], '+.4g')} {ends} ({found['items']} prompts{left_out})"
 
 
-def _ends(found: Mapping[str, Any], low: str, high: str, form: str) -> str:
+def interval_text(found: Mapping[str, Any], low: str, high: str, form: str) -> str:
+    """Returns an interval as text, from the values under two keys; empty without one."""
     return "" if found[low] is None else f"[{found[low]:{form}}, {found[high]:{form}}]"
 
 

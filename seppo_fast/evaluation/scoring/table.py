@@ -105,36 +105,46 @@ def read_scored(folder: Path, settings: Mapping[str, Any], names: Sequence[str] 
     return Scored(folder, settings, media, {key: info for key, (info, _) in found.items()}, scores, without)
 
 
-def write_results(scored: Scored, weights: Path | None = None) -> dict[str, Any]:
+def write_results(
+    scored: Scored,
+    weights: Path | None = None,
+    more: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    text: str = "",
+) -> dict[str, Any]:
     """Computes the statistics and writes the four files; returns the content of `scores.json`.
 
     Args:
         scored: the scored media.
         weights: the folder of the scorers' weights, to say which published scorers lack theirs.
+        more: further sections of `scores.json`.
+        columns: further columns of `scores.csv`: for each name and model, values `(N,)` of the N items.
+        text: further text of `scores.md`.
 
     Raises:
         CheckpointError: a file cannot be written.
         DataError: a media file that the picture shows is damaged.
     """
     folder = scored.folder
-    tree = {"schema": SCHEMA, **scored.settings, **_sections(scored), "missing": _missing(scored, weights)}
+    tree = {"schema": SCHEMA, **scored.settings, **_sections(scored), **(more or {})}
+    tree["missing"] = _missing(scored, weights)
     with alone(folder, {SCORES, CSV, TABLE, GRID}):
         content = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(folder / SCORES, content.encode(), CheckpointError)
         fault("statistics-write")
-        write_atomically(folder / CSV, _csv(scored).encode(), CheckpointError)
-        write_atomically(folder / TABLE, markdown(scored.media, tree).encode(), CheckpointError)
+        write_atomically(folder / CSV, _csv(scored, columns or {}).encode(), CheckpointError)
+        write_atomically(folder / TABLE, (markdown(scored.media, tree) + text).encode(), CheckpointError)
         write_atomically(folder / GRID, _grid(scored), CheckpointError)
     return tree
 
 
 def _sections(scored: Scored) -> dict[str, Any]:
     """Returns the computed sections of `scores.json`."""
-    return {"scorers": _scorers(scored), "spearman": _agreement(scored)}
+    return {"scorers": comparisons(scored), "spearman": _agreement(scored)}
 
 
-def _scorers(scored: Scored) -> dict[str, Any]:
-    """Returns each scorer's means, and its comparison of each run with the base, over prompts."""
+def comparisons(scored: Scored) -> dict[str, Any]:
+    """Returns each scorer's means, and its comparison of each run with the base, over prompts, by the scorer's key."""
     rows: dict[str, Any] = {}
     for key, info in scored.infos.items():
         means = {name: _number(_mean(scores)) for name, scores in scored.scores[key].items()}
@@ -228,14 +238,14 @@ def _number(value: Any) -> Any:
     return float(value) if math.isfinite(value) else None
 
 
-def _csv(scored: Scored) -> str:
-    """Returns a row per item and model, with every score."""
+def _csv(scored: Scored, columns: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """Returns a row per item and model, with every score and every value of `columns`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "prompt", "sample", "model", *scored.infos])
+    writer.writerow(["id", "prompt", "sample", "model", *scored.infos, *columns])
     for place, item in enumerate(scored.media.items):
         for name in scored.media.models:
-            found = [scored.scores[key][name][place] for key in scored.infos]
+            found = [of[name][place] for of in (*scored.scores.values(), *columns.values())]
             values = [repr(float(score)) if math.isfinite(score) else "" for score in found]
             writer.writerow([item.id, item.prompt, item.sample, name, *values])
     return text.getvalue()

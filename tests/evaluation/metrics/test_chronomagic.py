@@ -185,6 +185,7 @@ def test_the_same_features_are_at_zero_and_halves_at_a_floor_far_above():
 def test_the_official_paths():
     assert str(official_path("seppo", "3d_printing_08", 2)) == "seppo/2/3d_printing_08.mp4"
     assert str(official_path("seppo", "animal_04", None)) == "seppo/animal_04.mp4"
+    assert str(official_path("sd1.5", "day2night_13.0", 1)) == "sd1.5/1/day2night_13.0.mp4"  # an official id
     for bad in (("a/b", "x", 1), ("..", "x", 1), ("a", "", 1), ("a", "x.mp4", 1), ("a", "x", 0), ("a", "x", 4)):
         with pytest.raises(ValueError):
             official_path(*bad)

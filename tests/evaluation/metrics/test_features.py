@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from seppo_fast.evaluation.metrics import features
 from seppo_fast.evaluation.metrics.features import JUDGE_NAMES, judge_features, load_features, read_features
-from seppo_fast.evaluation.metrics.frechet import frechet, kernel_distance
+from seppo_fast.evaluation.metrics.frechet import frechet
+from seppo_fast.evaluation.metrics.kernel import kernel_distance
 from seppo_fast.shapes import motion
 from seppo_fast.shapes.world import SIZE, render, scene
 from seppo_fast.utils.errors import ConfigError, DataError

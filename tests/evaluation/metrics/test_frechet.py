@@ -12,9 +12,11 @@ from seppo_fast.evaluation.metrics.frechet import (
     frechet,
     frechet_difference,
     frechet_interval,
-    kernel_distance,
     real_floor,
+    resamples_for,
 )
+from seppo_fast.evaluation.metrics.kernel import discrepancy, kernel_difference, kernel_distance, kernel_interval
+from seppo_fast.utils.random import keyed_rng
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -190,3 +192,69 @@ def test_wrong_features_are_refused(distance):
             distance(good, bad)
     with pytest.raises(ValueError, match="finite"):
         distance(good, np.where(good == good[0, 0], np.nan, good))
+
+
+# Rows that belong together
+
+
+def test_rows_of_a_unit_are_drawn_together():
+    real, base, other = normal(20, 12, 3), normal(21, 10, 3), normal(22, 10, 3) + 1
+    values, differences = [], []
+    for number in range(5):
+        rng = keyed_rng(3, "bootstrap of a distance", number)
+        x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
+        values.append(by_square_root(real[x], other[y]))
+        rng = keyed_rng(3, "bootstrap of a difference", number)
+        x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
+        differences.append(by_square_root(real[x], other[y]) - by_square_root(real[x], base[y]))
+    low, high = frechet_interval(real, other, resamples=5, seed=3, units=(2, 2))
+    half = 1.959963984540054 * np.std(values, ddof=1)
+    centre = by_square_root(real, other)
+    assert (low, high) == pytest.approx((centre - half, centre + half), rel=1e-6)
+    difference, low, high = frechet_difference(real, base, other, resamples=5, seed=3, units=(2, 2))
+    half = 1.959963984540054 * np.std(differences, ddof=1)
+    assert (low, high) == pytest.approx((difference - half, difference + half), rel=1e-6)
+
+
+def test_resamples_of_a_kernel_distance_are_those_of_its_double_sum():
+    real, base, other = normal(25, 12, 3), normal(26, 10, 3), normal(27, 10, 3) + 1
+    assert discrepancy(real, other, 2) == pytest.approx(double_sum(real, other, 2), rel=1e-12)
+    values, differences = [], []
+    for number in range(4):
+        rng = keyed_rng(4, "bootstrap of a kernel distance", number)
+        x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
+        values.append(double_sum(real[x], other[y], 2))
+        rng = keyed_rng(4, "bootstrap of a kernel difference", number)
+        x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
+        differences.append(double_sum(real[x], other[y], 2) - double_sum(real[x], base[y], 2))
+    half = 1.959963984540054 * np.std(values, ddof=1)
+    centre = double_sum(real, other, 2)
+    found = kernel_interval(real, other, 2, resamples=4, seed=4, units=(2, 2))
+    assert found == pytest.approx((centre - half, centre + half), rel=1e-9)
+    half = 1.959963984540054 * np.std(differences, ddof=1)
+    centre -= double_sum(real, base, 2)
+    found = kernel_difference(real, base, other, 2, resamples=4, seed=4, units=(2, 2))
+    assert found == pytest.approx((centre, centre - half, centre + half), rel=1e-9)
+    with pytest.raises(ValueError, match="equally many rows"):
+        kernel_difference(real, base, other[:8])
+
+
+def test_a_floor_keeps_units_whole():
+    x = normal(23, 14, 3)
+    order = keyed_rng(4, "real floor").permutation(7)
+    halves = [np.concatenate([x[2 * unit : 2 * unit + 2] for unit in units]) for units in (order[:2], order[2:4])]
+    assert real_floor(x, 5, 4, unit=2) == pytest.approx(by_square_root(*halves), rel=1e-6)
+    with pytest.warns(RuntimeWarning, match="at 6 samples instead of 8"):
+        real_floor(x, 8, 4, unit=2)
+    measured = compare(x, normal(24, 6, 3), resamples=2, units=(2, 3))
+    assert (measured.floor_items, measured.real, measured.generated) == (6, 14, 6)
+    with pytest.raises(ValueError, match="14 rows cannot be divided into units of 4"):
+        frechet_interval(x, x, units=(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("real", "generated", "dimensions", "number"),
+    [(600, 600, 25, 100), (150, 150, 2048, 100), (5000, 3200, 512, 100), (700, 700, 2048, 39), (5000, 3200, 2048, 20)],
+)
+def test_large_sets_get_fewer_bootstrap_samples(real, generated, dimensions, number):
+    assert resamples_for(real, generated, dimensions) == number

@@ -12,24 +12,9 @@ from safetensors.torch import save_file
 from seppo_fast.evaluation.metrics import alexnet, i3d, inception, keys
 from seppo_fast.evaluation.metrics.networks import Unit, in_batches, read_weights
 from seppo_fast.utils.errors import ConfigError
+from tests.helpers.networks import random_weights
 
 CPU = torch.device("cpu")
-
-
-def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """Returns weights with which a signal keeps its size, and positive variances."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            values *= math.sqrt(2 / math.prod(shape[1:]))
-        elif name.endswith(("bn.weight", "running_var")):
-            values = 1 + 0.1 * values.abs()
-        else:
-            values *= 0.1
-        weights[name] = values
-    return weights
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,162 @@
+"""A folder of real pictures, or of clips: video files, animated WebP files, or folders of frames."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from seppo_fast.data.examples import Example
+from seppo_fast.data.media.clips import load_clip
+from seppo_fast.data.media.frames import choose_frames
+from seppo_fast.data.media.images import MAX_PIXELS, ImageError, decode_image, file_ref, fit_square, open_image
+from seppo_fast.data.names import relative_name, walk_files
+from seppo_fast.data.readers.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from seppo_fast.evaluation.media.files import CLIP_MARK, decode_media
+from seppo_fast.evaluation.real.sets import RealSet, Wanted, listed
+from seppo_fast.utils.errors import ConfigError, DataError
+from seppo_fast.utils.files import home_expanded
+
+_WEBP = ".webp"
+
+
+class RealFolder(RealSet):
+    """The pictures or clips below a folder, sorted by path.
+
+    A picture is a file x.png, x.jpg, x.jpeg or x.webp. A clip is a video file, an animated x.webp, or a subfolder with
+    its frames as pictures, in the order of their names. A prompt's counterpart is the one whose name without suffix is
+    the prompt's id.
+
+    Raises:
+        ConfigError: the folder does not exist.
+        DataError: it holds no such file, or files of the other kind.
+    """
+
+    def __init__(self, spec: str, wanted: Wanted) -> None:
+        self._folder = home_expanded(spec, ConfigError)
+        if not self._folder.is_dir():
+            raise ConfigError(f"--real {spec}: not a folder")
+        files = walk_files(self._folder)
+        found = _pictures(spec, files) if wanted.frames is None else _clips(spec, self._folder, files)
+        if not found:
+            kinds = IMAGE_SUFFIXES if wanted.frames is None else (*VIDEO_SUFFIXES, _WEBP)
+            more = "" if wanted.frames is None else ", or folders of frames"
+            raise DataError(f"--real {spec}: the folder holds no file {', '.join(kinds)}{more}")
+        self._paths = list(found.values())
+        self._are_frames = [files != (path,) for path, files in found.items()]
+        names = [relative_name(path, self._folder) for path in found]
+        super().__init__(self._folder.resolve().name, names, wanted)
+
+    def digest(self, place: int) -> str:
+        """See the base class."""
+        sha = hashlib.sha256()
+        for path in self._paths[place]:
+            try:
+                sha.update(path.read_bytes())
+            except OSError as problem:
+                raise DataError(f"{path}: cannot be read ({problem.strerror})") from problem
+        return sha.hexdigest()
+
+    def load(self, place: int, *, fitted: bool = True) -> np.ndarray:
+        """See the base class."""
+        first, resolution, frames = self._paths[place][0], self.wanted.resolution, self.wanted.frames
+        if frames is None:
+            image = _decoded(first)
+            return fit_square(image, resolution) if fitted else np.asarray(image)
+        if first.suffix.lower() in VIDEO_SUFFIXES:
+            ref = file_ref(first)
+            clip = load_clip(
+                Example(str(first), "", ref, time_lapse=True), ref.name, open_image(ref), resolution, frames
+            )
+            if "repeating" in clip.remarks:
+                raise ImageError(ref.name, f"has fewer than {frames} frames, as many as the models generate")
+            return clip.pixels
+        pictures: Sequence[Path | np.ndarray] = self._paths[place] if self._are_frames[place] else _animation(first)
+        if len(pictures) < frames:
+            name = str(first.parent if self._are_frames[place] else first)
+            raise ImageError(name, f"has {len(pictures)} frames, fewer than the {frames} that the models generate")
+        chosen = [pictures[number] for number in choose_frames(len(pictures), frames, whole=True, key="")]
+        images = [_decoded(one) if isinstance(one, Path) else Image.fromarray(one) for one in chosen]
+        return np.stack([fit_square(image, resolution) for image in images])
+
+    def counterparts(self) -> list[int]:
+        """See the base class."""
+        by_name: dict[str, set[int]] = {}
+        for place, name in enumerate(self.names):
+            known = name if self._are_frames[place] else str(Path(name).with_suffix(""))
+            for key in {known, Path(known).name}:
+                by_name.setdefault(key, set()).add(place)
+        lacking = [f"{own}: {text[:60]}" for own, text in self.wanted.prompts if own not in by_name]
+        if lacking:
+            raise DataError(
+                f"{self._folder}: {len(lacking)} of {len(self.wanted.prompts)} prompts have no real counterpart, a "
+                f"file named like the prompt's id; the folder has {self.names[0]!r} and others. Prompts without one, "
+                f"by id:\n{listed(lacking)}"
+            )
+        twice = [own for own, _ in self.wanted.prompts if len(by_name[own]) > 1]
+        if twice:
+            names = ", ".join(self.names[place] for place in sorted(by_name[twice[0]]))
+            raise DataError(f"{self._folder}: several files are named like the id {twice[0]!r}: {names}; keep one")
+        return [next(iter(by_name[own])) for own, _ in self.wanted.prompts]
+
+
+def _pictures(spec: str, files: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    for path in files:
+        if path.suffix.lower() in VIDEO_SUFFIXES or (
+            path.suffix.lower() == _WEBP and _is_animated(path, damaged=False)
+        ):
+            raise DataError(f"--real {spec}: {path.name} is a clip, but these models make pictures")
+    return {path: (path,) for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+
+
+def _clips(spec: str, folder: Path, files: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Returns each clip's files by the path that names it."""
+    clips: dict[Path, list[Path]] = {}
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in VIDEO_SUFFIXES or (suffix == _WEBP and _is_animated(path, damaged=True)):
+            clips[path] = [path]
+        elif suffix in IMAGE_SUFFIXES and path.parent == folder:
+            raise DataError(
+                f"--real {spec}: {path.name} is a picture, but these models make clips; put the frames of each clip "
+                "into a folder of their own"
+            )
+        elif suffix in IMAGE_SUFFIXES:
+            clips.setdefault(path.parent, []).append(path)
+    return {name: tuple(paths) for name, paths in clips.items()}
+
+
+def _decoded(path: Path) -> Image.Image:
+    return decode_image(str(path), open_image(file_ref(path)))
+
+
+def _is_animated(path: Path, *, damaged: bool) -> bool:
+    """Returns whether a WebP file is a clip, also one whose frames are all equal; `damaged` if it cannot be read."""
+    try:
+        with Image.open(path, formats=("WEBP",)) as opened:
+            return getattr(opened, "n_frames", 1) > 1 or _is_own(opened)
+    except (OSError, SyntaxError, ValueError):  # reported when it is decoded
+        return damaged
+
+
+def _is_own(opened: Image.Image) -> bool:
+    xmp = opened.info.get("xmp")
+    return isinstance(xmp, bytes) and xmp.startswith(CLIP_MARK)
+
+
+def _animation(path: Path) -> list[np.ndarray]:
+    """Returns the frames of an animated WebP, in order whatever their durations; raises ImageError."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=("WEBP",)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError("its frames have more than 64 megapixels")
+            if not _is_own(opened):
+                return [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+        return list(decode_media(content, path.name))
+    except (OSError, SyntaxError, ValueError, EOFError, DataError) as problem:
+        raise ImageError(str(path), f"truncated, damaged or too large ({problem})") from problem
