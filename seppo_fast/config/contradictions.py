@@ -10,7 +10,7 @@ from seppo_fast.utils.errors import ConfigError
 if TYPE_CHECKING:
     from seppo_fast.config.schema import Config
 
-MOST_MAPO_BETA = 10.0
+MOST_MAPO_BETA = 10.0  # a hundred times the published value; the default of train.beta is another objective's
 
 
 def refuse_contradictions(config: Config) -> None:

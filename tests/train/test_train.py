@@ -59,7 +59,10 @@ def test_equal_weights_give_a_difference_of_exactly_zero(tiny, tmp_path, model, 
     assert log[1]["logit_abs"] > 0 and not any(entry["skipped"] for entry in log)
 
 
-@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if not row.needs_pairs])
+ON_WINNERS = [name for name, row in OBJECTIVES.items() if not (row.needs_pairs or row.needs_labels)]
+
+
+@pytest.mark.parametrize("objective", ON_WINNERS)
 def test_every_objective_on_winners_trains(tiny, tmp_path, objective):
     drawn = []
 
