@@ -132,9 +132,7 @@ def model_card(
         "objective": f"{config.objective}, beta {config.train.beta:g} "
         + ("(times a mean over latent elements)" if config.row.loss != "mapo" else "(weight of the margin)"),
         "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
-        "references": f"a new past policy every {config.train.updates_per_iteration} updates",
-        "sampler of the references": f"{config.sampler.name}, {config.sampler.steps} steps, "
-        f"guidance {config.sampler.guidance:g}",
+        **reference_facts(config),
         "seed": config.seed,
         "fingerprints": json.dumps(saved.numbers.get("fingerprints", {})),
         "software": f"seppo_fast {__version__}",
@@ -151,6 +149,21 @@ def model_card(
         "Limitations: it inherits the biases, the licence and the limits of its base and of the pictures that it "
         "learned from.\n"
     )
+
+
+def reference_facts(config: Config) -> dict[str, str]:
+    """Returns the facts of a model card about past policies, their samples, and the scorer that judged these."""
+    facts: dict[str, str] = {}
+    if config.row.draw == "initial":
+        facts["reference"] = "the base"
+    elif config.row.draw is not None:
+        facts["references"] = f"a new past policy every {config.train.updates_per_iteration} updates"
+    if config.row.negatives == "generated":
+        sampler = config.sampler
+        facts["sampler of the references"] = f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance:g}"
+    if config.reference.judge is not None:
+        facts["judge"] = f"{config.reference.judge}; scores by the same scorer are no evidence of quality"
+    return facts
 
 
 def _measured(saved: SavedState, average: bool, scores: Scores | ScoreTable | None) -> str:

@@ -43,9 +43,10 @@ def notes(log: Sequence[Mapping[str, Any]], updates_per_iteration: int | None) -
 
     Args:
         log: the updates of a run.
-        updates_per_iteration: the length of an iteration; None: it is unknown, and nothing is yielded.
+        updates_per_iteration: the length of an iteration; None: it is unknown, and nothing is yielded. Nor is anything
+            for a run whose signs are a scorer's.
     """
-    if updates_per_iteration is None:
+    if updates_per_iteration is None or any("judge_skipped" in entry for entry in log):
         return
     verdicts = {number: verdict for number, verdict in _near_chance(log, updates_per_iteration) if number > 1}
     near = [str(number) for number, verdict in verdicts.items() if verdict]

@@ -88,7 +88,7 @@ RULES = (
         _loses,
         f"the loss is below {_LOSS} while the winner's error is above the reference's: it falls because losers get "
         "worse, not because winners get better",
-        "set train.safeguard = true, or raise train.sft_weight",
+        "raise train.sft_weight, or set train.safeguard = true if the objective allows it",
     ),
 )
 

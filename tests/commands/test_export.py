@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from seppo_fast.cli import main
-from seppo_fast.commands.export import COMFYUI_FILE, export
+from seppo_fast.commands.export import COMFYUI_FILE, export, reference_facts
 from seppo_fast.config.load import parse_config
 from seppo_fast.evaluation.generate import generate
 from seppo_fast.evaluation.scores import Scores
@@ -180,3 +180,21 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
     assert main(["export", str(run)]) == 6
     assert "none of its" in capsys.readouterr().err
     assert not [path for path in run.iterdir() if path.name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("tree", "names"),
+    [
+        ({}, {"references", "sampler of the references"}),
+        ({"objective": "seppo-judged", "reference": {"judge": "shapes"}}, {"references", "sampler of the references", "judge"}),
+        ({"objective": "seppo-initial"}, {"reference", "sampler of the references"}),
+        ({"objective": "kto"}, {"reference"}),
+        ({"objective": "mapo", "train": {"beta": 0.1}}, set()),
+        ({"objective": "sft"}, set()),
+    ],
+)  # fmt: skip
+def test_a_model_card_names_only_what_the_objective_has(tree, names):
+    facts = reference_facts(parse_config(tree))
+    assert set(facts) == names
+    if "judge" in names:
+        assert facts["judge"].startswith("shapes; ")

@@ -10,9 +10,10 @@ import torch
 
 from seppo_fast.cli import main
 from seppo_fast.config.load import parse_config
+from seppo_fast.methods.preference import preference_sums
 from seppo_fast.methods.rewards import judge
 from seppo_fast.methods.rewards.judge import Judge
-from seppo_fast.methods.rewards.judged import judged_loss
+from seppo_fast.methods.rewards.judged import JudgedMethod, judged_loss
 from seppo_fast.runs.signals import Interrupted
 from seppo_fast.train import train
 from seppo_fast.train.trainer import Trainer
@@ -94,9 +95,35 @@ def test_a_pair_without_a_score_is_skipped_and_the_others_are_not(capsys):
     assert said.count("reference.judge = made failed (RuntimeError: cannot score this one); pairs without") == 1
 
 
-def test_no_score_at_all_ends_the_run():
-    with pytest.raises(ConfigError, match="no score for any of 2 samples"):
-        verdicts({1: 0.0, 2: 0.0, 101: np.nan, 102: np.nan}, [0, 1])
+def test_a_scorer_without_a_single_score_ends_the_run_and_one_with_some_does_not():
+    scores = {1: 0.0, 101: np.nan, 102: 1.0}
+    first = torch.full((1, 4, 2, 2), 101.0)
+    deaf = Judge(Scores(scores), Family(), Cache())
+    for _ in range(judge._ENOUGH - 1):  # a process may have one sample per update
+        assert deaf([0], first).tolist() == [0.0]
+    with pytest.raises(ConfigError, match=f"no score for any of {judge._ENOUGH} samples"):
+        deaf([0], first)
+    heard = Judge(Scores(scores), Family(), Cache())
+    assert heard([0], first + 1).tolist() == [-1.0]
+    assert [heard([0], first).item() for _ in range(judge._ENOUGH)] == [0.0] * judge._ENOUGH
+
+
+def test_means_leave_out_skipped_pairs_where_the_sign_counts():
+    """Of four pairs two reject, one learns with a positive logit, one is skipped."""
+    generator = torch.Generator().manual_seed(5)
+    ref = torch.rand(8, generator=generator)
+    errors = ref + 4e-3 * torch.randn(8, generator=generator)
+    sign = torch.tensor([1.0, 1.0, -1.0, 0.0])
+    errors[2], errors[6] = ref[2] - 0.01, ref[6] - 0.01
+    result = judged_loss(errors, ref, sign, beta=500.0)
+    sums = {name: value.item() for name, value in preference_sums(result, 500.0).items()}
+    means = JudgedMethod.averages(None, sums | {"judge_skipped": 1.0, "anchor_agrees": 3.0}, 4)
+    assert means["judge_skipped"] == 0.25 and means["anchor_agrees"] == 1.0
+    assert means["aaf_rate"] == pytest.approx(2 / 3) and means["implicit_acc_learned"] == 1.0
+    assert means["preference_loss"] == pytest.approx(means["loss"] * 4 / 3)
+    assert means["winner_error"] == pytest.approx(errors[:4].double().mean().item())
+    nothing = JudgedMethod.averages(None, sums | {"judge_skipped": 4.0, "anchor_agrees": 0.0}, 4)
+    assert nothing["judge_skipped"] == 1 and "aaf_rate" not in nothing and np.isfinite(nothing["loss"])
 
 
 def test_running_out_of_memory_is_not_a_failure_of_the_scorer(monkeypatch):

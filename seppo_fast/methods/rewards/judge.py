@@ -16,6 +16,8 @@ from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.logging import warn
 from seppo_fast.utils.memory import is_out_of_memory
 
+_ENOUGH = 32  # samples without a single score after which the scorer is taken to be unusable
+
 
 class Judge:
     """Scores samples and winners, and says which samples to reject.
@@ -31,7 +33,7 @@ class Judge:
 
     def __init__(self, scorer: Scorer, family: Family, cache: LatentCache) -> None:
         self._scorer, self._family, self._cache = scorer, family, cache
-        self._told = False
+        self._told, self._scored_any, self._asked = False, False, 0
 
     def __call__(self, sample_ids: Sequence[int], samples: Tensor) -> Tensor:
         """Returns the verdicts on samples: 1 rejects, -1 learns, 0 skips.
@@ -47,7 +49,7 @@ class Judge:
             `(n,)` float32.
 
         Raises:
-            ConfigError: none of the pairs has a score.
+            ConfigError: after `_ENOUGH` samples none has had a score.
         """
         size = encoded_at_once(self._family.frames)
         try:
@@ -58,9 +60,11 @@ class Judge:
         finally:
             self._family.park_encoders()
         gain = torch.from_numpy(np.concatenate(gains))
-        if gain.isnan().all():
+        self._asked += len(gain)
+        self._scored_any = self._scored_any or not bool(gain.isnan().all())
+        if not self._scored_any and self._asked >= _ENOUGH:
             raise ConfigError(
-                f"reference.judge = {self._scorer.name}: no score for any of {len(gain)} samples and their winners. "
+                f"reference.judge = {self._scorer.name}: no score for any of {self._asked} samples and their winners. "
                 "Check that it understands the prompts and the pictures' size"
             )
         return torch.where(gain.isnan(), 0.0, torch.where(gain > 0, -1.0, 1.0))

@@ -11,8 +11,10 @@ from seppo_fast.methods.bands import band_sums
 from seppo_fast.methods.method import StepLoss
 from seppo_fast.methods.pairs import Pairs, sent
 from seppo_fast.methods.parts import MethodParts
-from seppo_fast.methods.preference import PreferenceMethod, preference_sums
+from seppo_fast.methods.preference import PreferenceMethod, averages, preference_sums
 from seppo_fast.methods.rewards.judge import Judge
+
+_OF_ALL = ("loss", "sft_loss", "winner_error", "loser_error", "ref_winner_error", "ref_loser_error", "judge_skipped")
 
 
 class JudgedMethod(PreferenceMethod):
@@ -48,6 +50,17 @@ class JudgedMethod(PreferenceMethod):
         if train.sft_weight:
             sums["sft_loss"] = result.sft_loss * len(verdict)
         return StepLoss(made.policy, grad, sums, halves=2)
+
+    def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
+        """Returns what SePPO logs, and two values of this method's own.
+
+        These are `judge_skipped`, the share of pairs without a verdict, and `anchor_agrees`, the share of the others on
+        which the anchor test would have decided alike. The loss and the errors are means over all pairs; what depends
+        on the sign is a mean over the pairs with a verdict, and left out if there are none.
+        """
+        kept = rows - round(sums["judge_skipped"])
+        means = averages(sums, kept) if kept else {}
+        return means | {name: sums[name] / rows for name in _OF_ALL if name in sums}
 
 
 def judged_loss(
