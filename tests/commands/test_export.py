@@ -23,6 +23,7 @@ from seppo_fast.train import train
 from tests.helpers.runs import tiny_config
 from tests.helpers.tiny import tiny_pipeline
 
+SAMPLER = "sampler of the references"
 PROMPTS = ["a small red circle", "a large blue square"]
 
 
@@ -185,14 +186,14 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tree", "names"),
     [
-        ({}, {"references", "sampler of the references"}),
-        ({"objective": "seppo-judged", "reference": {"judge": "shapes"}}, {"references", "sampler of the references", "judge"}),
-        ({"objective": "seppo-initial"}, {"reference", "sampler of the references"}),
+        ({}, {"references", SAMPLER}),
+        ({"objective": "seppo-judged", "reference": {"judge": "shapes"}}, {"references", SAMPLER, "judge"}),
+        ({"objective": "seppo-initial"}, {"reference", SAMPLER}),
         ({"objective": "kto"}, {"reference"}),
         ({"objective": "mapo", "train": {"beta": 0.1}}, set()),
         ({"objective": "sft"}, set()),
     ],
-)  # fmt: skip
+)
 def test_a_model_card_names_only_what_the_objective_has(tree, names):
     facts = reference_facts(parse_config(tree))
     assert set(facts) == names
