@@ -71,7 +71,9 @@ def test_every_objective_on_winners_trains(tiny, tmp_path, objective):
             resident = trainer.references.resident
             trainer.references.resident = lambda unet, index, aside: drawn.append(index) or resident(unet, index, aside)
 
-    config = tiny_config(tiny, tmp_path, objective=objective, train={"updates": 6}, reference={"window": 1})
+    judge = {"judge": "brightness"} if OBJECTIVES[objective].flipper == "scorer" else {}
+    reference = {"window": 1} | judge
+    config = tiny_config(tiny, tmp_path, objective=objective, train={"updates": 6}, reference=reference)
     train(config, observe)
     log = log_of(config)
     assert [entry["update"] for entry in log] == [1, 2, 3, 4, 5, 6]
