@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +54,50 @@ def comma_separated(folder, labels):
             [["file_name", "text", "label"], *([f"{n}.png", "fox", label] for n, label in enumerate(labels))]
         )
     return str(folder)
+
+
+def class_labels(folder, names, labels):
+    """Returns a data set whose labels are integers, with names for them in its features."""
+    datasets = pytest.importorskip("datasets")
+    kinds = {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    images = [{"bytes": (folder / f"{n}.png").read_bytes(), "path": None} for n in range(len(labels))]
+    columns = {"image": images, "text": ["a fox"] * len(labels), "label": labels}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+def parquet_of(folder, monkeypatch, data):
+    data.to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+def hub(folder, monkeypatch, data):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    return "owner/labelled"
+
+
+@pytest.mark.parametrize("place", [parquet_of, hub])
+def test_integers_with_names_are_read_by_their_names(tmp_path, monkeypatch, place):
+    """The first name is that of 0, whichever it is."""
+    pictures(tmp_path)
+    for names in (["like", "dislike"], ["dislike", "like"], ["0", "1"]):
+        likes = names.index("like") if "like" in names else 1
+        labels = [likes, likes, 1 - likes, 1 - likes]
+        source = with_labels(open_source(place(tmp_path, monkeypatch, class_labels(tmp_path, names, labels))))
+        assert [example.number for example in source] == [1.0, 1.0, 0.0, 0.0]
+    for names, labels, message in (
+        (["bad", "good"], [1, 0, 0, 1], r"4 of 4 examples \(.*:0 \(good\).* have an unknown label"),
+        (["dislike", "like"], [1, -1, 0, None], r"2 of 4 examples \(.*:1, .*:3\) have no label"),
+    ):
+        source = open_source(place(tmp_path, monkeypatch, class_labels(tmp_path, names, labels)))
+        with pytest.raises(DataError, match=message):
+            with_labels(source)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", '{"info": {"features": {"label": 3}}}', '{"info": null}'])
+def test_metadata_that_name_no_classes_change_nothing(tmp_path, metadata):
+    file = Path(table(pictures(tmp_path), [1, 0, 0, 1])) / "rows.parquet"
+    pq.write_table(pq.read_table(file).replace_schema_metadata({"huggingface": metadata}), file)
+    assert [example.number for example in with_labels(open_source(str(file)))] == EXPECTED
 
 
 @pytest.mark.parametrize("write", [jsonl, table, comma_separated])
