@@ -166,7 +166,7 @@ def _labels(table: pa.Table, name: str) -> pa.ChunkedArray:
     import pyarrow as pa
 
     column, names = table.column(name), _class_names(table.schema.metadata or {}, name)
-    if names is None:
+    if names is None or pa.types.is_nested(column.type):
         return column
     by_number = dict(enumerate(names))
     return pa.chunked_array([pa.array([by_number.get(label) for label in column.to_pylist()], pa.string())])
