@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from seppo_fast.cli import main
+from seppo_fast.data.cache.build import too_many
 from seppo_fast.data.labels import liked, with_labels
 from seppo_fast.data.sources import open_source
 from seppo_fast.utils.errors import DataError
+from tests.helpers.hostile import run_config
 
 VALUES = {
     "numbers": [1, 0, 0, 1],
@@ -131,6 +135,53 @@ def test_pairs_are_taken_apart():
         assert winner.image.name == pair.image.name and loser.image.name == pair.loser.name
         assert winner.prompt == loser.prompt == pair.prompt
     assert len({example.id for example in source}) == len(source)
+
+
+def labelled_pairs(folder, count, unclear=0, captionless=0):
+    """Writes pairs of which the last name no winner, or have no caption, and returns the file."""
+    image = (pictures(folder, 1) / "0.png").read_bytes()
+    columns = {"jpg_0": [image] * count, "jpg_1": [image] * count, "label_0": [1] * count, "label_1": [0] * count}
+    for row in range(count - unclear, count):
+        columns["label_0"][row] = 7
+    columns["caption"] = ["a fox"] * (count - captionless) + [""] * captionless
+    pq.write_table(pa.table(columns), folder / "pairs.parquet")
+    return str(folder / "pairs.parquet")
+
+
+@pytest.mark.parametrize(("unclear", "refused"), [(2, False), (3, True)])
+def test_a_pair_that_cannot_be_used_is_two_bad_pictures(tmp_path, unclear, refused):
+    """More than 1 % of 200 pairs are 3, taken apart or not."""
+    pairs = open_source(labelled_pairs(tmp_path, 200, unclear))
+    for source, each in ((pairs, 1), (with_labels(pairs), 2)):
+        total = len(source) + len(source.problems)
+        assert total == 200 * each and len(source.problems) == unclear * each
+        assert too_many(source.problems, total) == refused
+        ids = [example.id for example in source] + [problem.id for problem in source.problems]
+        assert len(set(ids)) == total
+    assert [problem.id for problem in source.problems][-2:] == ["pairs.parquet:199", "pairs.parquet:199 loser"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "rows", "pairs"])
+def test_without_a_usable_example_the_reasons_are_told_not_missing_labels(tmp_path, tiny, capsys, kind):
+    pictures(tmp_path)
+    if kind == "pairs":
+        place = labelled_pairs(tmp_path, 4, captionless=4)
+    elif kind == "rows":
+        place = table(tmp_path, [1, 0, 0, 1]) + "/rows.parquet"
+        rows = pq.read_table(place)
+        pq.write_table(rows.set_column(1, "text", pa.array([""] * 4)), place)
+    else:
+        place, listing = jsonl(tmp_path, [1, 0, 0, 1]), tmp_path / "metadata.jsonl"
+        listing.write_text(re.sub(r'"fox \d"', '""', listing.read_text()))
+    source = with_labels(open_source(place))
+    assert len(source) == 0 and len(source.problems) == (8 if kind == "pairs" else 4)
+    config = run_config(tmp_path, tiny, objective="kto", data={"source": place, "resolution": 16})
+    assert main(["check", str(config)]) == 3
+    said = capsys.readouterr().out
+    assert said.count(" is empty") == len(source.problems) and "a run refuses more than 1 % of bad examples" in said
+    assert main(["train", str(config)]) == 3
+    said = capsys.readouterr().err
+    assert said.count(" is empty") == len(source.problems) and "has a label" not in said
 
 
 @pytest.mark.parametrize(
