@@ -9,6 +9,7 @@ import torch
 
 from seppo_fast.capacity.batches import measures_halves
 from seppo_fast.capacity.plan import Need
+from seppo_fast.config.objectives import OFFSET_ROWS
 from seppo_fast.config.schema import Config
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
@@ -20,7 +21,8 @@ _BACKWARD = 2  # FLOP of a backward, relative to a forward
 def forwards_per_pair(config: Config) -> float:
     """Returns the work per trained pair, in forwards of one row: rollout, reference errors, and training the policy.
 
-    A backward counts as two forwards.
+    A backward counts as two forwards. KTO's offset takes one more forward of some rows: of the policy, and of the
+    reference too if its errors are not computed ahead.
     """
     objective = config.row
     guided = 2 if config.sampler.guidance > 1 else 1
@@ -28,7 +30,11 @@ def forwards_per_pair(config: Config) -> float:
     rows = 1 if objective.negatives is None else 2
     again = 1 if config.model.gradient_checkpointing else 0
     passes = 1 + 1 / config.log.health_every if measures_halves(config) else 1
-    return rolled_out + rows * ((1 + _BACKWARD + again) * passes + (1 if objective.draw else 0))
+    offset = 0.0
+    if objective.loss == "kto":
+        models = 1 if config.reference.errors == "ahead" else 2
+        offset = models * min(1.0, OFFSET_ROWS / config.train.pairs_per_update)
+    return rolled_out + offset + rows * ((1 + _BACKWARD + again) * passes + (1 if objective.draw else 0))
 
 
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:

@@ -240,13 +240,14 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
         {"sampler": {"guidance": 1.0, "steps": 3, "batch": 16}, "reference": {"uses": 2}},
         {"objective": "sft"},
         {"model": {"gradient_checkpointing": True}},
+        {"objective": "kto", "data": {"source": "shapes-made:20"}},
     ],
-    ids=["seppo", "unguided, two uses", "sft", "recomputed"],
+    ids=["seppo", "unguided, two uses", "sft", "recomputed", "kto"],
 )
 def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
     """The rows of an iteration that pass through the UNet are counted by hooks on a convolution."""
     # One of the two updates measures winners' and losers' gradients; without losers, the attempt would add a forward.
-    every = 0 if sections.get("objective") == "sft" else 2
+    every = 0 if sections.get("objective") in ("sft", "kto") else 2
     config = tiny_config(tiny, tmp_path, **SIZES | sections, log={"health_every": every})
     trainer = Trainer(apply_preset(config, CPU))
     rows = {"forward": 0, "backward": 0}
@@ -264,3 +265,12 @@ def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sectio
     for update in range(2):
         trainer.learner.step(collected(trainer, update), update)
     assert rows["forward"] + 2 * rows["backward"] == forwards_per_pair(trainer.config) * 2 * 16
+
+
+@pytest.mark.parametrize(("errors", "models"), [("ahead", 1), ("apart", 2)])
+def test_the_offset_of_kto_is_part_of_the_eta(tiny, tmp_path, errors, models):
+    """Of at most 64 rows per update. The rest is the policy's forward and backward, and the reference's forward."""
+    for pairs, share in ((16, 1.0), (64, 1.0), (256, 0.25)):
+        train = {"pairs_per_update": pairs}
+        config = tiny_config(tiny, tmp_path, objective="kto", train=train, reference={"errors": errors})
+        assert forwards_per_pair(apply_preset(config, CPU)) == 4 + models * share
