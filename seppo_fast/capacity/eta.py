@@ -40,7 +40,8 @@ def forwards_per_pair(config: Config) -> float:
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:
     """Estimates the seconds of all updates on one device, excluding the time to fill the cache and to save states.
 
-    Times forwards with growing batches and, with `sampler.round_trip`, also decoding and encoding samples.
+    Times forwards with growing batches, with `sampler.round_trip` also decoding and encoding samples, and with a judge
+    also decoding samples and winners. The judge's scoring is not included.
 
     Args:
         config: the run's configuration.
@@ -62,10 +63,21 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
         latents = inputs(rows)[0]
         return lambda: denoiser.through_pixels(latents)
 
+    def decode(rows: int) -> Callable[[], object]:
+        latents = inputs(rows)[0]
+
+        def decode_and_park() -> None:
+            family.decode(latents)
+            family.park_encoders()
+
+        return decode_and_park
+
     most = need.batch * (2 if config.sampler.guidance > 1 else 1)
     per_pair = forwards_per_pair(config) * _seconds_a_row(forward, most)
     if config.sampler.round_trip:
         per_pair += _seconds_a_row(round_trip, need.batch) / config.reference.uses
+    if config.reference.judge is not None:
+        per_pair += 2 * _seconds_a_row(decode, need.batch) / config.reference.uses
     return config.train.updates * config.train.pairs_per_update * per_pair
 
 

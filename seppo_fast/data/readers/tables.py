@@ -173,7 +173,7 @@ def _labels(table: pa.Table, name: str) -> pa.ChunkedArray:
 
 
 def _class_names(metadata: Mapping[bytes, bytes], name: str) -> list[str] | None:
-    """Returns the names of a ClassLabel column, which `datasets` writes into a table's metadata; None if it is none."""
+    """Returns the names of a ClassLabel column, which `datasets` writes into a table's metadata; None for another."""
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][name]
         return [str(word) for word in feature["names"]] if feature["_type"] == "ClassLabel" else None
