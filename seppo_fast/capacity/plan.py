@@ -24,6 +24,7 @@ from seppo_fast.data.cache.build import encoded_at_once
 from seppo_fast.models.family import Family
 from seppo_fast.models.trainable import DTYPES, make_trainable
 from seppo_fast.runs.checkpoint import saved_states
+from seppo_fast.scorers.registry import weight_count
 from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
 from seppo_fast.utils.memory import free_bytes
 
@@ -48,7 +49,9 @@ class Need:
         batch: number of samples in a sampling batch.
         parked: whether moments and trained weights are in host memory while sampling.
         aside: the winners' gradient that `log.health_every` stores; it is in host memory, so 0 on a GPU.
-        round_trip: what decoding and encoding samples takes, after sampling; 0 without `sampler.round_trip`.
+        round_trip: what decoding and encoding samples takes, after sampling; 0 without `sampler.round_trip` and
+            without a judge, which also has samples decoded.
+        judge: the weights of the scorer `reference.judge`. What its scoring adds to them is not counted.
     """
 
     weights: int
@@ -63,6 +66,7 @@ class Need:
     parked: bool
     aside: int = 0
     round_trip: int = 0
+    judge: int = 0
 
     @property
     def learning(self) -> int:
@@ -77,7 +81,7 @@ class Need:
 
     @property
     def _kept(self) -> int:
-        return self.weights + self.moments + self.average + self.references
+        return self.weights + self.judge + self.moments + self.average + self.references
 
     @property
     def peak(self) -> int:
@@ -89,6 +93,7 @@ class Need:
         away = "in host memory while sampling" if self.parked else ""
         rows = [
             ("weights", self.weights, ""),
+            *([("judge", self.judge, "weights of reference.judge")] if self.judge else []),
             ("Adam's moments", self.moments, away),
             ("moving average", self.average, ""),
             ("past policies", self.references, ""),
@@ -96,7 +101,7 @@ class Need:
             *([("winners' gradient", self.aside, "while learning, for log.health_every")] if self.aside else []),
             (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
             (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
-            *([("or their round trip", self.round_trip, "VAE and pixels")] if self.round_trip else []),
+            *([("or their pixels", self.round_trip, "through the VAE")] if self.round_trip else []),
             ("peak", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
         ]
         return [f"  {name:22}{size(count):>11}  {note}".rstrip() for name, count, note in rows]
@@ -112,8 +117,8 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
         family: the model family; its network is not changed, and may be in training already.
         device: the device on which the run would compute.
         room: bytes of the device that the run can use.
-        most: upper bound on the bytes in use, weights included, when batch sizes are chosen; None: the weights plus
-            the preset's share of the rest of `room`.
+        most: upper bound on the bytes in use, weights included, when batch sizes are chosen; None: the weights, the
+            judge's included, plus the preset's share of the rest of `room`.
 
     Raises:
         ConfigError: the model does not support the resolution.
@@ -122,12 +127,13 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
     model = counted.model
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     average = trained_bytes(model) if config.train.ema_decay else 0
+    judge = _judge(config, device)
     need = Need(
         weights=weights,
         trained=trained_bytes(model),
         moments=learner_bytes(config, model) - average,
         average=average,
-        references=pool_bytes(config, model, device, max(0, room - weights)),
+        references=pool_bytes(config, model, device, max(0, room - weights - judge)),
         pair=counted.pair,
         sample=counted.sample,
         micro_batch=config.train.micro_batch or 0,
@@ -135,9 +141,11 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
         parked=device.type == "cuda" and bool(config.reference.park),
         aside=trained_bytes(model) if device.type == "cpu" and measures_halves(config) else 0,
         round_trip=counted.round_trip,
+        judge=judge,
     )
     if most is None:
-        most = weights + int(MEMORY_PRESETS[config.memory].share * max(0, room - weights))
+        loaded = weights + judge
+        most = loaded + int(MEMORY_PRESETS[config.memory].share * max(0, room - loaded))
     return _filled_in(need, config, device, most)
 
 
@@ -156,7 +164,7 @@ _COUNTED: WeakKeyDictionary[Family, dict[tuple[Any, ...], _Counted]] = WeakKeyDi
 
 def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
     guided = config.sampler.guidance > 1
-    key = (config.model.model_dump_json(), config.data.resolution, guided, config.sampler.round_trip, device.type)
+    key = (config.model.model_dump_json(), config.data.resolution, guided, _pixel_rows(config), device.type)
     known = _COUNTED.setdefault(family, {})
     if key not in known:
         model = family.empty()
@@ -174,17 +182,31 @@ def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
 
 
 def _round_trip(config: Config, family: Family, device: torch.device) -> int:
-    coder = family.coder() if config.sampler.round_trip else None
+    rows = _pixel_rows(config)
+    coder = family.coder() if rows else None
     if coder is None:
         return 0
-    batch = encoded_at_once(family.frames), *family.latent_shape(config.data.resolution)
+    batch = rows * encoded_at_once(family.frames), *family.latent_shape(config.data.resolution)
     return round_trip_bytes(coder, batch, family.dtype, device)
+
+
+def _pixel_rows(config: Config) -> int:
+    """Returns how many rows per sample are decoded at once: for a judge its winner too; 0 if nothing is decoded."""
+    return 2 if config.reference.judge is not None else int(config.sampler.round_trip)
+
+
+def _judge(config: Config, device: torch.device) -> int:
+    """Returns the bytes of the judge's weights, in the dtype in which a run loads them."""
+    name, folder = config.reference.judge, config.reference.judge_weights
+    if name is None:
+        return 0
+    return weight_count(name, None if folder is None else Path(folder)) * (2 if device.type == "cuda" else 4)
 
 
 def _filled_in(need: Need, config: Config, device: torch.device, most: int) -> Need:
     """Chooses batches and parking that the configuration leaves open, as a run of one process does."""
     room = BatchRoom(
-        budget=most - need.weights,
+        budget=most - need.weights - need.judge,
         moments=need.moments,
         average=need.average,
         references=need.references,

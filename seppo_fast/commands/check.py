@@ -99,6 +99,9 @@ def _estimate(config: Config, source: Source, problems: Sequence[Problem], devic
     need = need_of(config, family, device, room)
     yield f"device memory ({size(room)} available on {device.type}):"
     yield from need.table()
+    if config.reference.judge is not None:
+        counted = "its weights are in the table, but " if need.judge else ""
+        yield f"reference.judge: {counted}the memory and time of its scoring are not estimated"
     yield from _places(config, family, need, device)
     text = len(prompts) * sum(tensor.numel() for tensor in family.example_row().values())
     latents = len(usable) * torch.Size(shape).numel() * (2 if config.row.needs_pairs else 1)

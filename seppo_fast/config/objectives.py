@@ -14,6 +14,8 @@ from seppo_fast.config.vocabulary import Draw, Flipper
 
 SCORER: Literal["scorer"] = "scorer"
 """The flipper of objectives whose sign is a scorer's verdict, not the anchor test's."""
+OFFSET_ROWS = 64
+"""Rows of an update, over all processes, from which KTO's offset z_0 is estimated. The public code takes 8."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ _SHOWN = 5  # examples that a message names
 def with_labels(source: Source) -> Source:
     """Returns a source of single examples whose `number` is 1 if liked, 0 if disliked.
 
-    Labelled pairs become two examples each: the winner, which is liked, and the loser, which is not.
+    Labelled pairs become two examples each: the winner, which is liked, and the loser, which is not. If no example can
+    be used, the result is empty: the source's problems say why, which its labels do not.
 
     Raises:
         DataError: the source has neither pairs nor labels, or its labels cannot be used; see `liked`.
@@ -30,7 +31,7 @@ def with_labels(source: Source) -> Source:
     pairs = source.labelled()
     if pairs.has_losers:
         return LabelledSource(pairs, None)
-    return LabelledSource(source, liked(source.spec, source.labels()))
+    return LabelledSource(source, liked(source.spec, source.labels()) if len(source) else [])
 
 
 def liked(spec: str, labels: Sequence[tuple[str, object]]) -> list[float]:
@@ -101,6 +102,8 @@ class LabelledSource(Source):
         self._source, self._numbers = source, numbers
         self.clips, self.ties = source.clips, source.ties
         self.problems, self.notes = source.problems, source.notes
+        if numbers is None:  # as many as the pictures that they cost, of which at most 1 % may be left out
+            self.problems = [replace(bad, id=id) for bad in source.problems for id in (bad.id, _loser_id(bad.id))]
 
     def __len__(self) -> int:
         return len(self._source) * (2 if self._numbers is None else 1)
@@ -112,9 +115,14 @@ class LabelledSource(Source):
         example = self._source[row]
         assert example.loser is not None
         if loser:
-            return replace(example, id=f"{example.id} loser", image=example.loser, loser=None, number=0.0)
+            return replace(example, id=_loser_id(example.id), image=example.loser, loser=None, number=0.0)
         return replace(example, loser=None, number=1.0)
 
     def digest(self) -> str:
         """Digests the other source and the labels."""
         return hashlib.sha256(json.dumps([self._source.digest(), self._numbers]).encode()).hexdigest()
+
+
+def _loser_id(id: str) -> str:
+    """Returns the id of the second picture of a pair that is taken apart."""
+    return f"{id} loser"

@@ -8,6 +8,7 @@ translation is corrected. The translation is cheap, since it makes views only.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,9 +88,20 @@ def read_weights(file: Path) -> Weights:
     try:
         return load_file(file)
     except (OSError, SafetensorError, ValueError) as problem:
-        raise ConfigError(
-            f"{file} cannot be read as safetensors ({problem}); download or convert it again"
-        ) from problem
+        raise _unreadable(file, problem) from problem
+
+
+def count_weights(file: Path) -> int:
+    """Returns how many numbers a safetensors file holds, by its header; raises ConfigError if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as problem:
+        raise _unreadable(file, problem) from problem
+
+
+def _unreadable(file: Path, problem: Exception) -> ConfigError:
+    return ConfigError(f"{file} cannot be read as safetensors ({problem}); download or convert it again")
 
 
 def load_transformer(kind: Any, config: Any, weights: Weights, file: Path, dtype: torch.dtype, **options: Any) -> Any:

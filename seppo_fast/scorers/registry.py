@@ -152,6 +152,22 @@ def missing_weights(name: str, folder: Path | None) -> str | None:
     return f"scorer {name}: missing {'; also '.join(lacking)}" if lacking else None
 
 
+def weight_count(name: str, folder: Path | None) -> int:
+    """Returns how many weights the files of a scorer hold, without loading them; 0 for a scorer without files.
+
+    Args:
+        name: see `missing_weights`.
+        folder: see `missing_weights`.
+
+    Raises:
+        ConfigError: the name is unknown, or a file cannot be read.
+    """
+    from seppo_fast.scorers.convert import count_weights
+
+    located = [source.locate(folder) or {} for source in _sources(name)]
+    return sum(count_weights(file) for files in located for file in files.values() if file.suffix == ".safetensors")
+
+
 def load_scorer(name: str, device: torch.device, dtype: torch.dtype, folder: Path | None) -> Scorer:
     """Loads a scorer.
 

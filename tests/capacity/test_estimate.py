@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import seppo_fast.capacity.plan
 from seppo_fast.capacity.eta import forwards_per_pair, seconds_of_run
 from seppo_fast.capacity.footprint import Footprint
 from seppo_fast.capacity.plan import Need, _ladder, need_of, out_of_memory, suggestions
 from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset
+from seppo_fast.cli import main
 from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.distributed.processes import processes
 from seppo_fast.references.layout import PackedLayout
 from seppo_fast.train.trainer import Trainer
 from tests.helpers.runs import collected, tiny_config
+from tests.helpers.tiny_scorers import tiny_clip
 from tests.helpers.tracing import traced_peak
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
@@ -117,9 +120,9 @@ def test_a_round_trip_takes_what_is_estimated(tiny, tmp_path):
     assert need.sampling == max(need.round_trip, need.sample.fixed + 16 * need.sample.per_row) + (
         need.weights + need.moments + need.average + need.references
     )
-    assert any("round trip" in line for line in need.table())
+    assert any("or their pixels" in line for line in need.table())
     without = need_of(trainer_of(tiny, tmp_path, "full").config, trainer.family, CPU, 2**40)
-    assert without.round_trip == 0 and not any("round trip" in line for line in without.table())
+    assert without.round_trip == 0 and not any("or their pixels" in line for line in without.table())
 
 
 def test_a_round_trip_is_part_of_the_eta(tiny, tmp_path, monkeypatch):
@@ -140,6 +143,67 @@ def test_a_round_trip_is_part_of_the_eta(tiny, tmp_path, monkeypatch):
     expected = pairs * (forwards_per_pair(trainer.config) + 1000 / 4)
     assert seconds_of_run(trainer.config, need, trainer.family, trainer.denoiser) == pytest.approx(expected)
     assert trips == [1]
+
+
+def judged(judge, folder=None):
+    return {"objective": "seppo-judged", "reference": {"judge": judge, "judge_weights": folder, "uses": 2}}
+
+
+def test_the_judge_is_part_of_what_a_run_takes(tiny, tmp_path):
+    weights = load_file(tiny_clip(tmp_path / "scorers" / "clip") / "model.safetensors")
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    trainer = trainer_of(tiny, tmp_path, "full", **judged("brightness"))
+    config = trainer_of(tiny, tmp_path, "full", **judged("clip", str(tmp_path / "scorers"))).config
+    for device, each in ((CPU, 4), (torch.device("cuda"), 2)):  # float16 on a GPU
+        function, network = (need_of(c, trainer.family, device, 2**40) for c in (trainer.config, config))
+        assert (function.judge, network.judge) == (0, each * numbers)
+        assert network.learning - function.learning == network.sampling - function.sampling == each * numbers
+        assert any(line.startswith("  judge  ") for line in network.table())
+        assert not any("judge" in line for line in function.table())
+    found = list(suggestions(config, trainer.family, CPU, 2**40, network.peak))
+    assert found and all(need.judge == 4 * numbers for _, need in found)
+    tree = config.model_dump(mode="json")
+    tree["sampler"]["batch"] = None
+    eight = replace(need_of(config, trainer.family, CPU, 2**40), batch=8)
+    for spare, batch in ((0, 8), (-1, 4)):
+        assert need_of(parse_config(tree), trainer.family, CPU, 2**40, eight.sampling + spare).batch == batch
+
+
+@pytest.mark.parametrize("judge", ["clip", "brightness"])
+def test_check_says_what_it_counts_of_the_judge(tiny, tmp_path, capsys, judge):
+    tiny_clip(tmp_path / "scorers" / "clip")
+    (tmp_path / "run.yaml").write_text(to_yaml(tiny_config(tiny, tmp_path, **judged(judge, str(tmp_path / "scorers")))))
+    assert main(["check", str(tmp_path / "run.yaml")]) == 0
+    said = capsys.readouterr().out
+    counted = "its weights are in the table, but " if judge == "clip" else ""
+    assert f"reference.judge: {counted}the memory and time of its scoring are not estimated" in said
+    assert ("weights of reference.judge" in said) == (judge == "clip")
+    assert "or their pixels" in said
+
+
+def test_a_judge_has_samples_and_winners_decoded(tiny, tmp_path, monkeypatch):
+    """In one batch. Here a forward takes 1 second and decoding 1000 a row, of which a sample used twice needs two."""
+    trainer = trainer_of(
+        tiny, tmp_path, "full", **judged("brightness"), data={"source": "shapes:11:3", "resolution": 64}
+    )
+    need = need_of(trainer.config, trainer.family, CPU, 2**40)
+    weights = sum(weight.nbytes for weight in trainer.family.pipe.vae.parameters())
+    taken = traced_peak(lambda: trainer.family.decode(torch.randn(16, 4, 32, 32)), tmp_path)
+    assert 0.9 * taken < need.round_trip - weights < 1.25 * taken
+    decoded, parked = [], []
+    monkeypatch.setattr(trainer.family, "decode", lambda latents: decoded.append(len(latents)))
+    monkeypatch.setattr(trainer.family, "park_encoders", lambda: parked.append(1))
+    monkeypatch.setattr(trainer.denoiser, "denoise", lambda model, latents, *_: latents)
+
+    def seconds(call):
+        before = len(decoded)
+        call()
+        return 1000.0 * decoded[-1] if len(decoded) > before else 1.0
+
+    monkeypatch.setattr("seppo_fast.capacity.eta._seconds", seconds)
+    expected = 16 * 4 * (forwards_per_pair(trainer.config) + 2 * 1000 / 2)
+    assert seconds_of_run(trainer.config, need, trainer.family, trainer.denoiser) == pytest.approx(expected)
+    assert decoded == [1] and parked
 
 
 def test_open_batches_are_the_largest_that_fit(tiny, tmp_path):
@@ -240,13 +304,14 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
         {"sampler": {"guidance": 1.0, "steps": 3, "batch": 16}, "reference": {"uses": 2}},
         {"objective": "sft"},
         {"model": {"gradient_checkpointing": True}},
+        {"objective": "kto", "data": {"source": "shapes-made:20"}},
     ],
-    ids=["seppo", "unguided, two uses", "sft", "recomputed"],
+    ids=["seppo", "unguided, two uses", "sft", "recomputed", "kto"],
 )
 def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
     """The rows of an iteration that pass through the UNet are counted by hooks on a convolution."""
     # One of the two updates measures winners' and losers' gradients; without losers, the attempt would add a forward.
-    every = 0 if sections.get("objective") == "sft" else 2
+    every = 0 if sections.get("objective") in ("sft", "kto") else 2
     config = tiny_config(tiny, tmp_path, **SIZES | sections, log={"health_every": every})
     trainer = Trainer(apply_preset(config, CPU))
     rows = {"forward": 0, "backward": 0}
@@ -264,3 +329,12 @@ def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sectio
     for update in range(2):
         trainer.learner.step(collected(trainer, update), update)
     assert rows["forward"] + 2 * rows["backward"] == forwards_per_pair(trainer.config) * 2 * 16
+
+
+@pytest.mark.parametrize(("errors", "models"), [("ahead", 1), ("apart", 2)])
+def test_the_offset_of_kto_is_part_of_the_eta(tiny, tmp_path, errors, models):
+    """Of at most 64 rows per update. The rest is the policy's forward and backward, and the reference's forward."""
+    for pairs, share in ((16, 1.0), (64, 1.0), (256, 0.25)):
+        train = {"pairs_per_update": pairs}
+        config = tiny_config(tiny, tmp_path, objective="kto", train=train, reference={"errors": errors})
+        assert forwards_per_pair(apply_preset(config, CPU)) == 4 + models * share

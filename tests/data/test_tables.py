@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,19 @@ def test_columns_that_hold_no_text_are_refused(tmp_path):
     write(tmp_path / "x.parquet", jpg_0=PNG[:1], jpg_1=PNG[:1], label_0=["best"], label_1=["worst"], caption=["x"])
     with pytest.raises(DataError, match="x.parquet: label_0 and label_1 must be numbers"):
         open_source(str(tmp_path / "x.parquet"))
+
+
+def test_named_labels_of_pairs_count_by_their_names(tmp_path):
+    columns = {"jpg_0": PNG[:1], "jpg_1": PNG[1:2], "label_0": [0], "label_1": [1], "caption": ["x"]}
+    for names in (["1", "0"], ["win", "lose"]):
+        label = {"names": names, "_type": "ClassLabel"}
+        info = {"info": {"features": {"label_0": label, "label_1": label}}}
+        rows = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(info)})
+        pq.write_table(rows, tmp_path / f"{names[0]}.parquet")
+    (pair,) = open_source(str(tmp_path / "1.parquet"))
+    np.testing.assert_array_equal(load_image(pair.image, 24), pixels(0)[:, 4:28])
+    with pytest.raises(DataError, match="win.parquet: label_0 and label_1 must be numbers"):
+        open_source(str(tmp_path / "win.parquet"))
 
 
 def test_hub_rows_of_categories_are_captions(monkeypatch):

@@ -76,9 +76,43 @@ def test_ddpo_on_both_sides_of_each_clip_and_at_it(base):
         torch.testing.assert_close(rows.sums["log_ratio_square"], log_ratio[keep].square().sum(), rtol=1e-8, atol=1e-20)
 
 
-def test_ddpo_passes_nan_on():
+PASSES = {
+    "ddpo": (lambda *numbers: ddpo(*numbers, clip=0.1), [(2,)] * 4),
+    "grpo": (lambda *numbers: grpo(*numbers, clip=0.1, kl=0.1), [(2,)] * 5),
+    "preference_steps": (
+        lambda error, ref, kappa: preference_steps(error, ref, kappa, torch.ones(2), beta=0.1, clamp=0.1),
+        [(2, 2), (2, 2), (2,)],
+    ),
+    "kto": (lambda error, ref: kto(error, ref, torch.tensor([True, False]), torch.tensor(0.1), beta=9.0), [(2,)] * 2),
+    "mapo": (lambda *errors: mapo(*errors, beta=0.1, q=0.5, steps=1000), [(2,)] * 2),
+    "nft": (lambda *numbers: nft(*numbers, mix=0.5), [(2,)] * 5),
+    "rpo": (lambda *numbers: rpo(*numbers, beta=9.0), [(2,)] * 4 + [(2, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_nan_passes_on_to_the_loss_and_the_gradient(name):
+    """Whichever number is NaN, the loss is NaN, and a coefficient or the residual of that number's target is too."""
+    call, shapes = PASSES[name]
+    residuals = {"nft": (0, 1), "grpo": (2,)}.get(name, ())  # the slope does not depend on these errors
+    for place in range(len(shapes)):
+        numbers = [drawn(*shape, seed=seed).abs() for seed, shape in enumerate(shapes)]
+        assert call(*numbers).loss.isfinite().all()
+        numbers[place].flatten()[0] = math.nan
+        rows = call(*numbers)
+        assert rows.loss[0].isnan() and rows.sums["loss"].isnan()
+        assert place in residuals or rows.coefficients.isnan().any(), (name, place)
+
+
+def test_nan_stays_in_its_row_and_is_not_clipped():
     rows = ddpo(drawn(2), drawn(2, seed=1), torch.ones(2), torch.tensor([math.nan, 1.0]), clip=0.1)
     assert rows.loss.isnan().tolist() == rows.coefficients[0].isnan().tolist() == [True, False]
+    error, zero = torch.tensor([[math.nan, 0.01], [5.0, 0.02]]), torch.zeros(2, 2)
+    rows = preference_steps(error, zero, torch.ones(2), torch.ones(2), beta=0.1, clamp=0.1)
+    assert rows.loss.isnan().tolist() == rows.coefficients[0].isnan().tolist() == [True, False]
+    assert rows.sums["clipped"] == 1  # the second step of the first row
+    gradient = weighted_error_gradient(torch.ones(2, 3), [torch.zeros(2, 3)], rows.coefficients[:1])
+    assert gradient.isnan().all(1).tolist() == [True, False]
 
 
 def test_float64_advantages_do_not_widen_a_float32_loss():

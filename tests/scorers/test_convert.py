@@ -6,10 +6,10 @@ import errno
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from seppo_fast.scorers import convert as module
-from seppo_fast.scorers.convert import convert, from_open_clip, sha256
+from seppo_fast.scorers.convert import convert, count_weights, from_open_clip, sha256
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.hostile import payloads
 from tests.helpers.tiny_scorers import head_state, open_clip_state, tiny_clip
@@ -92,3 +92,12 @@ def test_other_names_are_not_changed():
         "text_model.encoder.layers.0.x": torch.ones(3),
     }
     assert from_open_clip(others) == others
+
+
+def test_weights_are_counted_by_the_header(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.float16), "c": torch.tensor(1.0)}, file)
+    assert count_weights(file) == 15 + 2 + 1
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ConfigError, match="x.safetensors cannot be read as safetensors"):
+        count_weights(file)

@@ -111,7 +111,9 @@ class TableSource(Source):
         """See `Source`."""
         if "label" not in self._rows.names:
             return [(self._rows.row_name(int(row)), None) for row in self._kept]
-        labels = [label for _, table in self._rows.read_columns(["label"]) for label in table.column(0).to_pylist()]
+        labels = [
+            label for _, table in self._rows.read_columns(["label"]) for label in _labels(table, "label").to_pylist()
+        ]
         return [(self._rows.row_name(int(row)), labels[row]) for row in self._kept]
 
     def _ref(self, row: int, column: str) -> ImageRef:
@@ -144,7 +146,7 @@ def _winners(rows: Rows) -> np.ndarray:
     for part, table in rows.read_columns(["label_0", "label_1"]):
         try:
             # A missing label becomes NaN, which compares unequal to everything.
-            columns = [table.column(name).cast("float64").to_numpy() for name in ("label_0", "label_1")]
+            columns = [_labels(table, name).cast("float64").to_numpy() for name in ("label_0", "label_1")]
         except (ValueError, NotImplementedError) as error:
             raise DataError(f"{part}: label_0 and label_1 must be numbers ({error}).") from error
         labels.append(np.stack(columns).astype(np.float64))
@@ -154,6 +156,29 @@ def _winners(rows: Rows) -> np.ndarray:
     winners[(first == 1) & (second == 0)] = 0
     winners[(first == 0) & (second == 1)] = 1
     return winners
+
+
+def _labels(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Returns a column of labels, with the names of a ClassLabel of `datasets` in place of its integers.
+
+    The integers alone say nothing: 0 may stand for "like". One without a name, such as -1, is a missing label.
+    """
+    import pyarrow as pa
+
+    column, names = table.column(name), _class_names(table.schema.metadata or {}, name)
+    if names is None or pa.types.is_nested(column.type):
+        return column
+    by_number = dict(enumerate(names))
+    return pa.chunked_array([pa.array([by_number.get(label) for label in column.to_pylist()], pa.string())])
+
+
+def _class_names(metadata: Mapping[bytes, bytes], name: str) -> list[str] | None:
+    """Returns the names of a ClassLabel column, which `datasets` writes into a table's metadata; None for another."""
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][name]
+        return [str(word) for word in feature["names"]] if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):  # there is no such metadata, or it is not from `datasets`
+        return None
 
 
 def _captions(rows: Rows, names: Sequence[str]) -> pa.ChunkedArray:

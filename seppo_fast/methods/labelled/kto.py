@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.config.objectives import OFFSET_ROWS
 from seppo_fast.loss import denoising_errors
 from seppo_fast.methods.losses.kto import kto, kto_offset
 from seppo_fast.methods.losses.rows import weighted_error_gradient
@@ -13,8 +14,6 @@ from seppo_fast.methods.pairs import Pairs, sent
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
 
-OFFSET_ROWS = 64
-"""Rows of an update, over all processes, from which its offset z_0 is estimated. The public code takes 8."""
 _ERRORS = ("winner_error", "loser_error", "ref_winner_error", "ref_loser_error")
 
 

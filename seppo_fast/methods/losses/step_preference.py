@@ -38,7 +38,7 @@ def preference_steps(
     clamped = log_ratio.clamp(math.log1p(-clamp), math.log1p(clamp))
     logit = beta * sign * (clamped[0] - clamped[1])
     loss = F.softplus(-logit)
-    outside = clamped != log_ratio
+    outside = (clamped != log_ratio) & ~log_ratio.isnan()  # NaN must reach the gradient
     slope = beta * sign * logit.neg().sigmoid() / len(logit)
     coefficients = (kappa * sign.new_tensor([[1.0], [-1.0]]) * slope).masked_fill(outside, 0.0)
     sums = {
