@@ -217,8 +217,7 @@ def test_the_tables_and_their_notes(straight):
     found = section["frechet"]["models"]["base"]
     assert f"| {found['value']:.4g} [{found['low']:.4g}, {found['high']:.4g}] |" in after
     assert "25 features of judge; n = 16 real (16 real files of shapes), 8 generated per model; floor" in after
-    floor = f"8 real against 8 other real samples: {section['frechet']['floor']:.4g}"
-    assert f"floor, {floor}; 95 % intervals from 100 resamples" in after
+    assert f"{section['frechet']['floor']:.4g} at n = 8; 95 % intervals from 100 resamples" in after
     assert "8 samples are few for 25 features" in after and "similarity to it, not quality" in after
     assert f"| Fréchet distance | {section['frechet']['runs']['run']['difference']:+.4g} | [" in after
     assert "adjusted for the number of metrics (Holm)" in after and "unverified" not in after
