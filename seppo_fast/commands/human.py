@@ -15,7 +15,6 @@ from seppo_fast.evaluation.human.page import SHIPPED, write_study
 from seppo_fast.evaluation.human.scorers import read_scores_table, scorer_agreement
 from seppo_fast.evaluation.human.study import KEY, Study, draw_study, read_key
 from seppo_fast.evaluation.human.tally import Preference, Reliability, pair_items, preference, ratings, reliability
-from seppo_fast.evaluation.real.metrics import METRICS
 from seppo_fast.evaluation.scoring.score_files import SCORES, read_infos
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import disk_message
@@ -89,9 +88,7 @@ def tally(folder: Path, key: Path, output: Path | None = None, report: Callable[
     study = read_key(key)
     answers = read_answers(folder, study)
     scores = read_scores_table(folder)
-    # The table's columns are scorers, and metrics that compare each file with a real one.
-    higher_is_better = {name: metric.higher_is_better for name, metric in METRICS.items()}
-    higher_is_better |= {info.key: info.higher_is_better for info in read_infos(folder)}
+    higher_is_better = {info.key: info.higher_is_better for info in read_infos(folder)}
     raters = [reliability(rater, study) for rater in answers]
     kept = [rater for rater, found in zip(answers, raters) if not found.excluded]
     groups = {"all": answers, "kept": kept}

@@ -13,7 +13,6 @@ from PIL import Image
 
 from seppo_fast.data.media.images import MAX_PIXELS, ImageError, decode_image, file_ref, open_file, open_image
 from seppo_fast.evaluation.human.plan import Shown
-from seppo_fast.evaluation.media.files import CLIP_MARK, FRAME_MILLISECONDS, decode_media
 from seppo_fast.utils.errors import DataError
 from seppo_fast.utils.progress import progress
 from seppo_fast.utils.random import keyed_rng
@@ -115,9 +114,6 @@ def _read_clip(file: Path) -> tuple[np.ndarray, int]:
             count = getattr(image, "n_frames", 1)
             if image.width * image.height * count > MAX_PIXELS:
                 raise ImageError(str(file), f"too large: {count} frames of {image.width} x {image.height}")
-            xmp = image.info.get("xmp")
-            if isinstance(xmp, bytes) and xmp.startswith(CLIP_MARK):  # a file in which equal frames are merged
-                return decode_media(file.read_bytes(), file.name), FRAME_MILLISECONDS
             frames = []
             for number in range(count):
                 image.seek(number)

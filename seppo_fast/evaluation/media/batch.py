@@ -38,14 +38,6 @@ def recorded_batch(folder: Path) -> int | None:
     return batch if isinstance(batch, int) and batch > 0 else None
 
 
-def recorded_models(folder: Path) -> dict[str, str] | None:
-    """Returns the digests of the models that `settings.json` lists, by name; None if it lists none yet."""
-    try:
-        return {str(name): str(row["digest"]) for name, row in read_json(folder / SETTINGS)["models"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def follow_batch(folder: Path, batch: int) -> None:
     """Raises SmallerBatch if another process has recorded another batch than this one's."""
     if recorded_batch(folder) not in (None, batch):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from seppo_fast.evaluation.generate import PromptBatches
-from seppo_fast.evaluation.media.batch import follow_batch, recorded_models
+from seppo_fast.evaluation.media.batch import follow_batch
 from seppo_fast.evaluation.media.files import encode_media, is_intact
 from seppo_fast.evaluation.media.items import Item
 from seppo_fast.evaluation.media.work import unfinished
@@ -70,25 +70,23 @@ def make_media(folder: Path, name: str, items: Sequence[Item], made: PromptBatch
             advance(len(batch))
 
 
-def require_disk(folder: Path, items: int, models: Collection[str], frames: int, resolution: int) -> None:
+def require_disk(folder: Path, items: int, models: int, frames: int, resolution: int) -> None:
     """Says how much space the media will take.
 
     Args:
         folder: the folder with `media/`.
         items: the number of items.
-        models: the models' names. Media of others that the folder lists do not count as existing.
+        models: the number of models.
         frames: the number of frames of a clip; 1 for pictures.
         resolution: the side of a picture in pixels.
 
     Raises:
         CheckpointError: the disk has less space.
     """
-    need = int(items * len(models) * frames * resolution * resolution * 3 * _PNG_SHARE)
-    listed = recorded_models(folder)
-    places = ["*"] if listed is None else [digest for name, digest in listed.items() if name in models]
-    have = sum(file.stat().st_size for place in places for file in folder.glob(f"media/{place}/[!.]*"))
+    need = int(items * models * frames * resolution * resolution * 3 * _PNG_SHARE)
+    have = sum(file.stat().st_size for file in folder.glob("media/*/[!.]*"))
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    say(f"{items} files for each of {len(models)} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
+    say(f"{items} files for each of {models} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
     if need - have > free:
         raise CheckpointError(
             f"{folder}: the media need about {(need - have) / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are "

@@ -35,7 +35,6 @@ class Distance:
         real: number of real samples.
         generated: number of generated samples.
         dimensions: number of features.
-        unit: number of consecutive real samples that belong together, such as the frames of a clip.
     """
 
     value: float
@@ -46,12 +45,11 @@ class Distance:
     real: int
     generated: int
     dimensions: int
-    unit: int = 1
 
     @property
     def warning(self) -> str:
         """A sentence for a distance of too few samples; empty if there are enough."""
-        needed, fewest = SAMPLES_PER_DIMENSION * self.dimensions, min(self.real, self.generated) // self.unit
+        needed, fewest = SAMPLES_PER_DIMENSION * self.dimensions, min(self.real, self.generated)
         if fewest >= needed:
             return ""
         return (
@@ -97,7 +95,7 @@ def compare(
     low, high = frechet_interval(x, y, resamples=resamples, seed=seed, units=units)
     floor = real_floor(x, items, seed, units[0])
     items = items // units[0] * units[0]
-    return Distance(frechet(x, y), low, high, floor, items, len(x), len(y), x.shape[1], units[0])
+    return Distance(frechet(x, y), low, high, floor, items, len(x), len(y), x.shape[1])
 
 
 def frechet(x: ArrayLike, y: ArrayLike, ddof: int = 1) -> float:
@@ -265,8 +263,6 @@ def check_units(resamples: int, *sets: tuple[int, int]) -> None:
     for count, unit in sets:
         if unit < 1 or count % unit:
             raise ValueError(f"units: {count} rows cannot be divided into units of {unit}")
-        if count == unit > 1:
-            raise ValueError("units: at least 2 are needed; resamples of a single prompt or clip do not differ")
 
 
 def drawn(rng: np.random.Generator, count: int, unit: int = 1) -> np.ndarray:

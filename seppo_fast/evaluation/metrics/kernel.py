@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 from seppo_fast.evaluation.metrics.frechet import Units, check_units, drawn, features_of, normal_interval
 from seppo_fast.utils.random import keyed_rng
 
-SUBSET = 1000  # samples of a random subset, if the sets have so many
 LARGEST = 6000  # samples of a set up to which three matrices of kernel values take less than 1 GB
 
 
@@ -40,7 +39,7 @@ def kernel_distance(
     """
     a, b = features_of(x, y)
     most = min(len(a), len(b))
-    size = min(SUBSET, most) if subset_size is None else subset_size
+    size = min(1000, most) if subset_size is None else subset_size
     if not 2 <= size <= most or subsets < 1:
         raise ValueError(
             f"subset_size must lie in 2..{most}, subsets must be at least 1; got subset_size = {size}, "

@@ -132,17 +132,13 @@ def fill(
 
     have = sum(len(chunk) for number, chunk in enumerate(chunks) if done(number))
     with progress(total, "measured", unit, initial=have) as advance, ThreadPoolExecutor(READERS) as readers:
-        while True:
-            for number in unfinished(parts / ".lock", len(chunks), done, rank, world):
-                remove_temporary(parts, {places[number].name})
-                values = compute(list(readers.map(rows.load, chunks[number])))
-                fault("metric-write")
-                write_atomically(places[number], _packed(values, stamps[number]), CheckpointError)
-                advance(len(chunks[number]))
-            found = [read_array(place) for place in places]
-            arrays = [one[1] for one, stamp in zip(found, stamps) if one is not None and one[0] == stamp]
-            if len(arrays) == len(places):  # else a command with other files or weights has replaced chunks meanwhile
-                break
+        for number in unfinished(parts / ".lock", len(chunks), done, rank, world):
+            remove_temporary(parts, {places[number].name})
+            values = compute(list(readers.map(rows.load, chunks[number])))
+            fault("metric-write")
+            write_atomically(places[number], _packed(values, stamps[number]), CheckpointError)
+            advance(len(chunks[number]))
+    arrays = [found[1] for place in places if (found := read_array(place)) is not None]
     if len({array.shape[1:] for array in arrays}) > 1:
         sizes = ", ".join(map(str, sorted({array.shape[1:] for array in arrays})))
         raise MetricError(f"its features have different sizes: {sizes}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,12 +127,7 @@ def _clips(spec: str, folder: Path, files: list[Path]) -> dict[Path, tuple[Path,
             )
         elif suffix in IMAGE_SUFFIXES:
             clips.setdefault(path.parent, []).append(path)
-    return {name: tuple(sorted(paths, key=_by_number)) for name, paths in clips.items()}
-
-
-def _by_number(path: Path) -> list[tuple[int, str]]:
-    """Returns a key that sorts frames by the numbers in their names: 2.png comes before 10.png."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    return {name: tuple(paths) for name, paths in clips.items()}
 
 
 def _decoded(path: Path) -> Image.Image:

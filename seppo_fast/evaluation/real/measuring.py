@@ -25,7 +25,7 @@ from seppo_fast.evaluation.media.items import Media
 from seppo_fast.evaluation.media.work import alone
 from seppo_fast.evaluation.metrics import alexnet, similarity
 from seppo_fast.evaluation.metrics.features import FeatureFunction, load_features
-from seppo_fast.evaluation.real.arrays import MetricError, Pictures, Rows, fill, names_digest, read_stamp
+from seppo_fast.evaluation.real.arrays import MetricError, Pictures, Rows, fill, names_digest
 from seppo_fast.evaluation.real.metrics import METRICS, Choice
 from seppo_fast.evaluation.real.sets import READERS, RealSet
 from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
@@ -35,7 +35,7 @@ from seppo_fast.utils.memory import is_out_of_memory
 
 FOLDER, REAL = "metrics", "real"
 _CHUNK = 64  # frames that are measured at once; a picture is one frame
-_LARGE_CHUNK = 2  # pictures at once if they have their own size, which may be 64 megapixels
+_LARGE_CHUNK = 8  # pictures at once if they have their own size, which may be 64 megapixels
 
 PairFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -117,12 +117,9 @@ def measure(
                 file = folder / FOLDER / f"{stem}-{some.name}.safetensors"
                 fill(file, some, digest, f"files of {some.name} for {name}", compute, rank, world)
         except MetricError as problem:
-            files = [folder / FOLDER / f"{stem}-{some.name}.safetensors" for some in rows]
-            # Another process may have succeeded where this one failed.
-            if [read_stamp(file) for file in files] != [some.stamp(digest) for some in rows]:
-                warn(f"metric {name}: {problem}; it is left out")
-                problems.append(f"{name}: {problem}")
-                info = replace(info, problem=str(problem))
+            warn(f"metric {name}: {problem}; it is left out")
+            problems.append(f"{name}: {problem}")
+            info = replace(info, problem=str(problem))
         _write_info(folder / FOLDER, info)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -82,7 +82,7 @@ class Metric:
 METRICS = {
     "ssim": Metric("SSIM", "pairs", higher_is_better=True, least=11),
     "psnr": Metric("PSNR (dB)", "pairs", higher_is_better=True),
-    "lpips": Metric("LPIPS (AlexNet 0.1, spatial=False)", "pairs", sources=(_ALEXNET, _HEADS), least=alexnet.SMALLEST),
+    "lpips": Metric("LPIPS", "pairs", sources=(_ALEXNET, _HEADS), least=alexnet.SMALLEST),
     "fid": Metric("FID", "frechet", "inception", (_INCEPTION,)),
     "clean-fid": Metric("clean-FID", "frechet", "inception-clean", (_INCEPTION,)),
     "kid": Metric("KID", "kernel", "inception", (_INCEPTION,)),
@@ -158,12 +158,6 @@ def chosen(names: Sequence[str], features_name: str | None, weights: Path | None
             hint = did_you_mean(features_name, (features.JUDGE,))
             raise ConfigError(f"--features {features_name!r}: not judge or module:function{hint}")
         features.load_features(features_name, None, torch.device("cpu"))
-        try:
-            Choice(tuple(own), features_name).digest(own[0])
-        except (OSError, TypeError) as problem:
-            raise ConfigError(
-                f"--features {features_name}: the source of its module, which its digest needs, is missing ({problem})"
-            ) from problem
     absent = {
         source: f"metric {name}: missing {source.advice(weights)}"
         for name in names

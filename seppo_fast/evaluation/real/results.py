@@ -14,7 +14,6 @@ from seppo_fast.evaluation.media.items import BASE, Media
 from seppo_fast.evaluation.metrics.frechet import Units, compare, frechet_difference, resamples_for
 from seppo_fast.evaluation.metrics.kernel import (
     LARGEST,
-    SUBSET,
     discrepancy,
     kernel_difference,
     kernel_distance,
@@ -209,8 +208,7 @@ def _kernel(name: str, real: np.ndarray, models: Mapping[str, np.ndarray], units
                 change = values[model]["value"] - values[BASE]["value"], None, None
                 runs[model] = _difference(change if wide else kernel_difference(real, models[BASE], rows, units=units))
             advance(1)
-    subset = min(SUBSET, len(real), len(models[BASE])) if wide else None
-    return {"resamples": None if wide else DRAWS, "subset": subset, "models": values, "runs": runs}
+    return {"resamples": None if wide else DRAWS, "models": values, "runs": runs}
 
 
 def _difference(found: tuple[float, float | None, float | None]) -> dict[str, float | None]:

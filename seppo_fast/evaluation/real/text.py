@@ -49,11 +49,8 @@ def metrics_lines(section: Mapping[str, Any] | None) -> list[str]:
         for run, change in metric["runs"].items():
             before, after = (_cell(metric, model) or "no value" for model in (BASE, run))
             lines.append(f"{name}: base -> {run}: {before} -> {after}{_change(change)}")
-        if metric["kind"] == "frechet":
-            lines.append(
-                f"{name}: n = {metric['n_real']} real, {metric['n_generated']} generated; floor, {_floor(metric)}"
-            )
-            lines += [f"{name}: {note}" for note in [metric["models"][BASE]["warning"]] if note]
+        notes = [metric["models"][BASE]["warning"]] if metric["kind"] == "frechet" else []
+        lines += [f"{name}: {note}" for note in notes if note]
     return lines + [f"{name}: no value ({why})" for name, why in section["missing"].items()]
 
 
@@ -81,11 +78,6 @@ def _cell(metric: Mapping[str, Any], model: str) -> str:
 def _caption(section: Mapping[str, Any]) -> list[str]:
     found = section["values"]
     lines = []
-    if found:
-        lines.append(
-            "Real pictures are cropped to the centre square and resized to the generated size (Lanczos), except for "
-            "Inception; of a clip, as many frames as the models generate, evenly spaced over all of it."
-        )
     if labels := [metric["label"] for metric in found.values() if metric["kind"] == "pairs"]:
         lines.append(f"{', '.join(labels)} {_PAIRS}")
     for metric in found.values():
@@ -109,24 +101,13 @@ def _spread(metric: Mapping[str, Any]) -> str:
     """Returns what a distance must be read with: floor, and where its interval comes from."""
     interval = f"95 % intervals from {metric['resamples']} resamples"
     if metric["kind"] == "frechet":
-        few = metric["floor_items"] < metric["n_generated"]
-        over = f", which overstates it at n = {metric['n_generated']}" if few else ""
-        return f"floor, {_floor(metric)}{over}; {interval}."
+        return (
+            f"floor, real against other real samples: {metric['floor']:.4g} at n = {metric['floor_items']}; {interval}."
+        )
     if metric["resamples"] is None:
         deviation = metric["models"][BASE]["deviation"]
-        return (
-            f"means over 100 subsets of {metric['subset']}, with a standard deviation of {deviation:.2g} for base, no "
-            "intervals."
-        )
-    return (
-        "its expectation for equal distributions is 0 if samples are independent; shared prompts and frames of a clip "
-        f"shift it a little; {interval}."
-    )
-
-
-def _floor(metric: Mapping[str, Any]) -> str:
-    count = metric["floor_items"]
-    return f"{count} real against {count} other real samples: {metric['floor']:.4g}"
+        return f"means over 100 subsets of 1000, with a standard deviation of {deviation:.2g} for base, no intervals."
+    return f"its expectation for equal distributions is 0; {interval}."
 
 
 def _unverified(metric: Mapping[str, Any]) -> str:
