@@ -212,6 +212,8 @@ def _generate_in_batches(
     subjects = subjects_of(options.runs, options.update, protocol, options.guidance, batch)
     first, clips = subjects[0], subjects[0].clips
     settings = _settings(options, prompts, first, device)
+    if options.batch is None:
+        follow_batch(folder, settings["protocol"]["sampler"]["batch"])  # another process may have halved it
     _refuse_other_settings(folder, settings)
     if comparison is not None:
         comparison.require(prompts, options.samples, settings["protocol"])

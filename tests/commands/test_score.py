@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from seppo_fast.cli import main
+from seppo_fast.commands import score as score_command
 from seppo_fast.commands import demo
 from seppo_fast.commands.export import export
 from seppo_fast.commands.report import report
@@ -373,6 +374,26 @@ def test_a_batch_that_another_process_halves_is_followed(runs, prompts, tmp_path
     assert run(*scored(runs, prompts, tmp_path / "out")) == 0
     assert sizes[:when] == [4, 3] * (when // 2) + [4] * (when % 2) and max(sizes[when:]) == 2
     assert differs_only_in_media(tmp_path / "out", tmp_path / "small")
+
+
+def test_a_batch_that_is_halved_while_a_command_starts_is_followed(runs, prompts, tmp_path, monkeypatch):
+    """Another process records a batch and halves it after this one has chosen its batch."""
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2, "--only", "generate")) == 0
+    subjects_of, batches = score_command.subjects_of, []
+
+    def slow(*arguments):
+        found = subjects_of(*arguments)
+        batches.append(found[0].config.sampler.batch)
+        if len(batches) == 1:
+            settings = json.loads((tmp_path / "small" / "settings.json").read_text())
+            del settings["models"]
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+        return found
+
+    monkeypatch.setattr(score_command, "subjects_of", slow)
+    assert run(*scored(runs, prompts, tmp_path / "out", "--only", "generate")) == 0
+    assert batches == [4, 2] and bytes_of(tmp_path / "out") == bytes_of(tmp_path / "small")
 
 
 def test_a_command_that_is_killed_after_halving_its_batch_keeps_that_batch(forks, runs, prompts, tmp_path):
