@@ -221,7 +221,8 @@ def _generate_in_batches(
         names = [BASE, *(subject.name for subject in subjects)]
         require_layout(names, [prompt.id for prompt in prompts.prompts], options.samples, clips=clips)
     resolution, frames = settings["protocol"]["resolution"], settings["protocol"]["frames"]
-    require_disk(folder, len(prompts.prompts) * options.samples, len(subjects) + 1, frames or 1, resolution)
+    updates = {BASE: 0, **{subject.name: subject.saved.update for subject in subjects}}
+    require_disk(folder, len(prompts.prompts) * options.samples, updates, frames or 1, resolution)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
             write_settings(folder, settings)
