@@ -19,6 +19,8 @@ from seppo_fast.evaluation.media.files import decode_media
 from seppo_fast.evaluation.metrics import alexnet, keys
 from seppo_fast.evaluation.metrics.features import judge_features
 from seppo_fast.evaluation.metrics.inception import features, load_inception
+from seppo_fast.evaluation.real import measuring
+from seppo_fast.evaluation.real.arrays import MetricError
 from seppo_fast.shapes import world
 from seppo_fast.train import train
 from seppo_fast.utils.random import keyed_rng
@@ -393,6 +395,7 @@ def write_bad_real(folder, kind):
         ("good", "psnr --features judge", 2, "only the metrics frechet and kernel"),
         ("good", "kernel --features juge", 2, "did you mean 'judge'?"),
         ("good", "kernel --features no.such:function", 2, "cannot be imported"),
+        ("good", "kernel --features math:sqrt", 2, "the module math has no source in Python"),
     ],
 )
 def test_bad_input_ends_before_anything_is_generated(trained, prompts, tmp_path, capsys, kind, metrics, code, says):
@@ -441,6 +444,22 @@ def test_features_that_fail_lose_only_themselves(trained, prompts, out, own, cap
     assert says in (out / "scores.md").read_text()
     assert run(*words, "frechet") == 3
     assert "every metric failed" in capsys.readouterr().err
+
+
+def test_a_failure_does_not_replace_what_another_process_has_measured(trained, prompts, out, monkeypatch):
+    """This process fails after another one has finished the last array."""
+    fill, files = measuring.fill, []
+
+    def late(file, *arguments):
+        fill(file, *arguments)
+        files.append(file)
+        if len(files) == 2:
+            raise MetricError("no memory")
+
+    monkeypatch.setattr(measuring, "fill", late)
+    assert run(*scored(trained, prompts, out, "--real", "shapes", "--metrics", "psnr")) == 0
+    section = tree_of(out)["metrics"]
+    assert list(section["values"]) == ["psnr"] and section["missing"] == {} and len(files) == 2
 
 
 def test_running_out_of_memory_ends_the_command_and_it_resumes(trained, prompts, out, own, capsys):

@@ -28,8 +28,8 @@ class RealFolder(RealSet):
     """The pictures or clips below a folder, sorted by path.
 
     A picture is a file x.png, x.jpg, x.jpeg or x.webp. A clip is a video file, an animated x.webp, or a subfolder with
-    its frames as pictures, in the order of the numbers in their names. A prompt's counterpart is the one whose name without suffix is
-    the prompt's id.
+    its frames as pictures, in the order of the numbers in their names. A prompt's counterpart is the one whose name
+    without suffix is the prompt's id.
 
     Raises:
         ConfigError: the folder does not exist.
