@@ -84,11 +84,7 @@ class RealFolder(RealSet):
 
     def counterparts(self) -> list[int]:
         """See the base class."""
-        by_name: dict[str, set[int]] = {}
-        for place, name in enumerate(self.names):
-            known = name if self._are_frames[place] else str(Path(name).with_suffix(""))
-            for key in {known, Path(known).name}:
-                by_name.setdefault(key, set()).add(place)
+        by_name = self._by_name()
         lacking = [f"{own}: {text[:60]}" for own, text in self.wanted.prompts if own not in by_name]
         if lacking:
             raise DataError(
@@ -101,6 +97,23 @@ class RealFolder(RealSet):
             names = ", ".join(self.names[place] for place in sorted(by_name[twice[0]]))
             raise DataError(f"{self._folder}: several files are named like the id {twice[0]!r}: {names}; keep one")
         return [next(iter(by_name[own])) for own, _ in self.wanted.prompts]
+
+    def prompt_places(self) -> list[int]:
+        """See the base class."""
+        by_name, found = self._by_name(), [-1] * len(self.names)
+        for number, (own, _) in enumerate(self.wanted.prompts):
+            for place in by_name.get(own, ()):
+                found[place] = number
+        return found
+
+    def _by_name(self) -> dict[str, set[int]]:
+        """Returns the places of files by their names without suffix, with and without folders."""
+        by_name: dict[str, set[int]] = {}
+        for place, name in enumerate(self.names):
+            known = name if self._are_frames[place] else str(Path(name).with_suffix(""))
+            for key in {known, Path(known).name}:
+                by_name.setdefault(key, set()).add(place)
+        return by_name
 
 
 def _pictures(spec: str, files: list[Path]) -> dict[Path, tuple[Path, ...]]:

@@ -56,6 +56,7 @@ class MetricInfo:
         arrays: for each of its arrays, by the end of the file's name, the digest of the contents that it was computed
             from: another command may have replaced it.
         problem: why it could not be measured; empty if it was.
+        real_prompts: the place of each real file's prompt in the prompt file, -1 without one; empty if none has one.
     """
 
     metric: str
@@ -67,6 +68,7 @@ class MetricInfo:
     real_digest: str
     arrays: Mapping[str, str]
     problem: str = ""
+    real_prompts: Sequence[int] = ()
 
 
 def measure(
@@ -96,7 +98,8 @@ def measure(
     """
     contents, reals = _contents(folder, media), real.digests()
     pairs = any(METRICS[name].kind == "pairs" for name in choice.names)
-    counterparts = real.counterparts() if pairs else []
+    counterparts, prompts = real.counterparts() if pairs else [], real.prompt_places()
+    prompts = prompts if max(prompts) >= 0 else []
     real_digest, problems = hashlib.sha256("".join(reals).encode()).hexdigest(), []
     for name in choice.names:
         features = choice.features_of(name)
@@ -113,7 +116,7 @@ def measure(
             compute = partial(_compared, cache(partial(_pair_function, choice, name, device)))
         stamps = {some.name: some.stamp(digest) for some in rows}
         contents_of = {some: stamp.contents for some, stamp in stamps.items()}
-        info = MetricInfo(name, features, stem, digest, real.name, len(reals), real_digest, contents_of)
+        info = MetricInfo(name, features, stem, digest, real.name, len(reals), real_digest, contents_of, "", prompts)
         try:
             for some in rows:
                 file = folder / FOLDER / f"{stem}-{some.name}.safetensors"
