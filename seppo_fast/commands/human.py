@@ -15,6 +15,7 @@ from seppo_fast.evaluation.human.page import SHIPPED, write_study
 from seppo_fast.evaluation.human.scorers import read_scores_table, scorer_agreement
 from seppo_fast.evaluation.human.study import KEY, Study, draw_study, read_key
 from seppo_fast.evaluation.human.tally import Preference, Reliability, pair_items, preference, ratings, reliability
+from seppo_fast.evaluation.real.metrics import METRICS
 from seppo_fast.evaluation.scoring.score_files import SCORES, read_infos
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.files import disk_message
@@ -74,8 +75,8 @@ def tally(folder: Path, key: Path, output: Path | None = None, report: Callable[
     """Tallies all `answers-*.json` in a folder, with and without the raters that the exclusion rule applies to.
 
     Args:
-        folder: the folder with the answers; if it has a `scores.csv`, scorers are compared with the raters; its
-            subfolder `scores` says for which of them lower is better.
+        folder: the folder with the answers; if it has a `scores.csv`, scorers are and metrics of pairs
+            are compared with the raters; its subfolder `scores` says for which scorers lower is better.
         key: the study's `key.json`.
         output: a JSON file for the results, or None; an older one is replaced.
         report: receives lines for the user.
@@ -88,7 +89,8 @@ def tally(folder: Path, key: Path, output: Path | None = None, report: Callable[
     study = read_key(key)
     answers = read_answers(folder, study)
     scores = read_scores_table(folder)
-    higher_is_better = {info.key: info.higher_is_better for info in read_infos(folder)}
+    higher_is_better = {name: metric.higher_is_better for name, metric in METRICS.items()}
+    higher_is_better |= {info.key: info.higher_is_better for info in read_infos(folder)}
     raters = [reliability(rater, study) for rater in answers]
     kept = [rater for rater, found in zip(answers, raters) if not found.excluded]
     groups = {"all": answers, "kept": kept}

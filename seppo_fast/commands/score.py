@@ -212,6 +212,8 @@ def _generate_in_batches(
     subjects = subjects_of(options.runs, options.update, protocol, options.guidance, batch)
     first, clips = subjects[0], subjects[0].clips
     settings = _settings(options, prompts, first, device)
+    if options.batch is None:
+        follow_batch(folder, settings["protocol"]["sampler"]["batch"])  # another process may have halved it
     _refuse_other_settings(folder, settings)
     if comparison is not None:
         comparison.require(prompts, options.samples, settings["protocol"])
@@ -219,7 +221,8 @@ def _generate_in_batches(
         names = [BASE, *(subject.name for subject in subjects)]
         require_layout(names, [prompt.id for prompt in prompts.prompts], options.samples, clips=clips)
     resolution, frames = settings["protocol"]["resolution"], settings["protocol"]["frames"]
-    require_disk(folder, len(prompts.prompts) * options.samples, len(subjects) + 1, frames or 1, resolution)
+    updates = {BASE: 0, **{subject.name: subject.saved.update for subject in subjects}}
+    require_disk(folder, len(prompts.prompts) * options.samples, updates, frames or 1, resolution)
     with alone(folder, {SETTINGS, ITEMS}):
         if not (folder / SETTINGS).exists():
             write_settings(folder, settings)

@@ -54,7 +54,7 @@ class Source:
         wanted = (self.pickle,) if self.pickle else self.files
         local = Path("scorers" if folder is None else folder) / self.place
         if self.url:
-            steps = [f"mkdir -p {_quoted(local)}", f"curl -L {self.url} -o {_quoted(local / self.pickle)}"]
+            steps = [f"mkdir -p {_quoted(local)}", f"curl -L {shlex.quote(self.url)} -o {_quoted(local / self.pickle)}"]
         else:
             steps = [f"hf download {self.repository} {' '.join(wanted)}"]
             # A pickle needs a folder of its own, in which the converted file can stand beside it.

@@ -176,6 +176,21 @@ def test_bad_input_to_tally(folder, tmp_path, capsys):
     assert "key.json: not a key" in ends(capsys, 3, "human", "tally", folder, "--key", key)
 
 
+def test_tally_knows_for_which_metrics_lower_is_better(folder, tmp_path, capsys):
+    """The rater prefers the tuned model, which has the higher SSIM and PSNR and the lower LPIPS."""
+    study = make(folder, "--raters", "anna", "--questions", "overall")
+    answer_file(folder, study, "anna", careful)
+    lines = ["id,prompt,sample,model,ssim,psnr,lpips"]
+    for index in range(6):
+        lines += [f"{index}-0,p,0,{model},{up},{20 + up},{1 - up}" for up, model in enumerate((BASE, TUNED))]
+    (folder / "scores.csv").write_text("\n".join(lines))
+    capsys.readouterr()
+    tally(folder, "--json", str(tmp_path / "human.json"))
+    found = json.loads((tmp_path / "human.json").read_text())["scorers"]["overall"]
+    assert {name: row["agree"] for name, row in found.items()} == {"ssim": 6, "psnr": 6, "lpips": 6}
+    assert "higher is assumed" not in capsys.readouterr().out
+
+
 # In a real browser
 
 

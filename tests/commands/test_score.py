@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from seppo_fast.cli import main
 from seppo_fast.commands import demo
+from seppo_fast.commands import score as score_command
 from seppo_fast.commands.export import export
 from seppo_fast.commands.report import report
 from seppo_fast.config.load import read_config
@@ -375,6 +376,26 @@ def test_a_batch_that_another_process_halves_is_followed(runs, prompts, tmp_path
     assert differs_only_in_media(tmp_path / "out", tmp_path / "small")
 
 
+def test_a_batch_that_is_halved_while_a_command_starts_is_followed(runs, prompts, tmp_path, monkeypatch):
+    """Another process records a batch and halves it after this one has chosen its batch."""
+    assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2, "--only", "generate")) == 0
+    subjects_of, batches = score_command.subjects_of, []
+
+    def slow(*arguments):
+        found = subjects_of(*arguments)
+        batches.append(found[0].config.sampler.batch)
+        if len(batches) == 1:
+            settings = json.loads((tmp_path / "small" / "settings.json").read_text())
+            del settings["models"]
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
+        return found
+
+    monkeypatch.setattr(score_command, "subjects_of", slow)
+    assert run(*scored(runs, prompts, tmp_path / "out", "--only", "generate")) == 0
+    assert batches == [4, 2] and bytes_of(tmp_path / "out") == bytes_of(tmp_path / "small")
+
+
 def test_a_command_that_is_killed_after_halving_its_batch_keeps_that_batch(forks, runs, prompts, tmp_path):
     assert run(*scored(runs, prompts, tmp_path / "small", "--batch", 2)) == 0
     words = scored(runs, prompts, tmp_path / "out")
@@ -621,6 +642,18 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_generated(runs, 
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert run(*scored(runs, prompts, tmp_path / "out")) == 6
     assert "the media need about" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_media_of_other_models_are_no_space_that_exists(runs, prompts, straight, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(straight, tmp_path / "out")
+    models = json.loads((out / "settings.json").read_text())["models"]
+    for name in set(models) - {"base"}:
+        (out / "media" / models[name]["digest"] / "large.png").write_bytes(bytes(10**7))
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert run(*scored(runs, prompts, out, "--batch", 3, "--only", "generate")) == 0  # its own files exist
+    assert run(*scored([other], prompts, out, "--batch", 3, "--only", "generate")) == 6
+    assert "the media need about" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["media-write@4", "score-write@2", "statistics-write@1"])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from seppo_fast.evaluation.media.files import decode_media
 from seppo_fast.evaluation.metrics import alexnet, keys
 from seppo_fast.evaluation.metrics.features import judge_features
 from seppo_fast.evaluation.metrics.inception import features, load_inception
+from seppo_fast.evaluation.real import measuring, results
+from seppo_fast.evaluation.real.arrays import MetricError
 from seppo_fast.shapes import world
 from seppo_fast.train import train
 from seppo_fast.utils.random import keyed_rng
@@ -138,12 +141,16 @@ def by_eigenvalues(x, y):
     return float(np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a + b) - 2 * root)
 
 
-def by_double_sum(x, y):
-    kernel = [[(float(a.astype(np.float64) @ b) / x.shape[1] + 1) ** 3 for b in (*x, *y)] for a in (*x, *y)]
-    n, kernel = len(x), np.array(kernel)
-    own = [np.sum(part) - np.trace(part) for part in (kernel[:n, :n], kernel[n:, n:])]
-    counts = [len(rows) * (len(rows) - 1) for rows in (x, y)]
-    return own[0] / counts[0] + own[1] / counts[1] - 2 * kernel[:n, n:].mean()
+def by_double_sum(x, y, p, q):
+    """Means over pairs of rows that belong to different prompts `p` and `q`."""
+    kernel = np.array([[(float(a.astype(np.float64) @ b) / x.shape[1] + 1) ** 3 for b in (*x, *y)] for a in (*x, *y)])
+    n, apart = len(x), np.not_equal.outer([*p, *q], [*p, *q])
+    corners = [(slice(n), slice(n)), (slice(n, None), slice(n, None)), (slice(n), slice(n, None))]
+    means = [kernel[corner][apart[corner]].mean() for corner in corners]
+    return means[0] + means[1] - 2 * means[2]
+
+
+OF_REAL, OF_ITEMS = [place // 4 for place in range(16)], [0, 1, 2, 3] * 2  # the prompts of four real files, two samples
 
 
 # Values
@@ -174,14 +181,15 @@ def test_distances_equal_independent_formulas(straight):
     made = {model: judge_features(pictures_of(straight, model)[1]) for model in ("base", "run")}
     for model, rows in made.items():
         assert frechet["models"][model]["value"] == pytest.approx(by_eigenvalues(real, rows), rel=1e-4)
-        assert kernel["models"][model]["value"] == pytest.approx(by_double_sum(real, rows), rel=1e-6)
+        assert kernel["models"][model]["value"] == pytest.approx(by_double_sum(real, rows, OF_REAL, OF_ITEMS), rel=1e-6)
         for metric in (frechet, kernel):
             found = metric["models"][model]
             assert (found["low"] + found["high"]) / 2 == pytest.approx(found["value"])
         assert frechet["models"][model]["warning"].startswith("8 samples are few for 25 features")
     order = keyed_rng(0, "real floor").permutation(16)
     assert frechet["floor"] == pytest.approx(by_eigenvalues(real[order[:8]], real[order[8:]]), rel=1e-4)
-    for metric, distance in ((frechet, by_eigenvalues), (kernel, by_double_sum)):
+    pairs = partial(by_double_sum, p=OF_REAL, q=OF_ITEMS)
+    for metric, distance in ((frechet, by_eigenvalues), (kernel, pairs)):
         change = metric["runs"]["run"]
         expected = distance(real, made["run"]) - distance(real, made["base"])
         assert change["difference"] == pytest.approx(expected, abs=1e-4 * abs(distance(real, made["base"])))
@@ -201,7 +209,7 @@ def test_intervals_draw_the_samples_of_a_prompt_together(straight):
         first, units = rng.integers(16, size=16), rng.integers(4, size=4)
         units[0] += (units == units[0]).all() * (1 - 4 * (units[0] == 3))  # never only one prompt
         rows = np.repeat(units, 2) * 2 + np.tile([0, 1], 4)
-        values.append(by_double_sum(real[first], by_prompt[rows]))
+        values.append(by_double_sum(real[first], by_prompt[rows], first // 4, rows // 2))
     found = tree_of(straight)["metrics"]["values"]["kernel"]["models"]["base"]
     half = 1.959963984540054 * np.std(values, ddof=1)
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=1e-6)
@@ -217,10 +225,44 @@ def test_the_tables_and_their_notes(straight):
     found = section["frechet"]["models"]["base"]
     assert f"| {found['value']:.4g} [{found['low']:.4g}, {found['high']:.4g}] |" in after
     assert "25 features of judge; n = 16 real (16 real files of shapes), 8 generated per model; floor" in after
-    assert f"{section['frechet']['floor']:.4g} at n = 8; 95 % intervals from 100 resamples" in after
+    floor = f"floor, 8 real against 8 other real samples: {section['frechet']['floor']:.4g}"
+    assert f"{floor}; 95 % intervals from 100 resamples" in after
+    assert "Real pictures: the centre square, resized to the generated size (Lanczos)" in after
     assert "8 samples are few for 25 features" in after and "similarity to it, not quality" in after
     assert f"| Fréchet distance | {section['frechet']['runs']['run']['difference']:+.4g} | [" in after
     assert "adjusted for the number of metrics (Holm)" in after and "unverified" not in after
+
+
+def test_what_is_printed_about_distances(straight, tmp_path, capsys):
+    out = shutil.copytree(straight, tmp_path / "out")
+    assert run("score", "--only", "statistics", "--output", out) == 0
+    said, floor = capsys.readouterr().out, tree_of(out)["metrics"]["values"]["frechet"]["floor"]
+    sizes = "n = 16 real, 8 generated; "
+    assert f"frechet: {sizes}floor, 8 real against 8 other real samples: {floor:.4g}\n" in said
+    assert f"kernel: {sizes}its expectation for equal distributions is 0\n" in said
+
+
+def test_one_prompt_has_no_intervals(trained, tmp_path):
+    prompts, out = tmp_path / "one.json", tmp_path / "out"
+    prompts.write_text(json.dumps(RECORDS[:1]))
+    assert run(*scored(trained, prompts, out, *METRICS)) == 0
+    section = tree_of(out)["metrics"]
+    found = section["values"]["frechet"]
+    assert [found["models"]["run"][end] for end in ("low", "high")] == [None, None]
+    assert [found["runs"]["run"][end] for end in ("low", "high")] == [None, None] and found["models"]["run"][
+        "value"
+    ] > 0
+    assert "at least two prompts" in section["missing"]["kernel"]
+    assert "no intervals, because all generated files belong to one prompt" in (out / "scores.md").read_text()
+
+
+def test_large_sets_are_compared_in_subsets_of_the_size_that_is_printed(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "LARGEST", 10)
+    out = shutil.copytree(straight, tmp_path / "out")
+    assert run("score", "--only", "statistics", "--output", out) == 0
+    found = tree_of(out)["metrics"]["values"]["kernel"]
+    assert found["subset"] == 8 and found["models"]["run"]["low"] is None
+    assert "means over 100 subsets of 8, with a standard deviation" in (out / "scores.md").read_text()
 
 
 # Resumed and shared work
@@ -340,13 +382,13 @@ def test_networks_read_weights_by_name(trained, real, tmp_path, capsys):
     x = np.concatenate([features(network, np.array(Image.open(file).convert("RGB"))[None]) for file in files])
     items, base = pictures_of(out, "base")
     y = features(network, base)
-    assert section["kid"]["models"]["base"]["value"] == pytest.approx(by_double_sum(x, y), rel=1e-3)
+    assert section["kid"]["models"]["base"]["value"] == pytest.approx(by_double_sum(x, y, range(4), range(2)), rel=1e-3)
     assert section["fid"]["dimensions"] == 2048 and section["fid"]["unverified"]
     own = np.stack([load_image(file_ref(files[item["prompt_index"]]), 32) for item in items])
     distances = alexnet.lpips(alexnet.load_lpips(*sorted(place.glob("alex*"))[::-1], CPU), base, own)
     assert section["lpips"]["means"]["base"] == pytest.approx(distances.mean(), rel=1e-6)
     text = (out / "scores.md").read_text()
-    assert text.count("unverified on the true weights") == 3
+    assert text.count("unverified on the true weights") == 3 and "own resolutions (spatial=False" in text
     assert "2 samples are few for 2048 features" in text
 
 
@@ -393,6 +435,7 @@ def write_bad_real(folder, kind):
         ("good", "psnr --features judge", 2, "only the metrics frechet and kernel"),
         ("good", "kernel --features juge", 2, "did you mean 'judge'?"),
         ("good", "kernel --features no.such:function", 2, "cannot be imported"),
+        ("good", "kernel --features math:sqrt", 2, "the module math has no source in Python"),
     ],
 )
 def test_bad_input_ends_before_anything_is_generated(trained, prompts, tmp_path, capsys, kind, metrics, code, says):
@@ -441,6 +484,22 @@ def test_features_that_fail_lose_only_themselves(trained, prompts, out, own, cap
     assert says in (out / "scores.md").read_text()
     assert run(*words, "frechet") == 3
     assert "every metric failed" in capsys.readouterr().err
+
+
+def test_a_failure_does_not_replace_what_another_process_has_measured(trained, prompts, out, monkeypatch):
+    """This process fails after another one has finished the last array."""
+    fill, files = measuring.fill, []
+
+    def late(file, *arguments):
+        fill(file, *arguments)
+        files.append(file)
+        if len(files) == 2:
+            raise MetricError("no memory")
+
+    monkeypatch.setattr(measuring, "fill", late)
+    assert run(*scored(trained, prompts, out, "--real", "shapes", "--metrics", "psnr")) == 0
+    section = tree_of(out)["metrics"]
+    assert list(section["values"]) == ["psnr"] and section["missing"] == {} and len(files) == 2
 
 
 def test_running_out_of_memory_ends_the_command_and_it_resumes(trained, prompts, out, own, capsys):

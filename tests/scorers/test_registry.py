@@ -111,6 +111,8 @@ def test_the_messages_in_full(tmp_path):
         f"'{place}/HPS_v2.1_compressed.pt'"
     )
     assert "curl -L https://github.com/christophschuhmann/" in missing_weights("aesthetic", None)
+    source = sources.Source("metrics", "a/b", ("x.safetensors",), "1 MB", "x.pt", "https://example.org/uc?id=1&b=2")
+    assert "curl -L 'https://example.org/uc?id=1&b=2' -o scorers/metrics/x.pt" in source.advice(None)
     assert missing_weights("hpsv2.0", None).count(", and add --weights scorers") == 1
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from seppo_fast.data.media.images import MAX_PIXELS, ImageError, decode_image, file_ref, open_file, open_image
 from seppo_fast.evaluation.human.plan import Shown
+from seppo_fast.evaluation.media.files import FRAME_MILLISECONDS, decode_media, is_marked, marked_frames
 from seppo_fast.utils.errors import DataError
 from seppo_fast.utils.progress import progress
 from seppo_fast.utils.random import keyed_rng
@@ -20,7 +21,6 @@ from seppo_fast.utils.random import keyed_rng
 _NOISE = 0.8  # share of noise in an attention check; the picture is hardly visible
 _LOSSLESS_SIDE = 256  # clips up to this side stay lossless; larger ones would be too much to send to raters
 _MOST_SIDE = 16383  # WebP's limit
-_DEFAULT_MILLISECONDS = 125
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _name(shown: Shown, seed: int, secret: str) -> str:
 
 def _copy(source: Path, shown: Shown, target: Path, seed: int) -> Sheet:
     clip = source.suffix == ".webp"
-    frames, milliseconds = _read_clip(source) if clip else (_read_picture(source), _DEFAULT_MILLISECONDS)
+    frames, milliseconds = _read_clip(source) if clip else (_read_picture(source), FRAME_MILLISECONDS)
     if shown.noise:
         frames = _noisy(frames, seed, shown)
     count, height, width = frames.shape[:3]
@@ -108,18 +108,21 @@ def _read_picture(file: Path) -> np.ndarray:
 
 
 def _read_clip(file: Path) -> tuple[np.ndarray, int]:
-    """Returns an animated WebP's frames `(F, H, W, 3)` uint8, and the milliseconds of the first; raises ImageError."""
+    """Returns a clip's frames `(F, H, W, 3)` uint8, and the milliseconds of the first; raises ImageError."""
     try:
         with open_file(file) as stream, Image.open(stream, formats=("WEBP",)) as image:
-            count = getattr(image, "n_frames", 1)
+            marked = is_marked(image)  # then equal frames are merged, and the number of frames is in the mark
+            count = marked_frames(image) if marked else getattr(image, "n_frames", 1)
             if image.width * image.height * count > MAX_PIXELS:
                 raise ImageError(str(file), f"too large: {count} frames of {image.width} x {image.height}")
+            if marked:
+                return decode_media(file.read_bytes(), str(file)), FRAME_MILLISECONDS
             frames = []
             for number in range(count):
                 image.seek(number)
                 frames.append(np.asarray(image.convert("RGB")))
                 if not number:
-                    milliseconds = int(image.info.get("duration") or _DEFAULT_MILLISECONDS)
+                    milliseconds = int(image.info.get("duration") or FRAME_MILLISECONDS)
             return np.stack(frames), milliseconds
     except ImageError:
         raise

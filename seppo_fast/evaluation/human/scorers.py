@@ -15,7 +15,7 @@ from seppo_fast.evaluation.statistics import wilson
 from seppo_fast.utils.errors import DataError
 
 SCORES = "scores.csv"
-_COLUMNS = ("id", "prompt", "sample", "model")  # every further column is a scorer
+_COLUMNS = ("id", "prompt", "sample", "model")  # every further column is a scorer or a metric of pairs
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def read_scores_table(folder: Path) -> dict[str, dict[tuple[str, str], float]]:
             rows = csv.DictReader(opened, strict=True)
             names = rows.fieldnames or []
             if tuple(names[: len(_COLUMNS)]) != _COLUMNS or len(set(names)) < len(names):
-                raise ValueError(f"expected columns {', '.join(_COLUMNS)}, then one per scorer, got {', '.join(names)}")
+                raise ValueError(
+                    f"expected columns {', '.join(_COLUMNS)}, then one per scorer or metric, got {', '.join(names)}"
+                )
             scores: dict[str, dict[tuple[str, str], float]] = {name: {} for name in names[len(_COLUMNS) :]}
             for row in rows:
                 if None in row or None in row.values():

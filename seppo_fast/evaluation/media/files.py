@@ -50,7 +50,7 @@ def decode_media(content: bytes, name: str) -> np.ndarray:
             if opened.format == "PNG":
                 _check_png(content)
                 return np.array(opened.convert("RGB"))
-            total = int(opened.info["xmp"].removeprefix(CLIP_MARK))
+            total = marked_frames(opened)
             frames: list[np.ndarray] = []
             for frame in ImageSequence.Iterator(opened):
                 pixels = np.array(frame.convert("RGB"))
@@ -61,6 +61,17 @@ def decode_media(content: bytes, name: str) -> np.ndarray:
             return np.stack(frames)
     except (OSError, ValueError, KeyError, SyntaxError, EOFError) as problem:
         raise DataError(f"{name}: not an intact picture or clip ({problem}); remove it and generate again") from problem
+
+
+def is_marked(opened: Image.Image) -> bool:
+    """Returns whether a WebP file was written by `encode_media`, which states the number of frames."""
+    xmp = opened.info.get("xmp")
+    return isinstance(xmp, bytes) and xmp.startswith(CLIP_MARK)
+
+
+def marked_frames(opened: Image.Image) -> int:
+    """Returns the number of frames that `encode_media` was given; raises ValueError or KeyError without it."""
+    return int(opened.info["xmp"].removeprefix(CLIP_MARK))
 
 
 def is_intact(file: Path) -> bool:

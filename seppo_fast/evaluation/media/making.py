@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from seppo_fast.evaluation.generate import PromptBatches
-from seppo_fast.evaluation.media.batch import follow_batch
+from seppo_fast.evaluation.media.batch import SETTINGS, follow_batch
 from seppo_fast.evaluation.media.files import encode_media, is_intact
 from seppo_fast.evaluation.media.items import Item
 from seppo_fast.evaluation.media.work import unfinished
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
-from seppo_fast.utils.files import remove_temporary, write_atomically
+from seppo_fast.utils.files import read_json, remove_temporary, write_atomically
 from seppo_fast.utils.logging import say
 from seppo_fast.utils.progress import progress
 
@@ -70,25 +70,38 @@ def make_media(folder: Path, name: str, items: Sequence[Item], made: PromptBatch
             advance(len(batch))
 
 
-def require_disk(folder: Path, items: int, models: int, frames: int, resolution: int) -> None:
+def require_disk(folder: Path, items: int, updates: Mapping[str, int], frames: int, resolution: int) -> None:
     """Says how much space the media will take.
+
+    Media that exist count as long as they may be this command's: a model's digest is not known before it is loaded, but
+    `settings.json` lists the models of the last finished command.
 
     Args:
         folder: the folder with `media/`.
         items: the number of items.
-        models: the number of models.
+        updates: the update that each model is taken from, by name; 0 for the base.
         frames: the number of frames of a clip; 1 for pictures.
         resolution: the side of a picture in pixels.
 
     Raises:
         CheckpointError: the disk has less space.
     """
-    need = int(items * models * frames * resolution * resolution * 3 * _PNG_SHARE)
-    have = sum(file.stat().st_size for file in folder.glob("media/*/[!.]*"))
+    need = int(items * len(updates) * frames * resolution * resolution * 3 * _PNG_SHARE)
+    others = _other_digests(folder, updates)
+    have = sum(file.stat().st_size for file in folder.glob("media/*/[!.]*") if file.parent.name not in others)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    say(f"{items} files for each of {models} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
+    say(f"{items} files for each of {len(updates)} models: about {need / 2**20:.0f} MiB, {have / 2**20:.0f} MiB exist")
     if need - have > free:
         raise CheckpointError(
             f"{folder}: the media need about {(need - have) / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are "
             "free; make room, use fewer --samples or prompts, or choose another --output"
         )
+
+
+def _other_digests(folder: Path, updates: Mapping[str, int]) -> set[str]:
+    """Returns the digests of models that `settings.json` lists and that are not among these."""
+    try:
+        rows = dict(read_json(folder / SETTINGS)["models"])
+        return {row["digest"] for name, row in rows.items() if updates.get(name) != row["update"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no command has finished
+        return set()

@@ -6,6 +6,7 @@ report it without the number of samples and the distance of real samples to othe
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -28,13 +29,15 @@ class Distance:
 
     Attributes:
         value: the distance of the generated samples to the real ones.
-        low: lower end of its 95 % interval, see `frechet_interval`.
+        low: lower end of its 95 % interval, see `frechet_interval`; NaN without one.
         high: upper end.
-        floor: the distance of `floor_items` real samples to as many other real ones.
-        floor_items: the number of real samples on each side of the floor; at most half of all real samples.
+        floor: the distance of `floor_items` real samples to all other real ones.
+        floor_items: as many real samples as generated ones, but at most half of all real samples.
+        floor_others: the number of the other real samples.
         real: number of real samples.
         generated: number of generated samples.
         dimensions: number of features.
+        frames: how many samples are frames of one clip, which are not independent.
     """
 
     value: float
@@ -42,20 +45,24 @@ class Distance:
     high: float
     floor: float
     floor_items: int
+    floor_others: int
     real: int
     generated: int
     dimensions: int
+    frames: int = 1
 
     @property
     def warning(self) -> str:
         """A sentence for a distance of too few samples; empty if there are enough."""
-        needed, fewest = SAMPLES_PER_DIMENSION * self.dimensions, min(self.real, self.generated)
+        needed, fewest = SAMPLES_PER_DIMENSION * self.dimensions, min(self.real, self.generated) // self.frames
         if fewest >= needed:
             return ""
+        items = "samples" if self.frames == 1 else f"clips of {self.frames} frames"
+        few = ", too few: the floor at the generated number is lower" if self.floor_items < self.generated else ""
         return (
-            f"{fewest} samples are few for {self.dimensions} features (at least {needed} are recommended): most of "
+            f"{fewest} {items} are few for {self.dimensions} features (at least {needed} are recommended): most of "
             f"{self.value:.4g} may be bias; real samples are {self.floor:.4g} from other real samples "
-            f"({self.floor_items} each). Compare only values of equally many samples"
+            f"({self.floor_items} against {self.floor_others}{few}). Compare only values of equally many samples"
         )
 
 
@@ -76,7 +83,13 @@ def resamples_for(real: int, generated: int, dimensions: int) -> int:
 
 
 def compare(
-    real: ArrayLike, generated: ArrayLike, *, resamples: int = 100, seed: int = 0, units: Units = (1, 1)
+    real: ArrayLike,
+    generated: ArrayLike,
+    *,
+    resamples: int = 100,
+    seed: int = 0,
+    units: Units = (1, 1),
+    frames: int = 1,
 ) -> Distance:
     """Computes the Fréchet distance of generated to real features, with its floor and interval.
 
@@ -86,6 +99,7 @@ def compare(
         resamples: the number of bootstrap samples for the interval; each costs as much as the distance.
         seed: seed of the floor and the bootstrap.
         units: how many consecutive rows of either set belong together; see `frechet_interval`.
+        frames: how many rows are frames of one clip.
 
     Raises:
         ValueError: as `frechet`, or `real` is too short.
@@ -95,7 +109,7 @@ def compare(
     low, high = frechet_interval(x, y, resamples=resamples, seed=seed, units=units)
     floor = real_floor(x, items, seed, units[0])
     items = items // units[0] * units[0]
-    return Distance(frechet(x, y), low, high, floor, items, len(x), len(y), x.shape[1])
+    return Distance(frechet(x, y), low, high, floor, items, len(x) - items, len(x), len(y), x.shape[1], frames)
 
 
 def frechet(x: ArrayLike, y: ArrayLike, ddof: int = 1) -> float:
@@ -122,13 +136,15 @@ def frechet(x: ArrayLike, y: ArrayLike, ddof: int = 1) -> float:
 
 
 def real_floor(x: ArrayLike, n: int, seed: int, unit: int = 1) -> float:
-    """Computes the Fréchet distance of two disjoint random subsets of the real features, `n` samples each.
+    """Computes the Fréchet distance of `n` random real samples to all other real samples.
+
+    Its bias is that of the distance of `n` generated samples to R - `n` real ones: slightly more than to all R.
 
     Args:
         x: real features `(R, D)`, R at least 4.
-        n: the number of samples whose distance is to be read. If R < 2 n, subsets of R // 2 are used, with a warning:
-            their distance overstates the floor at `n`.
-        seed: seed of the subsets.
+        n: the number of generated samples whose distance is to be read. If R < 2 n, half of the samples are used, with
+            a warning: their distance overstates the floor at `n`.
+        seed: seed of the choice.
         unit: how many consecutive rows belong together and are in the same subset; `n` is rounded down to a multiple.
 
     Raises:
@@ -147,7 +163,7 @@ def real_floor(x: ArrayLike, n: int, seed: int, unit: int = 1) -> float:
             stacklevel=2,
         )
     order = _rows(keyed_rng(seed, "real floor").permutation(len(features) // unit), unit)
-    return frechet(features[order[:items]], features[order[items : 2 * items]])
+    return frechet(features[order[:items]], features[order[items:]])
 
 
 def frechet_interval(
@@ -163,7 +179,8 @@ def frechet_interval(
 
     Both sets are resampled with replacement. A resample repeats samples, which increases the bias, so percentiles would
     lie above the distance itself. Only the replicates' standard deviation is used: the interval is the distance plus
-    and minus a normal quantile times it. With fewer samples than features the interval is too wide.
+    and minus a normal quantile times it. With fewer samples than features the interval is too wide. A set with a single
+    unit has no spread: both ends are NaN.
 
     Args:
         x: features `(N, D)`.
@@ -178,9 +195,8 @@ def frechet_interval(
         ValueError: as `frechet`, or `resamples` is less than 2, or N or M is no multiple of its unit.
     """
     a, b = features_of(x, y)
-    check_units(resamples, (len(a), units[0]), (len(b), units[1]))
     replicates = []
-    for number in range(resamples):
+    for number in range(check_units(resamples, (len(a), units[0]), (len(b), units[1]))):
         rng = keyed_rng(seed, "bootstrap of a distance", number)
         replicates.append(frechet(a[drawn(rng, len(a), units[0])], b[drawn(rng, len(b), units[1])]))
     return normal_interval(frechet(a, b), replicates, confidence)
@@ -220,9 +236,8 @@ def frechet_difference(
     _, second = features_of(real, other)
     if len(first) != len(second):
         raise ValueError(f"base, other: equally many rows are needed, got {len(first)} and {len(second)}")
-    check_units(resamples, (len(x), units[0]), (len(first), units[1]))
     replicates = []
-    for number in range(resamples):
+    for number in range(check_units(resamples, (len(x), units[0]), (len(first), units[1]))):
         rng = keyed_rng(seed, "bootstrap of a difference", number)
         reals, rows = _moments(x[drawn(rng, len(x), units[0])]), drawn(rng, len(first), units[1])
         replicates.append(_distance(reals, _moments(second[rows])) - _distance(reals, _moments(first[rows])))
@@ -256,13 +271,18 @@ def features_of(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def check_units(resamples: int, *sets: tuple[int, int]) -> None:
-    """Raises ValueError for too few resamples, or if the rows of a set cannot be divided into its units."""
+def check_units(resamples: int, *sets: tuple[int, int]) -> int:
+    """Returns the number of useful resamples: 0 if a set has only one unit, so that all would be the same.
+
+    Raises:
+        ValueError: there are too few resamples, or the rows of a set cannot be divided into its units.
+    """
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, got {resamples}")
     for count, unit in sets:
         if unit < 1 or count % unit:
             raise ValueError(f"units: {count} rows cannot be divided into units of {unit}")
+    return 0 if any(count == unit for count, unit in sets) else resamples
 
 
 def drawn(rng: np.random.Generator, count: int, unit: int = 1) -> np.ndarray:
@@ -275,7 +295,9 @@ def drawn(rng: np.random.Generator, count: int, unit: int = 1) -> np.ndarray:
 
 
 def normal_interval(centre: float, replicates: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Returns `centre` plus and minus a normal quantile times the standard deviation of the replicates."""
+    """Returns `centre` plus and minus a normal quantile times the replicates' standard deviation; NaN without two."""
+    if len(replicates) < 2:
+        return math.nan, math.nan
     half = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(replicates, ddof=1))
     return centre - half, centre + half
 

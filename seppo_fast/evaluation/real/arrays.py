@@ -43,6 +43,11 @@ class Stamp:
     names: str
     contents: str
 
+    @property
+    def short(self) -> str:
+        """A short digest of all of them, for names of files."""
+        return _joined([self.digest, self.names, self.contents])[:12]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -117,7 +122,7 @@ def fill(
     Raises:
         MetricError: `compute` raised it, or chunks have rows of different sizes.
         DataError: a file cannot be loaded.
-        CheckpointError: a file cannot be written.
+        CheckpointError: a file cannot be written, or was removed or damaged meanwhile.
     """
     whole = rows.stamp(digest)
     if read_stamp(file) == whole:
@@ -125,20 +130,29 @@ def fill(
     total, parts = len(rows.contents), file.parent / ".parts" / file.stem
     chunks = [range(start, min(start + rows.chunk, total)) for start in range(0, total, rows.chunk)]
     stamps = [Stamp(digest, "", _joined([rows.contents[row] for row in chunk])) for chunk in chunks]
-    places = [parts / f"{chunk.start}.safetensors" for chunk in chunks]
+    # Commands with other real files or weights share the folder, but not the names.
+    places = [parts / f"{chunk.start}-{stamp.short}.safetensors" for chunk, stamp in zip(chunks, stamps)]
+
+    def part(number: int) -> np.ndarray | None:
+        """Returns a finished chunk; None if it is missing, damaged, or of other files or weights."""
+        found = read_array(places[number])
+        return None if found is None or (found[0], len(found[1])) != (stamps[number], len(chunks[number])) else found[1]
 
     def done(number: int) -> bool:
-        return read_stamp(places[number]) == stamps[number]
+        return part(number) is not None
 
     have = sum(len(chunk) for number, chunk in enumerate(chunks) if done(number))
     with progress(total, "measured", unit, initial=have) as advance, ThreadPoolExecutor(READERS) as readers:
         for number in unfinished(parts / ".lock", len(chunks), done, rank, world):
             remove_temporary(parts, {places[number].name})
             values = compute(list(readers.map(rows.load, chunks[number])))
+            assert len(values) == len(chunks[number])
             fault("metric-write")
             write_atomically(places[number], _packed(values, stamps[number]), CheckpointError)
             advance(len(chunks[number]))
-    arrays = [found[1] for place in places if (found := read_array(place)) is not None]
+    arrays = [array for number in range(len(chunks)) if (array := part(number)) is not None]
+    if len(arrays) < len(chunks):
+        raise CheckpointError(f"{parts}: a file was removed or damaged while the array was assembled; rerun")
     if len({array.shape[1:] for array in arrays}) > 1:
         sizes = ", ".join(map(str, sorted({array.shape[1:] for array in arrays})))
         raise MetricError(f"its features have different sizes: {sizes}")

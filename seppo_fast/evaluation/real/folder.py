@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from seppo_fast.data.media.frames import choose_frames
 from seppo_fast.data.media.images import MAX_PIXELS, ImageError, decode_image, file_ref, fit_square, open_image
 from seppo_fast.data.names import relative_name, walk_files
 from seppo_fast.data.readers.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from seppo_fast.evaluation.media.files import CLIP_MARK, decode_media
+from seppo_fast.evaluation.media.files import decode_media, is_marked
 from seppo_fast.evaluation.real.sets import RealSet, Wanted, listed
 from seppo_fast.utils.errors import ConfigError, DataError
 from seppo_fast.utils.files import home_expanded
@@ -28,8 +28,8 @@ class RealFolder(RealSet):
     """The pictures or clips below a folder, sorted by path.
 
     A picture is a file x.png, x.jpg, x.jpeg or x.webp. A clip is a video file, an animated x.webp, or a subfolder with
-    its frames as pictures, in the order of their names. A prompt's counterpart is the one whose name without suffix is
-    the prompt's id.
+    its frames as pictures, in the order of the numbers in their names. A prompt's counterpart is the one whose name
+    without suffix is the prompt's id.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -75,21 +75,16 @@ class RealFolder(RealSet):
             if "repeating" in clip.remarks:
                 raise ImageError(ref.name, f"has fewer than {frames} frames, as many as the models generate")
             return clip.pixels
-        pictures: Sequence[Path | np.ndarray] = self._paths[place] if self._are_frames[place] else _animation(first)
-        if len(pictures) < frames:
-            name = str(first.parent if self._are_frames[place] else first)
-            raise ImageError(name, f"has {len(pictures)} frames, fewer than the {frames} that the models generate")
-        chosen = [pictures[number] for number in choose_frames(len(pictures), frames, whole=True, key="")]
-        images = [_decoded(one) if isinstance(one, Path) else Image.fromarray(one) for one in chosen]
+        if self._are_frames[place]:
+            paths = self._paths[place]
+            images = [_decoded(paths[number]) for number in _spread(str(first.parent), len(paths), frames)]
+        else:
+            images = _animation(first, frames)
         return np.stack([fit_square(image, resolution) for image in images])
 
     def counterparts(self) -> list[int]:
         """See the base class."""
-        by_name: dict[str, set[int]] = {}
-        for place, name in enumerate(self.names):
-            known = name if self._are_frames[place] else str(Path(name).with_suffix(""))
-            for key in {known, Path(known).name}:
-                by_name.setdefault(key, set()).add(place)
+        by_name = self._by_name()
         lacking = [f"{own}: {text[:60]}" for own, text in self.wanted.prompts if own not in by_name]
         if lacking:
             raise DataError(
@@ -102,6 +97,23 @@ class RealFolder(RealSet):
             names = ", ".join(self.names[place] for place in sorted(by_name[twice[0]]))
             raise DataError(f"{self._folder}: several files are named like the id {twice[0]!r}: {names}; keep one")
         return [next(iter(by_name[own])) for own, _ in self.wanted.prompts]
+
+    def prompt_places(self) -> list[int]:
+        """See the base class."""
+        by_name, found = self._by_name(), [-1] * len(self.names)
+        for number, (own, _) in enumerate(self.wanted.prompts):
+            for place in by_name.get(own, ()):
+                found[place] = number
+        return found
+
+    def _by_name(self) -> dict[str, set[int]]:
+        """Returns the places of files by their names without suffix, with and without folders."""
+        by_name: dict[str, set[int]] = {}
+        for place, name in enumerate(self.names):
+            known = name if self._are_frames[place] else str(Path(name).with_suffix(""))
+            for key in {known, Path(known).name}:
+                by_name.setdefault(key, set()).add(place)
+        return by_name
 
 
 def _pictures(spec: str, files: list[Path]) -> dict[Path, tuple[Path, ...]]:
@@ -127,7 +139,12 @@ def _clips(spec: str, folder: Path, files: list[Path]) -> dict[Path, tuple[Path,
             )
         elif suffix in IMAGE_SUFFIXES:
             clips.setdefault(path.parent, []).append(path)
-    return {name: tuple(paths) for name, paths in clips.items()}
+    return {name: tuple(sorted(paths, key=_by_number)) for name, paths in clips.items()}
+
+
+def _by_number(path: Path) -> list[tuple[str, int]]:
+    """Returns a key that sorts names by the numbers in them: 2.png precedes 10.png."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", path.name)]
 
 
 def _decoded(path: Path) -> Image.Image:
@@ -138,25 +155,32 @@ def _is_animated(path: Path, *, damaged: bool) -> bool:
     """Returns whether a WebP file is a clip, also one whose frames are all equal; `damaged` if it cannot be read."""
     try:
         with Image.open(path, formats=("WEBP",)) as opened:
-            return getattr(opened, "n_frames", 1) > 1 or _is_own(opened)
+            return getattr(opened, "n_frames", 1) > 1 or is_marked(opened)
     except (OSError, SyntaxError, ValueError):  # reported when it is decoded
         return damaged
 
 
-def _is_own(opened: Image.Image) -> bool:
-    xmp = opened.info.get("xmp")
-    return isinstance(xmp, bytes) and xmp.startswith(CLIP_MARK)
-
-
-def _animation(path: Path) -> list[np.ndarray]:
-    """Returns the frames of an animated WebP, in order whatever their durations; raises ImageError."""
+def _animation(path: Path, frames: int) -> list[Image.Image]:
+    """Returns frames of an animated WebP, evenly spaced whatever their durations; raises ImageError."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=("WEBP",)) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError("its frames have more than 64 megapixels")
-            if not _is_own(opened):
-                return [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
-        return list(decode_media(content, path.name))
+            if not is_marked(opened):  # only the chosen frames are kept in memory
+                numbers = set(_spread(str(path), getattr(opened, "n_frames", 1), frames))
+                every = enumerate(ImageSequence.Iterator(opened))
+                return [frame.convert("RGB") for number, frame in every if number in numbers]
+        clip = decode_media(content, path.name)
+        return [Image.fromarray(clip[number]) for number in _spread(str(path), len(clip), frames)]
+    except ImageError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, DataError) as problem:
         raise ImageError(str(path), f"truncated, damaged or too large ({problem})") from problem
+
+
+def _spread(name: str, count: int, frames: int) -> list[int]:
+    """Returns the numbers of a clip's chosen frames; raises ImageError if it has too few."""
+    if count < frames:
+        raise ImageError(name, f"has {count} frames, fewer than the {frames} that the models generate")
+    return choose_frames(count, frames, whole=True, key="")

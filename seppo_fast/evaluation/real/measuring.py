@@ -25,7 +25,7 @@ from seppo_fast.evaluation.media.items import Media
 from seppo_fast.evaluation.media.work import alone
 from seppo_fast.evaluation.metrics import alexnet, similarity
 from seppo_fast.evaluation.metrics.features import FeatureFunction, load_features
-from seppo_fast.evaluation.real.arrays import MetricError, Pictures, Rows, fill, names_digest
+from seppo_fast.evaluation.real.arrays import MetricError, Pictures, Rows, Stamp, fill, names_digest, read_stamp
 from seppo_fast.evaluation.real.metrics import METRICS, Choice
 from seppo_fast.evaluation.real.sets import READERS, RealSet
 from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
@@ -35,7 +35,8 @@ from seppo_fast.utils.memory import is_out_of_memory
 
 FOLDER, REAL = "metrics", "real"
 _CHUNK = 64  # frames that are measured at once; a picture is one frame
-_LARGE_CHUNK = 8  # pictures at once if they have their own size, which may be 64 megapixels
+_LARGE_CHUNK = 8  # pictures that are loaded at once if they have their own size, which may be 64 megapixels
+_MOST_PIXELS = 17_000_000  # of pictures that are measured at once, as floats: 64 of 512 x 512, or one of 4000 x 3000
 
 PairFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -55,6 +56,7 @@ class MetricInfo:
         arrays: for each of its arrays, by the end of the file's name, the digest of the contents that it was computed
             from: another command may have replaced it.
         problem: why it could not be measured; empty if it was.
+        real_prompts: the place of each real file's prompt in the prompt file, -1 without one; empty if none has one.
     """
 
     metric: str
@@ -66,6 +68,7 @@ class MetricInfo:
     real_digest: str
     arrays: Mapping[str, str]
     problem: str = ""
+    real_prompts: Sequence[int] = ()
 
 
 def measure(
@@ -95,7 +98,8 @@ def measure(
     """
     contents, reals = _contents(folder, media), real.digests()
     pairs = any(METRICS[name].kind == "pairs" for name in choice.names)
-    counterparts = real.counterparts() if pairs else []
+    counterparts, prompts = real.counterparts() if pairs else [], real.prompt_places()
+    prompts = prompts if max(prompts) >= 0 else []
     real_digest, problems = hashlib.sha256("".join(reals).encode()).hexdigest(), []
     for name in choice.names:
         features = choice.features_of(name)
@@ -110,26 +114,32 @@ def measure(
             own = [counterparts[item.prompt_index] for item in media.items]
             rows = [_with_counterparts(some, real, reals, own) for some in models]
             compute = partial(_compared, cache(partial(_pair_function, choice, name, device)))
-        stamps = {some.name: some.stamp(digest).contents for some in rows}
-        info = MetricInfo(name, features, stem, digest, real.name, len(reals), real_digest, stamps)
+        stamps = {some.name: some.stamp(digest) for some in rows}
+        contents_of = {some: stamp.contents for some, stamp in stamps.items()}
+        info = MetricInfo(name, features, stem, digest, real.name, len(reals), real_digest, contents_of, "", prompts)
         try:
             for some in rows:
                 file = folder / FOLDER / f"{stem}-{some.name}.safetensors"
                 fill(file, some, digest, f"files of {some.name} for {name}", compute, rank, world)
         except MetricError as problem:
-            warn(f"metric {name}: {problem}; it is left out")
-            problems.append(f"{name}: {problem}")
             info = replace(info, problem=str(problem))
-        _write_info(folder / FOLDER, info)
+        if _write_info(folder / FOLDER, info, stamps).problem:
+            warn(f"metric {name}: {info.problem}; it is left out")
+            problems.append(f"{name}: {info.problem}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return problems
 
 
-def _write_info(place: Path, info: MetricInfo) -> None:
-    content = json.dumps(asdict(info), indent=1, ensure_ascii=False) + "\n"
+def _write_info(place: Path, info: MetricInfo, stamps: Mapping[str, Stamp]) -> MetricInfo:
+    """Writes what was measured and returns it: without a problem if another process has finished all arrays."""
     with alone(place, {f"{info.metric}.json"}):
+        files = {place / f"{info.stem}-{name}.safetensors": stamp for name, stamp in stamps.items()}
+        if info.problem and all(read_stamp(file) == stamp for file, stamp in files.items()):
+            info = replace(info, problem="")
+        content = json.dumps(asdict(info), indent=1, ensure_ascii=False) + "\n"
         write_atomically(place / f"{info.metric}.json", content.encode("utf-8", "backslashreplace"), CheckpointError)
+    return info
 
 
 def _real_rows(real: RealSet, digests: Sequence[str], *, fitted: bool) -> Rows:
@@ -188,7 +198,9 @@ def _featured(load: Callable[[], FeatureFunction], pictures: list[Pictures]) -> 
     rows, start = [], 0
     while start < len(pictures):  # real pictures may differ in size; neighbours of one size are measured together
         end = start
-        while end < len(pictures) and pictures[end][0].shape == pictures[start][0].shape:
+        shape = pictures[start][0].shape
+        most = _CHUNK if len(shape) > 3 else max(1, _MOST_PIXELS // (shape[0] * shape[1]))
+        while end < min(len(pictures), start + most) and pictures[end][0].shape == shape:
             end += 1
         stacked = np.stack([one for (one,) in pictures[start:end]])
         values = _called(load, stacked)

@@ -126,8 +126,7 @@ class Choice:
         if features_name == features.JUDGE:
             parts += [inspect.getsource(module) for module in (features, judge, world)]
         elif ":" in features_name:
-            module = sys.modules.get(features_name.partition(":")[0])
-            parts.append(inspect.getsource(module) if module is not None else "")
+            parts.append(_source_of(features_name))
         elif not METRICS[name].sources:
             parts.append(inspect.getsource(similarity))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -142,8 +141,8 @@ def chosen(names: Sequence[str], features_name: str | None, weights: Path | None
         weights: the folder of networks' files.
 
     Raises:
-        ConfigError: a name is unknown or repeated, features are missing, superfluous or cannot be imported, or files of
-            networks are missing; the message lists all of these.
+        ConfigError: a name is unknown or repeated, features are missing, superfluous or cannot be imported, or have no
+            source, or files of networks are missing; the message lists all of these.
     """
     require_known(names)
     own = [name for name in names if METRICS[name].kind != "pairs" and not METRICS[name].features]
@@ -158,6 +157,8 @@ def chosen(names: Sequence[str], features_name: str | None, weights: Path | None
             hint = did_you_mean(features_name, (features.JUDGE,))
             raise ConfigError(f"--features {features_name!r}: not judge or module:function{hint}")
         features.load_features(features_name, None, torch.device("cpu"))
+        if ":" in features_name:
+            _source_of(features_name)
     absent = {
         source: f"metric {name}: missing {source.advice(weights)}"
         for name in names
@@ -167,6 +168,18 @@ def chosen(names: Sequence[str], features_name: str | None, weights: Path | None
     if absent:
         raise ConfigError("--metrics: files are missing\n" + "\n".join(f"  {line}" for line in absent.values()))
     return Choice(tuple(names), features_name or "", weights)
+
+
+def _source_of(features_name: str) -> str:
+    """Returns the source of the module with a user's own features; raises ConfigError without one."""
+    module = features_name.partition(":")[0]
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError) as problem:
+        raise ConfigError(
+            f"--features {features_name}: the module {module} has no source in Python, by which changed features are "
+            "noticed; call the function from a module of your own"
+        ) from problem
 
 
 def require_known(names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from seppo_fast.evaluation.media.items import BASE, Media
 from seppo_fast.evaluation.metrics.frechet import Units, compare, frechet_difference, resamples_for
 from seppo_fast.evaluation.metrics.kernel import (
     LARGEST,
+    SUBSET,
+    Groups,
     discrepancy,
     kernel_difference,
     kernel_distance,
@@ -162,11 +165,28 @@ def _distances(measured: Measured, name: str) -> dict[str, Any]:
     reals = real.reshape(-1, dimensions)
     rows = {model: array.reshape(-1, dimensions) for model, array in models.items()}
     about = {"dimensions": dimensions, "frames": frames, "n_real": len(reals), "n_generated": len(rows[BASE])}
-    calculate = _frechet if METRICS[name].kind == "frechet" else _kernel
-    return about | calculate(name, reals, rows, units)
+    if METRICS[name].kind == "frechet":
+        return about | _frechet(name, reals, rows, units, frames)
+    return about | _kernel(name, reals, rows, units, _groups(measured, name, order, frames))
 
 
-def _frechet(name: str, real: np.ndarray, models: Mapping[str, np.ndarray], units: Units) -> dict[str, Any]:
+def _groups(measured: Measured, name: str, order: Sequence[int], frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns numbers of all real and generated rows: equal for frames of a clip and for files of equal prompts."""
+    items, info = measured.scored.media.items, measured.infos[name]
+    texts = {item.prompt_index: item.prompt for item in items}
+    known = {text: number for number, text in enumerate(dict.fromkeys(texts.values()))}
+    prompts = {place: known[text] for place, text in texts.items()}
+    reals = [
+        prompts.get(own, len(known) + place)
+        for place, own in enumerate(info.real_prompts or [-1] * len(measured.real[name]))
+    ]
+    generated = [prompts[items[row].prompt_index] for row in order]
+    return np.repeat(reals, frames), np.repeat(generated, frames)
+
+
+def _frechet(
+    name: str, real: np.ndarray, models: Mapping[str, np.ndarray], units: Units, frames: int
+) -> dict[str, Any]:
     resamples = resamples_for(len(real), len(models[BASE]), real.shape[1])
     if resamples < DRAWS:
         say(
@@ -178,9 +198,10 @@ def _frechet(name: str, real: np.ndarray, models: Mapping[str, np.ndarray], unit
     with warnings.catch_warnings(), progress(2 * len(models) - 1, "computed", f"parts of {name}") as advance:
         warnings.simplefilter("ignore", RuntimeWarning)  # of a floor at fewer samples; `floor_items` tells
         for model, rows in models.items():
-            found = compare(real, rows, resamples=resamples, units=units)
-            values[model] = {"value": found.value, "low": found.low, "high": found.high, "warning": found.warning}
-            floor = {"floor": found.floor, "floor_items": found.floor_items}
+            found = compare(real, rows, resamples=resamples, units=units, frames=frames)
+            low, high = _ends(found.low, found.high)
+            values[model] = {"value": found.value, "low": low, "high": high, "warning": found.warning}
+            floor = {"floor": found.floor, "floor_items": found.floor_items, "floor_others": found.floor_others}
             advance(1)
         runs = {}
         for run in [model for model in models if model != BASE]:
@@ -191,25 +212,37 @@ def _frechet(name: str, real: np.ndarray, models: Mapping[str, np.ndarray], unit
     return {"resamples": resamples, **floor, "models": values, "runs": runs}
 
 
-def _kernel(name: str, real: np.ndarray, models: Mapping[str, np.ndarray], units: Units) -> dict[str, Any]:
+def _kernel(
+    name: str, real: np.ndarray, models: Mapping[str, np.ndarray], units: Units, groups: Groups
+) -> dict[str, Any]:
     """Returns the numbers of a kernel distance; its expectation for equal distributions is 0, so it has no floor."""
     wide = max(len(real), len(models[BASE])) > LARGEST
+    subset = min(SUBSET, len(real), len(models[BASE])) if wide else None
     values: dict[str, Any] = {}
     runs: dict[str, Any] = {}
     with progress(len(models), "computed", f"models for {name}") as advance:
         for model, rows in models.items():
             if wide:
-                value, deviation = kernel_distance(real, rows)
+                value, deviation = kernel_distance(real, rows, subset_size=subset, groups=groups)
                 values[model] = {"value": value, "low": None, "high": None, "deviation": deviation}
             else:
-                low, high = kernel_interval(real, rows, units=units)
-                values[model] = {"value": discrepancy(real, rows), "low": low, "high": high, "deviation": None}
+                value = discrepancy(real, rows, groups=groups)
+                low, high = _ends(*kernel_interval(real, rows, units=units, groups=groups))
+                values[model] = {"value": value, "low": low, "high": high, "deviation": None}
             if model != BASE:
-                change = values[model]["value"] - values[BASE]["value"], None, None
-                runs[model] = _difference(change if wide else kernel_difference(real, models[BASE], rows, units=units))
+                change = values[model]["value"] - values[BASE]["value"], math.nan, math.nan
+                if not wide:
+                    change = kernel_difference(real, models[BASE], rows, units=units, groups=groups)
+                runs[model] = _difference(change)
             advance(1)
-    return {"resamples": None if wide else DRAWS, "models": values, "runs": runs}
+    return {"resamples": None if wide else DRAWS, "subset": subset, "models": values, "runs": runs}
 
 
-def _difference(found: tuple[float, float | None, float | None]) -> dict[str, float | None]:
-    return dict(zip(("difference", "low", "high"), found, strict=True))
+def _difference(found: tuple[float, float, float]) -> dict[str, float | None]:
+    value, *ends = found
+    return dict(zip(("difference", "low", "high"), (value, *_ends(*ends)), strict=True))
+
+
+def _ends(low: float, high: float) -> tuple[float | None, float | None]:
+    """Returns the ends of an interval; None if there is none."""
+    return (None, None) if math.isnan(low) else (low, high)

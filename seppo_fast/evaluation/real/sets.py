@@ -79,6 +79,10 @@ class RealSet(ABC):
     def counterparts(self) -> list[int]:
         """Returns the number of each prompt's own picture or clip; raises DataError with the prompts that lack one."""
 
+    @abstractmethod
+    def prompt_places(self) -> list[int]:
+        """Returns for each picture or clip the place of the prompt that it belongs to, -1 without one."""
+
     def digests(self) -> list[str]:
         """Returns `digest` of all pictures or clips."""
         with ThreadPoolExecutor(READERS) as readers:

@@ -16,7 +16,7 @@ from seppo_fast.utils.errors import ConfigError, DataError
 from seppo_fast.utils.random import keyed_rng
 
 SHAPES = "shapes"  # the value of --real for the embedded worlds
-_DRAWS = 2  # real pictures per generated one, so that the floor is measured at the same number
+_DRAWS = 2  # real pictures per generated one, so that the floor compares as many with as many
 
 
 class RealShapes(RealSet):
@@ -57,6 +57,10 @@ class RealShapes(RealSet):
     def counterparts(self) -> list[int]:
         """See the base class; every prompt has one."""
         return [place * self._draws for place in range(len(self.wanted.prompts))]
+
+    def prompt_places(self) -> list[int]:
+        """See the base class."""
+        return [place // self._draws for place in range(len(self.names))]
 
 
 def open_real(spec: str, wanted: Wanted) -> RealSet:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seppo_fast.evaluation.media.items import BASE, Media
+from seppo_fast.evaluation.media.items import BASE, SUFFIXES, Media
+from seppo_fast.evaluation.metrics.kernel import SUBSETS
 from seppo_fast.evaluation.scoring.markdown import differences_table, interval_text, table_row
 
 _PAIRS = (
     "compare each file with the one real file of its prompt, which is one of many right answers: they measure "
     "similarity to it, not quality."
+)
+_LPIPS = (
+    " LPIPS: the mean over layers' own resolutions (spatial=False, the default of its package); tools that enlarge the "
+    "layers first (spatial=True), such as common_metrics_on_video_quality, give slightly other values."
+)
+_RULE_OF_PICTURES = (
+    "Real pictures: the centre square, resized to the generated size (Lanczos); Inception sees them at their own size."
+)
+_RULE_OF_CLIPS = (
+    "Real clips: as many frames as generated ones, evenly spaced from first to last; of each the centre square, "
+    "resized to the generated size (Lanczos)."
 )
 
 
@@ -30,6 +42,9 @@ def metrics_text(media: Media, section: Mapping[str, Any]) -> str:
             lines.append(table_row([model, *(_cell(metric, model) for metric in found.values())]))
         lines.append("")
     lines += [f"{line}  " for line in _caption(section)]
+    if found:
+        clips = media.items[0].files[BASE].endswith(SUFFIXES[1])
+        lines.append(f"{_RULE_OF_CLIPS if clips else _RULE_OF_PICTURES}  ")
     pairs = {name: metric for name, metric in found.items() if metric["kind"] == "pairs"}
     distances = {name: metric for name, metric in found.items() if metric["kind"] != "pairs"}
     for run in [name for name in media.models if name != BASE]:
@@ -49,6 +64,8 @@ def metrics_lines(section: Mapping[str, Any] | None) -> list[str]:
         for run, change in metric["runs"].items():
             before, after = (_cell(metric, model) or "no value" for model in (BASE, run))
             lines.append(f"{name}: base -> {run}: {before} -> {after}{_change(change)}")
+        if metric["kind"] != "pairs":
+            lines.append(f"{name}: n = {metric['n_real']} real, {metric['n_generated']} generated; {_floor(metric)}")
         notes = [metric["models"][BASE]["warning"]] if metric["kind"] == "frechet" else []
         lines += [f"{name}: {note}" for note in notes if note]
     return lines + [f"{name}: no value ({why})" for name, why in section["missing"].items()]
@@ -79,7 +96,7 @@ def _caption(section: Mapping[str, Any]) -> list[str]:
     found = section["values"]
     lines = []
     if labels := [metric["label"] for metric in found.values() if metric["kind"] == "pairs"]:
-        lines.append(f"{', '.join(labels)} {_PAIRS}")
+        lines.append(f"{', '.join(labels)} {_PAIRS}{_LPIPS if 'lpips' in found else ''}")
     for metric in found.values():
         real = metric["real"]
         files = f"{real['count']} real files of {real['name']}"
@@ -99,15 +116,22 @@ def _caption(section: Mapping[str, Any]) -> list[str]:
 
 def _spread(metric: Mapping[str, Any]) -> str:
     """Returns what a distance must be read with: floor, and where its interval comes from."""
-    interval = f"95 % intervals from {metric['resamples']} resamples"
-    if metric["kind"] == "frechet":
-        return (
-            f"floor, real against other real samples: {metric['floor']:.4g} at n = {metric['floor_items']}; {interval}."
-        )
     if metric["resamples"] is None:
         deviation = metric["models"][BASE]["deviation"]
-        return f"means over 100 subsets of 1000, with a standard deviation of {deviation:.2g} for base, no intervals."
-    return f"its expectation for equal distributions is 0; {interval}."
+        subsets = f"means over {SUBSETS} subsets of {metric['subset']}"
+        return f"{_floor(metric)}; {subsets}, with a standard deviation of {deviation:.2g} for base, no intervals."
+    if metric["models"][BASE]["low"] is None:
+        return f"{_floor(metric)}; no intervals, because all generated files belong to one prompt."
+    return f"{_floor(metric)}; 95 % intervals from {metric['resamples']} resamples."
+
+
+def _floor(metric: Mapping[str, Any]) -> str:
+    """Returns what a distance is for equal distributions."""
+    if metric["kind"] == "kernel":
+        return "its expectation for equal distributions is 0"
+    items, others = metric["floor_items"], metric["floor_others"]
+    few = ", which overstates the floor at the generated number" if items < metric["n_generated"] else ""
+    return f"floor, {items} real against {others} other real samples: {metric['floor']:.4g}{few}"
 
 
 def _unverified(metric: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from seppo_fast.evaluation.human.items import read_items
 from seppo_fast.evaluation.human.page import write_study
 from seppo_fast.evaluation.human.study import draw_study, read_key
+from seppo_fast.evaluation.media.files import encode_media
 from seppo_fast.utils.errors import ConfigError, DataError
 from tests.helpers.study import DIGESTS, MODELS, picture, score_folder
 
@@ -254,6 +255,26 @@ def test_a_clip_becomes_one_picture_of_its_frames(tmp_path):
         for frame in range(5):
             assert (tiles[frame] == picture(100 * (1000 * index + model) + frame)).all()
         assert (tiles[5] == 0).all()
+
+
+def test_equal_frames_of_a_clip_are_shown_as_often_as_they_were_made(tmp_path):
+    """The files of seppo-fast score store them once, with a longer duration."""
+    folder = score_folder(tmp_path, PROMPTS[:4], clips=True)
+    first, second = picture(1), picture(2)
+    for item in read_items(folder).media.items:
+        clips = {MODELS[0]: [first, first, second, second, first], MODELS[1]: [second] * 5}
+        for model, frames in clips.items():
+            (folder / item.files[model]).write_bytes(encode_media(np.stack(frames)))
+    study = drawn(folder)
+    content = json.loads(
+        re.search(r'id="study">(.*?)</script>', (shipped(folder, study) / "index.html").read_text())[1]
+    )
+    assert content["milliseconds"] == 125 and {row["frames"] for row in content["media"].values()} == {5}
+    rows = zip(study.raters["anna"], content["raters"]["anna"], strict=True)
+    file = next(left for trial, (_, left, _) in rows if trial.left.model == MODELS[0] and not trial.left.noise)
+    with Image.open(folder / "human" / "for-raters" / "media" / file) as sheet:
+        tiles = np.asarray(sheet.convert("RGB")).reshape(2, 23, 3, 31, 3).swapaxes(1, 2).reshape(6, 23, 31, 3)
+    assert (tiles[:5] == [first, first, second, second, first]).all()
 
 
 def test_files_are_written_in_the_order_of_their_names(folder):

@@ -136,22 +136,48 @@ def test_a_comparison_tells_when_samples_are_too_few():
     few = compare(real, generated[:30], resamples=5)
     assert (few.real, few.generated, few.dimensions, few.floor_items) == (90, 30, 4, 30)
     assert "30 samples are few for 4 features (at least 40" in few.warning and few.low < few.value < few.high
-    assert few.floor == real_floor(real, 30, 0)
+    assert few.floor == real_floor(real, 30, 0) and few.floor_others == 60 and "(30 against 60)" in few.warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the floor is not silently measured at another size
         assert compare(real, generated, resamples=5).warning == ""
-        assert compare(real[:50], generated, resamples=5).floor_items == 25
-    assert Distance(1, 0, 2, 0.5, 10, 100, 39, 4).warning and not Distance(1, 0, 2, 0.5, 10, 40, 100, 4).warning
+        halves = compare(real[:50], generated, resamples=5)
+    assert (halves.floor_items, halves.floor_others) == (25, 25)
+    assert Distance(1, 0, 2, 0.5, 10, 10, 100, 39, 4).warning and not Distance(1, 0, 2, 0.5, 10, 10, 40, 100, 4).warning
+    assert "(10 against 10, too few: " in Distance(1, 0, 2, 0.5, 10, 10, 100, 39, 4).warning
 
 
-def double_sum(x: np.ndarray, y: np.ndarray, degree: int) -> float:
-    def kernel(a, b):
-        return (a @ b / len(a) + 1) ** degree
+def test_the_frames_of_a_clip_count_as_one_sample():
+    measured = compare(normal(1, 640, 4), normal(2, 480, 4), resamples=2, units=(16, 16), frames=16)
+    assert "30 clips of 16 frames are few for 4 features (at least 40" in measured.warning
+    assert compare(normal(1, 640, 4), normal(2, 640, 4), resamples=2, units=(16, 16), frames=16).warning == ""
 
-    n, m = len(x), len(y)
-    own_x = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    own_y = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    return own_x + own_y - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+def test_the_floor_has_nearly_the_bias_of_the_distance():
+    """Of equal distributions, with four times as many real samples as generated ones."""
+    pairs = [(normal(2 * seed, 240, 20), normal(2 * seed + 1, 60, 20)) for seed in range(40)]
+    values, floors = ([f(x, y) for x, y in pairs] for f in (frechet, lambda x, y: real_floor(x, len(y), 0)))
+    assert np.mean(values) < np.mean(floors) < 1.12 * np.mean(values)
+
+
+def test_a_single_unit_has_no_interval():
+    real, one, other = normal(1, 30, 3), normal(2, 6, 3), normal(3, 6, 3)
+    measured = compare(real, one, resamples=5, units=(1, 6))
+    assert np.isnan([measured.low, measured.high]).all() and measured.value == frechet(real, one)
+    found = frechet_difference(real, one, other, resamples=5, units=(1, 6))
+    assert found[0] == frechet(real, other) - frechet(real, one) and np.isnan(found[1:]).all()
+    assert np.isnan(kernel_interval(real, one, resamples=5, units=(1, 6))).all()
+    assert np.isnan(kernel_difference(real, one, other, resamples=5, units=(1, 6))[1:]).all()
+
+
+def double_sum(x: np.ndarray, y: np.ndarray, degree: int, p=None, q=None) -> float:
+    """Means over pairs of rows of different groups `p` and `q`; without them, each row is its own group."""
+
+    def mean(rows, others, first, second):
+        pairs = [(a, b) for a, i in zip(rows, first) for b, j in zip(others, second) if i != j]
+        return sum((a @ b / len(a) + 1) ** degree for a, b in pairs) / len(pairs)
+
+    p, q = (list(range(len(x))), list(range(-len(y), 0))) if p is None else (p, q)
+    return mean(x, x, p, p) + mean(y, y, q, q) - 2 * mean(x, y, p, q)
 
 
 @pytest.mark.parametrize("degree", [1, 3])
@@ -173,6 +199,49 @@ def test_the_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
     values = [kernel_distance(x, y)[0] for x, y in pairs]
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
     assert min(values) < 0 and np.mean([frechet(x, y) for x, y in pairs[:20]]) > 40
+
+
+def shifted(seed: int, prompts: int, reals: int, samples: int):
+    """Returns real and generated rows of one distribution, in which a prompt shifts the mean, and their prompts."""
+    rng = np.random.default_rng(seed)
+    means = 2 * rng.standard_normal((prompts, 1, 5))
+    sets = [(means + rng.standard_normal((prompts, count, 5))).reshape(-1, 5) for count in (reals, samples)]
+    return *sets, tuple(np.repeat(np.arange(prompts), count) for count in (reals, samples))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_kernel_distance_is_unbiased_if_prompts_are_shared(samples):
+    """With the linear kernel, and pairs of a prompt included, its expectation for one sample is known."""
+    sets = [shifted(seed, 12, 2, samples) for seed in range(600)]
+    values = np.array([discrepancy(x, y, 1, groups) for x, y, groups in sets])
+    assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
+    plain = np.array([discrepancy(x, y, 1) for x, y, _ in sets])
+    assert plain.mean() < -10 * plain.std() / np.sqrt(len(plain))
+    if samples == 1:  # (within - across) (1 / (2 N - 1) - 2 / N), of 4 and 0
+        assert plain.mean() == pytest.approx(4 * (1 / 23 - 2 / 12), abs=3 * plain.std() / np.sqrt(len(plain)))
+
+
+def test_pairs_of_a_group_are_left_out():
+    x, y, groups = shifted(1, 7, 2, 3)
+    expected = double_sum(x, y, 3, *groups)
+    assert discrepancy(x, y, 3, groups) == pytest.approx(expected, rel=1e-12)
+    assert kernel_distance(x, x[::-1], groups=(groups[0], groups[0][::-1]))[0] == pytest.approx(
+        double_sum(x, x[::-1], 3, groups[0], groups[0][::-1]), rel=1e-12
+    )
+    with pytest.raises(ValueError, match="at least two prompts"):
+        discrepancy(x, y[:3], 3, (groups[0], groups[1][:3]))
+    with pytest.raises(ValueError, match="groups: expected 14 and 21 numbers"):
+        discrepancy(x, y, 3, groups[::-1])
+
+
+def test_the_interval_of_a_kernel_distance_has_the_width_of_its_spread():
+    values, widths = [], []
+    for seed in range(40):
+        x, y = normal(2 * seed, 60, 5), 1 + normal(2 * seed + 1, 50, 5)
+        ends = kernel_interval(x, y, resamples=40, seed=seed)
+        values.append(discrepancy(x, y))
+        widths.append((ends[1] - ends[0]) / (2 * 1.959964))
+    assert 0.7 < np.mean(widths) / np.std(values) < 1.4
 
 
 def test_subsets_are_a_function_of_the_seed():
@@ -217,16 +286,17 @@ def test_rows_of_a_unit_are_drawn_together():
 
 
 def test_resamples_of_a_kernel_distance_are_those_of_its_double_sum():
+    """Pairs of a row with itself are left out there, too."""
     real, base, other = normal(25, 12, 3), normal(26, 10, 3), normal(27, 10, 3) + 1
     assert discrepancy(real, other, 2) == pytest.approx(double_sum(real, other, 2), rel=1e-12)
     values, differences = [], []
     for number in range(4):
         rng = keyed_rng(4, "bootstrap of a kernel distance", number)
         x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
-        values.append(double_sum(real[x], other[y], 2))
+        values.append(double_sum(real[x], other[y], 2, x, y - 100))
         rng = keyed_rng(4, "bootstrap of a kernel difference", number)
         x, y = (np.repeat(rng.integers(count, size=count), 2) * 2 + np.tile([0, 1], count) for count in (6, 5))
-        differences.append(double_sum(real[x], other[y], 2) - double_sum(real[x], base[y], 2))
+        differences.append(double_sum(real[x], other[y], 2, x, y - 100) - double_sum(real[x], base[y], 2, x, y - 100))
     half = 1.959963984540054 * np.std(values, ddof=1)
     centre = double_sum(real, other, 2)
     found = kernel_interval(real, other, 2, resamples=4, seed=4, units=(2, 2))
@@ -242,7 +312,7 @@ def test_resamples_of_a_kernel_distance_are_those_of_its_double_sum():
 def test_a_floor_keeps_units_whole():
     x = normal(23, 14, 3)
     order = keyed_rng(4, "real floor").permutation(7)
-    halves = [np.concatenate([x[2 * unit : 2 * unit + 2] for unit in units]) for units in (order[:2], order[2:4])]
+    halves = [np.concatenate([x[2 * unit : 2 * unit + 2] for unit in units]) for units in (order[:2], order[2:])]
     assert real_floor(x, 5, 4, unit=2) == pytest.approx(by_square_root(*halves), rel=1e-6)
     with pytest.warns(RuntimeWarning, match="at 6 samples instead of 8"):
         real_floor(x, 8, 4, unit=2)
