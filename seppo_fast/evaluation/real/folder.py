@@ -107,7 +107,7 @@ class RealFolder(RealSet):
         return found
 
     def _by_name(self) -> dict[str, set[int]]:
-        """Returns the places of files by their names without suffix, with and without folders."""
+        """Maps each file's name without suffix, with and without its folders, to the file's place."""
         by_name: dict[str, set[int]] = {}
         for place, name in enumerate(self.names):
             known = name if self._are_frames[place] else str(Path(name).with_suffix(""))

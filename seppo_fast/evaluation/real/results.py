@@ -244,5 +244,5 @@ def _difference(found: tuple[float, float, float]) -> dict[str, float | None]:
 
 
 def _ends(low: float, high: float) -> tuple[float | None, float | None]:
-    """Returns the ends of an interval; None if there is none."""
+    """Returns the ends of an interval; None without one."""
     return (None, None) if math.isnan(low) else (low, high)

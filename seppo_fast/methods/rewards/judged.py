@@ -56,7 +56,7 @@ class JudgedMethod(PreferenceMethod):
 
         These are `judge_skipped`, the share of pairs without a verdict, and `anchor_agrees`, the share of the others on
         which the anchor test would have decided alike. The loss and the errors are means over all pairs; what depends
-        on the sign is a mean over the pairs with a verdict, and left out if there are none.
+        on the sign is a mean over the pairs with a verdict, and is left out without such pairs.
         """
         kept = rows - round(sums["judge_skipped"])
         means = averages(sums, kept) if kept else {}
