@@ -15,6 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ BASE = "base"
 ITEMS = "items.json"
 SUFFIXES = (".png", ".webp")  # a picture, a clip
 SCHEMA = 1
+READERS = 4  # threads that read and decode files
 
 
 @dataclass(frozen=True)
@@ -170,3 +172,24 @@ def model_digest(settings: Mapping[str, Any]) -> str:
         settings: everything that determines a model's pictures for given prompts and seeds, serializable as JSON.
     """
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def media_digests(folder: Path, media: Media) -> dict[str, str]:
+    """Returns the SHA-256 of each media file, model by model.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read.
+    """
+    files = list(dict.fromkeys(item.files[name] for name in media.models for item in media.items))
+
+    def digest(file: str) -> str:
+        try:
+            return hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        except OSError as problem:
+            raise ConfigError(
+                f"{folder / file}: cannot be read ({problem.strerror}); generate it again: run the command without "
+                "--only"
+            ) from problem
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return dict(zip(files, readers.map(digest, files), strict=True))

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from seppo_fast.evaluation.media.items import READERS
 from seppo_fast.evaluation.media.work import alone, unfinished
-from seppo_fast.evaluation.real.sets import READERS
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
 from seppo_fast.utils.files import remove_temporary, write_atomically

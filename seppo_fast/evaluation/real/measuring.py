@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,14 +20,14 @@ import numpy as np
 import torch
 
 from seppo_fast.evaluation.media.files import decode_media
-from seppo_fast.evaluation.media.items import Media
+from seppo_fast.evaluation.media.items import Media, media_digests
 from seppo_fast.evaluation.media.work import alone
 from seppo_fast.evaluation.metrics import alexnet, similarity
 from seppo_fast.evaluation.metrics.features import FeatureFunction, load_features
 from seppo_fast.evaluation.real.arrays import MetricError, Pictures, Rows, Stamp, fill, names_digest, read_stamp
 from seppo_fast.evaluation.real.metrics import METRICS, Choice
-from seppo_fast.evaluation.real.sets import READERS, RealSet
-from seppo_fast.utils.errors import CheckpointError, ConfigError, OutOfMemoryError
+from seppo_fast.evaluation.real.sets import RealSet
+from seppo_fast.utils.errors import CheckpointError, OutOfMemoryError
 from seppo_fast.utils.files import write_atomically
 from seppo_fast.utils.logging import warn
 from seppo_fast.utils.memory import is_out_of_memory
@@ -96,7 +95,7 @@ def measure(
         CheckpointError: the results cannot be written.
         OutOfMemoryError: a network does not fit.
     """
-    contents, reals = _contents(folder, media), real.digests()
+    contents, reals = media_digests(folder, media), real.digests()
     pairs = any(METRICS[name].kind == "pairs" for name in choice.names)
     counterparts, prompts = real.counterparts() if pairs else [], real.prompt_places()
     prompts = prompts if max(prompts) >= 0 else []
@@ -241,20 +240,3 @@ def _called(load: Callable[[], Callable[..., np.ndarray]], *pictures: np.ndarray
             f"returned non-finite values for {int((~np.isfinite(values)).sum())} of {values.size} numbers"
         )
     return values
-
-
-def _contents(folder: Path, media: Media) -> dict[str, str]:
-    """Returns the SHA-256 of each media file; raises ConfigError if one is missing."""
-    files = list(dict.fromkeys(item.files[name] for name in media.models for item in media.items))
-
-    def digest(file: str) -> str:
-        try:
-            return hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        except OSError as problem:
-            raise ConfigError(
-                f"{folder / file}: cannot be read ({problem.strerror}); generate it again: run the command without "
-                "--only"
-            ) from problem
-
-    with ThreadPoolExecutor(READERS) as readers:
-        return dict(zip(files, readers.map(digest, files), strict=True))

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from seppo_fast.evaluation.media.items import Media
+from seppo_fast.evaluation.media.items import READERS, Media
 from seppo_fast.utils.errors import DataError
 from seppo_fast.utils.progress import progress
 
-READERS = 4  # threads that read and decode files
 _LISTED = 10  # the most names in a message
 
 

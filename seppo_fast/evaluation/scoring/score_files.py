@@ -8,7 +8,6 @@ FOLDER/scores/.parts/                              finished chunks, from which s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from seppo_fast.evaluation.media.files import decode_media
-from seppo_fast.evaluation.media.items import BASE, Item, Media
+from seppo_fast.evaluation.media.items import BASE, READERS, Item, Media, media_digests
 from seppo_fast.evaluation.media.work import alone, unfinished
 from seppo_fast.evaluation.scoring.calling import Calls, ScorerError, reason
 from seppo_fast.scorers import registry
@@ -35,7 +34,6 @@ from seppo_fast.utils.progress import progress
 SCORES = "scores"
 _FAILED = ".failed"
 _CHUNK = 64  # frames that are scored at once; a picture is one frame
-_READERS = 4  # threads that read and decode files
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,8 @@ def score_media(
         DataError: a media file is damaged.
         CheckpointError: the results cannot be written.
     """
-    hashes = _hashes(folder, media)
+    hashes = media_digests(folder, media)
+    say(f"{len(hashes)} files to score")
     problems, keys = [], set[str]()
     for name in names:
         failed = folder / SCORES / f"{_plain(name)}{_FAILED}"
@@ -170,7 +169,7 @@ def _score_with(
     have = sum(len(chunk.files) for number, chunk in enumerate(chunks) if done(number))
     with (
         progress(len(hashes), "scored", f"files with {name}", initial=have) as advance,
-        ThreadPoolExecutor(_READERS) as readers,
+        ThreadPoolExecutor(READERS) as readers,
     ):
         for number in unfinished(parts / ".lock", len(chunks), done, rank, world):
             chunk = chunks[number]
@@ -287,24 +286,6 @@ def read_scores_of(folder: Path, media: Media) -> tuple[dict[str, tuple[ScorerIn
         if all(info.scorer != name for info, _ in found.values()):
             without[name] = why
     return found, without
-
-
-def _hashes(folder: Path, media: Media) -> dict[str, str]:
-    """Returns the SHA-256 of each media file; raises ConfigError if one is missing."""
-    files = list(dict.fromkeys(file for name in media.models for item in media.items for file in [item.files[name]]))
-
-    def digest(file: str) -> str:
-        try:
-            return hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        except OSError as problem:
-            raise ConfigError(
-                f"{folder / file}: cannot be read ({problem.strerror}); generate it again: run the command without "
-                "--only"
-            ) from problem
-
-    say(f"{len(files)} files to score")
-    with ThreadPoolExecutor(_READERS) as readers:
-        return dict(zip(files, readers.map(digest, files), strict=True))
 
 
 def _pixels(folder: Path, file: str) -> np.ndarray:
