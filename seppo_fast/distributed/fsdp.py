@@ -68,6 +68,8 @@ def validate_fsdp_config(config: Config, processes: int) -> Config:
     wrong = {
         "model.train = lora": (config.model.train == "lora", "a LoRA has too few weights to be worth sharding; leave "
             "out --use_fsdp, or set model.train = full"),
+        f"objective = {config.objective}": (config.row.reward is not None, "processes learn from different numbers of "
+            "samples; start them without --use_fsdp"),
         f"reference.errors = {config.reference.errors}": (config.reference.errors != "ahead", "use ahead"),
         f"train.optimizer = {config.train.optimizer}": (config.train.optimizer != "adamw", "use adamw, whose state "
             "is sharded"),

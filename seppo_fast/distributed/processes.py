@@ -60,15 +60,12 @@ class Processes:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.machine = Node(self._gather, self.rank)
+        self.machine = Node(self.gather, self.rank)
         set_rank(self.rank, self.world, self.accelerator.is_local_main_process)
         # In addition to the device's own group: for waiting that may take hours.
         self._patient = None
         if self.world > 1:
             self._patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-
-    def _gather(self, value: Any) -> list[Any]:
-        return gather_object([value]) if self.world > 1 else [value]
 
     def any(self, *flags: bool) -> list[bool]:
         """Returns for each flag whether it is true in any process."""
@@ -87,6 +84,10 @@ class Processes:
     def same(self, value: Any) -> bool:
         """Returns whether all processes have the same value."""
         return self.machine.same(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, by rank."""
+        return gather_object([value]) if self.world > 1 else [value]
 
     def first(self, value: Any) -> Any:
         """Returns the value of the first process."""

@@ -97,6 +97,31 @@ class Method(ABC):
             parked: returns a context manager that keeps the optimizer's state in host memory while it is active.
         """
 
+    def rows(self, batch: Any) -> int | None:
+        """Returns the number of rows over which an update averages its loss and gradient, over all processes.
+
+        None stands for `train.pairs_per_update`, the default. If there are 0, the update is skipped.
+
+        Args:
+            batch: this process's share of the update, as returned by `collect`.
+        """
+        return None
+
+    def state(self, finished: int) -> dict[str, Any]:
+        """Returns what the method needs to resume besides the weights; must be serializable as JSON. Default: nothing.
+
+        Args:
+            finished: the number of finished updates.
+        """
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restores what `state` returned. States of older versions have none: then it is empty.
+
+        Raises:
+            KeyError, TypeError, ValueError: the state does not match this run.
+        """
+
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
         """Returns the values to log for an update; by default, each sum divided by `rows`.
 

@@ -146,14 +146,14 @@ class PairMaker:
         self._order: tuple[int, Tensor] | None = None
 
     def sample_ids(self, update: int) -> list[int]:
-        """Returns this rank's sample ids of an update.
+        """Returns this rank's sample ids of an update; ids are assigned to ranks round-robin."""
+        return self.all_sample_ids(update)[self._rank :: self._world]
 
-        Each example is used once before any is used again; ids are assigned to ranks round-robin.
-        """
-        samples = self._config.train.pairs_per_update // self._config.reference.uses
+    def all_sample_ids(self, update: int) -> list[int]:
+        """Returns all ranks' sample ids of an update. Each example is used once before any is used again."""
+        samples = self._config.prompts_per_update
         positions = range(update * samples, (update + 1) * samples)
-        ids = [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
-        return ids[self._rank :: self._world]
+        return [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
 
     def _sample_id(self, visit: int, position: int) -> int:
         if self._order is None or self._order[0] != visit:
@@ -165,15 +165,17 @@ class PairMaker:
         """Returns the indices of the samples' examples in the cache."""
         return [sample % len(self._cache) for sample in sample_ids]
 
-    def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Conditioning, Conditioning]:
-        """Returns the inputs from which a reference generates B samples, given their keys (update, sample id).
+    def generation(self, keys: Sequence[tuple[int, ...]]) -> tuple[Tensor, Conditioning, Conditioning]:
+        """Returns the inputs from which a reference generates B samples, given their keys.
+
+        A key is (update, sample id), with a number from 1 for each further sample of that id.
 
         Returns:
             The noise `(B, *latent)`; the conditioning for the samples' own prompts, B rows (prompt dropout does not
             apply); and the conditioning for the empty prompt, one row.
         """
         noise = keyed_noise(self._config.seed, "sample", keys, self._cache.latent_shape)
-        rows = self._cache.conditioning([None, *self.examples([sample for _, sample in keys])])
+        rows = self._cache.conditioning([None, *self.examples([key[1] for key in keys])])
         return noise, rows.take(slice(1, None)), rows.take(slice(0, 1))
 
     def pairs(self, update: int, sample_ids: Sequence[int], losers: Tensor | None = None) -> Pairs:

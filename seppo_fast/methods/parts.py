@@ -32,7 +32,7 @@ class MethodParts:
         draws: chooses the past policy that is an update's reference.
         processes: the run's processes.
         interruption: call its `check` between two batches of work, so that a signal can end the run there.
-        judge: the scorer that `reference.judge` names; None without it.
+        judge: the scorer that `reference.judge` or `rl.reward` names; None without one.
     """
 
     config: Config

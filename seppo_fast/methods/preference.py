@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seppo_fast.config.objectives import SCORER, Objective
 from seppo_fast.config.schema import Config
 from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, loss_and_grad
-from seppo_fast.methods.bands import BAND_SUMS, band_averages, band_sums
+from seppo_fast.methods.losses.bands import BAND_SUMS, band_averages, band_sums
 from seppo_fast.methods.method import Method, StepLoss
 from seppo_fast.methods.pairs import Pairs, sent
 from seppo_fast.methods.parts import MethodParts

@@ -82,13 +82,17 @@ class Learner:
         Returns:
             The values to log: means over the rows of all ranks (see `Method.averages`); `grad_norm` before clipping;
             every `log.health_every` updates the two halves of the gradient (see `GradientHalves.numbers`); `skipped`, 1
-            if the gradient was non-finite and the weights were left unchanged; and `learn_seconds`.
+            if the weights were left unchanged, because the gradient was non-finite or the method left out every row;
+            and `learn_seconds`.
 
         Raises:
             NonFiniteError: the gradient is non-finite for the third update in a row, none of them because the loss
                 scaler was still searching for its scale.
         """
         started = time.perf_counter()
+        rows = self._rows(batch)
+        if not rows:
+            return {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0, "learn_seconds": 0.0} | self._method.averages({}, 0)
         winners = self._halves.winners(update, self._parts(batch))
         sums = self._accumulate(batch)
         self.scaler.unscale_(self.optimizer)
@@ -120,7 +124,7 @@ class Learner:
                 f"(loss {sums['loss']}). The sample ids begin with {list(batch.sample_ids[:8])}; all are in {SKIPPED} "
                 "in the run's folder. First try a lower train.learning_rate or another model.precision"
             )
-        means = self._method.averages(sums, self._config.train.pairs_per_update)
+        means = self._method.averages(sums, rows)
         took = time.perf_counter() - started
         means |= halves if finite else {}
         return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
@@ -142,10 +146,15 @@ class Learner:
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
         """Yields micro-batches, each with the factor on its gradient; checks for an interruption before each."""
+        rows = self._rows(batch)
         scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: stays on the device
-        for part in list(batch.micro_batches(self._micro_batch)):
+        for part in batch.micro_batches(self._micro_batch):
             self._interruption.check()
-            yield part, scale * (len(part) / self._config.train.pairs_per_update)
+            yield part, scale * (len(part) / rows)
+
+    def _rows(self, batch: Batch) -> int:
+        rows = self._method.rows(batch)
+        return self._config.train.pairs_per_update if rows is None else rows
 
     def _add_gradients(self) -> None:
         """Sums each gradient over all processes; with shards, backward has done so.

@@ -47,7 +47,7 @@ class Setup:
         denoiser: the forward pass that policy and references share.
         sampler: generates samples.
         fingerprints: digests of the model, of the data, and of the judge if there is one.
-        judge: the scorer that `reference.judge` names; None without it.
+        judge: the scorer that `reference.judge` or `rl.reward` names; None without one.
     """
 
     asked: Config
@@ -104,10 +104,10 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
 
 
 def _judge(config: Config, device: torch.device) -> Scorer | None:
-    """Loads the scorer that `reference.judge` names; its networks stay on the device, in float16 on a GPU."""
-    name, folder = config.reference.judge, config.reference.judge_weights
-    if name is None:
+    """Loads the run's scorer, judge or reward; its networks stay on the device, in float16 on a GPU."""
+    if config.scorer is None:
         return None
+    _, name, folder = config.scorer
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     return load_scorer(name, device, dtype, None if folder is None else Path(folder))
 

@@ -144,6 +144,8 @@ class Trainer:
         sampler = self.config.sampler.model_copy(update={"batch": batch})
         configs = {"asked": self._asked, "config": self.config.model_copy(update={"sampler": sampler})}
         numbers |= {"update": self.finished, "added": self._added, "fingerprints": self._fingerprints}
+        if method := self.method.state(self.finished):
+            numbers["method"] = method
         numbers |= {name: config.model_dump(mode="json") for name, config in configs.items()}
         self.saver.save(self.finished, files, numbers, self.references)
 
@@ -155,6 +157,7 @@ class Trainer:
         try:
             self.learner.restore(files, saved.numbers)
             self._added = int(saved.numbers["added"])
+            self.method.restore(saved.numbers.get("method", {}))
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as problem:
             raise CheckpointError(f"{saved.folder}: its metadata does not match this run ({problem!r})") from problem
         if self.references is not None:

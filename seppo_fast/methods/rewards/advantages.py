@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+ADVANTAGE_CLIP = 5.0
+"""The largest advantage by absolute value, as published for DDPO, Flow-GRPO and DiffusionNFT alike."""
 _GROUP_EPSILON = 1e-4  # Flow-GRPO's
 _PROMPT_EPSILON = 1e-6  # DDPO's
 
