@@ -81,8 +81,6 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     config = apply_preset(config, device)
     source = preflight(config, device, processes.world)
     family = load_family(config, device)
-    if config.row.process == "reverse":
-        family.reverse_steps(config.sampler, config.rl.eta, config.rl.window)  # refused before the data are encoded
     judge = _judge(config, device)
     fingerprints = {"model": family.identity()} | ({} if judge is None else {"judge": judge.digest})
     if saved is not None:

@@ -1,4 +1,4 @@
-"""SPO: at each step candidates are compared by what they would become, and one of them continues the trajectory."""
+"""SPO: at each step several candidates are compared by what they would become, and the trajectory goes on from one."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class RewardMethod(Method):
 
     @abstractmethod
     def _batch(self, made: Iteration, update: int) -> Any:
-        """Returns this process's rows of an update. It has at least one, whose weight is 0 if no sample is kept."""
+        """Returns this process's rows of an update. It has at least one, whose weight is 0 if there is none to keep."""
 
     @abstractmethod
     def _old(self, model: nn.Module, batch: Any) -> None:
