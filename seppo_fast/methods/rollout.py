@@ -19,12 +19,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import Config
-from seppo_fast.distributed.processes import Processes
 from seppo_fast.methods.draws import Draws
 from seppo_fast.methods.generation import Generation, Keys
 from seppo_fast.methods.pairs import PairMaker, Pairs
 from seppo_fast.methods.reference_errors import ReferenceStrategy
-from seppo_fast.runs.signals import Interruption
 
 _FULL_BATCHES = 8  # sampling batches per window: a last batch that is not full then wastes an eighth at most
 
@@ -57,8 +55,7 @@ class Rollout:
         maker: see above.
         strategy: generates the reference's samples, and computes its errors ahead if `reference.errors` is "ahead".
         draws: the past policies; starts copying the next drawn one to the device.
-        processes: the run's processes.
-        interruption: checked before each batch; if it raises, the policy and the pairs in `waiting` are unchanged.
+        generation: generates in batches. If it is interrupted, the policy and the pairs in `waiting` are unchanged.
         judge: returns the verdicts on an update's samples, given their ids; None if no scorer is asked.
     """
 
@@ -68,8 +65,7 @@ class Rollout:
         maker: PairMaker,
         strategy: ReferenceStrategy,
         draws: Draws,
-        processes: Processes,
-        interruption: Interruption,
+        generation: Generation,
         judge: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     ) -> None:
         self._config = config
@@ -77,9 +73,7 @@ class Rollout:
         self.maker = maker
         self._strategy = strategy
         self._draws = draws
-        self._world = processes.world
-        self._generation = Generation(config, processes, interruption)
-        self._interruption = interruption
+        self._generation = generation
         self._judge = judge
         self.offload_context: Callable[[], AbstractContextManager[None]] = nullcontext
         self.waiting: dict[int, RolledOut] = {}
@@ -120,7 +114,7 @@ class Rollout:
             return range(update, update + 1)
         ahead = config.reference.window
         if ahead is None:
-            mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
+            mine = max(1, config.prompts_per_update // self.maker.world)
             ahead = math.ceil(_FULL_BATCHES * self.batch / mine) if self._generates else 1
         length = config.train.updates_per_iteration
         first = update - update % length
@@ -141,7 +135,7 @@ class Rollout:
                 start = (update - window[0]) * len(ids[update])
                 own = None if samples is None else samples[start : start + len(ids[update])]
                 pairs = partial(self.maker.pairs, update, ids[update], own)
-                self._interruption.check()
+                self._generation.check()
                 errors = self._strategy.ahead(model, pairs)
                 verdicts = None if own is None or self._judge is None else self._judge(ids[update], own)
                 made[update] = RolledOut(own, errors, verdicts)
