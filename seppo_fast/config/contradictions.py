@@ -53,6 +53,7 @@ def refuse_contradictions(config: Config) -> None:
             f"objective {config.objective!r} generates no samples to decode and encode: set sampler.round_trip = false"
         )
     _refuse_judge_settings(config)
+    _refuse_block_settings(config)
     _refuse_learning_settings(config)
 
 
@@ -76,6 +77,29 @@ def _refuse_judge_settings(config: Config) -> None:
             f"train.tie_tol is a setting of the anchor test, which objective {config.objective!r} does not use: set it "
             "to 0"
         )
+
+
+def _refuse_block_settings(config: Config) -> None:
+    """Checks the settings of blocks of pairs, which belong to Diffusion-RPO alone."""
+    train, block = config.train, config.rpo.block
+    if config.row.loss != "rpo":
+        for key, field in type(config.rpo).model_fields.items():
+            if getattr(config.rpo, key) != field.default:
+                raise ConfigError(
+                    f"rpo.{key}: objective {config.objective!r} does not compare blocks of pairs; remove it"
+                )
+        return
+    if config.reference.uses > 1:
+        raise ConfigError(
+            f"objective {config.objective!r} needs reference.uses = 1: a block must not hold the same pair twice"
+        )
+    for key in ("pairs_per_update", "micro_batch"):
+        pairs = getattr(train, key)
+        if pairs is not None and pairs % block:
+            raise ConfigError(
+                f"train.{key} = {pairs} must be a multiple of rpo.block = {block}: a block is trained as a whole, by "
+                "one process and in one micro-batch"
+            )
 
 
 def _refuse_learning_settings(config: Config) -> None:

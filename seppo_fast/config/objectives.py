@@ -1,6 +1,6 @@
 """The objectives as a table: where negatives come from, which past policy is the reference, and which flipper is used.
 
-With D = m - r (policy error minus reference error, per sample), every row but SFT, MaPO and KTO is
+With D = m - r (policy error minus reference error, per sample), every row but SFT, MaPO, KTO and Diffusion-RPO is
 `loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in the sign `a` and in where the losers `x_l` and the
 reference errors `r` come from.
 """
@@ -38,7 +38,7 @@ class Objective:
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str
-    loss: Literal["preference", "mapo", "kto"] = "preference"
+    loss: Literal["preference", "mapo", "kto", "rpo"] = "preference"
 
     @property
     def needs_pairs(self) -> bool:
@@ -61,6 +61,7 @@ OBJECTIVES: dict[str, Objective] = {
     "seppo-judged": Objective(SCORER, "uniform", "generated", "preferred", "SePPO, its sign a scorer's (this project)"),
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
+    "diffusion-rpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-RPO (no code is public)", "rpo"),
     "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),
     "kto": Objective("never", "initial", None, "preferred", "Diffusion-KTO: liked and disliked examples", "kto"),
     "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),

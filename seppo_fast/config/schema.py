@@ -289,6 +289,23 @@ class SamplerConfig(_Section):
     )
 
 
+class RpoConfig(_Section):
+    """The blocks of objective diffusion-rpo."""
+
+    block: int = Field(
+        8,
+        ge=1,
+        description="pairs in a block, in which each winner is compared with every loser; part of the objective, "
+        "unlike train.micro_batch, which must be a multiple of it; 1: Diffusion-DPO",
+    )
+    temperature: float = Field(
+        0.1,
+        gt=0,
+        description="temperature of the weights by which a winner is compared with the losers of its block; the lower "
+        "it is, the more only losers with nearly the same prompt count",
+    )
+
+
 class SaveConfig(_Section):
     """The states from which a run can resume."""
 
@@ -353,6 +370,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     reference: ReferenceConfig = ReferenceConfig()
     sampler: SamplerConfig = SamplerConfig()
+    rpo: RpoConfig = RpoConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -367,6 +385,11 @@ class Config(_Section):
     def row(self) -> Objective:
         """The objective's row in the table; the only place where an objective is looked up."""
         return OBJECTIVES[self.objective]
+
+    @property
+    def block(self) -> int:
+        """The number of consecutive pairs that a loss compares with each other; no micro-batch may split them."""
+        return self.rpo.block if self.row.loss == "rpo" else 1
 
     @property
     def learning_rate(self) -> float:

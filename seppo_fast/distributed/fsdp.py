@@ -78,9 +78,10 @@ def validate_fsdp_config(config: Config, processes: int) -> Config:
         if is_wrong:
             raise ConfigError(f"{setting} is not supported with FSDP: {instead}")
     pairs, uses = config.train.pairs_per_update, config.reference.uses
-    if pairs % (processes * uses):
+    key, together = ("rpo.block", config.block) if config.block > 1 else ("reference.uses", uses)
+    if pairs % (processes * together):
         raise ConfigError(
-            f"train.pairs_per_update = {pairs} must be a multiple of processes x reference.uses = {processes} x {uses} "
+            f"train.pairs_per_update = {pairs} must be a multiple of processes x {key} = {processes} x {together} "
             "with FSDP, as all processes must have the same number of micro-batches"
         )
     off = {"reference": {"park": False}, "model": {"compile": False}}

@@ -148,12 +148,11 @@ class PairMaker:
     def sample_ids(self, update: int) -> list[int]:
         """Returns this rank's sample ids of an update.
 
-        Each example is used once before any is used again; ids are assigned to ranks round-robin.
+        Each example is used once before any is used again; ids are assigned to ranks round-robin, in whole blocks.
         """
-        samples = self._config.train.pairs_per_update // self._config.reference.uses
-        positions = range(update * samples, (update + 1) * samples)
-        ids = [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
-        return ids[self._rank :: self._world]
+        samples, block = self._config.train.pairs_per_update // self._config.reference.uses, self._config.block
+        mine = [place for place in range(samples) if place // block % self._world == self._rank]
+        return [self._sample_id(*divmod(update * samples + place, len(self._cache))) for place in mine]
 
     def _sample_id(self, visit: int, position: int) -> int:
         if self._order is None or self._order[0] != visit:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from seppo_fast.config.objectives import OBJECTIVES, Objective
 from seppo_fast.methods.labelled.kto import KtoMethod
 from seppo_fast.methods.labelled.mapo import MapoMethod
+from seppo_fast.methods.labelled.rpo import RpoMethod
 from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
@@ -15,6 +16,7 @@ from seppo_fast.methods.rewards.judged import JudgedMethod
 _METHODS: dict[str, Callable[[MethodParts], Method]] = {
     **dict.fromkeys(OBJECTIVES, PreferenceMethod),
     "seppo-judged": JudgedMethod,
+    "diffusion-rpo": RpoMethod,
     "mapo": MapoMethod,
     "kto": KtoMethod,
 }

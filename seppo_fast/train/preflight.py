@@ -44,6 +44,11 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
             f"leave fewer samples per update ({samples}) than there are processes ({processes}): raise the first or "
             "lower the second"
         )
+    if config.train.pairs_per_update // config.block < processes:
+        raise ConfigError(
+            f"train.pairs_per_update = {config.train.pairs_per_update} and rpo.block = {config.block} leave fewer "
+            f"blocks per update than there are processes ({processes}): raise the first or lower the second"
+        )
     reference = config.reference
     rooms = [reference.host_gib, reference.disk_gib, *([reference.gpu_gib] if device.type == "cuda" else [])]
     if config.row.draw and not any(room is None or room > 0 for room in rooms):
