@@ -54,6 +54,8 @@ def refuse_contradictions(config: Config) -> None:
         )
     _refuse_judge_settings(config)
     _refuse_block_settings(config)
+    if config.row.replay:
+        _refuse_replay_settings(config)
     _refuse_learning_settings(config)
 
 
@@ -100,6 +102,19 @@ def _refuse_block_settings(config: Config) -> None:
                 f"train.{key} = {pairs} must be a multiple of rpo.block = {block}: a block is trained as a whole, by "
                 "one process and in one micro-batch"
             )
+
+
+def _refuse_replay_settings(config: Config) -> None:
+    """Checks the settings of objectives that keep the samples of all iterations."""
+    why = {
+        "reference.uses": (config.reference.uses, 1, "an update compares each sample once"),
+        "reference.window": (config.reference.window, None, "the samples of an iteration are generated at once"),
+        "train.sft_weight": (config.train.sft_weight, 0, "some winners are the model's own samples"),
+    }
+    for key, (value, needed, reason) in why.items():
+        if value != needed:
+            said = "null" if needed is None else needed
+            raise ConfigError(f"objective {config.objective!r} needs {key} = {said}, got {value}: {reason}")
 
 
 def _refuse_learning_settings(config: Config) -> None:

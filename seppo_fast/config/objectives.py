@@ -31,6 +31,8 @@ class Objective:
         winners: the `preferred` image of each example (SePPO-w), or a `random` one of its two images (SePPO-r).
         source: the publication that the row comes from.
         loss: the loss, `preference` as above (or SFT's), or one of its own.
+        replay: whether samples of all iterations are kept and compared (DITTO); the drawn past policy then only
+            generates, and the reference is checkpoint 0.
     """
 
     flipper: Flipper | Literal["scorer"]
@@ -39,6 +41,7 @@ class Objective:
     winners: Literal["preferred", "random"]
     source: str
     loss: Literal["preference", "mapo", "kto", "rpo"] = "preference"
+    replay: bool = False
 
     @property
     def needs_pairs(self) -> bool:
@@ -60,6 +63,7 @@ OBJECTIVES: dict[str, Objective] = {
     "seppo-newest": Objective("adaptive", "newest", "generated", "preferred", "SePPO table 4: ref = k-1"),
     "seppo-judged": Objective(SCORER, "uniform", "generated", "preferred", "SePPO, its sign a scorer's (this project)"),
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
+    "ditto": Objective("never", "newest", "generated", "preferred", "DITTO, for pictures", replay=True),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
     "diffusion-rpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-RPO (no code is public)", "rpo"),
     "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),

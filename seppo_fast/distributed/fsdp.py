@@ -72,6 +72,7 @@ def validate_fsdp_config(config: Config, processes: int) -> Config:
         f"train.optimizer = {config.train.optimizer}": (config.train.optimizer != "adamw", "use adamw, whose state "
             "is sharded"),
         "reference.park = true": (config.reference.park, "shards make room already; use false"),
+        f"objective = {config.objective}": (config.row.replay, "its updates differ in size; leave out --use_fsdp"),
         "model.compile = true": (config.model.compile, "use false"),
     }  # fmt: skip
     for setting, (is_wrong, instead) in wrong.items():

@@ -7,9 +7,10 @@ For each update the trainer calls `collect`, splits the batch with `Batch.micro_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -95,6 +96,21 @@ class Method(ABC):
 
         Args:
             parked: returns a context manager that keeps the optimizer's state in host memory while it is active.
+        """
+
+    def files(self) -> Mapping[str, Path]:
+        """Returns the files that a state saved now must hold, by name in the state; none may ever change.
+
+        They are what `collect` needs beyond the past policies and cannot make again, such as samples of policies that
+        are no longer kept. A state holds hard links to them, and their checksums. By default there are none.
+        """
+        return {}
+
+    def restore(self, state: Path) -> None:  # noqa: B027
+        """Takes over what `files` gave to a saved state; called in all processes of a run that resumes.
+
+        Args:
+            state: the state's folder, whose checksums have been checked. It may be removed later.
         """
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:

@@ -11,11 +11,13 @@ from seppo_fast.methods.labelled.rpo import RpoMethod
 from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
+from seppo_fast.methods.replay.ditto import DittoMethod
 from seppo_fast.methods.rewards.judged import JudgedMethod
 
 _METHODS: dict[str, Callable[[MethodParts], Method]] = {
     **dict.fromkeys(OBJECTIVES, PreferenceMethod),
     "seppo-judged": JudgedMethod,
+    "ditto": DittoMethod,
     "diffusion-rpo": RpoMethod,
     "mapo": MapoMethod,
     "kto": KtoMethod,

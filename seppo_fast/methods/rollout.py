@@ -141,7 +141,7 @@ class Rollout:
         keys = [(update, sample) for update in window for sample in ids[update]]
         done = sum(len(ids[update]) for update in range(window[0], first))
         with self.offload_context(), self._strategy.load_reference(self._draws.pool, reference) as model:
-            samples = self._generate(model, keys, done) if self._generates else None
+            samples = self.generate(model, keys, done) if self._generates else None
             made: dict[int, RolledOut] = {}
             for update in window[first - window[0] :]:
                 start = (update - window[0]) * len(ids[update])
@@ -153,7 +153,7 @@ class Rollout:
                 made[update] = RolledOut(own, errors, verdicts)
         return made
 
-    def _generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int) -> Tensor:
+    def generate(self, model: nn.Module, keys: list[tuple[int, int]], done: int = 0) -> Tensor:
         """Generates samples `(len(keys), *latent)` for keys (update, sample id); halves the batch if memory runs out.
 
         The first `done` samples are not needed, and those whose batches lie before them entirely are left undefined.

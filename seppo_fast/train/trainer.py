@@ -145,7 +145,7 @@ class Trainer:
         configs = {"asked": self._asked, "config": self.config.model_copy(update={"sampler": sampler})}
         numbers |= {"update": self.finished, "added": self._added, "fingerprints": self._fingerprints}
         numbers |= {name: config.model_dump(mode="json") for name, config in configs.items()}
-        self.saver.save(self.finished, files, numbers, self.references)
+        self.saver.save(self.finished, files, numbers, self.references, self.method.files())
 
     def _restore(self, saved: SavedState) -> None:
         load_policy(self.policy, saved)
@@ -164,6 +164,7 @@ class Trainer:
                 raise ConfigError(
                     f"reference.gpu_gib, host_gib, disk_gib: no room for the run's past policies: {problem}"
                 ) from problem
+        self.method.restore(saved.folder)
         self.finished = saved.update
         if self.processes.main:
             put_aside_newer(self.folder, self.finished)
