@@ -99,10 +99,10 @@ class Method(ABC):
         """
 
     def files(self) -> Mapping[str, Path]:
-        """Returns the files that a state saved now must hold, by name in the state; none may ever change.
+        """Returns the files that a state saved now must hold, under the names that they get there; they must never change.
 
         They are what `collect` needs beyond the past policies and cannot make again, such as samples of policies that
-        are no longer kept. A state holds hard links to them, and their checksums. By default there are none.
+        are no longer kept. A state holds hard links to them, and their checksums. The default returns an empty mapping.
         """
         return {}
 

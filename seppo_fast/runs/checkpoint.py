@@ -82,7 +82,7 @@ def write_state(
         files: contiguous CPU tensors, by file name (without suffix) and tensor name.
         numbers: everything that is not a tensor; must be serializable as JSON.
         write_references: creates the given folder and writes the past policies into it, with their own manifest.
-        links: files that exist already, by their name in the state, which gets hard links to them.
+        links: files that exist already, under the names that they get in the state; it holds hard links to them.
 
     Raises:
         CheckpointError: the disk is full, read-only or otherwise not writable.

@@ -128,7 +128,7 @@ class Saver:
             files: the results of `on_cpu`, by file name without suffix.
             numbers: everything that is not a tensor.
             references: the pool of past policies, if there is one; nothing may be added to it before `wait`.
-            links: files that exist already and never change, by their name in the state.
+            links: files that exist already and never change, under the names that they get in the state.
         """
         contents = update, files, dict(numbers), references, dict(links or {})
         self._thread = threading.Thread(target=self._write, args=contents)

@@ -1,6 +1,7 @@
 """DITTO: the comparisons of an update, the samples that a run keeps, whole runs, and what is refused."""
 
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from seppo_fast.distributed.processes import Processes
 from seppo_fast.methods.pairs import noised
 from seppo_fast.methods.replay.buffer import Key, SampleBuffer
 from seppo_fast.methods.replay.comparisons import Comparisons, shares
-from seppo_fast.runs.checkpoint import newest_state, saved_states
+from seppo_fast.references.storage import map_checkpoint
+from seppo_fast.runs.checkpoint import saved_states
 from seppo_fast.train import train as run
 from seppo_fast.train.preflight import preflight
 from seppo_fast.train.trainer import Trainer
@@ -55,14 +57,18 @@ def test_an_update_has_dittos_shares_and_the_first_iteration_only_new_samples():
     for update in range(30):
         made = comparisons.of(update)
         kinds = Counter((one.replayed, one.winner is not None) for one in made)
-        assert kinds == ({(False, False): 21} if update < 3 else {(False, False): 21, (True, False): 6, (True, True): 3})
+        assert kinds == (
+            {(False, False): 21} if update < 3 else {(False, False): 21, (True, False): 6, (True, True): 3}
+        )
         ids = [one.sample_id for one in made]
         assert ids == sorted(set(ids)) and set(ids) <= set(Maker().sample_ids(update))
         for one in made:
             own = Key(update, one.sample_id - 30 * update)
             winner = own if one.winner is None else one.winner
             # The same example, since each pass over the data is an iteration.
-            assert one.loser.place == winner.place == own.place and winner.update % 3 == one.loser.update % 3 == update % 3
+            assert (
+                one.loser.place == winner.place == own.place and winner.update % 3 == one.loser.update % 3 == update % 3
+            )
             if one.replayed:
                 assert one.loser.update // 3 < update // 3
                 losers[update // 3 - one.loser.update // 3] += 1
@@ -197,7 +203,7 @@ def test_the_first_iteration_takes_the_mean_over_fewer_pairs(tiny, tmp_path):
     assert means["compared"] == 7 and means["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
-def test_two_stages_on_the_command_line(tiny, tmp_path, capsys):
+def test_two_stages_on_the_command_line(tiny, tmp_path):
     """Fine-tuning first; its weights are the policy and the reference that the second stage starts from."""
     first = ditto_config(tiny, tmp_path, output=str(tmp_path / "sft"), train={"updates": 1}).model_dump(mode="json")
     first["objective"] = "sft"
@@ -214,8 +220,114 @@ def test_two_stages_on_the_command_line(tiny, tmp_path, capsys):
     assert log[2]["winner_error"] != log[2]["ref_winner_error"] and all(entry["grad_norm"] > 0 for entry in log)
     state = saved_states(tmp_path / "ditto")[0]
     tuned = load_file(next((tmp_path / "sft" / "weights" / "unet").glob("*.safetensors")))
-    from seppo_fast.references.storage import map_checkpoint
-
     slab, layout = map_checkpoint(state / "references" / "checkpoint-000000.safetensors")
     assert all(torch.equal(layout.views(slab)[name], tensor) for name, tensor in tuned.items())
     assert len(list(state.glob("samples-*.safetensors"))) == 2
+
+
+def test_a_run_that_stops_after_every_update_is_the_run_that_does_not(tiny, tmp_path):
+    """Stops within iterations and between them. What a killed run left in the folder of samples is not used."""
+    straight = ditto_config(tiny, tmp_path, output=str(tmp_path / "straight"), save={"minutes": 0})
+    run(straight)
+    stopped = ditto_config(tiny, tmp_path, output=str(tmp_path / "stopped"), save={"minutes": 0})
+    for update in range(1, 5):
+
+        def end(trainer, updates, update=update):
+            if updates == update:
+                trainer.saver.wait()
+                raise Ended
+
+        with pytest.raises(Ended):
+            run(stopped, end)
+        for file in (Path(stopped.output) / "state" / ".buffer").iterdir():
+            shutil.copyfile(file, file.with_name("copy"))
+            file.unlink()
+            file.with_name("copy").rename(file)  # no longer the state's file
+            file.write_bytes(b"damaged")
+    run(stopped)
+    assert_same_run(straight, stopped)
+
+
+def test_a_killed_run_is_finished_by_the_same_command(forks, tiny, tmp_path):
+    """Killed while learning, while writing a state, and while sampling the second iteration."""
+    config = ditto_config(tiny, tmp_path, save={"minutes": 0}, train={"updates": 4})
+    for name in ("straight", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(config.model_copy(update={"output": str(tmp_path / name)})))
+    assert forks.run("train", tmp_path / "straight.yaml").code == 0
+    for fault in ("micro-batch@3", "save-manifest@1", "sampling@2"):
+        killed = forks.run("train", tmp_path / "killed.yaml", fault=f"{fault}=kill")
+        assert killed.code == -signal.SIGKILL, (fault, killed.err)
+    ended = forks.run("train", tmp_path / "killed.yaml")
+    assert ended.code == 0, ended.err
+    assert_same_run(*(config.model_copy(update={"output": str(tmp_path / name)}) for name in ("straight", "killed")))
+
+
+def test_a_longer_run_generates_what_its_last_iteration_lacks(tiny, tmp_path):
+    config = ditto_config(tiny, tmp_path, save={"minutes": 0}, train={"updates": 3})
+    run(config)
+    run(ditto_config(tiny, tmp_path, save={"minutes": 0}, train={"updates": 4}))
+    state = saved_states(Path(config.output))[0]
+    names = sorted(file.name[8:21] for file in state.glob("samples-*"))
+    assert names == ["000000-000002", "000002-000003", "000003-000004"]
+    assert [entry["compared"] for entry in log_of(config)] == [7, 7, 10, 10]
+
+
+def test_damaged_samples_are_found_and_an_older_state_is_used(tiny, tmp_path, capsys):
+    config = ditto_config(tiny, tmp_path, save={"minutes": 0}, train={"updates": 3})
+    run(config)
+    newest, older = saved_states(Path(config.output))
+    assert (newest.name, older.name) == ("update-000003", "update-000002")
+    assert len(list(older.glob("samples-*"))) == 1
+    file = newest / "samples-000002-000003-0-of-1.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    log = log_of(config)
+    run(config)
+    assert f"{file.name} is damaged" in capsys.readouterr().out
+    assert [entry["loss"] for entry in log_of(config)] == [entry["loss"] for entry in log]
+
+
+def test_two_processes_learn_as_one(tiny, tmp_path, ranks):
+    """The same comparisons of the same samples: seven and ten pairs, of which the processes have 4 and 3, 5 and 5."""
+    config = ditto_config(
+        tiny, tmp_path, save={"minutes": 0},
+        train={"updates": 3, "updates_per_iteration": 1, "learning_rate": 1e-5, "micro_batch": 2},
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    logs = []
+    for world in (1, 2):
+        output = str(tmp_path / f"world{world}")
+        ends = ranks.run(world, "train", tmp_path / "run.yaml", "--output", output)
+        assert [end.code for end in ends] == [0] * world, ends[0].out
+        logs.append(log_of(config.model_copy(update={"output": output})))
+    for update, tolerance in enumerate((1e-5, 1e-2, 1e-2)):
+        for name in ("compared", "replayed", "newer_over_older", "loss", "winner_error", "loser_error", "grad_norm"):
+            assert logs[0][update][name] == pytest.approx(logs[1][update][name], rel=tolerance), (update, name)
+    assert logs[0][2]["newer_over_older"] == 0.1
+    # Two processes' samples are read by one, which makes another iteration.
+    longer = config.train.model_copy(update={"updates": 4})
+    run(config.model_copy(update={"output": output, "train": longer}))
+    state = saved_states(Path(output))[0]
+    assert len(list(state.glob("samples-*-of-2.safetensors"))) == 6
+    assert len(list(state.glob("samples-*-of-1.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"reference": {"uses": 2}}, "'ditto' needs reference.uses = 1, got 2"),
+        ({"reference": {"window": 1}}, "'ditto' needs reference.window = null, got 1"),
+        ({"train": {"sft_weight": 1}}, "'ditto' needs train.sft_weight = 0, got 1"),
+        ({"reference": {"keep": 2}}, "'ditto' does not draw among past policies"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(sections, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_config({"objective": "ditto"} | sections)
+
+
+def test_too_few_pairs_for_the_processes_are_refused(tiny, tmp_path):
+    config = ditto_config(tiny, tmp_path, train={"pairs_per_update": 3})
+    with pytest.raises(ConfigError, match="fewer than one comparison per process \\(3\\) in the first iteration"):
+        preflight(config, torch.device("cpu"), 3)
