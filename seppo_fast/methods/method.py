@@ -99,10 +99,11 @@ class Method(ABC):
         """
 
     def files(self) -> Mapping[str, Path]:
-        """Returns the files that a state saved now must hold, under the names that they get there; they must never change.
+        """Returns the files that a state saved now must hold, under the names that they get there.
 
         They are what `collect` needs beyond the past policies and cannot make again, such as samples of policies that
-        are no longer kept. A state holds hard links to them, and their checksums. The default returns an empty mapping.
+        are no longer kept. They must never change, since a state holds hard links to them, and their checksums. The
+        default returns an empty mapping.
         """
         return {}
 
