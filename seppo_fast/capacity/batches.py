@@ -69,9 +69,10 @@ class BatchRoom:
     aside: int = 0
 
     def micro_batch(self, config: Config, pair: Footprint) -> int:
-        """Returns the largest micro-batch that fits and that the preset allows."""
+        """Returns the largest micro-batch that fits and that the preset allows, of whole blocks and at least one."""
         most = min(MEMORY_PRESETS[config.memory].micro_batch, -(-config.train.pairs_per_update // self.world))
-        return self._fitting(pair, most, parked=False, more=self.aside)
+        pairs = self._fitting(pair, most, parked=False, more=self.aside)
+        return max(config.block, pairs - pairs % config.block)
 
     def parks(self, config: Config, sample: Footprint) -> bool:
         """Returns whether to park the optimizer's state: the preset says so, or too few samples fit beside it."""

@@ -149,8 +149,10 @@ class PairMaker:
         self._order: tuple[int, Tensor] | None = None
 
     def sample_ids(self, update: int) -> list[int]:
-        """Returns this rank's sample ids of an update; ids are assigned to ranks round-robin."""
-        return self.all_sample_ids(update)[self._rank :: self.world]
+        """Returns this rank's sample ids of an update; ids are assigned to ranks round-robin, in whole blocks."""
+        block = self._config.block
+        ids = self.all_sample_ids(update)
+        return [sample for place, sample in enumerate(ids) if place // block % self.world == self._rank]
 
     def all_sample_ids(self, update: int) -> list[int]:
         """Returns all ranks' sample ids of an update. Each example is used once before any is used again."""
