@@ -65,9 +65,10 @@ class BatchRoom:
     aside: int = 0
 
     def micro_batch(self, config: Config, pair: Footprint) -> int:
-        """Returns the largest micro-batch that fits and that the preset allows."""
+        """Returns the largest micro-batch that fits and that the preset allows, of whole blocks and at least one."""
         most = min(MEMORY_PRESETS[config.memory].micro_batch, -(-rows_per_update(config) // self.world))
-        return self._fitting(pair, most, parked=False, more=self.aside)
+        rows = self._fitting(pair, most, parked=False, more=self.aside)
+        return max(config.block, rows - rows % config.block)
 
     def parks(self, config: Config, sample: Footprint) -> bool:
         """Returns whether to park the optimizer's state: the preset says so, or too few samples fit beside it."""

@@ -124,6 +124,9 @@ def _estimate(config: Config, source: Source, problems: Sequence[Problem], devic
     yield f"disk: {size((latents + text) * 4)} for the cache, or half of that if a GPU fills it in half precision"
     states = need.trained + need.moments + need.average
     yield f"disk: {size(config.save.keep * states)} for {config.save.keep} saved states, plus the past policies once"
+    if config.row.replay:
+        samples = config.train.updates * config.train.pairs_per_update * torch.Size(shape).numel()
+        yield f"disk: {size(4 * samples)} for the samples of all iterations"
     denoiser = Denoiser(family, DTYPES[config.model.precision])
     seconds = seconds_of_run(config, need, family, denoiser)
     yield (

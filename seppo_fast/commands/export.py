@@ -154,7 +154,7 @@ def model_card(
 def reference_facts(config: Config) -> dict[str, str]:
     """Returns the facts of a model card about past policies, their samples, and the scorer that judged these."""
     facts: dict[str, str] = {}
-    if config.row.draw == "initial":
+    if config.row.draw == "initial" or config.row.replay:
         facts["reference"] = "the base"
     elif config.row.draw is not None:
         facts["references"] = f"a new past policy every {config.train.updates_per_iteration} updates"

@@ -28,6 +28,8 @@ _PANELS = {
         "reject rate": {"reject": "aaf_rate"},
         "margin": {"margin": "margin"},
         "MaPO's margin, f(m_w) - f(m_l)": {"margin": "ratio_margin"},
+        "RPO's weight of a winner's own loser": {"weight": "diagonal_weight"},
+        "DITTO's share of pairs": {"earlier sample": "replayed", "newer over older": "newer_over_older"},
         "KTO's offset": {"offset": "offset"},
         "|logit|": {"logit": "logit_abs"},
         "gradient norm, before clipping": {"norm": "grad_norm"},

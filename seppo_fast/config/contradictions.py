@@ -55,6 +55,9 @@ def refuse_contradictions(config: Config) -> None:
         )
     _refuse_judge_settings(config)
     refuse_reward_contradictions(config)
+    _refuse_block_settings(config)
+    if config.row.replay:
+        _refuse_replay_settings(config)
     _refuse_learning_settings(config)
 
 
@@ -78,6 +81,42 @@ def _refuse_judge_settings(config: Config) -> None:
             f"train.tie_tol is a setting of the anchor test, which objective {config.objective!r} does not use: set it "
             "to 0"
         )
+
+
+def _refuse_block_settings(config: Config) -> None:
+    """Checks the settings of blocks of pairs, which belong to Diffusion-RPO alone."""
+    train, block = config.train, config.rpo.block
+    if config.row.loss != "rpo":
+        for key, field in type(config.rpo).model_fields.items():
+            if getattr(config.rpo, key) != field.default:
+                raise ConfigError(
+                    f"rpo.{key}: objective {config.objective!r} does not compare blocks of pairs; remove it"
+                )
+        return
+    if config.reference.uses > 1:
+        raise ConfigError(
+            f"objective {config.objective!r} needs reference.uses = 1: a block must not hold the same pair twice"
+        )
+    for key in ("pairs_per_update", "micro_batch"):
+        pairs = getattr(train, key)
+        if pairs is not None and pairs % block:
+            raise ConfigError(
+                f"train.{key} = {pairs} must be a multiple of rpo.block = {block}: a block is trained as a whole, by "
+                "one process and in one micro-batch"
+            )
+
+
+def _refuse_replay_settings(config: Config) -> None:
+    """Checks the settings of objectives that keep the samples of all iterations."""
+    why = {
+        "reference.uses": (config.reference.uses, 1, "an update compares each sample once"),
+        "reference.window": (config.reference.window, None, "the samples of an iteration are generated at once"),
+        "train.sft_weight": (config.train.sft_weight, 0, "some winners are the model's own samples"),
+    }
+    for key, (value, needed, reason) in why.items():
+        if value != needed:
+            said = "null" if needed is None else needed
+            raise ConfigError(f"objective {config.objective!r} needs {key} = {said}, got {value}: {reason}")
 
 
 def _refuse_learning_settings(config: Config) -> None:

@@ -35,6 +35,8 @@ class Objective:
             the method learns from no reward.
         process: the method trains on noised data (`forward`), or on steps of the sampler (`reverse`).
         samples_per_prompt: the default of `rl.samples_per_prompt`.
+        replay: whether samples of all iterations are kept and compared (DITTO); the drawn past policy then only
+            generates, and the reference is checkpoint 0.
     """
 
     flipper: Flipper | Literal["scorer"]
@@ -42,10 +44,11 @@ class Objective:
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str
-    loss: Literal["preference", "mapo", "kto", "policy-gradient", "step-preference", "nft"] = "preference"
+    loss: Literal["preference", "mapo", "kto", "rpo", "policy-gradient", "step-preference", "nft"] = "preference"
     reward: Literal["final", "steps"] | None = None
     process: Literal["forward", "reverse"] = "forward"
     samples_per_prompt: int = 1
+    replay: bool = False
 
     @property
     def needs_pairs(self) -> bool:
@@ -86,7 +89,9 @@ OBJECTIVES: dict[str, Objective] = {
     "seppo-newest": Objective("adaptive", "newest", "generated", "preferred", "SePPO table 4: ref = k-1"),
     "seppo-judged": Objective(SCORER, "uniform", "generated", "preferred", "SePPO, its sign a scorer's (this project)"),
     "spin": Objective("never", "newest", "generated", "preferred", "SPIN-Diffusion"),
+    "ditto": Objective("never", "newest", "generated", "preferred", "DITTO, for pictures", replay=True),
     "diffusion-dpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-DPO, eq. 14"),
+    "diffusion-rpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-RPO (no code is public)", "rpo"),
     "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),
     "kto": Objective("never", "initial", None, "preferred", "Diffusion-KTO: liked and disliked examples", "kto"),
     "ddpo": _rewarded("DDPO: the clipped policy gradient on the sampler's steps", "policy-gradient"),

@@ -278,6 +278,23 @@ class SamplerConfig(Section):
     )
 
 
+class RpoConfig(Section):
+    """The blocks of objective diffusion-rpo."""
+
+    block: int = Field(
+        8,
+        ge=1,
+        description="pairs in a block, in which each winner is compared with every loser; part of the objective, "
+        "unlike train.micro_batch, which must be a multiple of it; 1: Diffusion-DPO",
+    )
+    temperature: float = Field(
+        0.1,
+        gt=0,
+        description="temperature of the weights by which a winner is compared with the losers of its block; the lower "
+        "it is, the more only losers with nearly the same prompt count",
+    )
+
+
 class SaveConfig(Section):
     """The states from which a run can resume."""
 
@@ -343,6 +360,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     rl: RlConfig = RlConfig()
     sampler: SamplerConfig = SamplerConfig()
+    rpo: RpoConfig = RpoConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -375,6 +393,11 @@ class Config(Section):
             return "rl.reward", self.rl.reward, self.rl.reward_weights
         judge = self.reference.judge
         return None if judge is None else ("reference.judge", judge, self.reference.judge_weights)
+
+    @property
+    def block(self) -> int:
+        """The number of consecutive pairs that a loss compares with each other; no micro-batch may split them."""
+        return self.rpo.block if self.row.loss == "rpo" else 1
 
     @property
     def learning_rate(self) -> float:

@@ -68,8 +68,8 @@ def validate_fsdp_config(config: Config, processes: int) -> Config:
     wrong = {
         "model.train = lora": (config.model.train == "lora", "a LoRA has too few weights to be worth sharding; leave "
             "out --use_fsdp, or set model.train = full"),
-        f"objective = {config.objective}": (config.row.reward is not None, "processes learn from different numbers of "
-            "samples; start them without --use_fsdp"),
+        f"objective = {config.objective}": (config.row.replay or config.row.reward is not None,
+            "its updates differ in size; leave out --use_fsdp"),
         f"reference.errors = {config.reference.errors}": (config.reference.errors != "ahead", "use ahead"),
         f"train.optimizer = {config.train.optimizer}": (config.train.optimizer != "adamw", "use adamw, whose state "
             "is sharded"),
@@ -80,9 +80,10 @@ def validate_fsdp_config(config: Config, processes: int) -> Config:
         if is_wrong:
             raise ConfigError(f"{setting} is not supported with FSDP: {instead}")
     pairs, uses = config.train.pairs_per_update, config.reference.uses
-    if pairs % (processes * uses):
+    key, together = ("rpo.block", config.block) if config.block > 1 else ("reference.uses", uses)
+    if pairs % (processes * together):
         raise ConfigError(
-            f"train.pairs_per_update = {pairs} must be a multiple of processes x reference.uses = {processes} x {uses} "
+            f"train.pairs_per_update = {pairs} must be a multiple of processes x {key} = {processes} x {together} "
             "with FSDP, as all processes must have the same number of micro-batches"
         )
     off = {"reference": {"park": False}, "model": {"compile": False}}

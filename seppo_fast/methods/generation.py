@@ -33,7 +33,7 @@ class Generation:
     Args:
         config: the run's configuration, with its batch sizes chosen.
         processes: the run's processes.
-        interruption: checked before each batch.
+        interruption: checked before each batch; if it raises, nothing has changed.
     """
 
     def __init__(self, config: Config, processes: Processes, interruption: Interruption) -> None:
@@ -79,6 +79,10 @@ class Generation:
                 advance(len(made))
         assert samples is not None
         return samples
+
+    def check(self) -> None:
+        """Checks for an interruption, before other work of a rollout."""
+        self._interruption.check()
 
     def agree(self) -> None:
         """Sets the batch to the smallest of all processes': one of them may have run out of memory."""

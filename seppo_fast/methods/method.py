@@ -7,9 +7,10 @@ For each update the trainer calls `collect`, splits the batch with `Batch.micro_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -115,11 +116,25 @@ class Method(ABC):
         """
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Restores what `state` returned. States of older versions have none: then it is empty.
+    def files(self) -> Mapping[str, Path]:
+        """Returns the files that a state saved now must hold, under the names that they get there.
+
+        They are what `collect` needs beyond the past policies and cannot make again, such as samples of policies that
+        are no longer kept. They must never change, since a state holds hard links to them, and their checksums. The
+        default returns an empty mapping.
+        """
+        return {}
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:  # noqa: B027
+        """Restores what `state` and `files` returned; called in all processes of a run that resumes.
+
+        Args:
+            state: what `state` returned. States of older versions have none: then it is empty.
+            folder: the saved state's folder with the files, whose checksums have been checked. It may be removed later.
 
         Raises:
             KeyError, TypeError, ValueError: the state does not match this run.
+            CheckpointError: a file is missing, or cannot be written.
         """
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:

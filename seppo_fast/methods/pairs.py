@@ -127,6 +127,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 class PairMaker:
     """Makes the pairs of an update. The reference's samples and denoising errors are computed elsewhere.
 
+    Attributes:
+        world: number of processes.
+
     Args:
         config: the run's configuration.
         cache: latents and conditioning of the training data.
@@ -142,12 +145,14 @@ class PairMaker:
         self._objective = config.row
         self._cache = cache
         self._schedule = schedule
-        self._rank, self._world = rank, world
+        self._rank, self.world = rank, world
         self._order: tuple[int, Tensor] | None = None
 
     def sample_ids(self, update: int) -> list[int]:
-        """Returns this rank's sample ids of an update; ids are assigned to ranks round-robin."""
-        return self.all_sample_ids(update)[self._rank :: self._world]
+        """Returns this rank's sample ids of an update; ids are assigned to ranks round-robin, in whole blocks."""
+        block = self._config.block
+        ids = self.all_sample_ids(update)
+        return [sample for place, sample in enumerate(ids) if place // block % self.world == self._rank]
 
     def all_sample_ids(self, update: int) -> list[int]:
         """Returns all ranks' sample ids of an update. Each example is used once before any is used again."""

@@ -32,9 +32,7 @@ class PreferenceMethod(Method):
         self._schedule = parts.family.schedule
         strategy = REFERENCE_STRATEGIES[parts.config.reference.errors]
         self.strategy = strategy(parts.family, parts.denoiser, parts.sampler, parts.model, parts.config)
-        self.rollout = Rollout(
-            parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.processes, parts.interruption, judge
-        )
+        self.rollout = Rollout(parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.generation(), judge)
 
     @property
     def seconds(self) -> float:  # type: ignore[override]

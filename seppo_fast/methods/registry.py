@@ -7,9 +7,11 @@ from collections.abc import Callable
 from seppo_fast.config.objectives import OBJECTIVES, Objective
 from seppo_fast.methods.labelled.kto import KtoMethod
 from seppo_fast.methods.labelled.mapo import MapoMethod
+from seppo_fast.methods.labelled.rpo import RpoMethod
 from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
+from seppo_fast.methods.replay.ditto import DittoMethod
 from seppo_fast.methods.reverse.d3po import D3poMethod
 from seppo_fast.methods.reverse.policy_gradient import DdpoMethod, GrpoMethod
 from seppo_fast.methods.reverse.spo import SpoMethod
@@ -19,6 +21,8 @@ from seppo_fast.methods.rewards.nft import NftMethod
 _METHODS: dict[str, Callable[[MethodParts], Method]] = {
     **dict.fromkeys(OBJECTIVES, PreferenceMethod),
     "seppo-judged": JudgedMethod,
+    "ditto": DittoMethod,
+    "diffusion-rpo": RpoMethod,
     "mapo": MapoMethod,
     "kto": KtoMethod,
     "ddpo": DdpoMethod,

@@ -19,12 +19,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import Config
-from seppo_fast.distributed.processes import Processes
 from seppo_fast.methods.draws import Draws
 from seppo_fast.methods.generation import Generation, Keys
 from seppo_fast.methods.pairs import PairMaker, Pairs
 from seppo_fast.methods.reference_errors import ReferenceStrategy
-from seppo_fast.runs.signals import Interruption
 
 _FULL_BATCHES = 8  # sampling batches per window: a last batch that is not full then wastes an eighth at most
 
@@ -49,6 +47,7 @@ class Rollout:
     Attributes:
         seconds: time that the last update's pairs took, including an equal share of its window's rollout.
         maker: makes the pairs, except for the reference's samples and errors.
+        generation: generates in batches.
         waiting: what was computed for updates that were rolled out ahead, by update.
         offload_context: entered while a reference is resident, to free device memory that only the learner needs.
 
@@ -57,8 +56,7 @@ class Rollout:
         maker: see above.
         strategy: generates the reference's samples, and computes its errors ahead if `reference.errors` is "ahead".
         draws: the past policies; starts copying the next drawn one to the device.
-        processes: the run's processes.
-        interruption: checked before each batch; if it raises, the policy and the pairs in `waiting` are unchanged.
+        generation: see above. If it is interrupted, the policy and the pairs in `waiting` are unchanged.
         judge: returns the verdicts on an update's samples, given their ids; None if no scorer is asked.
     """
 
@@ -68,8 +66,7 @@ class Rollout:
         maker: PairMaker,
         strategy: ReferenceStrategy,
         draws: Draws,
-        processes: Processes,
-        interruption: Interruption,
+        generation: Generation,
         judge: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     ) -> None:
         self._config = config
@@ -77,9 +74,7 @@ class Rollout:
         self.maker = maker
         self._strategy = strategy
         self._draws = draws
-        self._world = processes.world
-        self._generation = Generation(config, processes, interruption)
-        self._interruption = interruption
+        self.generation = generation
         self._judge = judge
         self.offload_context: Callable[[], AbstractContextManager[None]] = nullcontext
         self.waiting: dict[int, RolledOut] = {}
@@ -89,7 +84,7 @@ class Rollout:
     @property
     def batch(self) -> int:
         """Number of samples generated at once; halved when memory runs out."""
-        return self._generation.batch
+        return self.generation.batch
 
     def pairs(self, update: int, reference: int | None) -> Pairs:
         """Returns this rank's pairs of an update; the first call of a window rolls out all of its updates.
@@ -102,7 +97,7 @@ class Rollout:
             window, started = self.window(update), time.perf_counter()
             self.waiting = self._roll_out(window, update, reference)
             self._draws.prefetch(window[-1] + 1)
-            self._generation.agree()  # the batch determines the windows, so it must be equal in all processes
+            self.generation.agree()  # the batch determines the windows, so it must be equal in all processes
             self._window_share = (time.perf_counter() - started) / len(self.waiting)
         started = time.perf_counter()
         made = self.waiting.pop(update, RolledOut())
@@ -120,7 +115,7 @@ class Rollout:
             return range(update, update + 1)
         ahead = config.reference.window
         if ahead is None:
-            mine = max(1, config.train.pairs_per_update // config.reference.uses // self._world)
+            mine = max(1, config.prompts_per_update // self.maker.world)
             ahead = math.ceil(_FULL_BATCHES * self.batch / mine) if self._generates else 1
         length = config.train.updates_per_iteration
         first = update - update % length
@@ -135,17 +130,21 @@ class Rollout:
         keys = [(update, sample) for update in window for sample in ids[update]]
         done = sum(len(ids[update]) for update in range(window[0], first))
         with self.offload_context(), self._strategy.load_reference(self._draws.pool, reference) as model:
-            samples = self._generation(keys, partial(self._sample, model), done) if self._generates else None
+            samples = self.generate(model, keys, done) if self._generates else None
             made: dict[int, RolledOut] = {}
             for update in window[first - window[0] :]:
                 start = (update - window[0]) * len(ids[update])
                 own = None if samples is None else samples[start : start + len(ids[update])]
                 pairs = partial(self.maker.pairs, update, ids[update], own)
-                self._interruption.check()
+                self.generation.check()
                 errors = self._strategy.ahead(model, pairs)
                 verdicts = None if own is None or self._judge is None else self._judge(ids[update], own)
                 made[update] = RolledOut(own, errors, verdicts)
         return made
+
+    def generate(self, model: nn.Module, keys: Keys, done: int = 0) -> Tensor:
+        """Generates a model's samples `(len(keys), *latent)`; see `Generation`."""
+        return self.generation(keys, partial(self._sample, model), done)
 
     def _sample(self, model: nn.Module, keys: Keys) -> Tensor:
         return self._strategy.sample(model, *self.maker.generation(keys))

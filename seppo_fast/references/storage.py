@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from seppo_fast.references.layout import PackedLayout
 from seppo_fast.utils.errors import CheckpointError
-from seppo_fast.utils.files import read_json, staged_folder
+from seppo_fast.utils.files import link_or_copy, read_json, staged_folder
 from seppo_fast.utils.manifest import MANIFEST, FileRow
 
 FORMAT = 1
@@ -108,7 +107,7 @@ def save_checkpoints(
         for number, stored in checkpoints.items():
             file = staging / checkpoint_name(number)
             if previous is not None and number in before and not before[number].damage(previous, file.name):
-                _link(previous / file.name, file)
+                link_or_copy(previous / file.name, file)
                 row = before[number]
             else:
                 write_checkpoint(file, stored.slab.cpu(), layout)
@@ -176,11 +175,3 @@ def _manifest(folder: Path, settings: Settings | None) -> tuple[dict[int, FileRo
 def checkpoint_name(index: int) -> str:
     """Returns the file name of a checkpoint."""
     return f"checkpoint-{index:06d}.safetensors"
-
-
-def _link(source: Path, target: Path) -> None:
-    """Creates a hard link to a file, or a copy if the file system does not support links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -23,7 +23,7 @@ from torch import Tensor
 from seppo_fast.references.storage import checked_checkpoints
 from seppo_fast.utils.errors import CheckpointError
 from seppo_fast.utils.fault_injection import fault
-from seppo_fast.utils.files import disk_message, free_name, read_json, staged_folder
+from seppo_fast.utils.files import disk_message, free_name, link_or_copy, read_json, staged_folder
 from seppo_fast.utils.logging import say
 from seppo_fast.utils.manifest import MANIFEST, FileRow
 
@@ -73,6 +73,7 @@ def write_state(
     files: Mapping[str, Mapping[str, Tensor]],
     numbers: Mapping[str, Any],
     write_references: Callable[[Path], None] | None,
+    links: Mapping[str, Path] | None = None,
 ) -> None:
     """Writes a state atomically: the folder appears complete or not at all.
 
@@ -81,6 +82,7 @@ def write_state(
         files: contiguous CPU tensors, by file name (without suffix) and tensor name.
         numbers: everything that is not a tensor; must be serializable as JSON.
         write_references: creates the given folder and writes the past policies into it, with their own manifest.
+        links: files that exist already, under the names that they get in the state; it holds hard links to them.
 
     Raises:
         CheckpointError: the disk is full, read-only or otherwise not writable.
@@ -89,6 +91,8 @@ def write_state(
         for name, tensors in files.items():
             fault(f"save-{name}")
             save_file(dict(tensors), staging / f"{name}.safetensors")
+        for name, file in (links or {}).items():
+            link_or_copy(file, staging / name)
         (staging / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
         if write_references is not None:
             fault("save-references")

@@ -119,6 +119,7 @@ class Saver:
         files: Mapping[str, Mapping[str, Tensor]],
         numbers: Mapping[str, Any],
         references: ReferencePool | None,
+        links: Mapping[str, Path] | None = None,
     ) -> None:
         """Starts writing a state; call it after `begins` returned True.
 
@@ -127,8 +128,10 @@ class Saver:
             files: the results of `on_cpu`, by file name without suffix.
             numbers: everything that is not a tensor.
             references: the pool of past policies, if there is one; nothing may be added to it before `wait`.
+            links: files that exist already and never change, under the names that they get in the state.
         """
-        self._thread = threading.Thread(target=self._write, args=(update, files, dict(numbers), references))
+        contents = update, files, dict(numbers), references, dict(links or {})
+        self._thread = threading.Thread(target=self._write, args=contents)
         self._thread.start()
         self.stalled += time.monotonic() - self._started
 
@@ -162,13 +165,14 @@ class Saver:
         files: Mapping[str, Mapping[str, Tensor]],
         numbers: Mapping[str, Any],
         references: ReferencePool | None,
+        links: Mapping[str, Path],
     ) -> None:
         try:
             fault("save")
             before = next((folder / REFERENCES for folder in saved_states(self._run)), None)
             previous = before if before is not None and is_saved_pool(before) else None
             write_references = None if references is None else partial(references.save, previous=previous)
-            write_state(state_folder(self._run, update), files, numbers, write_references)
+            write_state(state_folder(self._run, update), files, numbers, write_references, links)
         except OSError as problem:
             self._problem = CheckpointError(disk_message(self._run, problem))
         except Exception as problem:  # raised by `wait`, in the training thread

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from seppo_fast.config.schema import Config
@@ -117,7 +116,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
         if not finite:  # alike on all ranks, which share the gradient
-            self._tell_skipped(update + 1, gather_object(list(batch.sample_ids)), searching)
+            ids = [sample for part in self._processes.gather(list(batch.sample_ids)) for sample in part]
+            self._tell_skipped(update + 1, ids, searching)
         if self._skipped == _MAX_SKIPPED:
             raise NonFiniteError(
                 f"update {update + 1}: the gradient was non-finite {_MAX_SKIPPED} times in a row "
@@ -141,7 +141,7 @@ class Learner:
             made.append(step.sums)
         self._add_gradients()
         sums = {name: torch.stack([one[name] for one in made]).sum() for name in made[0]}
-        reduced = self._processes.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        reduced = self._processes.sum(torch.stack(list(sums.values())))
         return dict(zip(sums, reduced.tolist(), strict=True))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
@@ -164,10 +164,8 @@ class Learner:
         """
         if self._processes.world == 1 or is_sharded(self.policy):
             return
-        gradients = [weight.grad for weight in trainable(self.policy).values() if weight.grad is not None]
-        works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
-        for work in works:
-            work.wait()
+        weights = trainable(self.policy).values()
+        self._processes.sum_gradients([weight.grad for weight in weights if weight.grad is not None])
 
     def _report_untrained(self, update: int) -> None:
         """Prints which trained tensors have no gradient. Nothing else shows it: the loss falls all the same."""

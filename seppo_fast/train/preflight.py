@@ -12,6 +12,7 @@ import torch
 from seppo_fast.config.schema import Config
 from seppo_fast.data.labels import with_labels
 from seppo_fast.data.sources import Source, open_source
+from seppo_fast.methods.replay.comparisons import shares
 from seppo_fast.models.attention import require_xformers
 from seppo_fast.models.registry import refuse_other_kind, validate_model
 from seppo_fast.runs.folder import refuse_occupied
@@ -43,6 +44,16 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
             f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
             f"leave fewer samples per update ({samples}) than there are processes ({processes}): raise the first or "
             "lower the second"
+        )
+    if config.row.replay and shares(config.train.pairs_per_update)[0] < processes:
+        raise ConfigError(
+            f"train.pairs_per_update = {config.train.pairs_per_update} gives objective {config.objective!r} fewer than "
+            f"one comparison per process ({processes}) in the first iteration: raise it"
+        )
+    if config.train.pairs_per_update // config.block < processes:
+        raise ConfigError(
+            f"train.pairs_per_update = {config.train.pairs_per_update} and rpo.block = {config.block} leave fewer "
+            f"blocks per update than there are processes ({processes}): raise the first or lower the second"
         )
     reference = config.reference
     rooms = [reference.host_gib, reference.disk_gib, *([reference.gpu_gib] if device.type == "cuda" else [])]

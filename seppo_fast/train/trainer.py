@@ -147,7 +147,7 @@ class Trainer:
         if method := self.method.state(self.finished):
             numbers["method"] = method
         numbers |= {name: config.model_dump(mode="json") for name, config in configs.items()}
-        self.saver.save(self.finished, files, numbers, self.references)
+        self.saver.save(self.finished, files, numbers, self.references, self.method.files())
 
     def _restore(self, saved: SavedState) -> None:
         load_policy(self.policy, saved)
@@ -157,7 +157,7 @@ class Trainer:
         try:
             self.learner.restore(files, saved.numbers)
             self._added = int(saved.numbers["added"])
-            self.method.restore(saved.numbers.get("method", {}))
+            self.method.restore(saved.numbers.get("method", {}), saved.folder)
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as problem:
             raise CheckpointError(f"{saved.folder}: its metadata does not match this run ({problem!r})") from problem
         if self.references is not None:

@@ -126,6 +126,14 @@ def blocking_file(folder: Path) -> Path | None:
     return None if existing.is_dir() else existing
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Creates a hard link to a file, or a copy if the file system does not support links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def free_name(path: Path) -> Path:
     """Returns the first of `path`, `path-2`, `path-3`, ... that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))

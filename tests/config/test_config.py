@@ -232,6 +232,18 @@ def test_yamls_words_are_understood_as_flags():
         ("objective: mapo\ntrain: {beta: 0.1}\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
         ("objective: kto\ntrain: {sft_weight: 1}", "objective 'kto' has a loss of its own, without train.sft_weight"),
         ("objective: kto\nsampler: {round_trip: true}", "set sampler.round_trip = false"),
+        ("rpo: {block: 4}", "rpo.block: objective 'seppo' does not compare blocks of pairs; remove it"),
+        ("objective: kto\nrpo: {temperature: 1}", "rpo.temperature: objective 'kto' does not compare blocks of pairs"),
+        (
+            "objective: diffusion-rpo\nrpo: {block: 3}",
+            "train.pairs_per_update = 2048 must be a multiple of rpo.block = 3",
+        ),
+        (
+            "objective: diffusion-rpo\ntrain: {micro_batch: 12}",
+            "train.micro_batch = 12 must be a multiple of rpo.block = 8",
+        ),
+        ("objective: diffusion-rpo\nreference: {uses: 2}", "objective 'diffusion-rpo' needs reference.uses = 1"),
+        ("objective: diffusion-rpo\ntrain: {tie_tol: 1}", "has a loss of its own, without train.tie_tol"),
         ("train: {safeguard_mu: 0.5}", "train.safeguard_mu = 0.5 needs train.safeguard = true"),
     ],
 )

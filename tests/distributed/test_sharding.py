@@ -156,8 +156,12 @@ def test_a_lora_is_refused_by_the_command_line(ranks, folder, tmp_path):
         ({"model": {"compile": True}}, "model.compile = true"),
         ({"train": {"optimizer": "adamw8bit"}}, "train.optimizer = adamw8bit"),
         ({"train": {"pairs_per_update": 6}, "reference": {"uses": 3}}, r"train.pairs_per_update = 6 .* 4 x 3"),
+        (
+            {"objective": "diffusion-rpo", "rpo": {"block": 2}},
+            r"train.pairs_per_update = 6 must be a multiple of processes x rpo.block = 4 x 2",
+        ),
     ],
-    ids=["apart", "park", "compile", "8 bit", "uneven"],
+    ids=["apart", "park", "compile", "8 bit", "uneven", "uneven blocks"],
 )
 def test_what_shards_do_not_go_with_is_refused(tiny, tmp_path, monkeypatch, sections, said):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

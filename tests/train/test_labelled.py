@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from seppo_fast.config.load import to_yaml
+from seppo_fast.config.objectives import OBJECTIVES
+from seppo_fast.loss import denoising_errors
 from seppo_fast.methods.labelled import kto
 from seppo_fast.methods.pairs import noised
+from seppo_fast.methods.preference import step_loss
 from seppo_fast.runs.checkpoint import newest_state
 from seppo_fast.train import train as run
+from seppo_fast.train.preflight import preflight
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import ConfigError, DataError
 from tests.helpers.runs import collected, log_of, tiny_config
@@ -90,6 +94,153 @@ def test_the_micro_batch_does_not_change_what_mapo_learns(tiny, tmp_path):
 def test_mapo_needs_pairs(tiny, tmp_path):
     with pytest.raises(ConfigError, match="objective 'mapo' needs two images per prompt"):
         run(mapo_config(tiny, tmp_path, data={"source": "shapes:11:3"}))
+
+
+def rpo_config(tiny, tmp_path, block=2, temperature=0.05, **sections):
+    sections["train"] = {"beta": 500.0, "learning_rate": 1e-4} | sections.get("train", {})
+    sections["data"] = {"source": "shapes-made:20"} | sections.get("data", {})
+    rpo = {"block": block, "temperature": temperature}
+    return tiny_config(tiny, tmp_path, objective="diffusion-rpo", rpo=rpo, **sections)
+
+
+def moved_on(trainer):
+    """Returns the first update's pairs after a small change of the policy."""
+    trainer.add_checkpoint()
+    with torch.no_grad():
+        for weight in trainer.policy.parameters():
+            weight.mul_(1.001)
+    return collected(trainer, 0)
+
+
+@pytest.mark.parametrize(("block", "errors"), [(3, "ahead"), (2, "apart"), (6, "ahead")])
+def test_a_micro_batch_of_rpo_by_autograd(tiny, tmp_path, block, errors):
+    trainer = Trainer(
+        rpo_config(tiny, tmp_path, block, 0.5, train={"micro_batch": 6}, reference={"errors": errors})
+    )  # fmt: skip
+    pairs = moved_on(trainer)
+    step = trainer.method.loss(trainer.policy, pairs, torch.tensor(3.0))
+    assert step.output.shape == step.grad.shape == (12, 4, 8, 8) and step.halves == 2
+
+    examples = [sample % len(trainer.cache) for sample in pairs.sample_ids]
+    embeds = trainer.cache.conditioning(examples)["prompt_embeds"].double().mean(1)
+    prediction = step.output.detach().double().requires_grad_()
+    target = noised(pairs, trainer.family.schedule, trainer.denoiser.device).target.double()
+    reference = trainer.method.strategy.predictions(trainer.policy, pairs).ref_error.double()
+    winner, loser = ((prediction - target.repeat(2, 1, 1, 1)).square().flatten(1).mean(1) - reference).chunk(2)
+    terms, own = [], []
+    for first in range(0, 6, block):
+        rows = range(first, first + block)
+        for i in rows:
+            closeness = torch.stack([F.cosine_similarity(embeds[i], embeds[j], dim=0) / 0.5 for j in rows])
+            omega = closeness.exp() / closeness.exp().sum()
+            own.append(omega[i - first])
+            terms += [-F.logsigmoid(-250 * omega[j - first] * (winner[i] - loser[j])) for j in rows]
+    loss = torch.stack(terms).mean()
+    (expected,) = torch.autograd.grad(loss, prediction)
+    torch.testing.assert_close(step.grad.double(), 3 * expected, rtol=1e-2, atol=1e-4 * expected.abs().max())
+    assert step.sums["loss"].item() == pytest.approx(6 * loss.item(), rel=1e-4)
+    assert step.sums["correct"] == (winner < loser).sum()
+    assert step.sums["diagonal_weight"].item() == pytest.approx(sum(own).item(), rel=1e-5) and max(own) < 0.9
+    errors = {name: step.sums[name].item() for name in ("winner_error", "ref_winner_error", "ref_loser_error")}
+    assert errors["winner_error"] - errors["ref_winner_error"] == pytest.approx(winner.sum().item(), abs=1e-5)
+    assert errors["ref_loser_error"] == pytest.approx(reference[6:].sum().item(), rel=1e-5)
+
+
+def test_rpo_with_blocks_of_one_pair_is_diffusion_dpo(tiny, tmp_path):
+    """The same pairs, values and gradients; the means are summed in another order."""
+    steps = []
+    for config in (
+        rpo_config(tiny, tmp_path, block=1),
+        tiny_config(
+            tiny, tmp_path, objective="diffusion-dpo", train={"beta": 500.0}, data={"source": "shapes-made:20"}
+        ),
+    ):
+        trainer = Trainer(config)
+        pairs = moved_on(trainer)
+        steps.append([trainer.method.loss(trainer.policy, p, torch.tensor(3.0)) for p in pairs.micro_batches(4)])
+    for ours, dpo in zip(*steps, strict=True):
+        assert torch.equal(ours.output, dpo.output)
+        torch.testing.assert_close(ours.grad, dpo.grad, rtol=1e-5, atol=1e-9)
+        for name in ("loss", "correct", "winner_error", "loser_error", "ref_winner_error", "ref_loser_error"):
+            torch.testing.assert_close(ours.sums[name], dpo.sums[name], rtol=1e-6, atol=0)
+        assert ours.sums["diagonal_weight"] == len(ours.grad) / 2
+
+
+def test_rpo_at_a_low_temperature_and_with_equal_embeddings(tiny, tmp_path, monkeypatch):
+    """Weights of 1 for distinct prompts: Diffusion-DPO's gradient / B. Of 1/B for equal ones: all B^2 pairs alike."""
+    trainer = Trainer(rpo_config(tiny, tmp_path, 6, 1e-3, train={"micro_batch": 6}))
+    pairs = moved_on(trainer)
+    monkeypatch.setattr(trainer.method, "_prompt_embeds", lambda sample_ids: torch.eye(6))
+    made = trainer.method.strategy.predictions(trainer.policy, pairs)
+    alone = step_loss(
+        OBJECTIVES["diffusion-dpo"], made.policy, made.target, made.ref_error, beta=500.0, tie_tol=0.0,
+        grad_scale=1.0, backend="torch",
+    )  # fmt: skip
+    step = trainer.method.loss(trainer.policy, pairs, torch.tensor(1.0))
+    torch.testing.assert_close(step.grad, alone.grad / 6, rtol=1e-4, atol=1e-9)
+    expected = (alone.sums["loss"].item() + 30 * np.log(2)) / 6
+    assert step.sums["loss"].item() == pytest.approx(expected, rel=1e-6) and step.sums["diagonal_weight"] == 6
+
+    monkeypatch.setattr(trainer.method, "_prompt_embeds", lambda sample_ids: torch.ones(6, 3))
+    step = trainer.method.loss(trainer.policy, pairs, torch.tensor(1.0))
+    difference = denoising_errors(made.policy.detach(), made.target).double() - made.ref_error.double()
+    winner, loser = difference.chunk(2)
+    every = F.softplus(250 / 6 * (winner[:, None] - loser[None, :]))
+    assert step.sums["loss"].item() == pytest.approx(every.mean().item() * 6, rel=1e-5)
+    assert step.sums["diagonal_weight"].item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_rpo_trains_and_resumes_bit_for_bit(tiny, tmp_path):
+    straight = rpo_config(tiny, tmp_path, save={"minutes": 0}, log={"health_every": 2})
+    run(straight)
+    log = log_of(straight)
+    assert [entry["update"] for entry in log] == [1, 2, 3]
+    assert log[0]["loss"] == pytest.approx(np.log(2), rel=1e-6) and log[0]["winner_error"] == log[0]["ref_winner_error"]
+    assert log[1]["loss"] != log[0]["loss"] and all(0.5 <= entry["diagonal_weight"] <= 1 for entry in log)
+    assert log[0]["loser_grad_norm"] > 0 and all(entry["grad_norm"] > 0 for entry in log)
+
+    def end(trainer, updates):
+        if updates == 1:
+            trainer.saver.wait()
+            raise Ended
+
+    broken = straight.model_copy(update={"output": str(tmp_path / "broken")})
+    with pytest.raises(Ended):
+        run(broken, end)
+    run(broken)
+    assert_same_run(straight, broken)
+
+
+def test_two_processes_learn_rpo_as_one(tiny, tmp_path, ranks):
+    """Three blocks of 2 pairs, of which two processes have 2 and 1."""
+    config = rpo_config(tiny, tmp_path, train={"micro_batch": 2, "updates": 2, "learning_rate": 1e-5})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    logs = []
+    for world in (1, 2):
+        output = str(tmp_path / f"world{world}")
+        ends = ranks.run(world, "train", tmp_path / "run.yaml", "--output", output)
+        assert [end.code for end in ends] == [0] * world, ends[0].out
+        logs.append(log_of(config.model_copy(update={"output": output})))
+    for update, tolerance in enumerate((1e-5, 1e-2)):
+        for name in ("loss", "diagonal_weight", "winner_error", "loser_error", "grad_norm"):
+            assert logs[0][update][name] == pytest.approx(logs[1][update][name], rel=tolerance), name
+
+
+def test_micro_batches_of_rpo_hold_whole_blocks(tiny, tmp_path):
+    """Also those that are chosen by memory: the preset allows 1 pair, and 16."""
+    sizes = []
+    for memory in ("low", "balanced"):
+        train = {"micro_batch": None, "pairs_per_update": 21}
+        sizes.append(Trainer(rpo_config(tiny, tmp_path, 7, memory=memory, train=train)).config.train.micro_batch)
+    assert sizes == [7, 14]
+    few = ranks_refused(rpo_config(tiny, tmp_path, 3, train={"micro_batch": 6}), 3)
+    assert "rpo.block = 3 leave fewer blocks per update than there are processes (3)" in few
+
+
+def ranks_refused(config, processes):
+    with pytest.raises(ConfigError) as error:
+        preflight(config, torch.device("cpu"), processes)
+    return str(error.value)
 
 
 def kto_config(tiny, tmp_path, **sections):

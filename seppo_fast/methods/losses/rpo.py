@@ -20,33 +20,35 @@ def rpo(
     fits in memory.
 
     Args:
-        winner: `(B,)` errors of the policy on the winners.
-        loser: `(B,)` errors of the policy on the losers.
-        ref_winner: `(B,)` errors of the reference on the winners.
-        ref_loser: `(B,)` errors of the reference on the losers.
-        weights: `(B, B)` omega, a row per winner that sums to 1; see `rpo_weights`.
+        winner: `(n, B)` errors of the policy on the winners of n blocks, or `(B,)` for one block.
+        loser: errors of the policy on the losers, of the same shape as the following ones.
+        ref_winner: errors of the reference on the winners.
+        ref_loser: errors of the reference on the losers.
+        weights: `(n, B, B)` omega, a row per winner that sums to 1; see `rpo_weights`.
         beta: strength of the pull to the reference.
 
     Returns:
-        B losses, one per winner; coefficients `(1, 2B)`, winners first. Sums: `loss`; `correct`, the number of pairs
-        (the diagonal) whose logit is positive.
+        n B losses, one per winner; coefficients `(1, 2 n B)`, winners first. Sums: `loss`; `correct`, the number of
+        pairs (the diagonals) whose logit is positive; `diagonal_weight`, the weights of the pairs themselves.
     """
     weights = weights.to(winner)
-    margin = (winner - ref_winner)[:, None] - (loser - ref_loser)[None, :]
+    margin = (winner - ref_winner)[..., :, None] - (loser - ref_loser)[..., None, :]
     logit = -0.5 * beta * weights * margin
-    loss = F.softplus(-logit).mean(1)
+    loss = F.softplus(-logit).mean(-1).flatten()
     slope = 0.5 * beta * weights * logit.neg().sigmoid() / logit.numel()
-    sums = {"loss": loss.sum(), "correct": (logit.diagonal() > 0).to(winner).sum()}
-    return LossRows(loss, torch.cat([slope.sum(1), -slope.sum(0)])[None], sums)
+    own = {"correct": (logit > 0).to(winner), "diagonal_weight": weights}
+    sums = {name: values.diagonal(dim1=-2, dim2=-1).sum() for name, values in own.items()}
+    coefficients = torch.cat([slope.sum(-1).flatten(), -slope.sum(-2).flatten()])
+    return LossRows(loss, coefficients[None], {"loss": loss.sum()} | sums)
 
 
 def rpo_weights(winner_embeds: Tensor, loser_embeds: Tensor, *, temperature: float) -> Tensor:
-    """Computes omega, the softmax over losers j of `cos(E_w,i, E_l,j) / tau`: `(B, B)` with rows that sum to 1.
+    """Computes omega, the softmax over losers j of `cos(E_w,i, E_l,j) / tau`: `(n, B, B)`, whose rows sum to 1.
 
     Args:
-        winner_embeds: `(B, D)` embeddings of the winners with their prompts.
-        loser_embeds: `(B, D)` embeddings of the losers with their prompts.
+        winner_embeds: `(n, B, D)` embeddings of the winners of n blocks with their prompts, or `(B, D)` for one block.
+        loser_embeds: embeddings of the losers with their prompts, of the same shape.
         temperature: tau. The lower it is, the more each winner is compared with its most similar loser alone.
     """
-    cosine = F.normalize(winner_embeds, dim=1) @ F.normalize(loser_embeds, dim=1).T
-    return (cosine / temperature).softmax(1)
+    cosine = F.normalize(winner_embeds, dim=-1) @ F.normalize(loser_embeds, dim=-1).mT
+    return (cosine / temperature).softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class DdpoMethod(PolicyGradient):
         unfinished = self._begin is not None and finished < self._begin + length
         return self._before if unfinished else self._statistics.state_dict()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
         """See `Method`."""
         self._statistics.load_state_dict(state)
 

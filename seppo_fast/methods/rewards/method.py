@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from seppo_fast.config.schema import Config
-from seppo_fast.methods.generation import Generation, Keys
+from seppo_fast.methods.generation import Keys
 from seppo_fast.methods.method import Batch, Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.rewards.advantages import ADVANTAGE_CLIP, group_advantages, has_spread
@@ -69,7 +69,7 @@ class RewardMethod(Method):
         self._config: Config = parts.config
         self._parts = parts
         self._maker = parts.pair_maker()
-        self._generation = Generation(parts.config, parts.processes, parts.interruption)
+        self._generation = parts.generation()
         without = "prompts with a sample that has no score are left out, see unscored in the log"
         self._score = LatentScorer(parts.judge, "rl.reward", without, parts.family)
         self._sign = 1.0 if parts.judge.higher_is_better else -1.0
@@ -149,7 +149,7 @@ class RewardMethod(Method):
 
     def _reward(self, window: range, keys: Keys, samples: Tensor) -> Groups:
         """Returns the rewards of all processes' samples; NaN where a sample has none. Notes their statistics."""
-        self._parts.interruption.check()
+        self._generation.check()
         (rewards,) = self._score([self._prompt(key) for key in keys], self._finals(samples))
         groups = self._gathered(window, rewards)
         self._rewards = reward_statistics(self._sign * np.stack(list(groups.values())))

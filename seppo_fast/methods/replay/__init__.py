@@ -1,0 +1,1 @@
+"""DITTO: a method that also learns from the samples of earlier iterations."""
