@@ -46,8 +46,8 @@ def known_left_only(prompts, pictures):
 
 
 def levels(prompts, pictures):
-    """Returns the brightness as a whole number, of which there are few."""
-    return np.floor(brightness(prompts, pictures) * 1000)
+    """Returns the brightness as a whole number."""
+    return np.floor(brightness(prompts, pictures) * 4000)
 
 
 def rewarded_config(pipeline: Path, folder: Path, objective: str, **sections: Any) -> Config:
