@@ -35,14 +35,14 @@ def missing(prompts, pictures):
     return np.full(len(prompts), np.nan)
 
 
-def left_only(prompts, pictures):
-    """Returns the brightness if the prompt says "left"; all other prompts get the same."""
-    return np.where(["left" in prompt for prompt in prompts], brightness(prompts, pictures), 0.5)
+def small_only(prompts, pictures):
+    """Returns the brightness if the prompt says "small"; all other prompts get the same."""
+    return np.where(["small" in prompt for prompt in prompts], brightness(prompts, pictures), 0.5)
 
 
-def known_left_only(prompts, pictures):
-    """Returns the brightness if the prompt says "left", else none."""
-    return np.where(["left" in prompt for prompt in prompts], brightness(prompts, pictures), np.nan)
+def known_small_only(prompts, pictures):
+    """Returns the brightness if the prompt says "small", else none."""
+    return np.where(["small" in prompt for prompt in prompts], brightness(prompts, pictures), np.nan)
 
 
 def levels(prompts, pictures):
