@@ -14,6 +14,22 @@ if TYPE_CHECKING:
 
 MOST_STEP_BETA = 1000.0  # a hundred times SPO's; the default of train.beta is another objective's
 _PUBLISHED_STEP_BETA = {"d3po": 0.1, "spo": 10.0}
+# The objectives of this package that use a setting; those that are not listed serve all of them.
+_USED_BY = {
+    "spread": ("grpo", "nft"),
+    "prompt_buffer": ("ddpo",),
+    "prompt_count": ("ddpo",),
+    "eta": ("ddpo", "grpo", "d3po", "spo"),
+    "steps": ("ddpo", "grpo"),
+    "window": ("grpo",),
+    "clip": ("ddpo", "grpo", "d3po", "spo"),
+    "kl": ("grpo", "nft"),
+    "mix": ("nft",),
+    "candidates": ("spo",),
+    "plain_steps": ("spo",),
+    "gap": ("spo",),
+}
+_LEARNERS = ("ddpo", "grpo", "nft", "d3po", "spo")
 
 
 class RlConfig(Section):
@@ -86,6 +102,7 @@ def refuse_reward_contradictions(config: Config) -> None:
             f"objective {name!r} needs rl.reward, the scorer whose score is the reward: pickscore, for example, or "
             "shapes for the embedded world"
         )
+    _refuse_others(config)
     _refuse_groups(config)
     if rl.prompt_count > rl.prompt_buffer:
         raise ConfigError(
@@ -111,7 +128,7 @@ def refuse_reward_contradictions(config: Config) -> None:
 
 
 def _refuse_unused(config: Config) -> None:
-    changed = sorted(config.rl.model_fields_set & {key for key, value in config.rl if value != _default(key)})
+    changed = _changed(config.rl)
     if changed:
         raise ConfigError(
             f"rl.{changed[0]}: objective {config.objective!r} learns from no reward; remove it, or set objective to "
@@ -119,8 +136,16 @@ def _refuse_unused(config: Config) -> None:
         )
 
 
-def _default(key: str) -> object:
-    return RlConfig.model_fields[key].default
+def _refuse_others(config: Config) -> None:
+    name = config.objective
+    for key in _changed(config.rl) if name in _LEARNERS else ():
+        if name not in _USED_BY.get(key, _LEARNERS):
+            raise ConfigError(f"rl.{key} is a setting of {' and '.join(_USED_BY[key])}, not of {name!r}: remove it")
+
+
+def _changed(rl: RlConfig) -> list[str]:
+    """Returns the keys whose values are not the defaults, in alphabetical order."""
+    return sorted(key for key, value in rl if value != RlConfig.model_fields[key].default)
 
 
 def _refuse_groups(config: Config) -> None:
@@ -154,12 +179,10 @@ def _refuse_reverse(config: Config) -> None:
             f"reference.uses = {config.reference.uses}: objective {name!r} trains on each step of a sample once; set "
             "it to 1, or train a share of the steps with rl.steps"
         )
-    if rl.window is not None and (name != "grpo" or not 1 <= rl.window[0] <= rl.window[1] <= steps):
+    if rl.window is not None and not 1 <= rl.window[0] <= rl.window[1] <= steps:
         raise ConfigError(
-            f"rl.window = {list(rl.window)}: objective grpo trains the steps from the first to the last of these, "
+            f"rl.window = {list(rl.window)}: objective {name!r} trains the steps from the first to the last of these, "
             f"which must lie between 1 and sampler.steps = {steps}"
-            if name == "grpo"
-            else f"rl.window needs objective grpo, got {name!r}"
         )
     if name == "spo" and rl.plain_steps >= steps:
         raise ConfigError(f"rl.plain_steps = {rl.plain_steps} leaves none of sampler.steps = {steps} to compare at")
