@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from seppo_fast.capacity.footprint import Footprint
+from seppo_fast.capacity.work import rows_per_update
 from seppo_fast.config.schema import Config
 
 # The optimizer's state is parked if fewer samples than this fit beside it.
@@ -19,7 +20,7 @@ class Preset:
 
     Attributes:
         share: the share of free memory that a batch may fill.
-        micro_batch: the largest micro-batch, in pairs.
+        micro_batch: the largest micro-batch, in rows (pairs).
         batch: the largest sampling batch, in samples.
         park: whether to move optimizer state and policy to host memory during every rollout, even if memory suffices.
         checkpointing: whether to recompute activations.
@@ -39,11 +40,6 @@ MEMORY_PRESETS = {
     "balanced": Preset(share=0.7, micro_batch=16, batch=64, park=False, checkpointing=False, compile=False),
     "fast": Preset(share=0.9, micro_batch=32, batch=128, park=False, checkpointing=False, compile=True),
 }
-
-
-def measures_halves(config: Config) -> bool:
-    """Returns whether a run measures the gradients of winners and losers separately (`log.health_every`)."""
-    return bool(config.log.health_every) and config.row.negatives is not None
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,9 @@ class BatchRoom:
 
     def micro_batch(self, config: Config, pair: Footprint) -> int:
         """Returns the largest micro-batch that fits and that the preset allows, of whole blocks and at least one."""
-        most = min(MEMORY_PRESETS[config.memory].micro_batch, -(-config.train.pairs_per_update // self.world))
-        pairs = self._fitting(pair, most, parked=False, more=self.aside)
-        return max(config.block, pairs - pairs % config.block)
+        most = min(MEMORY_PRESETS[config.memory].micro_batch, -(-rows_per_update(config) // self.world))
+        rows = self._fitting(pair, most, parked=False, more=self.aside)
+        return max(config.block, rows - rows % config.block)
 
     def parks(self, config: Config, sample: Footprint) -> bool:
         """Returns whether to park the optimizer's state: the preset says so, or too few samples fit beside it."""

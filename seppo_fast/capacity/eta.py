@@ -7,41 +7,20 @@ from collections.abc import Callable
 
 import torch
 
-from seppo_fast.capacity.batches import measures_halves
 from seppo_fast.capacity.plan import Need
-from seppo_fast.config.objectives import OFFSET_ROWS
+from seppo_fast.capacity.work import decodes_per_pair, forwards_per_pair, guided_rows
 from seppo_fast.config.schema import Config
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 
 _LONG = 0.5  # seconds; a forward that takes this long is representative
-_BACKWARD = 2  # FLOP of a backward, relative to a forward
-
-
-def forwards_per_pair(config: Config) -> float:
-    """Returns the work per trained pair, in forwards of one row: rollout, reference errors, and training the policy.
-
-    A backward counts as two forwards. KTO's offset takes one more forward of some rows: of the policy, and of the
-    reference too if its errors are not computed ahead.
-    """
-    objective = config.row
-    guided = 2 if config.sampler.guidance > 1 else 1
-    rolled_out = config.sampler.steps * guided / config.reference.uses if objective.negatives == "generated" else 0
-    rows = 1 if objective.negatives is None else 2
-    again = 1 if config.model.gradient_checkpointing else 0
-    passes = 1 + 1 / config.log.health_every if measures_halves(config) else 1
-    offset = 0.0
-    if objective.loss == "kto":
-        models = 1 if config.reference.errors == "ahead" else 2
-        offset = models * min(1.0, OFFSET_ROWS / config.train.pairs_per_update)
-    return rolled_out + offset + rows * ((1 + _BACKWARD + again) * passes + (1 if objective.draw else 0))
 
 
 def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoiser) -> float:
     """Estimates the seconds of all updates on one device, excluding the time to fill the cache and to save states.
 
-    Times forwards with growing batches, with `sampler.round_trip` also decoding and encoding samples, and with a judge
-    also decoding samples and winners. The judge's scoring is not included.
+    Times forwards with growing batches, with `sampler.round_trip` also decoding and encoding samples, and with a scorer
+    also decoding what it sees. The scorer's own time is not included.
 
     Args:
         config: the run's configuration.
@@ -72,12 +51,11 @@ def seconds_of_run(config: Config, need: Need, family: Family, denoiser: Denoise
 
         return decode_and_park
 
-    most = need.batch * (2 if config.sampler.guidance > 1 else 1)
-    per_pair = forwards_per_pair(config) * _seconds_a_row(forward, most)
+    per_pair = forwards_per_pair(config) * _seconds_a_row(forward, need.batch * guided_rows(config))
     if config.sampler.round_trip:
         per_pair += _seconds_a_row(round_trip, need.batch) / config.reference.uses
-    if config.reference.judge is not None:
-        per_pair += 2 * _seconds_a_row(decode, need.batch) / config.reference.uses
+    if config.scorer is not None:
+        per_pair += decodes_per_pair(config) * _seconds_a_row(decode, need.batch)
     return config.train.updates * config.train.pairs_per_update * per_pair
 
 

@@ -55,9 +55,14 @@ class Footprint:
 
 
 def training_footprint(
-    model: nn.Module, denoise: FamilyDenoise, inputs: Inputs, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    denoise: FamilyDenoise,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    device: torch.device,
+    each: int = 2,
 ) -> Footprint:
-    """Counts the memory of one of the learner's micro-batches; a row is a pair: two latents, forward and backward.
+    """Counts the memory of one of the learner's micro-batches, forward and backward, by its rows, which are pairs.
 
     Gradients of the trained weights exist from the start, as in every micro-batch but the first. The weights and the
     optimizer's state are not counted. Attention counts as one fused kernel, whatever the backend.
@@ -68,13 +73,14 @@ def training_footprint(
         inputs: makes inputs with a given number of rows, on the CPU; see `Family.example_inputs`.
         dtype: the compute dtype; float32 runs without autocast.
         device: where the run will compute. Autocast on CUDA keeps more in float32 than on the CPU.
+        each: rows of the network per row of a micro-batch, 2 for a pair; see `capacity.work.network_rows`.
     """
 
     def call(model: nn.Module, rows: int) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        latents, times, conditioning = inputs(2 * rows)
+        latents, times, conditioning = inputs(each * rows)
         target = torch.empty_like(latents)
         with _autocast(dtype):
             prediction = denoise(model, latents, times, conditioning)

@@ -16,9 +16,10 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom, measures_halves
+from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
 from seppo_fast.capacity.footprint import Footprint, round_trip_bytes, sampling_footprint, training_footprint
 from seppo_fast.capacity.presets import filled, learner_bytes, pool_bytes, trained_bytes
+from seppo_fast.capacity.work import measures_halves, network_rows
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.build import encoded_at_once
 from seppo_fast.models.family import Family
@@ -43,15 +44,17 @@ class Need:
         moments: Adam's moments.
         average: the moving average of the trained weights.
         references: the past policies that stay on the device, and the resident one.
-        pair: what a micro-batch adds while learning: fixed bytes, gradients included, and bytes per pair.
+        pair: what a micro-batch adds while learning: fixed bytes, gradients included, and bytes per row (pair).
         sample: what a sampling batch adds: fixed bytes, and bytes per sample.
-        micro_batch: number of pairs in a micro-batch.
+        micro_batch: number of rows in a micro-batch.
         batch: number of samples in a sampling batch.
         parked: whether moments and trained weights are in host memory while sampling.
         aside: the winners' gradient that `log.health_every` stores; it is in host memory, so 0 on a GPU.
         round_trip: what decoding and encoding samples takes, after sampling; 0 without `sampler.round_trip` and
             without a judge, which also has samples decoded.
-        judge: the weights of the scorer `reference.judge`. What its scoring adds to them is not counted.
+        judge: the weights of the run's scorer. What its scoring adds to them is not counted.
+        scorer: the setting that names the scorer: `rl.reward = pickscore`; empty without one.
+        rows: what the rows of a micro-batch are called.
     """
 
     weights: int
@@ -67,6 +70,8 @@ class Need:
     aside: int = 0
     round_trip: int = 0
     judge: int = 0
+    scorer: str = ""
+    rows: str = "pairs"
 
     @property
     def learning(self) -> int:
@@ -93,13 +98,17 @@ class Need:
         away = "in host memory while sampling" if self.parked else ""
         rows = [
             ("weights", self.weights, ""),
-            *([("judge", self.judge, "weights of reference.judge")] if self.judge else []),
+            *([(self.scorer.split()[0].split(".")[1], self.judge, f"weights of {self.scorer}")] if self.judge else []),
             ("Adam's moments", self.moments, away),
             ("moving average", self.average, ""),
             ("past policies", self.references, ""),
             ("gradients and casts", self.pair.fixed, "while learning"),
             *([("winners' gradient", self.aside, "while learning, for log.health_every")] if self.aside else []),
-            (f"{self.micro_batch} pairs", self.micro_batch * self.pair.per_row, f"{size(self.pair.per_row)} each"),
+            (
+                f"{self.micro_batch} {self.rows}",
+                self.micro_batch * self.pair.per_row,
+                f"{size(self.pair.per_row)} each",
+            ),
             (f"or {self.batch} samples", self.batch * self.sample.per_row, f"{size(self.sample.per_row)} each"),
             *([("or their pixels", self.round_trip, "through the VAE")] if self.round_trip else []),
             ("peak", self.peak, "while learning" if self.learning == self.peak else "while sampling"),
@@ -142,6 +151,8 @@ def need_of(config: Config, family: Family, device: torch.device, room: int, mos
         aside=trained_bytes(model) if device.type == "cpu" and measures_halves(config) else 0,
         round_trip=counted.round_trip,
         judge=judge,
+        scorer=" = ".join(config.scorer[:2]) if config.scorer else "",
+        rows="rows" if config.row.reward else "pairs",
     )
     if most is None:
         loaded = weights + judge
@@ -164,7 +175,8 @@ _COUNTED: WeakKeyDictionary[Family, dict[tuple[Any, ...], _Counted]] = WeakKeyDi
 
 def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
     guided = config.sampler.guidance > 1
-    key = (config.model.model_dump_json(), config.data.resolution, guided, _pixel_rows(config), device.type)
+    each = network_rows(config)
+    key = config.model.model_dump_json(), config.data.resolution, guided, each, _pixel_rows(config), device.type
     known = _COUNTED.setdefault(family, {})
     if key not in known:
         model = family.empty()
@@ -175,7 +187,7 @@ def _counted(config: Config, family: Family, device: torch.device) -> _Counted:
             "dtype": DTYPES[config.model.precision],
             "device": device,
         }
-        pair = training_footprint(model, **circumstances)
+        pair = training_footprint(model, **circumstances, each=each)
         sample = sampling_footprint(model, **circumstances, guided=guided)
         known[key] = _Counted(model, pair, sample, _round_trip(config, family, device))
     return known[key]

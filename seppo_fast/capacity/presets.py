@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom, measures_halves
+from seppo_fast.capacity.batches import MEMORY_PRESETS, BatchRoom
 from seppo_fast.capacity.footprint import Footprint, sampling_footprint, training_footprint
+from seppo_fast.capacity.work import forwards, measures_halves, network_rows
 from seppo_fast.config.schema import Config
 from seppo_fast.distributed.fsdp import sharding_asked
 from seppo_fast.distributed.processes import Processes
@@ -56,7 +57,8 @@ def fit_to_device(config: Config, family: Family, processes: Processes) -> Confi
     if config.reference.gpu_gib is None and processes.device.type == "cuda":
         config = _with_pool(config, model, processes)
     if config.train.micro_batch is None:
-        rows = _room(config, model, processes).micro_batch(config, training_footprint(model, **circumstances))
+        row = training_footprint(model, **circumstances, each=network_rows(config))
+        rows = _room(config, model, processes).micro_batch(config, row)
         config = filled(config, train={"micro_batch": processes.min(rows)})
     if config.reference.park is None and (MEMORY_PRESETS[config.memory].park or processes.device.type != "cuda"):
         config = filled(config, reference={"park": MEMORY_PRESETS[config.memory].park})  # no effect on a CPU
@@ -65,8 +67,7 @@ def fit_to_device(config: Config, family: Family, processes: Processes) -> Confi
         sample = sampling_footprint(model, **circumstances, guided=guided)
         config = _with_batch(config, model, sample, processes)
     assert config.train.micro_batch is not None
-    objective = config.row
-    evaluations = config.sampler.steps * (2 if guided else 1) if objective.negatives == "generated" else 0
+    work = forwards(config)
 
     def call(model: nn.Module, rows: int) -> None:
         family.denoise(model, *circumstances["inputs"](rows))
@@ -75,10 +76,10 @@ def fit_to_device(config: Config, family: Family, processes: Processes) -> Confi
         "sdpa" if config.model.deterministic else config.model.attention,
         model,
         call=call,
-        rows=2 * config.train.micro_batch,
+        rows=network_rows(config) * config.train.micro_batch,
         device=processes.device,
         dtype=circumstances["dtype"],
-        forwards=evaluations / (2 * config.reference.uses) + (1 if objective.draw else 0),
+        forwards=work.without_gradient / work.trained,
     )
     return filled(config, model={"attention": processes.first(attention)})
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from seppo_fast.capacity.batches import measures_halves
 from seppo_fast.capacity.eta import seconds_of_run
 from seppo_fast.capacity.plan import Need, need_of, room_on, size
 from seppo_fast.capacity.presets import apply_preset, checkpoints
+from seppo_fast.capacity.work import (
+    iteration_samples,
+    latents_per_sample,
+    measures_halves,
+    row_latents,
+    rows_per_update,
+    trained_steps,
+)
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
 from seppo_fast.data.cache.build import too_many
@@ -18,7 +26,8 @@ from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
 from seppo_fast.distributed.processes import processes
-from seppo_fast.methods.reverse.method import steps_of
+from seppo_fast.methods.reverse.d3po import PUBLISHED_CLAMP
+from seppo_fast.methods.reverse.method import clip_for, steps_of
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.registry import family_of, load_family
@@ -93,19 +102,23 @@ def _estimate(config: Config, source: Source, problems: Sequence[Problem], devic
     family = load_family(config, device)
     shape = family.latent_shape(config.data.resolution)
     family.sampler(config.sampler, shape)
-    if config.row.process == "reverse":
-        steps_of(config, family)
     usable = _usable(source, problems)
     prompts = {example.prompt for example in usable}
+    if config.row.reward is not None:
+        yield from _rewarded(config, len(prompts))
+    if config.row.process == "reverse":
+        yield from _reverse(config, family, math.prod(shape))
     yield from truncation(family.too_long(sorted(prompts)), len(prompts))
     room = room_on(device)
     need = need_of(config, family, device, room)
     yield f"device memory ({size(room)} available on {device.type}):"
     yield from need.table()
-    if config.reference.judge is not None:
+    if config.scorer is not None:
         counted = "its weights are in the table, but " if need.judge else ""
-        yield f"reference.judge: {counted}the memory and time of its scoring are not estimated"
+        yield f"{config.scorer[0]}: {counted}the memory and time of its scoring are not estimated"
     yield from _places(config, family, need, device)
+    if config.row.reward is not None:
+        yield _samples_in_host_memory(config, family, math.prod(shape))
     text = len(prompts) * sum(tensor.numel() for tensor in family.example_row().values())
     latents = len(usable) * torch.Size(shape).numel() * (2 if config.row.needs_pairs else 1)
     yield f"disk: {size((latents + text) * 4)} for the cache, or half of that if a GPU fills it in half precision"
@@ -120,6 +133,71 @@ def _estimate(config: Config, source: Source, problems: Sequence[Problem], devic
         f"eta: about {duration(seconds)} for {config.train.updates} updates on one {device.type} like this one, "
         "extrapolated from a few timed forwards"
     )
+
+
+def _rewarded(config: Config, prompts: int) -> Iterator[str]:
+    """Yields lines on what an update and an iteration of an objective with a reward consist of.
+
+    Args:
+        config: the run's configuration.
+        prompts: number of different prompts in the data.
+    """
+    train, rl, each, own = config.train, config.rl, config.samples_per_prompt, config.prompts_per_update
+    most = "up to " if config.row.reward == "steps" else ""
+    yield (
+        f"an update: {own * each} samples ({own} prompts, {each} each), {most}{rows_per_update(config)} rows; an "
+        f"iteration: {iteration_samples(config)} samples, made before its {train.updates_per_iteration} updates"
+    )
+    seen = train.updates * own * each / max(1, prompts)
+    keeps_rewards = config.row.loss == "policy-gradient" and config.row.samples_per_prompt == 1  # DDPO, not GRPO
+    if keeps_rewards and seen < rl.prompt_count:
+        yield (
+            f"the run samples each of {prompts} prompts {seen:.2g} times, less often than rl.prompt_count = "
+            f"{rl.prompt_count}: rewards are compared with those of the whole iteration, not of the prompt; use fewer "
+            "prompts, or more rl.samples_per_prompt"
+        )
+
+
+def _reverse(config: Config, family: Family, numbers: int) -> Iterator[str]:
+    """Yields lines on the steps that are trained, and on the clip range in effect.
+
+    Args:
+        config: the run's configuration.
+        family: the model.
+        numbers: how many numbers a latent has.
+
+    Raises:
+        ConfigError: the pipeline's scheduler has no such steps.
+    """
+    rl = config.rl
+    steps, _ = steps_of(config, family)
+    trained = trained_steps(config)
+    yield f"steps: {len(steps)}, {sum(step.sigma > 0 for step in steps)} of them random; {trained} trained per sample"
+    yield from (f"steps: {remark}" for remark in family.remarks_on_end(config.sampler, steps))
+    if config.row.loss == "policy-gradient":
+        rule = f"the rule 1e-4 sqrt(16384 / N) for latents of N = {numbers} numbers"
+        yield (
+            f"rl.clip: {clip_for(numbers):.3g}, by {rule}"
+            if rl.clip is None
+            else f"rl.clip: {rl.clip:.3g}, as set; {rule} gives {clip_for(numbers):.3g}"
+        )
+    else:
+        yield f"rl.clip: ratios to the initial policy are clamped to 1 +- {rl.clip or PUBLISHED_CLAMP:.3g}"
+
+
+def _samples_in_host_memory(config: Config, family: Family, numbers: int) -> str:
+    """Returns the line on the host memory of an iteration's samples; `numbers` is the size of a latent."""
+    latent, each = 4 * numbers, latents_per_sample(config)
+    samples = iteration_samples(config)
+    line = (
+        f"host memory: {size(samples * each * latent)} for an iteration's samples (latents per sample: {each}), shared "
+        "by the processes; in a file in data.cache if a process's share exceeds reference.pairs_gib"
+    )
+    rows = row_latents(config) * latent
+    if config.row.process == "forward":
+        text = 4 * sum(tensor.numel() for tensor in family.example_row().values())
+        rows += rows_per_update(config) * config.train.updates_per_iteration * text
+    return line + (f"; {size(rows)} for rows and predictions" if rows else "")
 
 
 def _places(config: Config, family: Family, need: Need, device: torch.device) -> Iterator[str]:

@@ -127,11 +127,12 @@ def model_card(
         **adapter,
         "trained": "all weights of the network" if config.model.train == "full" else lora,
         "weights": "moving average" if average else "raw",
-        "data": f"{config.data.source}, {config.data.resolution} pixels"
+        "data": ("" if config.row.reward is None else "prompts of ")
+        + f"{config.data.source}, {config.data.resolution} pixels"
         + (f", {config.data.frames} frames" if family_of(config.model).makes_clips else ""),
-        "objective": f"{config.objective}, beta {config.train.beta:g} "
-        + ("(times a mean over latent elements)" if config.row.loss != "mapo" else "(weight of the margin)"),
-        "updates": f"{saved.update} of {config.train.pairs_per_update} pairs, learning rate {config.learning_rate:g}",
+        "objective": config.objective + _beta(config),
+        "updates": f"{saved.update} of {config.train.pairs_per_update} {config.row.unit}, "
+        f"learning rate {config.learning_rate:g}",
         **reference_facts(config),
         "seed": config.seed,
         "fingerprints": json.dumps(saved.numbers.get("fingerprints", {})),
@@ -141,28 +142,46 @@ def model_card(
     method = config.row.source
     if "SePPO" in method:
         method += " (Semi-Policy Preference Optimization, arXiv 2410.05255)"
+    source = "pictures" if config.row.reward is None else "reward"
     return (
         "---\nlibrary_name: diffusers\n"
         f"tags: [seppo_fast, {config.objective}{', lora' if form != 'diffusers' else ''}]\n"
         f"---\n\n# Fine-tuned with seppo_fast\n\nMethod: {method}.\n\n| | |\n|---|---|\n{rows}\n\n"
         f"Every setting: `seppo_fast.yaml`.\n\n{_measured(saved, average, scores)}\n\n"
-        "Limitations: it inherits the biases, the licence and the limits of its base and of the pictures that it "
+        f"Limitations: it inherits the biases, the licence and the limits of its base and of the {source} that it "
         "learned from.\n"
     )
+
+
+def _beta(config: Config) -> str:
+    """Returns what the card says of beta; empty for an objective without one."""
+    what = {
+        "mapo": "weight of the margin",
+        "step-preference": "times log-ratios of steps",
+        "policy-gradient": None,
+        "nft": None,
+    }.get(config.row.loss, "times a mean over latent elements")
+    return f", beta {config.train.beta:g} ({what})" if what else ""
 
 
 def reference_facts(config: Config) -> dict[str, str]:
     """Returns the facts of a model card about past policies, their samples, and the scorer that judged these."""
     facts: dict[str, str] = {}
-    if config.row.draw == "initial" or config.row.replay:
+    pulled = config.rl.kl > 0 or config.row.loss == "step-preference"
+    if config.row.draw == "initial" or config.row.replay or pulled:
         facts["reference"] = "the base"
-    elif config.row.draw is not None:
+    elif config.row.draw is not None and config.row.reward is None:
         facts["references"] = f"a new past policy every {config.train.updates_per_iteration} updates"
+    sampler = f"{config.sampler.name}, {config.sampler.steps} steps, guidance {config.sampler.guidance:g}"
     if config.row.negatives == "generated":
-        sampler = config.sampler
-        facts["sampler of the references"] = f"{sampler.name}, {sampler.steps} steps, guidance {sampler.guidance:g}"
-    if config.reference.judge is not None:
-        facts["judge"] = f"{config.reference.judge}; scores by the same scorer are no evidence of quality"
+        facts["sampler of the references"] = sampler
+    if config.row.reward is not None:
+        eta = f", eta {config.rl.eta:g}" if config.row.process == "reverse" else ""
+        length, each = config.train.updates_per_iteration, config.samples_per_prompt
+        facts["samples"] = f"its own, {each} per prompt, made anew every {length} updates; {sampler}{eta}"
+    if config.scorer is not None:
+        key, name, _ = config.scorer
+        facts[key.rpartition(".")[2]] = f"{name}; scores by the same scorer are no evidence of quality"
     return facts
 
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from seppo_fast.commands import curves
-from seppo_fast.runs.watch import LARGEST
+from seppo_fast.runs.watch import LARGEST, MOST_CLIPPED, most_clipped
 
 _QUARTERS = ("first quarter (least noise)", "second", "third", "last (most noise)")
 
@@ -18,6 +18,15 @@ def _by_band(name: str) -> dict[str, str]:
 
 # Heading -> title of a panel -> label of a line -> key in the log.
 _PANELS = {
+    "Reward": {
+        "reward of the iteration's samples, mean": {"reward": "reward_mean"},
+        "reward, standard deviation": {"deviation": "reward_std"},
+        "share of samples": {"that teach": "kept", "without a score": "unscored"},
+        "prompts whose samples have equal rewards": {"share": "zero_spread"},
+        "ratios outside the clip range": {"all steps": "clipped", "the step with most": MOST_CLIPPED},
+        "pairs in the right order": {"share": "correct"},
+        "KL term of the loss": {"term": "kl"},
+    },
     "Curves": {
         "loss": {"loss": "loss"},
         "preference loss": {"loss": "preference_loss"},
@@ -53,6 +62,8 @@ _SHADED = {
     "grad_norm": "gradient_grown",
     "loss": "losers_worse",
     "preference_loss": "losers_worse",
+    "kept": "little_kept",
+    "clipped": "step_clipped",
 }
 """For the key of a panel's first line, the health rule whose spells are shaded in that panel."""
 
@@ -102,6 +113,8 @@ def _column(log: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
     if name == "winner_difference":
         errors = (_column(log, "winner_error"), _column(log, "ref_winner_error"))
         return [None if a is None or b is None else a - b for a, b in zip(*errors, strict=True)]
+    if name == MOST_CLIPPED:
+        log = [most_clipped(entry) for entry in log]
     values = [entry.get(name) for entry in log]
     return [float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None for value in values]
 

@@ -33,7 +33,7 @@ def _capital(sentence: str) -> str:
 
 
 def _marked(text: str) -> str:
-    return re.sub(r"train\.\w+( = \w+)?", lambda key: f"<code>{key[0]}</code>", escape(text))
+    return re.sub(r"\b(train|rl|sampler)\.\w+( = \w+)?", lambda key: f"<code>{key[0]}</code>", escape(text))
 
 
 def notes(log: Sequence[Mapping[str, Any]], updates_per_iteration: int | None) -> Iterator[str]:

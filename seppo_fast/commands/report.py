@@ -36,6 +36,7 @@ from seppo_fast.utils.errors import ConfigError
 NAME = "report.html"
 _NOT_YET = "the run has not finished its first update; rerun this later, or add --watch, which waits for it"
 _BEGINS = b"<!doctype html>"
+_LAST = {"loss": "loss", "reject rate": "aaf_rate", "reward": "reward_mean", "peak memory, GiB": "memory_gib"}
 _PICTURES = 6  # at most so many sample pictures are shown, beside the base's
 _WIDEST = 1600  # a picture's largest width in the page, in pixels
 _MOST_LOG_BYTES = 1 << 27  # some hundred thousand updates
@@ -209,7 +210,7 @@ def _summary(run: Path, log: Sequence[dict[str, Any]], settings: bytes) -> dict[
     left_out = skipped(log)
     shown = ", ".join(map(str, left_out[:20])) + (", ..." if len(left_out) > 20 else "")
     rows["skipped updates"] = f"{len(left_out)}: {shown}; samples in {SKIPPED}" if left_out else "none"
-    for name, key in {"loss": "loss", "reject rate": "aaf_rate", "peak memory, GiB": "memory_gib"}.items():
+    for name, key in _LAST.items():
         if values := numbers(log, key):
             rows[name] = f"{values[-1]:.4g}" + ("" if key == "memory_gib" else " (last)")
     scores = read_scores(run)

@@ -60,6 +60,13 @@ class Objective:
         """Whether each example must be labelled as liked or disliked."""
         return self.loss == "kto"
 
+    @property
+    def unit(self) -> str:
+        """What `train.pairs_per_update` counts: pairs, samples, their rows (one per time and noise), or prompts."""
+        if self.reward is None:
+            return "pairs"
+        return "prompts" if self.reward == "steps" else "rows" if self.process == "forward" else "samples"
+
 
 def _rewarded(
     source: str,

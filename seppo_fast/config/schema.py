@@ -103,7 +103,8 @@ class DataConfig(Section):
     source: str = Field(
         "",
         description="data set: folder, metadata.jsonl or csv, parquet file, tar shards or hub id; or N examples of an "
-        "embedded world: shapes:N, shapes-made:N, shapes-motion:N; see docs/data.md",
+        "embedded world: shapes:N, shapes-made:N, shapes-motion:N; or, for objectives with a reward, a text file with "
+        "one prompt per line; see docs/data.md",
     )
     split: str = Field("train", description="split of a hub data set")
     resolution: int = Field(
@@ -126,12 +127,17 @@ class TrainConfig(Section):
     updates_per_iteration: int = Field(
         30, ge=1, description="updates per iteration; after each iteration a checkpoint joins the past policies"
     )
-    pairs_per_update: int = Field(2048, ge=1, description="pairs per optimizer update, over all devices")
+    pairs_per_update: int = Field(
+        2048,
+        ge=1,
+        description="pairs per optimizer update, over all devices; it counts samples for ddpo, grpo and d3po (two form "
+        "a pair), prompts for spo, and rows for nft (samples times reference.uses)",
+    )
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="pairs per forward on one device; gradients are accumulated over an update; null: what fits in "
-        "memory",
+        description="pairs (with a reward: rows, such as steps of samples) per forward on one device; gradients are "
+        "accumulated over an update; null: what fits in memory",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="learning rate of AdamW; null: 2e-6 for all weights, 5e-5 for a LoRA"
@@ -154,7 +160,7 @@ class TrainConfig(Section):
         2000.0,
         gt=0,
         description="strength of the pull towards the reference; multiplies a MEAN over latent elements, see "
-        "docs/loss.md",
+        "docs/loss.md; for d3po and spo it multiplies log-ratios of steps",
     )
     sft_weight: float = Field(
         0.0,
@@ -200,8 +206,8 @@ class ReferenceConfig(Section):
     uses: int = Field(
         1,
         ge=1,
-        description="draws of (timestep, noise) per sample, each of which gives a pair; above 1, an update sees fewer "
-        "different samples and winners",
+        description="draws of (timestep, noise) per sample, each of which gives a pair (or a row of nft); above 1, an "
+        "update sees fewer different samples and winners",
     )
     window: int | None = Field(
         None,
@@ -260,16 +266,21 @@ class ReferenceConfig(Section):
 
 
 class SamplerConfig(Section):
-    """How references generate samples."""
+    """How references, or policies that learn from rewards, generate samples."""
 
     name: Literal["ddim", "dpmsolver++"] = Field(
         "ddim",
-        description="solver with which references sample: ddim, or dpmsolver++, which samples another distribution",
+        description="solver of the samples: ddim, or dpmsolver++, which samples another distribution",
     )
     steps: int = Field(
         50, ge=1, description="solver steps per sample; timestep spacing and offset are the pipeline's own"
     )
-    guidance: float = Field(7.5, ge=1, description="classifier-free guidance scale of samples; 1: off, half the work")
+    guidance: float = Field(
+        7.5,
+        ge=1,
+        description="classifier-free guidance scale of samples, and in training for ddpo, grpo, d3po and spo; 1: off, "
+        "half the work",
+    )
     batch: int | None = Field(
         None, ge=1, description="samples generated at once on one device; null: what fits in memory"
     )

@@ -74,12 +74,14 @@ class Source(ABC):
         spec: `data.source` as the user wrote it.
         has_losers: Whether every example has a `loser`.
         clips: Whether the examples are clips, not images.
+        prompts_only: Whether the images are placeholders, from which nothing can be learned.
         problems: The examples found unusable from names, captions and labels alone; they are not in the list.
         ties: The number of labelled pairs left out because neither image won.
         notes: Messages for the user about what was ignored or left out.
     """
 
     clips: bool = False
+    prompts_only: bool = False
 
     def __init__(self, spec: str, has_losers: bool = False) -> None:
         self.spec = spec

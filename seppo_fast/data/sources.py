@@ -12,6 +12,7 @@ from pathlib import Path
 from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.media.images import ImageRef, load_image
 from seppo_fast.data.names import walk_files
+from seppo_fast.data.prompts import PromptSource
 from seppo_fast.data.readers.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from seppo_fast.data.readers.listings import find_listing, is_listing, open_listing
 from seppo_fast.data.readers.rows import open_hub, open_parquet
@@ -34,6 +35,8 @@ CHOICES = """A data set is one of:
   shapes:N or shapes:N:SEED, the first N scenes of the embedded world
   shapes-made:N, N prompts of that world, each with the best of four pictures that the embedded pipeline made and a
     loser among them; or shapes-made:N:random, one of the four at random
+For an objective that learns from a reward (ddpo, grpo, nft, d3po, spo), also:
+  a text file x.txt with one prompt per line
 For a model with a motion adapter, one of:
   a folder of clips x.mp4 (mov, m4v, webm, mkv, avi), each beside its caption x.txt, or with metadata.jsonl or .csv
   a csv with columns videoid and name (the caption), or its folder, with the clips beside the csv or below it; if it
@@ -73,6 +76,8 @@ def open_source(spec: str, split: str = "train") -> Source:
             return open_parquet(spec, [path], path.parent)
         if path.suffix.lower() == ".tar":
             return open_shards(spec, [path])
+        if path.suffix.lower() == ".txt":
+            return PromptSource(spec, path)
         if is_listing(path):
             return open_listing(spec, path)
         if path.suffix.lower() == ".csv":

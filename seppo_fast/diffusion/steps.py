@@ -12,7 +12,7 @@ So policy gradients need only the denoising errors that every method here comput
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,26 @@ def reverse_steps(
             )
         steps.append(Step(time, *_factors(now, following, variance, schedule.prediction_type), math.sqrt(variance)))
     return tuple(steps)
+
+
+def remarks_on_end(scheduler_config: Mapping[str, Any], config: SamplerConfig, steps: Sequence[Step]) -> list[str]:
+    """Returns where the end of the reverse process differs from the pipeline's own, in sentences for a user.
+
+    Args:
+        scheduler_config: the configuration of the pipeline's scheduler.
+        config: the sampler's settings.
+        steps: what `reverse_steps` returned.
+    """
+    settings, last = DDIMScheduler.from_config(dict(scheduler_config)).config, steps[-1].timestep
+    found = []
+    if len(steps) < config.steps:
+        found.append("the step from timestep 0 is left out, since it would change nothing")
+    if settings["set_alpha_to_one"] and last < settings["num_train_timesteps"] // config.steps:
+        found.append(
+            f"the last step, from timestep {last}, ends at alphas_cumprod[0], not at 1 as the pipeline's "
+            "set_alpha_to_one would have it: a step to 1 has no noise, and so no log-probability"
+        )
+    return found
 
 
 def _factors(now: float, following: float, variance: float, prediction_type: str) -> tuple[float, float]:

@@ -214,6 +214,10 @@ class Family(ABC):
         """
         raise ConfigError(f"{type(self).__name__} models have no random sampling steps here: use another objective")
 
+    def remarks_on_end(self, config: SamplerConfig, steps: Sequence[Step]) -> list[str]:
+        """Returns sentences on where the end of these steps differs from the pipeline's own sampling."""
+        return []
+
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """Returns the prompts that `encode_prompts` truncates."""
         return []

@@ -32,13 +32,17 @@ class Journal:
         updates: total number of updates.
         pairs_per_update: number of pairs per update, for the pairs per second.
         device: the device whose peak memory is reported.
+        unit: what `pairs_per_update` counts; see `Objective.unit`.
     """
 
-    def __init__(self, folder: Path, updates: int, pairs_per_update: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, updates: int, pairs_per_update: int, device: torch.device, unit: str = "pairs"
+    ) -> None:
         self._folder = folder
         self._updates = updates
         self._pairs = pairs_per_update
         self._device = device
+        self._unit = unit
         self._waiting = b""
         self._watch = HealthWatch()
         self._seconds: deque[float] = deque(maxlen=_ETA_UPDATES)
@@ -72,7 +76,7 @@ class Journal:
         self._seconds.append(stats["seconds"])
         # The median, because the first update compiles and measures, and a shared machine stalls now and then.
         left = (self._updates - number) * statistics.median(self._seconds)
-        print(progress_line(number, self._updates, stats, left), flush=True)
+        print(progress_line(number, self._updates, stats, left, self._unit), flush=True)
         for rule in self._watch.update(stats):
             print(rule.warning, flush=True)
         return stats | self._watch.flags(stats)
@@ -130,14 +134,21 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
         yield entry
 
 
-def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float) -> str:
+def progress_line(number: int, updates: int, stats: dict[str, float], seconds_left: float, unit: str = "pairs") -> str:
     """Returns the printed line of an update.
 
     `update 12/210  loss 0.6903  winner 0.1312 (ref 0.1314)  reject 0.61  |grad| 0.42  2.3 pairs/s  eta 13 m  ...`
+
+    Objectives that learn from a reward have, in place of errors and rejected pairs, the mean and standard deviation of
+    their iteration's rewards and the share of samples that teach anything: `reward 21.34 (sd 0.9)  kept 0.94`.
     """
     parts = [f"update {number}/{updates}", f"loss {stats['loss']:.4f}"]
     if "sft_loss" in stats:
         parts[-1] += f" ({stats['preference_loss']:.4f} preference)"
+    if "reward_mean" in stats:
+        parts.append(f"reward {stats['reward_mean']:.4g} (sd {stats['reward_std']:.2g})")
+    if "kept" in stats:
+        parts.append(f"kept {stats['kept']:.2f}")
     if "winner_error" in stats:
         reference = f" (ref {stats['ref_winner_error']:.4f})" if "ref_winner_error" in stats else ""
         parts.append(f"winner {stats['winner_error']:.4f}{reference}")
@@ -145,7 +156,7 @@ def progress_line(number: int, updates: int, stats: dict[str, float], seconds_le
         parts.append(f"reject {stats['aaf_rate']:.2f}")
     why = f"not finite, samples in {SKIPPED}" if stats.get("rows") != 0 else "nothing to learn from"
     parts.append(f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: {why}" if stats["skipped"] else ""))
-    parts.append(f"{stats['pairs_per_second']:.3g} pairs/s")
+    parts.append(f"{stats['pairs_per_second']:.3g} {unit}/s")
     parts.append(f"eta {duration(seconds_left)}")
     parts.append(f"{stats['memory_gib']:.1f} GB")
     return "  ".join(parts)

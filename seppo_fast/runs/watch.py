@@ -15,9 +15,13 @@ LARGEST = 1e100
 """Values of larger magnitude are treated as non-finite, so that sums and squares of the rest do not overflow."""
 WINDOW = 5
 """Number of updates that a rule averages over."""
+MOST_CLIPPED = "most_clipped"
+"""The key under which `most_clipped` adds a value to a log entry."""
 _RISE = 0.03  # limit of (winner's error / reference's error at the winner) - 1
 _LOGIT = 1.0  # limit of the mean |logit|
 _GROWTH = 8.0  # limit of the gradient norm, as a multiple of the first update's
+_KEPT = 0.1  # limit of the share of samples that teach anything
+_CLIPPED = 0.5  # limit of the share of clipped ratios in any one step
 _LOSS = 0.65  # limit of the preference loss, which is ln 2 = 0.693 where policy and reference agree
 
 
@@ -90,6 +94,22 @@ RULES = (
         "worse, not because winners get better",
         "raise train.sft_weight, or set train.safeguard = true if the objective allows it",
     ),
+    Rule(
+        "little_kept",
+        ("kept",),
+        lambda window, first: _mean(kept for (kept,) in window) < _KEPT,
+        f"less than {_KEPT:.0%} of the samples teach anything: the rewards of a prompt's samples are equal, closer "
+        "than rl.gap, or missing",
+        "lower sampler.guidance or rl.gap, raise rl.samples_per_prompt, or choose a finer rl.reward",
+    ),
+    Rule(
+        "step_clipped",
+        (MOST_CLIPPED,),
+        lambda window, first: _mean(share for (share,) in window) > _CLIPPED,
+        f"more than {_CLIPPED:.0%} of the ratios are clipped at one of the sampler's steps, usually the second to "
+        "last: it outweighs the other steps, then teaches nothing",
+        "lower train.learning_rate or train.updates_per_iteration, or leave the step out (rl.window, for grpo)",
+    ),
 )
 
 
@@ -139,18 +159,34 @@ class HealthWatch:
 
 
 def _known(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a log entry with `preference_loss` filled in: where the key is missing, `loss` is used.
+    """Returns a log entry with `preference_loss` and `MOST_CLIPPED` filled in.
 
-    KTO, which alone logs `liked`, has another loss: it is 0.5, not ln 2, where policy and reference agree.
+    Where `preference_loss` is missing, `loss` is used, except for KTO, which alone logs `liked` and whose loss is 0.5,
+    not ln 2, where policy and reference agree.
     """
+    entry = {**entry, **most_clipped(entry)}
     return {"preference_loss": entry["loss"], **entry} if "loss" in entry and "liked" not in entry else entry
+
+
+def most_clipped(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the largest share of clipped ratios at any step, as `MOST_CLIPPED`; empty where no ratio is clipped.
+
+    The ratios of an iteration's first update are all 1, so it says nothing about the steps.
+    """
+    shares = [_finite(value) for name, value in entry.items() if name.startswith("clipped_step")]
+    most = max((share for share in shares if share is not None), default=0.0)
+    return {MOST_CLIPPED: most} if most else {}
 
 
 def _values(rule: Rule, entry: Mapping[str, Any]) -> list[float] | None:
     known = _known(entry)
-    values = [known.get(key) for key in rule.keys]
-    finite = [float(value) for value in values if isinstance(value, int | float) and abs(value) <= LARGEST]
+    values = [_finite(known.get(key)) for key in rule.keys]
+    finite = [value for value in values if value is not None]
     return finite if len(finite) == len(values) else None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None
 
 
 def intervals(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:

@@ -77,6 +77,11 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     if not config.data.source:
         raise ConfigError("data.source is empty; give a folder, parquet files, a hub id, or shapes:N")
     source = open_source(config.data.source, config.data.split)
+    if source.prompts_only and config.row.reward is None:
+        raise ConfigError(
+            f"data.source = {config.data.source!r} holds prompts without pictures, from which objective "
+            f"{config.objective!r} cannot learn; objectives with a reward can: ddpo, grpo, nft, d3po, spo"
+        )
     if config.row.needs_pairs:
         source = source.labelled()
     refuse_other_kind(config, source.clips)

@@ -32,7 +32,8 @@ class Recorder:
         self._config = config
         self._folder = Path(config.output)
         self._main = processes.main
-        self._journal = Journal(self._folder, config.train.updates, config.train.pairs_per_update, processes.device)
+        train = config.train
+        self._journal = Journal(self._folder, train.updates, train.pairs_per_update, processes.device, config.row.unit)
         self._trackers = Trackers(config)
         self._opened = False
         self.samples = None

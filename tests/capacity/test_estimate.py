@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import seppo_fast.capacity.plan
-from seppo_fast.capacity.eta import forwards_per_pair, seconds_of_run
+from seppo_fast.capacity.eta import seconds_of_run
 from seppo_fast.capacity.footprint import Footprint
 from seppo_fast.capacity.plan import Need, _ladder, need_of, out_of_memory, suggestions
 from seppo_fast.capacity.presets import MEMORY_PRESETS, apply_preset
+from seppo_fast.capacity.work import forwards_per_pair
 from seppo_fast.cli import main
 from seppo_fast.config.load import parse_config, to_yaml
 from seppo_fast.distributed.processes import processes
@@ -297,6 +298,17 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
     assert forks.run("train", tmp_path / "run.yaml", *suggested[0].partition(":")[0].split()).code == 0
 
 
+def rewarded(objective, rl=None, train=None, sampler=None, reference=None):
+    """Returns settings of an objective that learns from the brightness of samples, of which no two have the same."""
+    train = SIZES["train"] | {"micro_batch": 64} | (train or {})
+    sampler = {"steps": 4, "guidance": 2.0, "batch": 16} | (sampler or {})
+    reward = {"reward": "brightness"} | (rl or {})
+    data = {"prompt_dropout": 0.0}
+    return {"objective": objective, "rl": reward, "train": train, "sampler": sampler, "data": data} | (
+        {"reference": reference} if reference else {}
+    )
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -305,13 +317,18 @@ def test_out_of_memory_exits_4_with_the_table_and_three_settings(tiny, tmp_path,
         {"objective": "sft"},
         {"model": {"gradient_checkpointing": True}},
         {"objective": "kto", "data": {"source": "shapes-made:20"}},
+        rewarded("ddpo", rl={"steps": 0.5}),
+        rewarded("grpo", rl={"kl": 0.1, "window": (1, 3)}, sampler={"guidance": 1.0}),
+        rewarded("nft", rl={"samples_per_prompt": 4, "kl": 0.1}, reference={"uses": 2}),
+        rewarded("d3po", train={"beta": 1.0}),
+        rewarded("spo", rl={"gap": 0.0, "plain_steps": 1, "candidates": 3}, train={"beta": 1.0}),
     ],
-    ids=["seppo", "unguided, two uses", "sft", "recomputed", "kto"],
+    ids=["seppo", "unguided, two uses", "sft", "recomputed", "kto", "ddpo", "grpo", "nft", "d3po", "spo"],
 )
 def test_the_rows_that_the_eta_goes_by_are_those_that_run(tiny, tmp_path, sections):
     """The rows of an iteration that pass through the UNet are counted by hooks on a convolution."""
     # One of the two updates measures winners' and losers' gradients; without losers, the attempt would add a forward.
-    every = 0 if sections.get("objective") in ("sft", "kto") else 2
+    every = 0 if "objective" in sections else 2
     config = tiny_config(tiny, tmp_path, **SIZES | sections, log={"health_every": every})
     trainer = Trainer(apply_preset(config, CPU))
     rows = {"forward": 0, "backward": 0}

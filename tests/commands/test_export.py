@@ -11,14 +11,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from seppo_fast.cli import main
-from seppo_fast.commands.export import COMFYUI_FILE, export, reference_facts
+from seppo_fast.commands.export import COMFYUI_FILE, export, model_card, reference_facts
 from seppo_fast.config.load import parse_config
 from seppo_fast.evaluation.generate import generate
 from seppo_fast.evaluation.scores import Scores
 from seppo_fast.evaluation.statistics import PairedDifference
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.unet import UNetFamily
-from seppo_fast.runs.checkpoint import saved_states
+from seppo_fast.runs.checkpoint import SavedState, saved_states
 from seppo_fast.train import train
 from tests.helpers.runs import tiny_config
 from tests.helpers.tiny import tiny_pipeline
@@ -183,6 +183,12 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
     assert not [path for path in run.iterdir() if path.name.startswith(".tmp")]
 
 
+def rewarded(objective, **rl):
+    train = {"beta": 1.0, "updates": 4, "updates_per_iteration": 2}
+    settings = {"train": train, "data": {"prompt_dropout": 0}, "sampler": {"steps": 8, "guidance": 1.0}}
+    return {"objective": objective, "rl": {"reward": "shapes", **rl}, **settings}
+
+
 @pytest.mark.parametrize(
     ("tree", "names"),
     [
@@ -192,10 +198,25 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
         ({"objective": "kto"}, {"reference"}),
         ({"objective": "mapo", "train": {"beta": 0.1}}, set()),
         ({"objective": "sft"}, set()),
+        (rewarded("grpo"), {"samples", "reward"}),
+        (rewarded("nft", kl=0.1), {"samples", "reward", "reference"}),
+        (rewarded("spo"), {"samples", "reward", "reference"}),
     ],
 )
 def test_a_model_card_names_only_what_the_objective_has(tree, names):
     facts = reference_facts(parse_config(tree))
     assert set(facts) == names
-    if "judge" in names:
-        assert facts["judge"].startswith("shapes; ")
+    for scorer in {"judge", "reward"} & names:
+        assert facts[scorer] == "shapes; scores by the same scorer are no evidence of quality"
+
+
+def test_a_model_card_says_what_an_objective_with_a_reward_learned_from():
+    saved = SavedState(Path("update-000004"), 4, {})
+    card = model_card(parse_config(rewarded("grpo")), saved, "diffusers", False, None)
+    assert "| data | prompts of " in card and "| updates | 4 of 2048 samples, learning rate" in card
+    assert "| objective | grpo |" in card  # without a beta
+    assert "| samples | its own, 8 per prompt, made anew every 2 updates; ddim, 8 steps, guidance 1, eta 1 |" in card
+    assert "the limits of its base and of the reward that it" in card
+    assert ", beta 1 (times log-ratios of steps) |" in model_card(
+        parse_config(rewarded("d3po")), saved, "diffusers", False, None
+    )

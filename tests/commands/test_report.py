@@ -89,6 +89,23 @@ def picture(folder, update, size=(516, 152), colour=(200, 30, 30)):
     image.save(folder / "samples" / f"update-{update:06d}.png")
 
 
+def test_rewards_have_curves_and_their_warnings(tmp_path):
+    """The ratios of every second update are clipped at one step; the others are each the first of an iteration."""
+    log = [
+        {"update": n, "loss": 0.0, "grad_norm": 1.0, "seconds": 3.0, "reward_mean": 0.4 + n / 100, "reward_std": 0.3,
+         "kept": 0.9, "unscored": 0.0, "clipped": 0.1 * (n % 2 == 0), "clipped_step7": 0.8 * (n % 2 == 0)}
+        for n in range(1, 21)
+    ]  # fmt: skip
+    page = Page(report(run_folder(tmp_path, log)))
+    assert "Reward" in page.text["h2"] and "0.6 (last)" in page.text["td"]
+    assert "reward of the iteration's samples, mean" in page.text["figcaption"]
+    assert "all steps" in page.text["figcaption"] and "the step with most" in page.text["figcaption"]
+    assert "zero" not in page.text["figcaption"] and "KL" not in page.text["figcaption"]
+    html = (tmp_path / "report.html").read_text()
+    assert "are clipped at one of the sampler's steps".replace("'", "&#x27;") in html
+    assert "<code>rl.window</code>" in html and html.count('class="spell"') == 1
+
+
 def test_nothing_that_a_user_wrote_is_live(tmp_path):
     folder = tmp_path / "<script>alert(4)<" / "b onclick=alert(5)>"
     run = run_folder(folder, [entry(1), entry(2, loss=HOSTILE)], json.dumps({"log": {"sample_prompts": [HOSTILE]}}))

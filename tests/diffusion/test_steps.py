@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from seppo_fast.config.schema import SamplerConfig
-from seppo_fast.diffusion.steps import reverse_steps
+from seppo_fast.diffusion.steps import remarks_on_end, reverse_steps
 from seppo_fast.loss import denoising_errors
 from seppo_fast.utils.errors import ConfigError
 
@@ -76,6 +76,20 @@ def test_the_pipelines_own_last_step_would_have_no_noise():
     ends = [theirs.step(prediction, last, latents, eta=1.0, variance_noise=z).prev_sample for z in (noise, 0 * noise)]
     assert torch.equal(*ends)
     assert reverse_steps(SD15 | {"set_alpha_to_one": True}, sampler(12))[-1].sigma == pytest.approx(0.0206, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, []),
+        ({"set_alpha_to_one": True}, ["the last step, from timestep 1, ends at alphas_cumprod[0], not at 1"]),
+        ({"timestep_spacing": "linspace"}, ["the step from timestep 0 is left out"]),
+        ({"set_alpha_to_one": True, "timestep_spacing": "trailing"}, ["the last step, from timestep 82, ends at"]),
+    ],
+)
+def test_a_remark_says_where_the_end_is_not_the_pipelines_own(settings, found):
+    said = remarks_on_end(SD15 | settings, sampler(12), reverse_steps(SD15 | settings, sampler(12)))
+    assert len(said) == len(found) and all(line.startswith(begin) for line, begin in zip(said, found, strict=True))
 
 
 def test_v_prediction_without_terminal_signal():

@@ -43,6 +43,21 @@ def told(journal, folder, some):
     return read_journal(folder)
 
 
+def test_the_line_of_an_objective_with_a_reward(tmp_path, capsys):
+    rewards = {"reward_mean": 21.3449, "reward_std": 0.912, "kept": 0.9375}
+    stats = stats_of({}, **rewards)
+    del stats["aaf_rate"]
+    journal = Journal(tmp_path, 40, 64, CPU, "samples")
+    journal.format(1, stats)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "update 1/40  loss 0.6900  reward 21.34 (sd 0.91)  kept 0.94  |grad| 1.00  32 samples/s  eta"
+    )
+    del stats["reward_mean"], stats["reward_std"]  # no sample has a reward
+    journal.format(2, stats | {"kept": 0.0})
+    assert "loss 0.6900  kept 0.00  |grad| 1.00" in capsys.readouterr().out
+
+
 def test_a_warning_is_printed_once_and_stands_in_the_log_also_over_a_resume(tmp_path, capsys):
     some = entries([0.01] * 20)  # 8 %
     log = told(Journal(tmp_path, 20, 8, CPU), tmp_path, some[:15])

@@ -18,7 +18,7 @@ NAMES = [rule.name for rule in RULES]
 def entry(number, **more):
     healthy = {
         "update": number, "loss": 0.69, "preference_loss": 0.69, "winner_error": 0.1, "ref_winner_error": 0.1,
-        "logit_abs": 0.2, "grad_norm": 1.0,
+        "logit_abs": 0.2, "grad_norm": 1.0, "kept": 1.0, "clipped_step1": 0.0, "clipped_step2": 0.05,
     }  # fmt: skip
     return healthy | more
 
@@ -28,6 +28,8 @@ ILL = {
     "logits_large": {"logit_abs": 1.1},
     "gradient_grown": {"grad_norm": 8.1},
     "losers_worse": {"preference_loss": 0.64, "winner_error": 0.1001},
+    "little_kept": {"kept": 0.0},
+    "step_clipped": {"clipped_step2": 0.6},
 }
 
 
@@ -52,6 +54,8 @@ def test_the_other_side_of_a_limit_is_no_spell(name):
         "logits_large": {"logit_abs": 0.99},
         "gradient_grown": {"grad_norm": 7.9},
         "losers_worse": {"preference_loss": 0.64, "winner_error": 0.0999},
+        "little_kept": {"kept": 0.11},
+        "step_clipped": {"clipped_step1": 0.49, "clipped_step2": 0.49},
     }
     assert intervals([entry(1), *(entry(number, **below[name]) for number in range(2, 30))]) == {}
     assert intervals([entry(number, preference_loss=0.66, winner_error=0.1001) for number in range(1, 30)]) == {}
@@ -109,11 +113,21 @@ def test_values_that_are_not_finite_do_not_count(name, value):
 def test_missing_numbers_do_not_count(name):
     rule = next(rule for rule in RULES if rule.name == name)
     for key in rule.keys:
-        gone = {key, "loss"} if key == "preference_loss" else {key}
+        gone = {key, {"preference_loss": "loss", "most_clipped": "clipped_step2"}.get(key, key)}
         log = [{k: v for k, v in line.items() if k not in gone} for line in log_of_values(name, [True] * 10)]
         watch = HealthWatch()
         assert not [rule for line in log for rule in watch.update(line) if rule.name == name]
         assert name not in watch.flags(log[-1])
+
+
+def test_an_update_without_any_clipped_ratio_says_nothing_about_the_steps():
+    """The first update of each iteration is one: its ratios are 1, so a mean over all updates would hide the others."""
+    log = [entry(n, clipped_step1=0.0, clipped_step2=0.9 * (n % 2 == 0)) for n in range(1, 21)]
+    ((first, last),) = intervals(log)["step_clipped"]
+    assert (first, last) == (2 * WINDOW, 20)
+    watch = HealthWatch()
+    watch.update(log[0])
+    assert "step_clipped" not in watch.flags(log[0]) and watch.flags(log[1])["step_clipped"] == 0.0
 
 
 def test_an_objective_without_a_reference_warns_of_its_gradient_alone():
@@ -163,5 +177,5 @@ def test_real_runs_made_ill_on_purpose_warn(tmp_path_factory, capsys, objective,
     train(config)
     out = capsys.readouterr().out
     assert {rule.name for rule in RULES if rule.warning in out} == expected == set(intervals(log_of(config)))
-    assert {name for name in NAMES if log_of(config)[-1][name]} == expected
+    assert {name for name in NAMES if log_of(config)[-1].get(name)} == expected
     shutil.rmtree(folder)
