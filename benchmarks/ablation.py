@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from benchmarks.ablations.base import BASE, run_base
 from benchmarks.ablations.piece import FULL, QUICK, Size, run_piece
 from benchmarks.ablations.rows import STUDIES, Piece, pieces
 from benchmarks.ablations.tables import best_rates, tables
-from benchmarks.harness.work import Task, Work
+from benchmarks.harness.work import Task, Work, add_arguments, carry_out
 from seppo_fast.utils.errors import ConfigError
-from seppo_fast.utils.files import free_name
 
 RESULTS = Path(__file__).parent / "results"
 PIECES = RESULTS / "ablation"
@@ -68,25 +65,8 @@ def main(words: list[str] | None = None) -> int:
     """Runs what is missing of the ablation and writes its tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, action="append", help="study to run; may be repeated; default: all")
-    parser.add_argument("--minutes", type=float, default=30.0, help="start no run that would end later; 0: no limit")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--results", type=Path, default=PIECES, help="folder with one file per finished run")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path("runs/ablation"), help="folder for caches and unfinished runs"
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS / "ablation.json", help="file to write the tables to")
-    parser.add_argument("--quick", action="store_true", help="do a few tiny runs in a new folder, as a smoke test")
-    arguments = parser.parse_args(words)
-    if arguments.minutes < 0 or arguments.workers < 1:
-        parser.error("--minutes must be at least 0, and --workers at least 1")
-    until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    try:
-        if arguments.quick:
-            return quick(free_name(arguments.scratch), arguments.workers)
-        return proceed(arguments, until)
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return ConfigError.exit_code
+    add_arguments(parser, PIECES, Path("runs/ablation"), RESULTS / "ablation.json")
+    return carry_out(parser, words, proceed, quick)
 
 
 def proceed(arguments: argparse.Namespace, until: float) -> int:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 from benchmarks.ablation import PIECES as ABLATION
@@ -21,9 +19,8 @@ from benchmarks.ablation import RESULTS
 from benchmarks.comparison.piece import BASE, run_base, run_piece
 from benchmarks.comparison.rows import ROWS, STUDIES, Piece, pieces
 from benchmarks.comparison.tables import best_rates, tables
-from benchmarks.harness.work import Task, Work
+from benchmarks.harness.work import Task, Work, add_arguments, carry_out
 from seppo_fast.utils.errors import ConfigError
-from seppo_fast.utils.files import free_name
 
 PIECES = RESULTS / "methods"
 
@@ -33,25 +30,8 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, action="append", help="study to run; may be repeated; default: all")
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="train only these methods; default: all")
-    parser.add_argument("--minutes", type=float, default=30.0, help="start no run that would end later; 0: no limit")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--results", type=Path, default=PIECES, help="folder with one file per finished run")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path("runs/methods"), help="folder for caches and unfinished runs"
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS / "methods.json", help="file to write the tables to")
-    parser.add_argument("--quick", action="store_true", help="do a few tiny runs in a new folder, as a smoke test")
-    arguments = parser.parse_args(words)
-    if arguments.minutes < 0 or arguments.workers < 1:
-        parser.error("--minutes must be at least 0, and --workers at least 1")
-    until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-    try:
-        if arguments.quick:
-            return quick(free_name(arguments.scratch), arguments.workers)
-        return proceed(arguments, until)
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return ConfigError.exit_code
+    add_arguments(parser, PIECES, Path("runs/methods"), RESULTS / "methods.json")
+    return carry_out(parser, words, proceed, quick)
 
 
 def proceed(arguments: argparse.Namespace, until: float) -> int:

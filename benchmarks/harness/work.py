@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from seppo_fast.utils.errors import ConfigError
+from seppo_fast.utils.files import free_name
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,43 @@ class Work:
                 f"{file}: not a result of the {self._measurement} ({problem}); remove it to run that piece again"
             ) from None
         raise ConfigError(f"{file}: not a result of the {self._measurement}; remove it to run that piece again")
+
+
+def add_arguments(parser: argparse.ArgumentParser, pieces: Path, scratch: Path, tables: Path) -> None:
+    """Adds the arguments that all such commands have; the paths are defaults."""
+    parser.add_argument("--minutes", type=float, default=30.0, help="start no run that would end later; 0: no limit")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--results", type=Path, default=pieces, help="folder with one file per finished run")
+    parser.add_argument("--scratch", type=Path, default=scratch, help="folder for caches and unfinished runs")
+    parser.add_argument("--json", type=Path, default=tables, help="file to write the tables to")
+    parser.add_argument("--quick", action="store_true", help="do a few tiny runs in a new folder, as a smoke test")
+
+
+def carry_out(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+    proceed: Callable[[argparse.Namespace, float], int],
+    quick: Callable[[Path, int], int],
+) -> int:
+    """Parses the arguments and does the work; returns the exit code.
+
+    Args:
+        parser: with the arguments of `add_arguments`.
+        words: the arguments; None: those of the command line.
+        proceed: does what is missing, given the arguments and the time of `time.monotonic` to end at.
+        quick: does tiny pieces in a new folder, with a number of workers.
+    """
+    arguments = parser.parse_args(words)
+    if arguments.minutes < 0 or arguments.workers < 1:
+        parser.error("--minutes must be at least 0, and --workers at least 1")
+    until = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    try:
+        if arguments.quick:
+            return quick(free_name(arguments.scratch), arguments.workers)
+        return proceed(arguments, until)
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return ConfigError.exit_code
 
 
 def write_result(folder: Path, name: str, content: dict[str, Any]) -> None:
