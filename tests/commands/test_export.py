@@ -189,6 +189,7 @@ def test_mistakes_say_what_to_do(tiny, tmp_path, capsys):
         ({}, {"references", SAMPLER}),
         ({"objective": "seppo-judged", "reference": {"judge": "shapes"}}, {"references", SAMPLER, "judge"}),
         ({"objective": "seppo-initial"}, {"reference", SAMPLER}),
+        ({"objective": "ditto"}, {"reference", SAMPLER}),
         ({"objective": "kto"}, {"reference"}),
         ({"objective": "mapo", "train": {"beta": 0.1}}, set()),
         ({"objective": "sft"}, set()),
