@@ -49,6 +49,7 @@ setup(
         "seppo_fast.methods.labelled",
         "seppo_fast.methods.losses",
         "seppo_fast.methods.replay",
+        "seppo_fast.methods.reverse",
         "seppo_fast.methods.rewards",
         "seppo_fast.models",
         "seppo_fast.models.families",

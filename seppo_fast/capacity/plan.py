@@ -192,14 +192,16 @@ def _round_trip(config: Config, family: Family, device: torch.device) -> int:
 
 def _pixel_rows(config: Config) -> int:
     """Returns how many rows per sample are decoded at once: for a judge its winner too; 0 if nothing is decoded."""
+    if config.row.reward is not None:
+        return 1
     return 2 if config.reference.judge is not None else int(config.sampler.round_trip)
 
 
 def _judge(config: Config, device: torch.device) -> int:
     """Returns the bytes of the judge's weights, in the dtype in which a run loads them."""
-    name, folder = config.reference.judge, config.reference.judge_weights
-    if name is None:
+    if config.scorer is None:
         return 0
+    _, name, folder = config.scorer
     return weight_count(name, None if folder is None else Path(folder)) * (2 if device.type == "cuda" else 4)
 
 

@@ -18,6 +18,7 @@ from seppo_fast.data.examples import Example, Problem, Source
 from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
 from seppo_fast.distributed.processes import processes
+from seppo_fast.methods.reverse.method import steps_of
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.registry import family_of, load_family
@@ -92,6 +93,8 @@ def _estimate(config: Config, source: Source, problems: Sequence[Problem], devic
     family = load_family(config, device)
     shape = family.latent_shape(config.data.resolution)
     family.sampler(config.sampler, shape)
+    if config.row.process == "reverse":
+        steps_of(config, family)
     usable = _usable(source, problems)
     prompts = {example.prompt for example in usable}
     yield from truncation(family.too_long(sorted(prompts)), len(prompts))

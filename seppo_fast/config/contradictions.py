@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seppo_fast.config.objectives import SCORER
+from seppo_fast.config.rl import refuse_reward_contradictions
 from seppo_fast.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def refuse_contradictions(config: Config) -> None:
             f"objective {config.objective!r} generates no samples to decode and encode: set sampler.round_trip = false"
         )
     _refuse_judge_settings(config)
+    refuse_reward_contradictions(config)
     _refuse_block_settings(config)
     if config.row.replay:
         _refuse_replay_settings(config)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from seppo_fast.config.contradictions import refuse_contradictions
 from seppo_fast.config.plain_yaml import read_yaml
-from seppo_fast.config.schema import Config, _Section, closest, did_you_mean, keys
+from seppo_fast.config.schema import Config, closest, did_you_mean, keys
+from seppo_fast.config.section import Section
 from seppo_fast.utils.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -77,7 +78,7 @@ def saved_values(tree: Any, origin: str) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin}: expected a mapping at the top level, got {type(tree).__name__}")
     resolved: dict[str, Any] = {}
-    sections = {name for name in Config.model_fields if isinstance(getattr(Config(), name), _Section)}
+    sections = {name for name in Config.model_fields if isinstance(getattr(Config(), name), Section)}
     for key, value in tree.items():
         if key in sections:
             if not isinstance(value, dict):

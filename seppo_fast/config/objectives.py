@@ -1,8 +1,8 @@
 """The objectives as a table: where negatives come from, which past policy is the reference, and which flipper is used.
 
-With D = m - r (policy error minus reference error, per sample), every row but SFT, MaPO, KTO and Diffusion-RPO is
-`loss = mean softplus((beta/2) (D_w - a D_l))`; the rows differ in the sign `a` and in where the losers `x_l` and the
-reference errors `r` come from.
+With D = m - r (policy error minus reference error, per sample), the loss `preference` is
+`mean softplus((beta/2) (D_w - a D_l))`; its rows differ in the sign `a` and in where the losers `x_l` and the reference
+errors `r` come from. The other losses are those of `seppo_fast.methods.losses`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Objective:
         winners: the `preferred` image of each example (SePPO-w), or a `random` one of its two images (SePPO-r).
         source: the publication that the row comes from.
         loss: the loss, `preference` as above (or SFT's), or one of its own.
+        reward: which samples a scorer rewards: `final` ones, or candidates at each of the sampler's `steps`; None:
+            the method learns from no reward.
+        process: the method trains on noised data (`forward`), or on steps of the sampler (`reverse`).
+        samples_per_prompt: the default of `rl.samples_per_prompt`.
         replay: whether samples of all iterations are kept and compared (DITTO); the drawn past policy then only
             generates, and the reference is checkpoint 0.
     """
@@ -40,7 +44,10 @@ class Objective:
     negatives: Literal["generated", "labelled"] | None
     winners: Literal["preferred", "random"]
     source: str
-    loss: Literal["preference", "mapo", "kto", "rpo"] = "preference"
+    loss: Literal["preference", "mapo", "kto", "rpo", "policy-gradient", "step-preference", "nft"] = "preference"
+    reward: Literal["final", "steps"] | None = None
+    process: Literal["forward", "reverse"] = "forward"
+    samples_per_prompt: int = 1
     replay: bool = False
 
     @property
@@ -52,6 +59,18 @@ class Objective:
     def needs_labels(self) -> bool:
         """Whether each example must be labelled as liked or disliked."""
         return self.loss == "kto"
+
+
+def _rewarded(
+    source: str,
+    loss: Literal["policy-gradient", "step-preference", "nft"],
+    *,
+    reward: Literal["final", "steps"] = "final",
+    process: Literal["forward", "reverse"] = "reverse",
+    samples: int = 1,
+) -> Objective:
+    """Returns a row that learns from a reward of the newest past policy's own samples."""
+    return Objective("never", "newest", None, "preferred", source, loss, reward, process, samples)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -68,5 +87,10 @@ OBJECTIVES: dict[str, Objective] = {
     "diffusion-rpo": Objective("never", "initial", "labelled", "preferred", "Diffusion-RPO (no code is public)", "rpo"),
     "mapo": Objective("never", None, "labelled", "preferred", "MaPO: margin-aware, without a reference", "mapo"),
     "kto": Objective("never", "initial", None, "preferred", "Diffusion-KTO: liked and disliked examples", "kto"),
+    "ddpo": _rewarded("DDPO: the clipped policy gradient on the sampler's steps", "policy-gradient"),
+    "grpo": _rewarded("GRPO on an SDE (Flow-GRPO, DanceGRPO)", "policy-gradient", samples=8),
+    "nft": _rewarded("DiffusionNFT", "nft", process="forward", samples=8),
+    "d3po": _rewarded("D3PO: pairs of samples, compared by reward", "step-preference", samples=2),
+    "spo": _rewarded("SPO: candidates compared at each step", "step-preference", reward="steps"),
     "sft": Objective("never", None, None, "preferred", "supervised fine-tuning on the winners"),
 }

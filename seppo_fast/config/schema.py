@@ -10,10 +10,11 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from seppo_fast.config.objectives import OBJECTIVES, Objective
+from seppo_fast.config.rl import RlConfig
+from seppo_fast.config.section import Section
 from seppo_fast.config.vocabulary import AttentionChoice, Backend, KeepRule, LoraPlace, TemporalAttention
 
 # Names used by the diffusers and Diffusion-DPO scripts, accepted at the top level of a YAML file and as flags.
@@ -35,24 +36,12 @@ ALIASES = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_numpy(cls, values: Any) -> Any:
-        """Converts numpy scalars to Python numbers."""
-        if not isinstance(values, dict):
-            return values
-        return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-
-
 def _float32_by_its_other_name(value: Any) -> Any:
     """Maps 'no', the diffusers scripts' word for float32, to 'fp32'; YAML reads it as false."""
     return "fp32" if value in ("no", False) else value
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model, what of it is trained, and how it computes."""
 
     path: str = Field(
@@ -108,7 +97,7 @@ class ModelConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The data set, and how it is prepared."""
 
     source: str = Field(
@@ -130,7 +119,7 @@ class DataConfig(_Section):
     cache: str = Field("cache", description="folder for the cache of latents and prompt embeddings")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The optimization and the loss."""
 
     updates: int = Field(210, ge=1, description="total number of optimizer updates")
@@ -197,7 +186,7 @@ class TrainConfig(_Section):
     )
 
 
-class ReferenceConfig(_Section):
+class ReferenceConfig(Section):
     """Past policies and rollouts; which past policy is drawn is part of the objective."""
 
     redraw: Literal["iteration", "update"] = Field(
@@ -270,7 +259,7 @@ class ReferenceConfig(_Section):
     )
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """How references generate samples."""
 
     name: Literal["ddim", "dpmsolver++"] = Field(
@@ -289,7 +278,7 @@ class SamplerConfig(_Section):
     )
 
 
-class RpoConfig(_Section):
+class RpoConfig(Section):
     """The blocks of objective diffusion-rpo."""
 
     block: int = Field(
@@ -306,7 +295,7 @@ class RpoConfig(_Section):
     )
 
 
-class SaveConfig(_Section):
+class SaveConfig(Section):
     """The states from which a run can resume."""
 
     minutes: float = Field(10.0, ge=0, description="minutes between two saved states; 0: save after each update")
@@ -318,7 +307,7 @@ class SaveConfig(_Section):
     )
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """What a run logs and shows."""
 
     health_every: int = Field(
@@ -338,7 +327,7 @@ class LogConfig(_Section):
     )
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How the demos compare the base with the trained model after a run."""
 
     guidance: tuple[Annotated[float, Field(ge=1)], ...] = Field(
@@ -348,7 +337,7 @@ class EvaluationConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """The configuration of a run."""
 
     objective: str = Field("seppo", description="training objective, see docs/methods.md: " + ", ".join(OBJECTIVES))
@@ -369,6 +358,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    rl: RlConfig = RlConfig()
     sampler: SamplerConfig = SamplerConfig()
     rpo: RpoConfig = RpoConfig()
     save: SaveConfig = SaveConfig()
@@ -387,6 +377,24 @@ class Config(_Section):
         return OBJECTIVES[self.objective]
 
     @property
+    def samples_per_prompt(self) -> int:
+        """Samples of each prompt in an update; 1 for objectives without a reward."""
+        return self.rl.samples_per_prompt or self.row.samples_per_prompt
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Different sample ids in an update, over all processes."""
+        return self.train.pairs_per_update // self.reference.uses // self.samples_per_prompt
+
+    @property
+    def scorer(self) -> tuple[str, str, str | None] | None:
+        """The key that names the scorer a run calls, the scorer, and its folder of weights; None without a scorer."""
+        if self.rl.reward is not None:
+            return "rl.reward", self.rl.reward, self.rl.reward_weights
+        judge = self.reference.judge
+        return None if judge is None else ("reference.judge", judge, self.reference.judge_weights)
+
+    @property
     def block(self) -> int:
         """The number of consecutive pairs that a loss compares with each other; no micro-batch may split them."""
         return self.rpo.block if self.row.loss == "rpo" else 1
@@ -403,7 +411,7 @@ def keys() -> dict[str, str]:
     full = []
     for name, field in Config.model_fields.items():
         section = field.annotation
-        if isinstance(section, type) and issubclass(section, _Section):
+        if isinstance(section, type) and issubclass(section, Section):
             full += [f"{name}.{key}" for key in section.model_fields]
         else:
             full.append(name)

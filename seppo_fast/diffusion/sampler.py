@@ -53,6 +53,31 @@ def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) ->
     return unconditional + scale * (conditional - unconditional)
 
 
+def with_uncond(conditioning: Conditioning, uncond: Conditioning, scale: float) -> Conditioning:
+    """Returns the rows that `guided` needs: with guidance (a scale above 1) the empty prompt's first, B of them."""
+    return Conditioning.cat([uncond.expand(conditioning.rows), conditioning]) if scale > 1 else conditioning
+
+
+def guided(
+    denoise: Denoise, latents: Tensor, times: Tensor, conditioning: Conditioning, guide: Guide, scale: float
+) -> Tensor:
+    """Returns the guided prediction `(B, *latent)` float32; without guidance, at a scale of 1, the conditional one.
+
+    Args:
+        denoise: runs the model, once for all rows.
+        latents: `(B, *latent)`.
+        times: `(B,)`.
+        conditioning: the rows that `with_uncond` returned.
+        guide: combines the conditional and the unconditional prediction.
+        scale: the guidance scale.
+    """
+    if scale <= 1:
+        return denoise(latents, times, conditioning).float()
+    prediction = denoise(torch.cat([latents, latents]), torch.cat([times, times]), conditioning).float()
+    unconditional, conditional = prediction.chunk(2)
+    return guide(conditional, unconditional, scale)
+
+
 # By `SamplerConfig.name`. No run trains with the last two, which published evaluations use (`diffusion.protocols`).
 _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
@@ -137,15 +162,11 @@ class Sampler:
         """
         solver = self.solver(tuple(noise.shape[1:]))
         on_device = solver.times.to(noise.device)  # one transfer for all steps; the model reads this copy
-        guided = self.config.guidance > 1
-        both = Conditioning.cat([uncond.expand(len(noise)), conditioning]) if guided else conditioning
+        scale = self.config.guidance
+        both = with_uncond(conditioning, uncond, scale)
         latents = solver.start(noise)
         for step, time in enumerate(solver.times):
-            rows = torch.cat([latents, latents]) if guided else latents
-            rows = solver.model_input(rows, time)
-            prediction = denoise(rows, on_device[step].expand(len(rows)), both).float()
-            if guided:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = self.guide(conditional, unconditional, self.config.guidance)
+            rows = solver.model_input(latents, time)
+            prediction = guided(denoise, rows, on_device[step].expand(len(rows)), both, self.guide, scale)
             latents = solver.step(prediction, time, latents)
         return latents

@@ -43,6 +43,9 @@ class Schedule(Protocol):
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Returns what the model should predict for these noised latents: `(B, *latent)`."""
 
+    def clean(self, latents: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """Returns the clean latents `(B, *latent)` that a prediction at these noised latents implies."""
+
     def progress(self, times: Tensor) -> Tensor:
         """Returns the position of times `(B,)` in the forward process, float32 from 0 (clean) to 1 (noise)."""
 
@@ -105,6 +108,13 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon":
             return noise
         return self._scheduler.get_velocity(latents, noise, times)
+
+    def clean(self, latents: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """Returns the estimate of x_0 (DDIM, eq. 9), or its form for v."""
+        kept = self.alphas_cumprod[times.cpu()].to(latents).view(-1, *[1] * (latents.dim() - 1))
+        if self.prediction_type == "epsilon":
+            return (latents - (1 - kept).sqrt() * prediction) / kept.sqrt()
+        return kept.sqrt() * latents - (1 - kept).sqrt() * prediction
 
     def progress(self, times: Tensor) -> Tensor:
         """Returns t / T of timesteps `(B,)`, float32."""

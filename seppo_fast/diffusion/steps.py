@@ -27,13 +27,13 @@ from seppo_fast.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Step:
-    """One random step of the reverse process; see the module docstring.
+    """One step of the reverse process; see the module docstring.
 
     Attributes:
         timestep: the time at which the model is called.
         a: the factor of the latents in the mean.
         b: the factor of the prediction in the mean.
-        sigma: the standard deviation, which is positive.
+        sigma: the standard deviation; 0 for a deterministic step, which has no log-probability.
     """
 
     timestep: int
@@ -66,7 +66,12 @@ class Step:
         return (following - self.a * latents) / self.b
 
 
-def reverse_steps(scheduler_config: Mapping[str, Any], config: SamplerConfig, eta: float = 1.0) -> tuple[Step, ...]:
+def reverse_steps(
+    scheduler_config: Mapping[str, Any],
+    config: SamplerConfig,
+    eta: float = 1.0,
+    window: tuple[int, int] | None = None,
+) -> tuple[Step, ...]:
     """Returns the steps of DDIM with noise (DDIM, eq. 12 and 16), from noise to data.
 
     Timesteps, spacing and offset are those of the pipeline's scheduler, and each step is that of its
@@ -78,6 +83,8 @@ def reverse_steps(scheduler_config: Mapping[str, Any], config: SamplerConfig, et
         scheduler_config: the configuration of the pipeline's scheduler.
         config: the sampler's settings; its guidance is not used here.
         eta: the share of DDPM's noise, above 0 and at most 1.
+        window: the first and the last step, counted from 1, that are random; the others are deterministic (eta = 0), as
+            in MixGRPO. None: all steps are random.
 
     Raises:
         ConfigError: The solver is not DDIM, the schedule cannot be sampled in so many steps, it clips what it predicts,
@@ -97,10 +104,14 @@ def reverse_steps(scheduler_config: Mapping[str, Any], config: SamplerConfig, et
             "counted from 0; use fewer steps"
         )
     steps = []
-    for time in times:
+    first, last = window or (1, len(times))
+    for number, time in enumerate(times, 1):
         if time == 0:
             continue
         now, following = kept[time], kept[max(time - stride, 0)]
+        if not first <= number <= last:
+            steps.append(Step(time, *_factors(now, following, 0.0, schedule.prediction_type), 0.0))
+            continue
         variance = eta**2 * (1 - following) / (1 - now) * (1 - now / following)
         if variance <= 0:
             raise ConfigError(

@@ -68,11 +68,12 @@ def validate_fsdp_config(config: Config, processes: int) -> Config:
     wrong = {
         "model.train = lora": (config.model.train == "lora", "a LoRA has too few weights to be worth sharding; leave "
             "out --use_fsdp, or set model.train = full"),
+        f"objective = {config.objective}": (config.row.replay or config.row.reward is not None,
+            "its updates differ in size; leave out --use_fsdp"),
         f"reference.errors = {config.reference.errors}": (config.reference.errors != "ahead", "use ahead"),
         f"train.optimizer = {config.train.optimizer}": (config.train.optimizer != "adamw", "use adamw, whose state "
             "is sharded"),
         "reference.park = true": (config.reference.park, "shards make room already; use false"),
-        f"objective = {config.objective}": (config.row.replay, "its updates differ in size; leave out --use_fsdp"),
         "model.compile = true": (config.model.compile, "use false"),
     }  # fmt: skip
     for setting, (is_wrong, instead) in wrong.items():

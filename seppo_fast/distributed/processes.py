@@ -7,7 +7,7 @@ a separate group, with `_PATIENCE`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -60,22 +60,19 @@ class Processes:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.machine = Node(self._gather, self.rank)
+        self.machine = Node(self.gather, self.rank)
         set_rank(self.rank, self.world, self.accelerator.is_local_main_process)
         # In addition to the device's own group: for waiting that may take hours.
         self._patient = None
         if self.world > 1:
             self._patient = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
-    def _gather(self, value: Any) -> list[Any]:
-        return gather_object([value]) if self.world > 1 else [value]
-
     def any(self, *flags: bool) -> list[bool]:
         """Returns for each flag whether it is true in any process."""
         if self.world == 1:
             return list(flags)
         counts = torch.tensor([float(flag) for flag in flags], device=self.device)
-        return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
+        return [count > 0 for count in self.sum(counts).tolist()]
 
     def min(self, value: int) -> int:
         """Returns the smallest of all processes' values, waiting for each of them up to `_PATIENCE`."""
@@ -87,6 +84,21 @@ class Processes:
     def same(self, value: Any) -> bool:
         """Returns whether all processes have the same value."""
         return self.machine.same(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, by rank."""
+        return gather_object([value]) if self.world > 1 else [value]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of all processes' tensors, on this process's device."""
+        total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
+        return total
+
+    def sum_gradients(self, gradients: Iterable[torch.Tensor]) -> None:
+        """Sums tensors over all processes in place, one by one; they must come in the same order in all processes."""
+        works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for work in works:
+            work.wait()
 
     def first(self, value: Any) -> Any:
         """Returns the value of the first process."""

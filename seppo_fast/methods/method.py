@@ -98,6 +98,24 @@ class Method(ABC):
             parked: returns a context manager that keeps the optimizer's state in host memory while it is active.
         """
 
+    def rows(self, batch: Any) -> int | None:
+        """Returns the number of rows over which an update averages its loss and gradient, over all processes.
+
+        None stands for `train.pairs_per_update`, the default. If there are 0, the update is skipped.
+
+        Args:
+            batch: this process's share of the update, as returned by `collect`.
+        """
+        return None
+
+    def state(self, finished: int) -> dict[str, Any]:
+        """Returns what the method needs to resume besides the weights; must be serializable as JSON. Default: nothing.
+
+        Args:
+            finished: the number of finished updates.
+        """
+        return {}
+
     def files(self) -> Mapping[str, Path]:
         """Returns the files that a state saved now must hold, under the names that they get there.
 
@@ -107,11 +125,16 @@ class Method(ABC):
         """
         return {}
 
-    def restore(self, state: Path) -> None:  # noqa: B027
-        """Takes over what `files` gave to a saved state; called in all processes of a run that resumes.
+    def restore(self, state: dict[str, Any], folder: Path) -> None:  # noqa: B027
+        """Restores what `state` and `files` returned; called in all processes of a run that resumes.
 
         Args:
-            state: the state's folder, whose checksums have been checked. It may be removed later.
+            state: what `state` returned. States of older versions have none: then it is empty.
+            folder: the saved state's folder with the files, whose checksums have been checked. It may be removed later.
+
+        Raises:
+            KeyError, TypeError, ValueError: the state does not match this run.
+            CheckpointError: a file is missing, or cannot be written.
         """
 
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:

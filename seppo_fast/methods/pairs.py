@@ -127,6 +127,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 class PairMaker:
     """Makes the pairs of an update. The reference's samples and denoising errors are computed elsewhere.
 
+    Attributes:
+        world: number of processes.
+
     Args:
         config: the run's configuration.
         cache: latents and conditioning of the training data.
@@ -142,17 +145,20 @@ class PairMaker:
         self._objective = config.row
         self._cache = cache
         self._schedule = schedule
-        self._rank, self._world = rank, world
+        self._rank, self.world = rank, world
         self._order: tuple[int, Tensor] | None = None
 
     def sample_ids(self, update: int) -> list[int]:
-        """Returns this rank's sample ids of an update.
+        """Returns this rank's sample ids of an update; ids are assigned to ranks round-robin, in whole blocks."""
+        block = self._config.block
+        ids = self.all_sample_ids(update)
+        return [sample for place, sample in enumerate(ids) if place // block % self.world == self._rank]
 
-        Each example is used once before any is used again; ids are assigned to ranks round-robin, in whole blocks.
-        """
-        samples, block = self._config.train.pairs_per_update // self._config.reference.uses, self._config.block
-        mine = [place for place in range(samples) if place // block % self._world == self._rank]
-        return [self._sample_id(*divmod(update * samples + place, len(self._cache))) for place in mine]
+    def all_sample_ids(self, update: int) -> list[int]:
+        """Returns all ranks' sample ids of an update. Each example is used once before any is used again."""
+        samples = self._config.prompts_per_update
+        positions = range(update * samples, (update + 1) * samples)
+        return [self._sample_id(*divmod(position, len(self._cache))) for position in positions]
 
     def _sample_id(self, visit: int, position: int) -> int:
         if self._order is None or self._order[0] != visit:
@@ -164,15 +170,17 @@ class PairMaker:
         """Returns the indices of the samples' examples in the cache."""
         return [sample % len(self._cache) for sample in sample_ids]
 
-    def generation(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Conditioning, Conditioning]:
-        """Returns the inputs from which a reference generates B samples, given their keys (update, sample id).
+    def generation(self, keys: Sequence[tuple[int, ...]]) -> tuple[Tensor, Conditioning, Conditioning]:
+        """Returns the inputs from which a reference generates B samples, given their keys.
+
+        A key is (update, sample id), with a number from 1 for each further sample of that id.
 
         Returns:
             The noise `(B, *latent)`; the conditioning for the samples' own prompts, B rows (prompt dropout does not
             apply); and the conditioning for the empty prompt, one row.
         """
         noise = keyed_noise(self._config.seed, "sample", keys, self._cache.latent_shape)
-        rows = self._cache.conditioning([None, *self.examples([sample for _, sample in keys])])
+        rows = self._cache.conditioning([None, *self.examples([key[1] for key in keys])])
         return noise, rows.take(slice(1, None)), rows.take(slice(0, 1))
 
     def pairs(self, update: int, sample_ids: Sequence[int], losers: Tensor | None = None) -> Pairs:

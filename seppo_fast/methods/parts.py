@@ -11,6 +11,7 @@ from seppo_fast.data.cache.latents import LatentCache
 from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.distributed.processes import Processes
 from seppo_fast.methods.draws import Draws
+from seppo_fast.methods.generation import Generation
 from seppo_fast.methods.pairs import PairMaker
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
@@ -32,7 +33,7 @@ class MethodParts:
         draws: chooses the past policy that is an update's reference.
         processes: the run's processes.
         interruption: call its `check` between two batches of work, so that a signal can end the run there.
-        judge: the scorer that `reference.judge` names; None without it.
+        judge: the scorer that `reference.judge` or `rl.reward` names; None without one.
     """
 
     config: Config
@@ -50,3 +51,7 @@ class MethodParts:
         """Returns a maker of this process's share of each update's pairs."""
         rank, world = self.processes.rank, self.processes.world
         return PairMaker(self.config, self.cache, self.family.schedule, rank=rank, world=world)
+
+    def generation(self) -> Generation:
+        """Returns what generates this process's samples in batches."""
+        return Generation(self.config, self.processes, self.interruption)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seppo_fast.config.objectives import SCORER, Objective
 from seppo_fast.config.schema import Config
 from seppo_fast.loss import Backend, PreferenceLoss, denoising_errors, loss_and_grad
-from seppo_fast.methods.bands import BAND_SUMS, band_averages, band_sums
+from seppo_fast.methods.losses.bands import BAND_SUMS, band_averages, band_sums
 from seppo_fast.methods.method import Method, StepLoss
 from seppo_fast.methods.pairs import Pairs, sent
 from seppo_fast.methods.parts import MethodParts
@@ -32,9 +32,7 @@ class PreferenceMethod(Method):
         self._schedule = parts.family.schedule
         strategy = REFERENCE_STRATEGIES[parts.config.reference.errors]
         self.strategy = strategy(parts.family, parts.denoiser, parts.sampler, parts.model, parts.config)
-        self.rollout = Rollout(
-            parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.processes, parts.interruption, judge
-        )
+        self.rollout = Rollout(parts.config, parts.pair_maker(), self.strategy, parts.draws, parts.generation(), judge)
 
     @property
     def seconds(self) -> float:  # type: ignore[override]

@@ -12,7 +12,11 @@ from seppo_fast.methods.method import Method
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod
 from seppo_fast.methods.replay.ditto import DittoMethod
+from seppo_fast.methods.reverse.d3po import D3poMethod
+from seppo_fast.methods.reverse.policy_gradient import DdpoMethod, GrpoMethod
+from seppo_fast.methods.reverse.spo import SpoMethod
 from seppo_fast.methods.rewards.judged import JudgedMethod
+from seppo_fast.methods.rewards.nft import NftMethod
 
 _METHODS: dict[str, Callable[[MethodParts], Method]] = {
     **dict.fromkeys(OBJECTIVES, PreferenceMethod),
@@ -21,6 +25,11 @@ _METHODS: dict[str, Callable[[MethodParts], Method]] = {
     "diffusion-rpo": RpoMethod,
     "mapo": MapoMethod,
     "kto": KtoMethod,
+    "ddpo": DdpoMethod,
+    "grpo": GrpoMethod,
+    "nft": NftMethod,
+    "d3po": D3poMethod,
+    "spo": SpoMethod,
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from seppo_fast.data.cache.build import encoded_at_once
 from seppo_fast.diffusion.conditioning import Conditioning
-from seppo_fast.diffusion.sampler import Sampler
+from seppo_fast.diffusion.sampler import Denoise, Sampler, guided, with_uncond
+from seppo_fast.diffusion.trajectories import TrajectorySampler
 from seppo_fast.models.family import Family
 from seppo_fast.utils.errors import NonFiniteError
 
@@ -34,6 +38,43 @@ class Denoiser:
         """Returns the model's prediction `(B, *latent)` in the compute dtype; see `Family.denoise`."""
         with self.autocast():
             return self._family.denoise(model, latents, times, conditioning)
+
+    def guided(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        uncond: Conditioning,
+        scale: float,
+    ) -> Tensor:
+        """Returns the guided prediction `(B, *latent)` float32, to which both of its parts pass the gradient on.
+
+        Args:
+            model: the network.
+            latents: `(B, *latent)` on the device.
+            times: `(B,)`.
+            conditioning: B rows.
+            uncond: one row, for the empty prompt; ignored at a scale of 1, which needs half as many rows.
+            scale: the guidance scale.
+        """
+        both = with_uncond(conditioning, uncond, scale)
+        return guided(partial(self.denoise, model), latents, times, both, self._family.guide, scale)
+
+    def trajectories(
+        self,
+        model: nn.Module,
+        sampler: TrajectorySampler,
+        noise: Tensor,
+        conditioning: Conditioning,
+        uncond: Conditioning,
+        step_noise: Callable[[int], Tensor],
+    ) -> Tensor:
+        """Generates trajectories `(B, S + 1, *latent)`, all B at once; see `TrajectorySampler`."""
+        denoise: Denoise = partial(self.denoise, model)
+        device = self.device
+        with self.autocast():  # see `sample`
+            return sampler(denoise, noise.to(device), conditioning.to(device), uncond.to(device), step_noise)
 
     def sample(
         self,

@@ -17,6 +17,7 @@ from seppo_fast.config.vocabulary import Attention, AttentionChoice, LoraPlace, 
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.diffusion.sampler import Sampler, Solver, classifier_free
 from seppo_fast.diffusion.schedule import Schedule
+from seppo_fast.diffusion.steps import Step
 from seppo_fast.models.fake import empty_copy
 from seppo_fast.models.recompute import recompute_units
 from seppo_fast.utils.errors import ConfigError
@@ -199,6 +200,19 @@ class Family(ABC):
         """
         self.solver(config, latent_shape)
         return Sampler(config, partial(self.solver, config), self.guide)
+
+    def reverse_steps(self, config: SamplerConfig, eta: float, window: tuple[int, int] | None) -> tuple[Step, ...]:
+        """Returns the steps of the reverse process, for objectives that train on the random ones.
+
+        Args:
+            config: the sampler's settings.
+            eta: the share of DDPM's noise.
+            window: the first and the last random step; see `seppo_fast.diffusion.steps.reverse_steps`.
+
+        Raises:
+            ConfigError: This family has no such steps, or not with these settings.
+        """
+        raise ConfigError(f"{type(self).__name__} models have no random sampling steps here: use another objective")
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """Returns the prompts that `encode_prompts` truncates."""

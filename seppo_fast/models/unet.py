@@ -27,6 +27,7 @@ from seppo_fast.config.vocabulary import Attention, AttentionChoice, LoraPlace, 
 from seppo_fast.diffusion.conditioning import Conditioning
 from seppo_fast.diffusion.sampler import DiffusionSolver
 from seppo_fast.diffusion.schedule import NoiseSchedule
+from seppo_fast.diffusion.steps import Step, reverse_steps
 from seppo_fast.models.attention import choose_attention, set_attention
 from seppo_fast.models.encoders import PROMPT_EMBEDS, ClipText, PictureVae, digest_of_parts
 from seppo_fast.models.fake import UNet
@@ -110,6 +111,10 @@ class UNetFamily(Family):
     def solver(self, config: SamplerConfig, latent_shape: Sequence[int]) -> DiffusionSolver:
         """See `Family.solver`."""
         return DiffusionSolver(self.scheduler_config, config)
+
+    def reverse_steps(self, config: SamplerConfig, eta: float, window: tuple[int, int] | None) -> tuple[Step, ...]:
+        """See `Family.reverse_steps`."""
+        return reverse_steps(self.scheduler_config, config, eta, window)
 
     def identity(self) -> str:
         """Returns a digest of the UNet's weights and settings and of the schedule."""

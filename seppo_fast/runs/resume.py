@@ -19,7 +19,7 @@ _MAY_CHANGE = {
     "data.source", "data.split", "data.cache",
     "train.updates", "train.micro_batch", "train.backend",
     "reference.window", "reference.park", "reference.gpu_gib", "reference.host_gib", "reference.disk_gib",
-    "reference.pairs_gib", "reference.judge_weights",
+    "reference.pairs_gib", "reference.judge_weights", "rl.reward_weights",
     "sampler.batch",
     "log.sample_every", "log.sample_prompts", "log.trackers", "log.health_every",
     "save.minutes", "save.keep",

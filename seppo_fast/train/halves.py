@@ -99,7 +99,7 @@ class GradientHalves:
             lost = own_part(weight.grad).double() - won
             sums += torch.stack([won.square().sum(), lost.square().sum(), (won * lost).sum()])
         if is_sharded(self._policy):  # without shards each process has the whole gradient
-            sums = self._processes.accelerator.reduce(sums, "sum")
+            sums = self._processes.sum(sums)
         w_w, l_l, w_l = sums.tolist()
         norms = {"winner_grad_norm": w_w**0.5, "loser_grad_norm": l_l**0.5}
         product = math.prod(norms.values())

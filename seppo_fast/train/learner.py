@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from seppo_fast.config.schema import Config
@@ -36,6 +35,7 @@ class Learner:
         scaler: scales the loss in fp16; disabled otherwise.
         ema: the moving average of the trained weights; None if it is off.
         applied: number of updates, in the whole run, that changed the weights; the others were skipped.
+        without_rows: number of those skipped because the method left out every row.
 
     Args:
         policy: the network, its trained weights marked; sharded or not.
@@ -71,6 +71,7 @@ class Learner:
         self._halves = GradientHalves(policy, method, processes, self._add_gradients, config.log.health_every)
         self._skipped = 0
         self.applied = 0
+        self.without_rows = 0
 
     def step(self, batch: Batch, update: int) -> dict[str, float]:
         """Makes one update on this rank's share of a batch.
@@ -80,15 +81,20 @@ class Learner:
             update: the update's index, from 0.
 
         Returns:
-            The values to log: means over the rows of all ranks (see `Method.averages`); `grad_norm` before clipping;
-            every `log.health_every` updates the two halves of the gradient (see `GradientHalves.numbers`); `skipped`, 1
-            if the gradient was non-finite and the weights were left unchanged; and `learn_seconds`.
+            The values to log: means over the rows of all ranks (see `Method.averages`); `rows`, their number, if the
+            method determines it; `grad_norm` before clipping; every `log.health_every` updates the two halves of the
+            gradient (see `GradientHalves.numbers`); `skipped`, 1 if the weights were left unchanged, because the
+            gradient was non-finite or the method left out every row, so that loss and gradient are NaN; and
+            `learn_seconds`.
 
         Raises:
             NonFiniteError: the gradient is non-finite for the third update in a row, none of them because the loss
                 scaler was still searching for its scale.
         """
         started = time.perf_counter()
+        rows = self._rows(batch)
+        if not rows:
+            return self._left_out()
         winners = self._halves.winners(update, self._parts(batch))
         sums = self._accumulate(batch)
         self.scaler.unscale_(self.optimizer)
@@ -113,17 +119,26 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self._skipped = 0 if finite or searching else self._skipped + 1
         if not finite:  # alike on all ranks, which share the gradient
-            self._tell_skipped(update + 1, gather_object(list(batch.sample_ids)), searching)
+            ids = [sample for part in self._processes.gather(list(batch.sample_ids)) for sample in part]
+            self._tell_skipped(update + 1, ids, searching)
         if self._skipped == _MAX_SKIPPED:
             raise NonFiniteError(
                 f"update {update + 1}: the gradient was non-finite {_MAX_SKIPPED} times in a row "
                 f"(loss {sums['loss']}). The sample ids begin with {list(batch.sample_ids[:8])}; all are in {SKIPPED} "
                 "in the run's folder. First try a lower train.learning_rate or another model.precision"
             )
-        means = self._method.averages(sums, self._config.train.pairs_per_update)
+        means = self._method.averages(sums, rows)
         took = time.perf_counter() - started
         means |= halves if finite else {}
+        if self._method.rows(batch) is not None:
+            means["rows"] = float(rows)
         return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
+
+    def _left_out(self) -> dict[str, float]:
+        """Counts an update without rows; returns the values to log."""
+        self.without_rows += 1
+        nothing = {"loss": math.nan, "grad_norm": math.nan, "rows": 0.0, "skipped": 1.0, "learn_seconds": 0.0}
+        return nothing | self._method.averages({}, 0)
 
     def _accumulate(self, batch: Batch) -> dict[str, float]:
         """Accumulates the gradient of the mean loss over all ranks' rows; returns the sums to log. One host sync."""
@@ -137,15 +152,20 @@ class Learner:
             made.append(step.sums)
         self._add_gradients()
         sums = {name: torch.stack([one[name] for one in made]).sum() for name in made[0]}
-        reduced = self._processes.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        reduced = self._processes.sum(torch.stack(list(sums.values())))
         return dict(zip(sums, reduced.tolist(), strict=True))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Any, torch.Tensor]]:
         """Yields micro-batches, each with the factor on its gradient; checks for an interruption before each."""
+        rows = self._rows(batch)
         scale = self.scaler.scale(torch.ones((), device=self._processes.device))  # a tensor: stays on the device
-        for part in list(batch.micro_batches(self._micro_batch)):
+        for part in batch.micro_batches(self._micro_batch):
             self._interruption.check()
-            yield part, scale * (len(part) / self._config.train.pairs_per_update)
+            yield part, scale * (len(part) / rows)
+
+    def _rows(self, batch: Batch) -> int:
+        rows = self._method.rows(batch)
+        return self._config.train.pairs_per_update if rows is None else rows
 
     def _add_gradients(self) -> None:
         """Sums each gradient over all processes; with shards, backward has done so.
@@ -155,10 +175,8 @@ class Learner:
         """
         if self._processes.world == 1 or is_sharded(self.policy):
             return
-        gradients = [weight.grad for weight in trainable(self.policy).values() if weight.grad is not None]
-        works = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
-        for work in works:
-            work.wait()
+        weights = trainable(self.policy).values()
+        self._processes.sum_gradients([weight.grad for weight in weights if weight.grad is not None])
 
     def _report_untrained(self, update: int) -> None:
         """Prints which trained tensors have no gradient. Nothing else shows it: the loss falls all the same."""
@@ -188,6 +206,7 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "skipped": self._skipped,
             "applied": self.applied,
+            "without_rows": self.without_rows,
         }
         if self.ema is not None:
             files["average"] = dict(zip(trainable(self.policy), self.ema.shadow_params, strict=True))
@@ -219,6 +238,7 @@ class Learner:
         self.scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         self.applied = applied_updates(numbers)
+        self.without_rows = int(numbers.get("without_rows", 0))
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
                 copy_to_shard(shadow, files["average"][name])

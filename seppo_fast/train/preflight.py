@@ -38,12 +38,14 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     _check_names(config)
     refuse_occupied(Path(config.output))
     _check_cache(config.data.cache)
-    samples = config.train.pairs_per_update // config.reference.uses
+    samples = config.prompts_per_update
     if samples < processes:
+        group, prompts = config.samples_per_prompt, config.row.reward is not None
         raise ConfigError(
             f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
-            f"leave fewer samples per update ({samples}) than there are processes ({processes}): raise the first or "
-            "lower the second"
+            + (f"and rl.samples_per_prompt = {group} " if prompts else "")
+            + f"leave fewer {'prompts' if prompts else 'samples'} per update ({samples}) than there are processes "
+            f"({processes}): raise the first or lower the {'others' if prompts else 'second'}"
         )
     if config.row.replay and shares(config.train.pairs_per_update)[0] < processes:
         raise ConfigError(
@@ -106,13 +108,13 @@ def _check_names(config: Config) -> None:
 
 
 def _check_judge(config: Config) -> None:
-    """Raises a ConfigError if the scorer of `reference.judge` is unknown, lacks files, or cannot be imported."""
-    name, folder = config.reference.judge, config.reference.judge_weights
-    if name is None:
+    """Raises a ConfigError if the run's scorer is unknown, lacks files, or cannot be imported."""
+    if config.scorer is None:
         return
+    key, name, folder = config.scorer
     lacking = missing_weights(name, None if folder is None else Path(folder))
     if lacking is not None:
-        raise ConfigError(f"reference.judge: {lacking}")
+        raise ConfigError(f"{key}: {lacking}")
     if ":" in name:
         own_scorer(name)
 

@@ -7,7 +7,7 @@ import torch
 
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.diffusion.schedule import NoiseSchedule
-from seppo_fast.methods.bands import BAND_SUMS
+from seppo_fast.methods.losses.bands import BAND_SUMS
 from seppo_fast.methods.preference import averages, step_loss
 from seppo_fast.train import train
 from tests.helpers.runs import log_of, tiny_config

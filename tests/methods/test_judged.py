@@ -11,7 +11,7 @@ import torch
 from seppo_fast.cli import main
 from seppo_fast.config.load import parse_config
 from seppo_fast.methods.preference import preference_sums
-from seppo_fast.methods.rewards import judge
+from seppo_fast.methods.rewards import scoring
 from seppo_fast.methods.rewards.judge import Judge
 from seppo_fast.methods.rewards.judged import JudgedMethod, judged_loss
 from seppo_fast.runs.signals import Interrupted
@@ -99,13 +99,13 @@ def test_a_scorer_without_a_single_score_ends_the_run_and_one_with_some_does_not
     scores = {1: 0.0, 101: np.nan, 102: 1.0}
     first = torch.full((1, 4, 2, 2), 101.0)
     deaf = Judge(Scores(scores), Family(), Cache())
-    for _ in range(judge._ENOUGH - 1):  # a process may have one sample per update
+    for _ in range(scoring._ENOUGH - 1):  # a process may have one sample per update
         assert deaf([0], first).tolist() == [0.0]
-    with pytest.raises(ConfigError, match=f"no score for any of {judge._ENOUGH} samples"):
+    with pytest.raises(ConfigError, match=f"no score for any of {scoring._ENOUGH} samples"):
         deaf([0], first)
     heard = Judge(Scores(scores), Family(), Cache())
     assert heard([0], first + 1).tolist() == [-1.0]
-    assert [heard([0], first).item() for _ in range(judge._ENOUGH)] == [0.0] * judge._ENOUGH
+    assert [heard([0], first).item() for _ in range(scoring._ENOUGH)] == [0.0] * scoring._ENOUGH
 
 
 def test_means_leave_out_skipped_pairs_where_the_sign_counts():
@@ -127,7 +127,7 @@ def test_means_leave_out_skipped_pairs_where_the_sign_counts():
 
 
 def test_running_out_of_memory_is_not_a_failure_of_the_scorer(monkeypatch):
-    monkeypatch.setattr(judge, "is_out_of_memory", lambda problem: True)
+    monkeypatch.setattr(scoring, "is_out_of_memory", lambda problem: True)
     with pytest.raises(RuntimeError, match="cannot score"):
         verdicts({1: 0.0, 101: 0.0}, [0], fails=[101])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections import Counter
 from pathlib import Path
 
@@ -135,3 +136,9 @@ def test_a_network_and_an_objective_are_known_in_one_place():
         and isinstance(node.ctx, ast.Load)
     ]
     assert look_ups == ["schema.py"]
+
+
+def test_what_makes_the_pairs_needs_few_parts():
+    from seppo_fast.methods.rollout import Rollout
+
+    assert len(inspect.signature(Rollout).parameters) <= 6

@@ -69,7 +69,7 @@ class KtoMethod(PreferenceMethod):
             error, ref_error = self._errors(policy, part)
             gain = gain + (ref_error - error)[: max(mine - done, 0)].sum()
             done += len(part)
-        return kto_offset(self._processes.accelerator.reduce(gain, "sum"), samples * uses)
+        return kto_offset(self._processes.sum(gain), samples * uses)
 
     def _errors(self, policy: nn.Module, part: Pairs) -> tuple[Tensor, Tensor]:
         """Returns the errors of policy and reference on a micro-batch; its activations are freed on return."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class DittoMethod(PreferenceMethod):
         with self.rollout.offload_context(), self.strategy.load_reference(self._pool, reference) as model:
             samples = self.rollout.generate(model, keys)
         self._buffer.write(window, samples)
-        self.rollout.batch = self._processes.min(self.rollout.batch)
+        self.rollout.generation.agree()
         self._window_share = (time.perf_counter() - started) / len(window)
 
     def _pairs(self, update: int, comparisons: list[Comparison]) -> Pairs:
@@ -89,29 +90,31 @@ class DittoMethod(PreferenceMethod):
         return pairs
 
     def loss(self, policy: nn.Module, micro_batch: Pairs, grad_scale: Tensor) -> StepLoss:
-        """Returns Diffusion-DPO's loss; its mean is over the comparisons made, which may be fewer than an update's."""
-        step = super().loss(policy, micro_batch, grad_scale * (self._config.train.pairs_per_update / self._compared))
+        """Returns Diffusion-DPO's loss."""
+        step = super().loss(policy, micro_batch, grad_scale)
         made = [self._current[sample] for sample in micro_batch.sample_ids]
         counts = {
-            "compared": len(made),
             "replayed": sum(one.replayed and one.winner is None for one in made),
             "newer_over_older": sum(one.winner is not None for one in made),
         }
         sums = {name: step.sums["loss"].new_full((), count) for name, count in counts.items()}
         return replace(step, sums=step.sums | sums)
 
+    def rows(self, batch: Pairs) -> int:
+        """Returns the number of comparisons of an update, which may be smaller than `train.pairs_per_update`."""
+        return self._compared
+
     def averages(self, sums: dict[str, float], rows: int) -> dict[str, float]:
         """Returns means over the comparisons made, their number (`compared`), and the shares of their kinds.
 
         These are `replayed`, demonstrations against samples of earlier iterations, and `newer_over_older`.
         """
-        compared = round(sums["compared"])
-        return averages(sums, compared) | {"compared": compared}
+        return averages(sums, rows) | {"compared": rows}
 
     def files(self) -> Mapping[str, Path]:
         """Returns the files of all samples so far."""
         return self._buffer.files()
 
-    def restore(self, state: Path) -> None:
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
         """Takes the samples so far from a saved state."""
-        self._buffer.restore(state)
+        self._buffer.restore(folder)

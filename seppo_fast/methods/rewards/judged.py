@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seppo_fast.loss import PreferenceLoss, denoising_errors
-from seppo_fast.methods.bands import band_sums
+from seppo_fast.methods.losses.bands import band_sums
 from seppo_fast.methods.method import StepLoss
 from seppo_fast.methods.pairs import Pairs, sent
 from seppo_fast.methods.parts import MethodParts
