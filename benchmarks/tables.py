@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from benchmarks.ablations.markdown import ablation_tables, interval, regime_tables
 from benchmarks.anchor import anchor_table
 from benchmarks.census import census_table
+from benchmarks.comparison.tables import method_tables
 from benchmarks.exactness import exactness_table
 from benchmarks.harness.rows import SEPARATOR
 from benchmarks.harness.speed import SUITES, phase_chart, projection, speed_table
@@ -168,6 +169,7 @@ def tables() -> dict[str, str]:
         "demo": demo_table,
         "demo-video": demo_table,
         "ablation": ablation_tables,
+        "methods": method_tables,
         "anchor": anchor_table,
         "full-size": full_size_table,
         "full-size-clips": full_size_table,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from benchmarks.ablations.piece import FULL, Size, held_out, prepare, write_result
+from benchmarks.ablations.piece import FULL, Size, held_out, prepare
 from benchmarks.ablations.rows import GUIDANCE
 from benchmarks.harness.provenance import commit
+from benchmarks.harness.work import write_result
 from seppo_fast.config.load import read_config
 from seppo_fast.evaluation.judged import REPORT, judged_model
 
@@ -21,5 +22,5 @@ def run_base(results: str, size: Size = FULL) -> None:
     config, prompts = read_config("demo.yaml"), held_out(selecting=False)[: size.prompts]
     judged = {f"{scale:g}": judged_model(config, prompts, REPORT, guidance=scale)[1] for scale in GUIDANCE}
     scores = {scale: [round(float(score), 4) for score in found] for scale, found in judged.items()}
-    made = {"commit": commit(), "seconds": round(time.perf_counter() - began), "scores": scores}
+    made = {"commit": commit(), "usual": False, "seconds": round(time.perf_counter() - began), "scores": scores}
     write_result(Path(results), BASE, made)

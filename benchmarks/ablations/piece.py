@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,7 @@ from benchmarks.ablations.rows import (
 )
 from benchmarks.ablations.signs import register_signs
 from benchmarks.harness.provenance import commit
+from benchmarks.harness.work import write_result
 from seppo_fast.config.load import parse_config, read_config
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.config.schema import Config
@@ -199,13 +198,6 @@ def run_piece(piece: Piece, folder: str, results: str, size: Size = FULL) -> Non
     told = {"study": piece.study, "row": piece.row, "rate": piece.rate, "seed": piece.seed, "regime": piece.regime}
     told |= {"commit": commit(), "torch": torch.__version__, "seconds": round(time.perf_counter() - began)}
     write_result(Path(results), piece.name, told | {"stops": stops.found})
-
-
-def write_result(folder: Path, name: str, content: dict[str, Any]) -> None:
-    """Writes a result file atomically."""
-    staging = folder / f".tmp-{name}"
-    staging.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(staging, folder / f"{name}.json")
 
 
 def prepare() -> None:

@@ -27,7 +27,7 @@ from seppo_fast.data.remarks import Remarks, remark_lines
 from seppo_fast.data.scan import scan
 from seppo_fast.distributed.processes import processes
 from seppo_fast.methods.reverse.d3po import PUBLISHED_CLAMP
-from seppo_fast.methods.reverse.method import clip_for
+from seppo_fast.methods.reverse.method import clip_for, steps_of
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.registry import family_of, load_family
@@ -170,7 +170,7 @@ def _reverse(config: Config, family: Family, numbers: int) -> Iterator[str]:
         ConfigError: the pipeline's scheduler has no such steps.
     """
     rl = config.rl
-    steps = family.reverse_steps(config.sampler, rl.eta, rl.window)
+    steps, _ = steps_of(config, family)
     trained = trained_steps(config)
     yield f"steps: {len(steps)}, {sum(step.sigma > 0 for step in steps)} of them random; {trained} trained per sample"
     yield from (f"steps: {remark}" for remark in family.remarks_on_end(config.sampler, steps))

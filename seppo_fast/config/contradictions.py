@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seppo_fast.config.objectives import SCORER
-from seppo_fast.config.rl import refuse_reward_contradictions
+from seppo_fast.config.rl_contradictions import refuse_reward_contradictions
 from seppo_fast.utils.errors import ConfigError
 
 if TYPE_CHECKING:

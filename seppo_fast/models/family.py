@@ -202,7 +202,7 @@ class Family(ABC):
         return Sampler(config, partial(self.solver, config), self.guide)
 
     def reverse_steps(self, config: SamplerConfig, eta: float, window: tuple[int, int] | None) -> tuple[Step, ...]:
-        """Returns the random steps of the reverse process, for objectives that train on them.
+        """Returns the steps of the reverse process, for objectives that train on the random ones.
 
         Args:
             config: the sampler's settings.

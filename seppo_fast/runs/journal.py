@@ -154,9 +154,8 @@ def progress_line(number: int, updates: int, stats: dict[str, float], seconds_le
         parts.append(f"winner {stats['winner_error']:.4f}{reference}")
     if "aaf_rate" in stats:
         parts.append(f"reject {stats['aaf_rate']:.2f}")
-    parts.append(
-        f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: not finite, samples in {SKIPPED}" if stats["skipped"] else "")
-    )
+    why = f"not finite, samples in {SKIPPED}" if stats.get("rows") != 0 else "nothing to learn from"
+    parts.append(f"|grad| {stats['grad_norm']:.2f}" + (f" SKIPPED: {why}" if stats["skipped"] else ""))
     parts.append(f"{stats['pairs_per_second']:.3g} {unit}/s")
     parts.append(f"eta {duration(seconds_left)}")
     parts.append(f"{stats['memory_gib']:.1f} GB")

@@ -35,6 +35,7 @@ class Learner:
         scaler: scales the loss in fp16; disabled otherwise.
         ema: the moving average of the trained weights; None if it is off.
         applied: number of updates, in the whole run, that changed the weights; the others were skipped.
+        without_rows: number of those skipped because the method left out every row.
 
     Args:
         policy: the network, its trained weights marked; sharded or not.
@@ -70,6 +71,7 @@ class Learner:
         self._halves = GradientHalves(policy, method, processes, self._add_gradients, config.log.health_every)
         self._skipped = 0
         self.applied = 0
+        self.without_rows = 0
 
     def step(self, batch: Batch, update: int) -> dict[str, float]:
         """Makes one update on this rank's share of a batch.
@@ -79,10 +81,11 @@ class Learner:
             update: the update's index, from 0.
 
         Returns:
-            The values to log: means over the rows of all ranks (see `Method.averages`); `grad_norm` before clipping;
-            every `log.health_every` updates the two halves of the gradient (see `GradientHalves.numbers`); `skipped`, 1
-            if the weights were left unchanged, because the gradient was non-finite or the method left out every row;
-            and `learn_seconds`.
+            The values to log: means over the rows of all ranks (see `Method.averages`); `rows`, their number, if the
+            method determines it; `grad_norm` before clipping; every `log.health_every` updates the two halves of the
+            gradient (see `GradientHalves.numbers`); `skipped`, 1 if the weights were left unchanged, because the
+            gradient was non-finite or the method left out every row, so that loss and gradient are NaN; and
+            `learn_seconds`.
 
         Raises:
             NonFiniteError: the gradient is non-finite for the third update in a row, none of them because the loss
@@ -91,7 +94,7 @@ class Learner:
         started = time.perf_counter()
         rows = self._rows(batch)
         if not rows:
-            return {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0, "learn_seconds": 0.0} | self._method.averages({}, 0)
+            return self._left_out()
         winners = self._halves.winners(update, self._parts(batch))
         sums = self._accumulate(batch)
         self.scaler.unscale_(self.optimizer)
@@ -127,7 +130,15 @@ class Learner:
         means = self._method.averages(sums, rows)
         took = time.perf_counter() - started
         means |= halves if finite else {}
+        if self._method.rows(batch) is not None:
+            means["rows"] = float(rows)
         return means | {"grad_norm": norm, "skipped": float(not finite), "learn_seconds": took}
+
+    def _left_out(self) -> dict[str, float]:
+        """Counts an update without rows; returns the values to log."""
+        self.without_rows += 1
+        nothing = {"loss": math.nan, "grad_norm": math.nan, "rows": 0.0, "skipped": 1.0, "learn_seconds": 0.0}
+        return nothing | self._method.averages({}, 0)
 
     def _accumulate(self, batch: Batch) -> dict[str, float]:
         """Accumulates the gradient of the mean loss over all ranks' rows; returns the sums to log. One host sync."""
@@ -195,6 +206,7 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "skipped": self._skipped,
             "applied": self.applied,
+            "without_rows": self.without_rows,
         }
         if self.ema is not None:
             files["average"] = dict(zip(trainable(self.policy), self.ema.shadow_params, strict=True))
@@ -226,6 +238,7 @@ class Learner:
         self.scaler.load_state_dict(numbers["scaler"])
         self._skipped = int(numbers["skipped"])
         self.applied = applied_updates(numbers)
+        self.without_rows = int(numbers.get("without_rows", 0))
         if self.ema is not None:
             for name, shadow in zip(parameters, self.ema.shadow_params, strict=True):
                 copy_to_shard(shadow, files["average"][name])

@@ -40,10 +40,12 @@ def preflight(config: Config, device: torch.device, processes: int) -> Source:
     _check_cache(config.data.cache)
     samples = config.prompts_per_update
     if samples < processes:
+        group, prompts = config.samples_per_prompt, config.row.reward is not None
         raise ConfigError(
             f"train.pairs_per_update = {config.train.pairs_per_update} and reference.uses = {config.reference.uses} "
-            f"leave fewer samples per update ({samples}) than there are processes ({processes}): raise the first or "
-            "lower the second"
+            + (f"and rl.samples_per_prompt = {group} " if prompts else "")
+            + f"leave fewer {'prompts' if prompts else 'samples'} per update ({samples}) than there are processes "
+            f"({processes}): raise the first or lower the {'others' if prompts else 'second'}"
         )
     if config.row.replay and shares(config.train.pairs_per_update)[0] < processes:
         raise ConfigError(

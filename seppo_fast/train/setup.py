@@ -19,6 +19,7 @@ from seppo_fast.diffusion.sampler import Sampler
 from seppo_fast.distributed.fsdp import shard, sharding_asked, validate_fsdp_config
 from seppo_fast.distributed.machine import Node
 from seppo_fast.distributed.processes import Processes
+from seppo_fast.methods.reverse.method import steps_of
 from seppo_fast.models.denoiser import Denoiser
 from seppo_fast.models.family import Family
 from seppo_fast.models.registry import load_family
@@ -46,7 +47,7 @@ class Setup:
         cache: latents and conditioning of the training data.
         denoiser: the forward pass that policy and references share.
         sampler: generates samples.
-        fingerprints: digests of the model, of the data, and of the judge if there is one.
+        fingerprints: digests of the model, of the data, and of the judge or the reward if there is one.
         judge: the scorer that `reference.judge` or `rl.reward` names; None without one.
     """
 
@@ -81,14 +82,18 @@ def set_up(config: Config, processes: Processes, saved: SavedState | None) -> Se
     config = apply_preset(config, device)
     source = preflight(config, device, processes.world)
     family = load_family(config, device)
+    if config.row.process == "reverse":
+        steps_of(config, family)  # before the data are encoded, since it may refuse the model's scheduler
     judge = _judge(config, device)
-    fingerprints = {"model": family.identity()} | ({} if judge is None else {"judge": judge.digest})
+    fingerprints = {"model": family.identity()}
+    if judge is not None:
+        fingerprints["judge" if config.row.reward is None else "reward"] = judge.digest
     if saved is not None:
         refuse_other_content(saved, {name: (digest,) for name, digest in fingerprints.items()})
     cache = _shared_cache(config, source, family, processes, saved)
     fingerprints["data"] = cache.fingerprint
     if not processes.same(fingerprints):
-        raise ConfigError("model.path, data.source, data.cache: ranks see different model, data or judge files")
+        raise ConfigError("model.path, data.source, data.cache: ranks see different model, data or scorer files")
     config, policy = _policy(config, family, processes)
     return Setup(
         asked=asked,

@@ -20,7 +20,7 @@ from seppo_fast.references.layout import trainable_state_dict
 from seppo_fast.references.swap import swap_parameters
 from seppo_fast.references.tiers import PoolFullError
 from seppo_fast.runs.checkpoint import REFERENCES, SavedState, put_aside_newer
-from seppo_fast.runs.journal import SKIPPED
+from seppo_fast.runs.journal import LOG, SKIPPED
 from seppo_fast.runs.saver import AVERAGE, OPTIMIZER, POLICY, Saver, fitting, load_policy, on_cpu
 from seppo_fast.runs.signals import Interrupted, Interruption
 from seppo_fast.runs.weights import write_weights, written_after
@@ -217,15 +217,8 @@ class Trainer:
         folder = self.folder / "weights"
         self.save_state()
         if not self.learner.applied:
-            more = (
-                "more train.updates (fp16 was still searching for its loss scale), another"
-                if self.learner.searching
-                else "another"
-            )
             raise NonFiniteError(
-                f"none of the run's {self.finished} updates changed the weights: the gradient was non-finite each "
-                f"time, and all {self.finished} were skipped (sample ids in {self.folder / SKIPPED}). No weights are "
-                f"written. First try {more} model.precision or a lower train.learning_rate"
+                f"none of the run's {self.finished} updates changed the weights: {self._why_unchanged()}"
             )
         main = self.processes.main
         (missing,) = self.processes.any(main and written_after(folder) != self.finished)
@@ -245,3 +238,20 @@ class Trainer:
         self.saver.wait(last=True)
         self.processes.barrier()
         return folder
+
+    def _why_unchanged(self) -> str:
+        """Returns why all updates were skipped, and what to try."""
+        empty, log, skipped = self.learner.without_rows, self.folder / LOG, self.folder / SKIPPED
+        if empty == self.finished:
+            return (
+                f"objective {self.config.objective!r} found nothing to learn from, since the rewards that it compares "
+                f"were equal, missing, or closer than rl.gap allows (see reward_std, unscored and kept in {log}). No "
+                "weights are written. First try another rl.reward or more samples per prompt"
+            )
+        how = f"{self.finished - empty} times, and {empty} had nothing to learn from;" if empty else "each time, and"
+        searching = "more train.updates (fp16 was still searching for its loss scale), "
+        return (
+            f"the gradient was non-finite {how} all {self.finished} were skipped (sample ids in {skipped}). No weights "
+            f"are written. First try {searching if self.learner.searching else ''}another model.precision or a lower "
+            "train.learning_rate"
+        )

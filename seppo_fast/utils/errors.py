@@ -35,7 +35,7 @@ class OutOfMemoryError(SeppoError):
 
 
 class NonFiniteError(SeppoError):
-    """A loss, a gradient or an encoder's output is non-finite."""
+    """A loss, a gradient or an encoder's output is non-finite, or no update of a run changed the weights."""
 
     exit_code = 5
 

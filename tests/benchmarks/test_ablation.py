@@ -103,7 +103,7 @@ def test_a_second_stage_is_compared_with_what_it_began_from():
 
 
 def test_rates_come_first_and_what_is_finished_is_not_run_again(tmp_path, capsys):
-    work = ablation.Work(tmp_path / "results", tmp_path, QUICK)
+    work = ablation.Ablation(tmp_path / "results", tmp_path, QUICK)
     with pytest.raises(ConfigError, match="--study rates to its end first"):
         work.missing("table")
     every = work.missing("rates")

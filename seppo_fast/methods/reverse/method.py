@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.config.schema import Config
+from seppo_fast.diffusion.steps import Step
 from seppo_fast.diffusion.trajectories import TrajectorySampler
 from seppo_fast.loss import denoising_errors
 from seppo_fast.methods.generation import Keys
@@ -16,6 +18,8 @@ from seppo_fast.methods.method import StepLoss
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.reverse.transitions import StepRows, Transitions
 from seppo_fast.methods.rewards.method import Iteration, RewardMethod
+from seppo_fast.models.family import Family
+from seppo_fast.utils.errors import ConfigError
 from seppo_fast.utils.random import keyed_noise
 
 PUBLISHED_CLIP, PUBLISHED_SIZE = 1e-4, 16384
@@ -30,6 +34,23 @@ def clip_for(numbers: int) -> float:
     return PUBLISHED_CLIP * float(PUBLISHED_SIZE / numbers) ** 0.5
 
 
+def steps_of(config: Config, family: Family) -> tuple[tuple[Step, ...], list[int]]:
+    """Returns the sampler's steps, and the indices of those that are trained.
+
+    Raises:
+        ConfigError: The model's scheduler or the sampler's settings allow no such steps, or leave no step to train.
+    """
+    steps = family.reverse_steps(config.sampler, config.rl.eta, config.rl.window)
+    plain = config.rl.plain_steps if config.row.reward == "steps" else 0
+    trained = [index for index, step in enumerate(steps) if step.sigma][plain:]
+    if not trained:
+        raise ConfigError(
+            f"sampler.steps = {config.sampler.steps} leaves no step to train: with this model's scheduler the last one "
+            "starts at timestep 0 and moves nothing. Use more steps, or change rl.window or rl.plain_steps"
+        )
+    return steps, trained
+
+
 class ReverseMethod(RewardMethod):
     """Base class of methods that train on the sampler's steps.
 
@@ -42,9 +63,8 @@ class ReverseMethod(RewardMethod):
     def __init__(self, parts: MethodParts) -> None:
         super().__init__(parts)
         config, family = parts.config, parts.family
-        self._steps = family.reverse_steps(config.sampler, config.rl.eta, config.rl.window)
+        self._steps, self._trained_steps = steps_of(config, family)
         self._sampler = TrajectorySampler(self._steps, family.guide, config.sampler.guidance)
-        self._trained_steps = [index for index, step in enumerate(self._steps) if step.sigma]
 
     def loss(self, policy: nn.Module, micro_batch: StepRows, grad_scale: Tensor) -> StepLoss:
         """Returns the loss on a micro-batch, by one guided forward."""

@@ -1,4 +1,4 @@
-"""SPO: at each step several candidates are compared by what they would become, and the trajectory goes on from one."""
+"""SPO: at each step several candidates are compared by what they would become; the trajectory continues from one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class SpoMethod(StepPreference):
 
     def __init__(self, parts: MethodParts) -> None:
         super().__init__(parts)
-        rl = parts.config.rl
-        self._trained_steps = self._trained_steps[rl.plain_steps :]
-        self._candidates = rl.candidates
+        self._candidates = parts.config.rl.candidates
         self._found: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def _sample(self, model: nn.Module, keys: Keys) -> Tensor:

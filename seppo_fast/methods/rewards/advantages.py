@@ -77,7 +77,8 @@ class PromptStatistics:
     def advantages(self, prompts: Sequence[str], rewards: np.ndarray, *, clip: float) -> np.ndarray:
         """Adds a batch of rewards to the queues, and returns the batch's advantages.
 
-        They are `(r - mean) / (std + 1e-6)`, clipped, with mean and std of the prompt's queue, the batch included.
+        They are `(r - mean) / (std + 1e-6)`, clipped, with mean and std of the prompt's queue, the batch included, and
+        exactly 0 if all of these rewards are the same.
 
         Args:
             prompts: N prompts, in any order and number of repetitions.
@@ -97,12 +98,13 @@ class PromptStatistics:
         rows: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows.setdefault(prompt, []).append(row)
-        advantages = np.empty_like(rewards)
+        advantages = np.zeros_like(rewards)
         for prompt, own in rows.items():
             queue = self._rewards.setdefault(prompt, deque(maxlen=self._buffer))
             queue.extend(rewards[own].tolist())
             known = rewards if len(queue) < self._min_count else np.array(queue)
-            advantages[own] = (rewards[own] - known.mean()) / (known.std() + _PROMPT_EPSILON)
+            if known.max() > known.min():  # the mean of equal numbers may be rounded
+                advantages[own] = (rewards[own] - known.mean()) / (known.std() + _PROMPT_EPSILON)
         return np.clip(advantages, -clip, clip)
 
     def state_dict(self) -> dict[str, Any]:

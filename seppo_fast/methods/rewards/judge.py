@@ -27,7 +27,7 @@ class Judge:
     def __init__(self, scorer: Scorer, family: Family, cache: LatentCache) -> None:
         without = "pairs without a score are skipped, see judge_skipped in the log"
         self._scores = LatentScorer(scorer, "reference.judge", without, family)
-        self._cache = cache
+        self._family, self._cache = family, cache
 
     def __call__(self, sample_ids: Sequence[int], samples: Tensor) -> Tensor:
         """Returns the verdicts on samples: 1 rejects, -1 learns, 0 skips.
@@ -48,6 +48,9 @@ class Judge:
         examples = [sample % len(self._cache) for sample in sample_ids]
         prompts = [self._cache.prompts[example] for example in examples]
         winners = self._cache.winners(examples).float()
-        winner, sample = torch.from_numpy(self._scores(prompts, winners, samples.to(winners.device)))
+        try:
+            winner, sample = torch.from_numpy(self._scores(prompts, winners, samples.to(winners.device)))
+        finally:
+            self._family.park_encoders()
         gain = sample - winner
         return torch.where(gain.isnan(), 0.0, torch.where(gain > 0, -1.0, 1.0))

@@ -1,7 +1,7 @@
 """What all methods that learn from a reward share: an iteration's samples, their rewards, and what these teach.
 
-Each iteration begins with the newest past policy, which is the policy itself at that moment. It samples for all updates
-of the iteration at once. Rewards are compared within the iteration, over all processes.
+Each iteration begins with the newest past policy, which is the policy itself at that moment unless the pool is full. It
+samples for all updates of the iteration at once. Rewards are compared within the iteration, over all processes.
 """
 
 from __future__ import annotations
@@ -115,14 +115,19 @@ class RewardMethod(Method):
         window = range(begin, begin + length)
         keys = [key for update in window for key in self._keys(update)]
         with self.offload_context(), self._resident(newest) as model:
-            samples = self._generation(keys, partial(self._sample, model))
+            try:
+                samples = self._generation(keys, partial(self._sample, model))
+                groups = self._reward(window, keys, samples)
+            finally:
+                self._parts.family.park_encoders()
             self._generation.agree()
-            groups = self._reward(window, keys, samples)
             made = self._iteration(keys, samples, self._advantages(begin, groups))
             batches = {update: self._batch(made, update) for update in window if update >= first}
+            # In the iteration's first update the policy is this past policy, and computes these numbers anyway. It is
+            # not if the pool had no room for it: then an older one sampled.
+            current = newest == begin // length
             for update, batch in batches.items():
-                # In the iteration's first update the policy is this past policy, and computes these numbers anyway.
-                if update != begin:
+                if update != begin or not current:
                     self._old(model, batch)
         if self._needs_initial:
             with self.offload_context(), self._resident(0) as model:
@@ -211,7 +216,7 @@ class RewardMethod(Method):
 
     @abstractmethod
     def _batch(self, made: Iteration, update: int) -> Any:
-        """Returns this process's rows of an update. It has at least one, whose weight is 0 if there is none to keep."""
+        """Returns this process's rows of an update; a spare one, of weight 0, if no row is kept."""
 
     @abstractmethod
     def _old(self, model: nn.Module, batch: Any) -> None:

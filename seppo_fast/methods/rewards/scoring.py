@@ -21,13 +21,14 @@ _ENOUGH = 32  # items without a single score after which the scorer is taken to 
 class LatentScorer:
     """Decodes latents and scores the pictures or clips, in batches.
 
-    An item's score depends only on the items that are passed with it, so a resumed run gets the same scores.
+    An item's score depends only on the items that are passed with it, so a resumed run gets the same scores. The
+    family's encoders stay on the device afterwards: SPO scores at every step of the sampler.
 
     Args:
         scorer: the scorer.
         key: the configuration's key that names the scorer, for messages.
         without: what happens to an item without a score, for messages.
-        family: decodes latents; its encoders are parked after each call.
+        family: decodes latents.
     """
 
     def __init__(self, scorer: Scorer, key: str, without: str, family: Family) -> None:
@@ -50,10 +51,7 @@ class LatentScorer:
         """
         size = encoded_at_once(self._family.frames)
         batches = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        try:
-            made = [self._batch(prompts[rows], [latents[rows] for latents in sets]) for rows in batches]
-        finally:
-            self._family.park_encoders()
+        made = [self._batch(prompts[rows], [latents[rows] for latents in sets]) for rows in batches]
         scores = np.concatenate(made, axis=1)
         self._asked += len(prompts)
         self._scored_any = self._scored_any or not np.isnan(scores).any(0).all()

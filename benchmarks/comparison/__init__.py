@@ -1,0 +1,1 @@
+"""The comparison of all training methods; the command is `benchmarks.methods`."""
