@@ -10,7 +10,8 @@ import torch
 
 from seppo_fast.cli import main
 from seppo_fast.config.load import parse_config
-from seppo_fast.config.rl import _USED_BY, RlConfig
+from seppo_fast.config.rl import RlConfig
+from seppo_fast.config.rl_contradictions import _USED_BY
 from seppo_fast.distributed.fsdp import validate_fsdp_config
 from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import ConfigError
