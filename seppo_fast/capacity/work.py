@@ -130,12 +130,12 @@ def latents_per_sample(config: Config) -> int:
 
 
 def row_latents(config: Config) -> float:
-    """Returns how many more latents the rows of an iteration take, over all processes: inputs and predictions.
+    """Returns how many more latents the rows of an iteration take, over all processes: predictions.
 
-    Rows of a trajectory only refer to its latents. Those of DiffusionNFT have a sample and its noise and, except in the
-    first update, the prediction of the policy that sampled. `rl.kl` adds the initial policy's prediction.
+    Rows only refer to samples. Those of DiffusionNFT have, except in the first update, the prediction of the policy that
+    sampled. `rl.kl` adds the initial policy's prediction.
     """
     length = config.train.updates_per_iteration
     rows = rows_per_update(config) * length
     initial = rows if config.rl.kl else 0
-    return initial + (rows * (2 + (length - 1) / length) if config.row.loss == "nft" else 0)
+    return initial + (rows * (length - 1) / length if config.row.loss == "nft" else 0)

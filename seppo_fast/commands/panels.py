@@ -24,7 +24,6 @@ _PANELS = {
         "share of samples": {"that teach": "kept", "without a score": "unscored"},
         "prompts whose samples have equal rewards": {"share": "zero_spread"},
         "ratios outside the clip range": {"all steps": "clipped", "the step with most": MOST_CLIPPED},
-        "pairs in the right order": {"share": "correct"},
         "KL term of the loss": {"term": "kl"},
     },
     "Curves": {
@@ -38,6 +37,7 @@ _PANELS = {
         "margin": {"margin": "margin"},
         "MaPO's margin, f(m_w) - f(m_l)": {"margin": "ratio_margin"},
         "RPO's weight of a winner's own loser": {"weight": "diagonal_weight"},
+        "pairs in the right order": {"share": "correct"},
         "DITTO's share of pairs": {"earlier sample": "replayed", "newer over older": "newer_over_older"},
         "KTO's offset": {"offset": "offset"},
         "|logit|": {"logit": "logit_abs"},

@@ -111,6 +111,7 @@ def _refuse_replay_settings(config: Config) -> None:
     why = {
         "reference.uses": (config.reference.uses, 1, "an update compares each sample once"),
         "reference.window": (config.reference.window, None, "the samples of an iteration are generated at once"),
+        "reference.redraw": (config.reference.redraw, "iteration", "the newest past policy samples once per iteration"),
         "train.sft_weight": (config.train.sft_weight, 0, "some winners are the model's own samples"),
     }
     for key, (value, needed, reason) in why.items():

@@ -10,7 +10,7 @@ from seppo_fast.utils.errors import ConfigError
 if TYPE_CHECKING:
     from seppo_fast.config.schema import Config
 
-MOST_STEP_BETA = 1000.0  # a hundred times SPO's; the default of train.beta is another objective's
+MOST_STEP_BETA = 100.0  # ten times SPO's; the default of train.beta is another objective's
 _PUBLISHED_STEP_BETA = {"d3po": 0.1, "spo": 10.0}
 # The objectives of this package that use a setting; those that are not listed serve all of them.
 _USED_BY = {
@@ -51,10 +51,11 @@ def refuse_reward_contradictions(config: Config) -> None:
         raise ConfigError(
             f"rl.prompt_count = {rl.prompt_count} is never reached with rl.prompt_buffer = {rl.prompt_buffer}"
         )
-    if config.reference.errors != "ahead" or config.reference.redraw != "iteration":
+    reference = config.reference
+    if reference.errors != "ahead" or reference.redraw != "iteration" or reference.window is not None:
         raise ConfigError(
             f"objective {name!r} samples once per iteration and computes what it needs of the old policy then: remove "
-            "reference.errors and reference.redraw"
+            "reference.errors, reference.redraw and reference.window"
         )
     if config.train.updates % config.train.updates_per_iteration:
         raise ConfigError(

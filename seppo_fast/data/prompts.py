@@ -58,8 +58,9 @@ class PromptSource(Source):
         return Example(place, prompt, ImageRef(place, _grey))
 
     def digest(self) -> str:
-        """Digests the prompts and their lines."""
-        return hashlib.sha256(json.dumps(["prompts", self._prompts]).encode()).hexdigest()
+        """Digests the prompts, whatever the file's name."""
+        prompts = [prompt for _, prompt in self._prompts]
+        return hashlib.sha256(json.dumps(["prompts", prompts]).encode()).hexdigest()
 
 
 def _grey() -> Opened:

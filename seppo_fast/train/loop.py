@@ -53,5 +53,6 @@ def train(config: Config, observe: Callable[[Trainer, int], None] = lambda train
                 reference = trainer.draws.reference(update)  # line 3; None if the method has no reference
                 batch = trainer.method.collect(update, reference)  # lines 4 to 6: samples and the reference's errors
                 trainer.record(trainer.learner.step(batch, update))  # lines 7 to 9: loss, backward, AdamW
+                del batch  # before the next one is collected, since it may hold the samples of an iteration
                 observe(trainer, trainer.finished)
             return trainer.save()

@@ -11,7 +11,7 @@ from seppo_fast.methods.losses.rows import LossRows
 from seppo_fast.methods.losses.step_preference import preference_steps
 from seppo_fast.methods.reverse.method import ReverseMethod
 from seppo_fast.methods.reverse.transitions import StepRows, Transitions
-from seppo_fast.methods.rewards.method import Groups, Iteration
+from seppo_fast.methods.rewards.method import Groups, Iteration, left_out, scored
 
 PUBLISHED_CLAMP = 0.1
 
@@ -56,9 +56,9 @@ class D3poMethod(StepPreference):
     def _advantages(self, begin: int, rewards: Groups) -> Groups:
         made = {}
         for place, (first, second) in rewards.items():
-            sign = float(np.nan_to_num(np.sign(first - second)))
+            sign = float(np.sign(first - second))
             made[place] = np.array([sign, -sign])
-        return made
+        return left_out(rewards, scored(made))
 
     def _batch(self, made: Iteration, update: int) -> Transitions:
         kept = made.kept(update)

@@ -17,7 +17,7 @@ from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.reverse.method import ReverseMethod, clip_for
 from seppo_fast.methods.reverse.transitions import StepRows, Transitions
 from seppo_fast.methods.rewards.advantages import ADVANTAGE_CLIP, PromptStatistics
-from seppo_fast.methods.rewards.method import Groups, Iteration, compared_in_groups, scored, with_zeros
+from seppo_fast.methods.rewards.method import Groups, Iteration, compared_in_groups, left_out, scored
 from seppo_fast.utils.random import keyed_rng
 
 
@@ -82,10 +82,10 @@ class DdpoMethod(PolicyGradient):
         self._begin, self._before = begin, self._statistics.state_dict()
         known = scored(rewards)
         if not known:
-            return with_zeros(rewards, {})
+            return left_out(rewards, {})
         prompts = [prompt for prompt in self._everyones_prompts(known) for _ in range(self._config.samples_per_prompt)]
         flat = self._statistics.advantages(prompts, np.concatenate(list(known.values())), clip=ADVANTAGE_CLIP)
-        return with_zeros(rewards, dict(zip(known, flat.reshape(len(known), -1), strict=True)))
+        return left_out(rewards, dict(zip(known, flat.reshape(len(known), -1), strict=True)))
 
     def _rows(self, prediction: Tensor, error: Tensor, old: Tensor, rows: StepRows) -> tuple[LossRows, list[Tensor]]:
         made = ddpo(error[0], old[0], rows.kappa, rows.advantage, clip=self.clip)

@@ -109,9 +109,10 @@ class SpoMethod(StepPreference):
         return gaps
 
     def _advantages(self, begin: int, rewards: Groups) -> Groups:
-        """Returns 1 for each step whose candidates differ by more than `rl.gap`, and 0 for the others."""
+        """Returns 1 for each step whose candidates differ by more than `rl.gap`, and NaN for the others."""
         least = self._config.rl.gap
-        return {place: (gaps > least).astype(np.float64) for place, gaps in rewards.items()}  # NaN compares as false
+        # NaN compares as false.
+        return {place: np.where(gaps > least, 1.0, np.nan) for place, gaps in rewards.items()}
 
     def _batch(self, made: Iteration, update: int) -> Transitions:
         kept = made.advantages.reshape(len(made.keys), len(self._trained_steps))
@@ -120,7 +121,7 @@ class SpoMethod(StepPreference):
             for place, key in enumerate(made.keys)
             if key[0] == update
             for column, step in enumerate(self._trained_steps)
-            if kept[place, column]
+            if not np.isnan(kept[place, column])
         ]
         return self._transitions(made, update, rows, total=made.counts[update], advantage=torch.ones(len(rows)))
 

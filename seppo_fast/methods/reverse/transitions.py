@@ -103,9 +103,11 @@ class Transitions:
         steps = [self.steps[number] for number in numbers]
         halves = self.now.shape[1]
         each = [step for step in steps for _ in range(halves)]
-        latents = self.store[self.now[chosen].flatten()]
+        # A spare row's gradient is multiplied by 0, which would not remove a value that is not finite.
+        store = torch.zeros_like(self.store[:1]).expand_as(self.store) if self.spare else self.store
+        latents = store[self.now[chosen].flatten()]
         following = self.following[chosen].flatten(0, 1)
-        targets = [self._targets(each, latents, self.store[places]) for places in following.unbind(1)]
+        targets = [self._targets(each, latents, store[places]) for places in following.unbind(1)]
         conditioning = self.conditioning([None, *self.examples[chosen].flatten().tolist()])
         conditioning = conditioning.map(lambda tensor: sent(tensor, self.device))
         return StepRows(

@@ -36,8 +36,8 @@ class Iteration:
     Attributes:
         keys: the samples' keys, update by update; see `Generation`.
         samples: `(len(keys), ...)` float32 on the CPU.
-        advantages: `(len(keys),)` float64; samples with 0 teach nothing. SPO has several numbers per sample.
-        counts: by update, the number of advantages over all processes that are not 0.
+        advantages: `(len(keys),)` float64, NaN for samples to leave out. SPO has several numbers per sample.
+        counts: by update, the number of advantages over all processes that are not NaN.
     """
 
     keys: Keys
@@ -47,7 +47,7 @@ class Iteration:
 
     def kept(self, update: int) -> list[int]:
         """Returns the rows of an update's samples from which there is something to learn."""
-        return [row for row, key in enumerate(self.keys) if key[0] == update and self.advantages[row] != 0]
+        return [row for row, key in enumerate(self.keys) if key[0] == update and not np.isnan(self.advantages[row])]
 
     def spare(self, update: int) -> int:
         """Returns the row of any sample of an update."""
@@ -163,6 +163,7 @@ class RewardMethod(Method):
     def _gathered(self, window: range, numbers: np.ndarray) -> Groups:
         """Returns all processes' numbers by update and position; each prompt has as many, one after the other."""
         processes = self._parts.processes
+        processes.barrier(patient=True)  # another process may still be sampling
         places = [
             (update, processes.rank + processes.world * position)
             for update in window
@@ -178,7 +179,7 @@ class RewardMethod(Method):
         own = [values for (_, position), values in advantages.items() if position % world == rank]
         counts: dict[int, int] = {}
         for (update, _), values in advantages.items():
-            counts[update] = counts.get(update, 0) + int(np.count_nonzero(values))
+            counts[update] = counts.get(update, 0) + int(np.count_nonzero(~np.isnan(values)))
         total = sum(values.size for values in advantages.values())
         self._rewards["kept"] = sum(counts.values()) / total
         return Iteration(keys, samples, np.concatenate(own), counts)
@@ -207,7 +208,7 @@ class RewardMethod(Method):
 
     @abstractmethod
     def _advantages(self, begin: int, rewards: Groups) -> Groups:
-        """Returns what each reward teaches; 0 for samples to leave out, among them those of groups with NaN.
+        """Returns what each reward teaches; NaN for samples to leave out, among them those of groups with NaN.
 
         Args:
             begin: the iteration's first update.
@@ -231,18 +232,22 @@ def scored(groups: Groups) -> dict[tuple[int, int], np.ndarray]:
     return {place: values for place, values in groups.items() if not np.isnan(values).any()}
 
 
-def with_zeros(groups: Groups, known: Groups) -> Groups:
-    """Returns `known`, and zeros for the other groups, in their order."""
-    return {place: known.get(place, np.zeros_like(values)) for place, values in groups.items()}
+def left_out(groups: Groups, known: Groups) -> Groups:
+    """Returns the advantages of `known`, and NaN for groups that are missing there or whose advantages are all 0."""
+    teach = {place: values for place, values in known.items() if values.any()}
+    return {place: teach.get(place, np.full_like(values, np.nan)) for place, values in groups.items()}
 
 
 def compared_in_groups(rewards: Groups, spread: Literal["batch", "group"]) -> Groups:
-    """Returns GRPO's advantages; see `group_advantages`. Groups with a missing reward have advantages of 0."""
+    """Returns GRPO's advantages; see `group_advantages`. Groups without spread or with a missing reward are left out.
+
+    In a group with spread a sample of exactly its mean is kept: DiffusionNFT and a pull to the initial policy use it.
+    """
     known = scored(rewards)
     if not known:
-        return with_zeros(rewards, {})
+        return left_out(rewards, {})
     made = group_advantages(np.stack(list(known.values())), spread=spread, clip=ADVANTAGE_CLIP)
-    return with_zeros(rewards, dict(zip(known, made, strict=True)))
+    return left_out(rewards, dict(zip(known, made, strict=True)))
 
 
 def reward_statistics(rewards: np.ndarray) -> dict[str, float]:

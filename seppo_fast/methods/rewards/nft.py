@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,35 +45,51 @@ class NftRows:
 
 @dataclass
 class NftBatch:
-    """This process's rows of an update. Without rows there is a spare one that does not count.
+    """This process's rows of an update, made when they are needed. Without rows there is a spare one.
 
     Attributes:
-        rows: see `NftRows`.
+        keys: the keys of the rows: those of their samples, and the number of the draw.
         total: number of rows of the update that count, over all processes.
+        samples: the iteration's samples `(n, *latent)`, float32 on the CPU.
+        places: the rows' places among them.
+        optimality: `(B,)` float32; see `NftRows`.
+        draws: makes pairs from keys and their samples, with times and noise.
+        spare: whether the only row does not count.
+        old: `(B, *latent)`; see `NftRows`.
+        initial: `(B, *latent)`; see `NftRows`.
     """
 
-    rows: NftRows
+    keys: Keys
     total: int
+    samples: Tensor
+    places: Sequence[int]
+    optimality: Tensor
+    draws: Callable[[Keys, Tensor], Pairs]
+    spare: bool
+    old: Tensor | None = None
+    initial: Tensor | None = None
 
     @property
     def sample_ids(self) -> tuple[int, ...]:
         """The id of each row."""
-        return self.rows.pairs.sample_ids
+        return tuple(key[1] for key in self.keys)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return 0 if self.spare else len(self.keys)
 
     def micro_batches(self, size: int) -> Iterator[NftRows]:
         """Yields consecutive micro-batches of at most `size` rows."""
-        own = self.rows
-        for start, pairs in zip(range(0, len(own.pairs), size), own.pairs.micro_batches(size), strict=True):
+        for start in range(0, len(self.keys), size):
             chosen = slice(start, start + size)
+            samples = self.samples[self.places[chosen]]
+            # A spare row's gradient is multiplied by 0, which would not remove a value that is not finite.
+            samples = torch.zeros_like(samples) if self.spare else samples
             yield NftRows(
-                pairs=pairs,
-                optimality=own.optimality[chosen],
-                old=None if own.old is None else own.old[chosen],
-                initial=None if own.initial is None else own.initial[chosen],
-                spare=own.spare,
+                pairs=self.draws(self.keys[chosen], samples),
+                optimality=self.optimality[chosen],
+                old=None if self.old is None else self.old[chosen],
+                initial=None if self.initial is None else self.initial[chosen],
+                spare=self.spare,
             )
 
 
@@ -123,24 +140,34 @@ class NftMethod(RewardMethod):
         return compared_in_groups(rewards, self._config.rl.spread)
 
     def _batch(self, made: Iteration, update: int) -> NftBatch:
-        uses, seed, cache = self._config.reference.uses, self._config.seed, self._parts.cache
-        kept = made.kept(update)
+        uses, kept = self._config.reference.uses, made.kept(update)
         spare = not kept
-        chosen = [row for row in kept or [made.spare(update)] for _ in range(1 if spare else uses)]
-        keys = [(*self._numbered(made.keys[row]), place % uses) for place, row in enumerate(chosen)]
-        schedule, shape = self._parts.family.schedule, cache.latent_shape
-        times = torch.tensor([schedule.draw(keyed_rng(seed, "nft", *key), shape) for key in keys], dtype=schedule.dtype)
+        places = [place for place in kept or [made.spare(update)] for _ in range(1 if spare else uses)]
+        advantages = np.nan_to_num(made.advantages[places])
+        return NftBatch(
+            keys=[(*self._numbered(made.keys[place]), number % uses) for number, place in enumerate(places)],
+            total=made.counts[update] * uses,
+            samples=made.samples,
+            places=places,
+            optimality=torch.from_numpy(advantages / (2 * ADVANTAGE_CLIP) + 0.5).float(),
+            draws=self._draws,
+            spare=spare,
+        )
+
+    def _draws(self, keys: Keys, samples: Tensor) -> Pairs:
+        """Returns samples as winners, with the times and the noise of their keys."""
+        seed, cache, schedule = self._config.seed, self._parts.cache, self._parts.family.schedule
+        shape = cache.latent_shape
+        times = [schedule.draw(keyed_rng(seed, "nft", *key), shape) for key in keys]
         ids = tuple(key[1] for key in keys)
-        pairs = Pairs(
+        return Pairs(
             sample_ids=ids,
-            winners=made.samples[chosen],
+            winners=samples,
             losers=None,
-            times=times,
+            times=torch.tensor(times, dtype=schedule.dtype),
             noise=keyed_noise(seed, "nft noise", keys, shape),
             conditioning=cache.conditioning([sample % len(cache) for sample in ids]),
         )
-        optimality = torch.from_numpy(made.advantages[chosen] / (2 * ADVANTAGE_CLIP) + 0.5).float()
-        return NftBatch(NftRows(pairs, optimality, None, None, spare), made.counts[update] * uses)
 
     @staticmethod
     def _numbered(key: tuple[int, ...]) -> tuple[int, int, int]:
@@ -148,10 +175,10 @@ class NftMethod(RewardMethod):
         return key[0], key[1], key[2] if len(key) > 2 else 0
 
     def _old(self, model: nn.Module, batch: NftBatch) -> None:
-        batch.rows = replace(batch.rows, old=self._predicted(model, batch))
+        batch.old = self._predicted(model, batch)
 
     def _initial(self, model: nn.Module, batch: NftBatch) -> None:
-        batch.rows = replace(batch.rows, initial=self._predicted(model, batch))
+        batch.initial = self._predicted(model, batch)
 
     def _predicted(self, model: nn.Module, batch: NftBatch) -> Tensor:
         """Returns another model's predictions, computed in the learner's micro-batches, `(rows, *latent)` float32."""

@@ -44,7 +44,7 @@ class LatentScorer:
 
         Returns:
             `(len(sets), n)` float64; higher is better, whatever the scorer's own direction. If the scorer fails on an
-            item, all of its scores are NaN; if a score is not finite, that score is.
+            item, all of its scores are NaN; if a score or a latent is not finite, that score is.
 
         Raises:
             ConfigError: after `_ENOUGH` items none has had all of its scores.
@@ -64,15 +64,19 @@ class LatentScorer:
 
     def _batch(self, prompts: Sequence[str], sets: list[Tensor]) -> np.ndarray:
         count = len(prompts)
-        pictures = self._family.decode(torch.cat(sets))
+        latents = torch.cat(sets)
+        # Latents that are not finite still decode to valid pixels.
+        broken = ~torch.isfinite(latents).flatten(1).all(1).view(len(sets), count).numpy(force=True)
+        pictures = self._family.decode(latents)
         try:
-            return self._scored(prompts, pictures)
+            return np.where(broken, np.nan, self._scored(prompts, pictures))
         except Exception as problem:  # a scorer may be the user's own function
             if _out_of_memory(problem):
                 raise
             self._tell(problem)
         # Item `row` has a picture in each set.
-        return np.concatenate([self._alone(prompts[row], pictures[row::count]) for row in range(count)], axis=1)
+        alone = [self._alone(prompts[row], pictures[row::count]) for row in range(count)]
+        return np.where(broken, np.nan, np.concatenate(alone, axis=1))
 
     def _alone(self, prompt: str, pictures: np.ndarray) -> np.ndarray:
         try:
