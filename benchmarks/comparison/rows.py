@@ -14,6 +14,7 @@ from benchmarks.ablations.rows import DEVELOPMENT_SEED, GUIDANCE, MADE, REPORT_S
 BUDGETS = {"pairs": 5120, "samples": 1280, "rows": 71_680}
 """Where a run is read: SePPO's 40 updates of 128 pairs, their samples, and the rows they pass through the network."""
 ENOUGH = 0.98  # share of a budget from which it counts as reached: updates are whole
+PROMPTS = 600  # as in the ablation, so that its rows can stand beside these
 RATE_SHARE = 0.5  # share of the rows after which learning rates are compared
 STUDIES = ("rates", "table")
 OFF_POLICY_RATES, ON_POLICY_RATES = (3e-5, 1e-4, 3e-4), (1e-5, 3e-5, 1e-4)
@@ -66,19 +67,23 @@ def _on_policy(title: str, objective: str, settings: Mapping[str, Any]) -> Row:
 
 _GROUPS = {"rl.samples_per_prompt": 8, "train.pairs_per_update": 64, "train.updates_per_iteration": 2}
 ROWS = {
+    "sft-labels": Row("SFT on the labelled winners", "sft", "labelled winners", _LABELS),
+    # With as many demonstrations as an iteration has pairs each is sampled again in every iteration, and is replayed.
     "ditto": Row(
-        "DITTO, after SFT", "ditto", "winners", {"reference.uses": 1}, OFF_POLICY_RATES, second_stage=True
+        "DITTO, after SFT", "ditto", "winners",
+        {"data.source": "shapes:256:11", "reference.uses": 1, "train.updates_per_iteration": 2}, second_stage=True,
     ),
     "diffusion-dpo": Row("Diffusion-DPO", "diffusion-dpo", "labelled pairs", _LABELS),
     "diffusion-rpo": Row("Diffusion-RPO", "diffusion-rpo", "labelled pairs", _LABELS),
     "mapo": Row("MaPO", "mapo", "labelled pairs", _LABELS | {"train.beta": 0.1}),
-    "kto": Row("Diffusion-KTO", "kto", "labels", _LABELS),
+    # Half of the others' beta, as KTO's has no factor 1/2.
+    "kto": Row("Diffusion-KTO", "kto", "labels", _LABELS | {"train.beta": 250.0}),
     "seppo-judged": Row(
         "SePPO, signs by the judge", "seppo-judged", "winners, reward", {"reference.judge": "shapes"}, by_judge=True
     ),
     "ddpo": _on_policy("DDPO", "ddpo", _GROUPS | {"rl.prompt_count": 8}),
     "grpo": _on_policy("GRPO", "grpo", _GROUPS),
-    "nft": _on_policy("DiffusionNFT", "nft", {"rl.samples_per_prompt": 8, "train.updates_per_iteration": 1}),
+    "nft": _on_policy("DiffusionNFT", "nft", _GROUPS | {"reference.uses": 8, "train.pairs_per_update": 512}),
     "d3po": _on_policy("D3PO", "d3po", {"train.updates_per_iteration": 1, "train.beta": 0.1}),
     "spo": _on_policy(
         "SPO, candidates judged as predicted",
