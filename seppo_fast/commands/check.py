@@ -16,7 +16,6 @@ from seppo_fast.capacity.work import (
     measures_halves,
     row_latents,
     rows_per_update,
-    trained_steps,
 )
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.schema import Config
@@ -167,12 +166,12 @@ def _reverse(config: Config, family: Family, numbers: int) -> Iterator[str]:
         numbers: how many numbers a latent has.
 
     Raises:
-        ConfigError: the pipeline's scheduler has no such steps.
+        ConfigError: the pipeline's scheduler has no such steps, or no step is left to train.
     """
     rl = config.rl
-    steps, _ = steps_of(config, family)
-    trained = trained_steps(config)
-    yield f"steps: {len(steps)}, {sum(step.sigma > 0 for step in steps)} of them random; {trained} trained per sample"
+    steps, trained = steps_of(config, family)
+    each = max(1, round(rl.steps * len(trained)))
+    yield f"steps: {len(steps)}, {sum(step.sigma > 0 for step in steps)} of them random; {each} trained per sample"
     yield from (f"steps: {remark}" for remark in family.remarks_on_end(config.sampler, steps))
     if config.row.loss == "policy-gradient":
         rule = f"the rule 1e-4 sqrt(16384 / N) for latents of N = {numbers} numbers"

@@ -48,7 +48,7 @@ class Denoiser:
         uncond: Conditioning,
         scale: float,
     ) -> Tensor:
-        """Returns the guided prediction `(B, *latent)` float32, to which both of its parts pass the gradient on.
+        """Returns the guided prediction `(B, *latent)` float32, which passes its gradient on to both of its parts.
 
         Args:
             model: the network.

@@ -195,6 +195,7 @@ def rewarded(objective, **rl):
         ({}, {"references", SAMPLER}),
         ({"objective": "seppo-judged", "reference": {"judge": "shapes"}}, {"references", SAMPLER, "judge"}),
         ({"objective": "seppo-initial"}, {"reference", SAMPLER}),
+        ({"objective": "ditto"}, {"reference", SAMPLER}),
         ({"objective": "kto"}, {"reference"}),
         ({"objective": "mapo", "train": {"beta": 0.1}}, set()),
         ({"objective": "sft"}, set()),

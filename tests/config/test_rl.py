@@ -1,14 +1,19 @@
 """Settings of methods that learn from rewards that contradict each other, as users type them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from seppo_fast.cli import main
 from seppo_fast.config.load import parse_config
-from seppo_fast.config.rl import _USED_BY, RlConfig
+from seppo_fast.config.rl import RlConfig
+from seppo_fast.config.rl_contradictions import _USED_BY
+from seppo_fast.distributed.fsdp import validate_fsdp_config
+from seppo_fast.train.preflight import preflight
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.rewarded import REWARDED
 from tests.helpers.tiny import tiny_pipeline
@@ -78,9 +83,22 @@ def test_contradictions_are_refused_by_check(tiny, tmp_path, capsys, monkeypatch
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(made))
     assert main(["check", str(file), "--output", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(error)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_more_processes_than_prompts_are_refused(tiny, tmp_path):
+    made = settings("grpo", model={"path": str(tiny), "train": "full"}, train={"pairs_per_update": 24})
+    made |= {"output": str(tmp_path / "run")}
+    message = r"rl.samples_per_prompt = 8 leave fewer prompts per update \(3\) than there are processes \(4\)"
+    with pytest.raises(ConfigError, match=message):
+        preflight(parse_config(made), torch.device("cpu"), 4)
+
+
+@pytest.mark.parametrize("objective", REWARDED)
+def test_sharded_policies_are_refused(monkeypatch, objective):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match=f"objective = {objective} is not supported with FSDP"):
+        validate_fsdp_config(parse_config(settings(objective, model={"train": "full"})), 2)
 
 
 _OTHER = {

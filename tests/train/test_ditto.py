@@ -204,7 +204,7 @@ def test_the_first_iteration_takes_the_mean_over_fewer_pairs(tiny, tmp_path):
     assert means["compared"] == 7 and means["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
-def test_two_stages_on_the_command_line(tiny, tmp_path):
+def test_two_stages_on_the_command_line(tiny, tmp_path, capsys):
     """Fine-tuning first; its weights are the policy and the reference that the second stage starts from."""
     first = ditto_config(tiny, tmp_path, output=str(tmp_path / "sft"), train={"updates": 1}).model_dump(mode="json")
     first["objective"] = "sft"
@@ -213,6 +213,10 @@ def test_two_stages_on_the_command_line(tiny, tmp_path):
     (tmp_path / "ditto.yaml").write_text(to_yaml(config))
     assert main(["train", str(tmp_path / "sft.yaml")]) == 0
     start = ["--model.path", str(tmp_path / "sft" / "weights")]
+    assert main(["check", str(tmp_path / "ditto.yaml"), *start]) == 0
+    assert (
+        f"disk: {3 * 10 * 4 * 8 * 8 * 4 / 2**20:.1f} MiB for the samples of all iterations" in capsys.readouterr().out
+    )
     assert main(["train", str(tmp_path / "ditto.yaml"), *start]) == 0
     log = log_of(config)
     assert [entry["compared"] for entry in log] == [7, 7, 10]
@@ -250,12 +254,12 @@ def test_a_run_that_stops_after_every_update_is_the_run_that_does_not(tiny, tmp_
 
 
 def test_a_killed_run_is_finished_by_the_same_command(forks, tiny, tmp_path):
-    """Killed while learning, while writing a state, and while sampling the second iteration."""
+    """Killed in the second of the five batches that sample the second iteration, and while writing a state."""
     config = ditto_config(tiny, tmp_path, save={"minutes": 0}, train={"updates": 4})
     for name in ("straight", "killed"):
         (tmp_path / f"{name}.yaml").write_text(to_yaml(config.model_copy(update={"output": str(tmp_path / name)})))
     assert forks.run("train", tmp_path / "straight.yaml").code == 0
-    for fault in ("micro-batch@3", "save-manifest@1", "sampling@2"):
+    for fault in ("sampling@7", "save-manifest@2"):
         killed = forks.run("train", tmp_path / "killed.yaml", fault=f"{fault}=kill")
         assert killed.code == -signal.SIGKILL, (fault, killed.err)
     ended = forks.run("train", tmp_path / "killed.yaml")
@@ -293,7 +297,7 @@ def test_two_processes_learn_as_one(tiny, tmp_path, ranks):
     """The same comparisons of the same samples: seven and ten pairs, of which the processes have 4 and 3, 5 and 5."""
     config = ditto_config(
         tiny, tmp_path, save={"minutes": 0},
-        train={"updates": 3, "updates_per_iteration": 1, "learning_rate": 1e-5, "micro_batch": 2},
+        train={"updates": 2, "updates_per_iteration": 1, "learning_rate": 1e-5, "micro_batch": 2},
     )  # fmt: skip
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     logs = []
@@ -302,15 +306,15 @@ def test_two_processes_learn_as_one(tiny, tmp_path, ranks):
         ends = ranks.run(world, "train", tmp_path / "run.yaml", "--output", output)
         assert [end.code for end in ends] == [0] * world, ends[0].out
         logs.append(log_of(config.model_copy(update={"output": output})))
-    for update, tolerance in enumerate((1e-5, 1e-2, 1e-2)):
+    for update, tolerance in enumerate((1e-5, 1e-2)):
         for name in ("compared", "replayed", "newer_over_older", "loss", "winner_error", "loser_error", "grad_norm"):
             assert logs[0][update][name] == pytest.approx(logs[1][update][name], rel=tolerance), (update, name)
-    assert logs[0][2]["newer_over_older"] == 0.1
+    assert logs[0][1]["newer_over_older"] == 0.1
     # Two processes' samples are read by one, which makes another iteration.
-    longer = config.train.model_copy(update={"updates": 4})
+    longer = config.train.model_copy(update={"updates": 3})
     run(config.model_copy(update={"output": output, "train": longer}))
     state = saved_states(Path(output))[0]
-    assert len(list(state.glob("samples-*-of-2.safetensors"))) == 6
+    assert len(list(state.glob("samples-*-of-2.safetensors"))) == 4
     assert len(list(state.glob("samples-*-of-1.safetensors"))) == 1
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from seppo_fast.capacity.batches import BatchRoom
+from seppo_fast.capacity.footprint import Footprint
 from seppo_fast.config.load import to_yaml
 from seppo_fast.config.objectives import OBJECTIVES
 from seppo_fast.loss import denoising_errors
@@ -228,11 +230,11 @@ def test_two_processes_learn_rpo_as_one(tiny, tmp_path, ranks):
 
 def test_micro_batches_of_rpo_hold_whole_blocks(tiny, tmp_path):
     """Also those that are chosen by memory: the preset allows 1 pair, and 16."""
-    sizes = []
-    for memory in ("low", "balanced"):
-        train = {"micro_batch": None, "pairs_per_update": 21}
-        sizes.append(Trainer(rpo_config(tiny, tmp_path, 7, memory=memory, train=train)).config.train.micro_batch)
-    assert sizes == [7, 14]
+    room = BatchRoom(budget=1000, moments=0, average=0, references=0, cpu=False)
+    train = {"micro_batch": None, "pairs_per_update": 21}
+    for memory, fits, size in (("low", 100, 7), ("balanced", 100, 14), ("balanced", 13, 7), ("balanced", 3, 7)):
+        config = rpo_config(tiny, tmp_path, 7, memory=memory, train=train)
+        assert room.micro_batch(config, Footprint(0, 1000 // fits)) == size
     few = ranks_refused(rpo_config(tiny, tmp_path, 3, train={"micro_batch": 6}), 3)
     assert "rpo.block = 3 leave fewer blocks per update than there are processes (3)" in few
 

@@ -80,7 +80,8 @@ class NftMethod(RewardMethod):
     """Trains on samples by two denoising errors, of an implicit positive and an implicit negative policy.
 
     `reference.uses` is the number of draws of (time, noise) per sample. The published code takes the sampler's own
-    times; here they are drawn as in the other methods.
+    times; here they are drawn as in the other methods. Samples are made with `sampler.guidance`, which is 1 in the
+    published recipes; the prediction that is trained is the conditional one.
 
     Args:
         parts: the run's parts.
