@@ -128,6 +128,8 @@ def run_piece(piece: Piece, folder: str, results: str, quick: bool = False) -> N
     if row.second_stage:
         settings["model.path"], before = first_stage(piece.seed, Path(folder), quick)
     budgets: dict[str, float] = {"rows": RATE_SHARE * BUDGETS["rows"]} if selecting else dict(BUDGETS)
+    if row.second_stage:
+        budgets.pop("pairs", None)  # the first stage has trained as many
     prompts = held_out(selecting)[:PROMPTS]
     if quick:
         source = re.sub(r":\d+", ":16", settings.get("data.source", WINNERS), count=1)

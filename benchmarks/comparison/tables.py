@@ -143,15 +143,15 @@ def _table(budget: str, every: list[dict[str, Any]]) -> str:
     """
     heads = [f"guidance {scale}: gain [95 %]" for scale in _SHOWN]
     lines = [
-        f"| method | sees | lr | seeds | updates | pairs | samples | scored | rows | {' | '.join(heads)} |",
-        f"|{'---|' * (9 + len(heads))}",
+        f"| method | sees | lr | seeds | updates | pairs | samples | scored | rows | seconds | {' | '.join(heads)} |",
+        f"|{'---|' * (10 + len(heads))}",
     ]
     entries = [entry for entry in every if entry["budget"] == budget]
     order = sorted(entries, key=lambda entry: (entry["by_judge"], -entry["gains"][_SCALES[0]]["difference"]))
     for entry in order:
         mark = "*" if entry["by_judge"] else ""
         cells = [f"{mark}{entry['title']}{mark}", entry["sees"], f"{entry['rate']:g}", str(len(entry["seeds"]))]
-        cells += [f"{entry[name]:,}" for name in ("update", *_COUNTS)]
+        cells += [f"{entry[name]:,}" for name in ("update", *_COUNTS)] + [f"{entry['training_seconds']:.0f}"]
         cells += [_gain(entry["gains"][scale], mark) if scale in entry["gains"] else "" for scale in _SHOWN]
         lines.append(f"| {' | '.join(cells)} |")
     for row in (*FROM_ABLATION, *ROWS):
@@ -161,7 +161,7 @@ def _table(budget: str, every: list[dict[str, Any]]) -> str:
             cells = [
                 f"{mark}{title}{mark}",
                 sees,
-                *[""] * 7,
+                *[""] * 8,
                 _why_absent(row, budget, every),
                 *[""] * (len(_SHOWN) - 1),
             ]
@@ -181,6 +181,8 @@ def _why_absent(row: str, budget: str, every: list[dict[str, Any]]) -> str:
     own = [entry for entry in every if entry["row"] == row]
     if not own:
         return "not measured yet"
+    if budget == "pairs" and row in ROWS and ROWS[row].second_stage:
+        return "used up by the first stage"
     return "not reached" if budget != "samples" or any(entry["samples"] for entry in own) else "generates no samples"
 
 

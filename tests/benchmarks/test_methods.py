@@ -170,16 +170,16 @@ def test_tables_compare_the_mean_over_seeds_with_the_base():
         if part.startswith("| method")
     ]
     assert len(by_budget) == len(BUDGETS) and {len(lines) for lines in by_budget} == {len(ROWS) + len(FROM_ABLATION)}
-    assert {len(cells) for lines in by_budget for cells in lines} == {12}
+    assert {len(cells) for lines in by_budget for cells in lines} == {13}
     # Those of the judge come last; then those that are missing, each with the reason.
     assert [cells[0] for cells in by_budget[2][:3]] == ["MaPO", "SePPO", "*DiffusionNFT*"]
-    assert by_budget[2][2][2:9] == ["1e-05", "2", "7", "10", "5", "6", "99"]
-    absent = [{cells[0]: cells[9] for cells in lines[2:] if not cells[2]} for lines in by_budget]
+    assert by_budget[2][2][2:10] == ["1e-05", "2", "7", "10", "5", "6", "99", "3"]
+    absent = [{cells[0]: cells[10] for cells in lines[2:] if not cells[2]} for lines in by_budget]
     assert absent[0]["MaPO"] == "not reached" and absent[1]["MaPO"] == "generates no samples"
     assert "MaPO" not in absent[2]
     assert {absent[budget]["SFT"] for budget in range(3)} == {"not measured yet"}
     results["nft1"]["stops"][0]["reached"] = results["nft2"]["stops"][0]["reached"] = ["rows"]
-    assert method_tables(tables(results, {})).count(f"| *DiffusionNFT* | reward |{'  |' * 7} not reached |") == 2
+    assert method_tables(tables(results, {})).count(f"| *DiffusionNFT* | the judge |{'  |' * 8} not reached |") == 2
     assert "nft 60; torch 2.0, commits abc" in text and method_tables({"entries": []}) == "Not measured yet."
 
 
