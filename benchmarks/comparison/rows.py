@@ -14,10 +14,11 @@ from benchmarks.ablations.rows import DEVELOPMENT_SEED, GUIDANCE, MADE, REPORT_S
 BUDGETS = {"pairs": 5120, "samples": 1280, "rows": 71_680}
 """Where a run is read: SePPO's 40 updates of 128 pairs, their samples, and the rows they pass through the network."""
 ENOUGH = 0.98  # share of a budget from which it counts as reached: updates are whole
+PROMPTS = 600  # as in the ablation, so that its rows can stand beside these
 RATE_SHARE = 0.5  # share of the rows after which learning rates are compared
 STUDIES = ("rates", "table")
 OFF_POLICY_RATES, ON_POLICY_RATES = (3e-5, 1e-4, 3e-4), (1e-5, 3e-5, 1e-4)
-FIRST_STAGE_UPDATES = 40  # of fine-tuning before DITTO; their rows count as its own
+FIRST_STAGE_UPDATES = 40  # of fine-tuning before DITTO; their rows count as its own, and use up the pairs
 MOST_UPDATES = 2000  # a run ends by the rows it has used, long before
 
 
@@ -28,10 +29,10 @@ class Row:
     Attributes:
         title: the title in the tables.
         objective: the training objective.
-        sees: what it learns from: winners, labels, or a reward.
+        sees: what it learns from: winners, labels, or the judge as reward.
         settings: settings that differ from the recipe's, `section.key` to value.
         rates: the learning rates to try.
-        by_judge: whether it learns from the judge's own verdicts; its scores are then no evidence.
+        by_judge: whether the judge scores its own samples in training; its scores are then no evidence.
         second_stage: whether it starts from fine-tuned weights.
     """
 
@@ -61,24 +62,28 @@ _REWARD = {
 
 
 def _on_policy(title: str, objective: str, settings: Mapping[str, Any]) -> Row:
-    return Row(title, objective, "reward", _REWARD | dict(settings), ON_POLICY_RATES, by_judge=True)
+    return Row(title, objective, "the judge", _REWARD | dict(settings), ON_POLICY_RATES, by_judge=True)
 
 
 _GROUPS = {"rl.samples_per_prompt": 8, "train.pairs_per_update": 64, "train.updates_per_iteration": 2}
 ROWS = {
+    "sft-labels": Row("SFT on the labelled winners", "sft", "winners that the judge chose", _LABELS),
+    # With as many demonstrations as an iteration has pairs each is sampled again in every iteration, and is replayed.
     "ditto": Row(
-        "DITTO, after SFT", "ditto", "winners", {"reference.uses": 1}, OFF_POLICY_RATES, second_stage=True
+        "DITTO, after SFT", "ditto", "winners",
+        {"data.source": "shapes:256:11", "reference.uses": 1, "train.updates_per_iteration": 2}, second_stage=True,
     ),
-    "diffusion-dpo": Row("Diffusion-DPO", "diffusion-dpo", "labelled pairs", _LABELS),
-    "diffusion-rpo": Row("Diffusion-RPO", "diffusion-rpo", "labelled pairs", _LABELS),
-    "mapo": Row("MaPO", "mapo", "labelled pairs", _LABELS | {"train.beta": 0.1}),
-    "kto": Row("Diffusion-KTO", "kto", "labels", _LABELS),
+    "diffusion-dpo": Row("Diffusion-DPO", "diffusion-dpo", "the judge's labels", _LABELS),
+    "diffusion-rpo": Row("Diffusion-RPO", "diffusion-rpo", "the judge's labels", _LABELS),
+    "mapo": Row("MaPO", "mapo", "the judge's labels", _LABELS | {"train.beta": 0.1}),
+    # Half of the others' beta, as KTO's has no factor 1/2.
+    "kto": Row("Diffusion-KTO", "kto", "the judge's labels", _LABELS | {"train.beta": 250.0}),
     "seppo-judged": Row(
-        "SePPO, signs by the judge", "seppo-judged", "winners, reward", {"reference.judge": "shapes"}, by_judge=True
+        "SePPO, signs by the judge", "seppo-judged", "winners, the judge", {"reference.judge": "shapes"}, by_judge=True
     ),
     "ddpo": _on_policy("DDPO", "ddpo", _GROUPS | {"rl.prompt_count": 8}),
-    "grpo": _on_policy("GRPO", "grpo", _GROUPS),
-    "nft": _on_policy("DiffusionNFT", "nft", {"rl.samples_per_prompt": 8, "train.updates_per_iteration": 1}),
+    "grpo": _on_policy("GRPO", "grpo", _GROUPS | {"rl.window": (1, 6)}),
+    "nft": _on_policy("DiffusionNFT", "nft", _GROUPS | {"reference.uses": 8, "train.pairs_per_update": 512}),
     "d3po": _on_policy("D3PO", "d3po", {"train.updates_per_iteration": 1, "train.beta": 0.1}),
     "spo": _on_policy(
         "SPO, candidates judged as predicted",

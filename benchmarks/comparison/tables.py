@@ -16,6 +16,8 @@ from seppo_fast.evaluation.statistics import paired_difference
 
 Results = Mapping[str, dict[str, Any]]
 _SCALES = [f"{scale:g}" for scale in GUIDANCE]
+_SHOWN = [*_SCALES, "1"]
+_COUNTS = ("pairs", "samples", "scored", "rows")
 _TITLES = {
     "pairs": f"Equal training: {BUDGETS['pairs']:,} pairs, samples or steps of the sampler in the loss",
     "samples": f"Equal samples: {BUDGETS['samples']:,} generated",
@@ -34,10 +36,16 @@ def best_rates(finished: Results) -> dict[str, float]:
     tried: dict[str, dict[float, float]] = defaultdict(dict)
     for piece in finished.values():
         if piece.get("study") == "rates":
-            scores = piece["stops"][-1]["scores"]
-            tried[piece["row"]][piece["rate"]] = float(np.mean([np.mean(scores[scale]) for scale in _SCALES]))
+            tried[piece["row"]][piece["rate"]] = float(np.mean(_means(piece)))
     complete = {row: rates for row, rates in tried.items() if row in ROWS and len(rates) == len(ROWS[row].rates)}
     return {row: max(rates, key=rates.__getitem__) for row, rates in complete.items()}
+
+
+def _means(piece: dict[str, Any]) -> list[float]:
+    """Returns the mean score at each guidance scale at a run's end; 0 if the run diverged before it was read."""
+    if not piece["stops"]:
+        return [0.0] * len(_SCALES)
+    return [float(np.mean(piece["stops"][-1]["scores"][scale])) for scale in _SCALES]
 
 
 def tables(finished: Results, ablation: Results) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def tables(finished: Results, ablation: Results) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks.methods",
         "commits": sorted({piece["commit"] for piece in finished.values()}),
+        "torch": sorted({piece["torch"] for piece in finished.values() if "torch" in piece}),
         "base": {scale: float(np.mean(scores)) for scale, scores in base["scores"].items()},
         "prompts": len(base["scores"][_SCALES[0]]),
         "rates": _rates(finished),
@@ -78,22 +87,23 @@ def _ablation(finished: Results) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 for stop in piece["stops"]:
                     if stop["update"] == update:
                         told = {"seed": piece["seed"], "rate": piece["rate"], "rows": stop["row_forwards"]}
+                        told |= {"decoded": 0, "scored": 0}  # none of these methods decodes anything
                         yield piece["row"], budget, stop | told
 
 
 def _entry(base: dict[str, Any], budget: str, row: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns one row of a table: the mean over its training seeds against the base, prompt by prompt."""
     found = sorted(found, key=lambda stop: stop["seed"])
-    method = ROWS.get(row)
+    title, sees, by_judge = _told(row)
     entry: dict[str, Any] = {
         "budget": budget,
         "row": row,
-        "title": FROM_ABLATION[row] if method is None else method.title,
-        "sees": "winners" if method is None else method.sees,
-        "by_judge": method is not None and method.by_judge,
+        "title": title,
+        "sees": sees,
+        "by_judge": by_judge,
         "rate": found[0]["rate"],
         "seeds": [stop["seed"] for stop in found],
-        **{name: round(float(np.mean([stop[name] for stop in found]))) for name in ("update", *BUDGETS)},
+        **{name: round(float(np.mean([stop[name] for stop in found]))) for name in ("update", "decoded", *_COUNTS)},
         "training_seconds": float(np.mean([stop["seconds"] for stop in found])),
         "gains": {},
     }
@@ -108,9 +118,7 @@ def _entry(base: dict[str, Any], budget: str, row: str, found: list[dict[str, An
 def _rates(finished: Results) -> list[dict[str, Any]]:
     tried = [piece for piece in finished.values() if piece.get("study") == "rates"]
     return [
-        {"row": piece["row"], "rate": piece["rate"]}
-        | {scale: float(np.mean(piece["stops"][-1]["scores"][scale])) for scale in _SCALES}
-        for piece in tried
+        {"row": piece["row"], "rate": piece["rate"]} | dict(zip(_SCALES, _means(piece), strict=True)) for piece in tried
     ]
 
 
@@ -120,29 +128,62 @@ def _seconds(pieces: list[dict[str, Any]], row: str) -> float:
 
 def method_tables(result: dict[str, Any]) -> str:
     """Returns the tables as Markdown, one per budget."""
+    if not result["entries"]:
+        return "Not measured yet."
     parts = []
     for budget, title in _TITLES.items():
-        entries = [entry for entry in result["entries"] if entry["budget"] == budget]
-        if entries:
-            parts += [f"{title}:", _table(entries)]
-    return "\n\n".join([*parts, _origin(result)]) if parts else "Not measured yet."
+        parts += [f"{title}:", _table(budget, result["entries"])]
+    return "\n\n".join([*parts, _origin(result)])
 
 
-def _table(entries: list[dict[str, Any]]) -> str:
-    """Returns one table, sorted by the gain at the first guidance scale; rows trained on the judge come last."""
-    heads = [f"guidance {scale}: gain [95 %]" for scale in [*_SCALES, "1"]]
+def _table(budget: str, every: list[dict[str, Any]]) -> str:
+    """Returns the table of a budget: measured rows, those trained on the judge last, then the others with the reason.
+
+    The measured ones are sorted by the gain at the first guidance scale.
+    """
+    heads = [f"guidance {scale}: gain [95 %]" for scale in _SHOWN]
     lines = [
-        f"| method | sees | lr | seeds | updates | samples | rows | {' | '.join(heads)} |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| method | sees | lr | seeds | updates | pairs | samples | scored | rows | seconds | {' | '.join(heads)} |",
+        f"|{'---|' * (10 + len(heads))}",
     ]
+    entries = [entry for entry in every if entry["budget"] == budget]
     order = sorted(entries, key=lambda entry: (entry["by_judge"], -entry["gains"][_SCALES[0]]["difference"]))
     for entry in order:
         mark = "*" if entry["by_judge"] else ""
         cells = [f"{mark}{entry['title']}{mark}", entry["sees"], f"{entry['rate']:g}", str(len(entry["seeds"]))]
-        cells += [f"{entry[name]:,}" for name in ("update", "samples", "rows")]
-        cells += [_gain(entry["gains"][scale], mark) if scale in entry["gains"] else "" for scale in [*_SCALES, "1"]]
+        cells += [f"{entry[name]:,}" for name in ("update", *_COUNTS)] + [f"{entry['training_seconds']:.0f}"]
+        cells += [_gain(entry["gains"][scale], mark) if scale in entry["gains"] else "" for scale in _SHOWN]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in (*FROM_ABLATION, *ROWS):
+        if all(entry["row"] != row for entry in entries):
+            title, sees, by_judge = _told(row)
+            mark = "*" if by_judge else ""
+            cells = [
+                f"{mark}{title}{mark}",
+                sees,
+                *[""] * 8,
+                _why_absent(row, budget, every),
+                *[""] * (len(_SHOWN) - 1),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _told(row: str) -> tuple[str, str, bool]:
+    """Returns a row's title, what it sees, and whether it learns from the judge."""
+    if row in FROM_ABLATION:
+        return FROM_ABLATION[row], "winners", False
+    return ROWS[row].title, ROWS[row].sees, ROWS[row].by_judge
+
+
+def _why_absent(row: str, budget: str, every: list[dict[str, Any]]) -> str:
+    """Returns why a row has no entry for a budget."""
+    own = [entry for entry in every if entry["row"] == row]
+    if not own:
+        return "not measured yet"
+    if budget == "pairs" and row in ROWS and ROWS[row].second_stage:
+        return "used up by the first stage"
+    return "not reached" if budget != "samples" or any(entry["samples"] for entry in own) else "generates no samples"
 
 
 def _gain(gain: dict[str, Any], mark: str) -> str:
@@ -156,5 +197,6 @@ def _origin(result: dict[str, Any]) -> str:
     took = ", ".join(f"{row} {seconds:.0f}" for row, seconds in result["seconds"].items())
     return (
         f"`{result['command']}`: {result['prompts']} held-out prompts, the same for each training seed. Base {base}. "
-        f"Seconds per run on one core, judging included: {took}; commits {', '.join(result['commits'])}."
+        f"Seconds per run on one core, judging included: {took}; torch {', '.join(result['torch'])}, "
+        f"commits {', '.join(result['commits'])}."
     )
