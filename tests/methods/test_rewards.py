@@ -116,7 +116,7 @@ def test_samples_without_a_reward_are_left_out_and_counted(tiny, tmp_path, objec
         assert len(batch) == batch.total == sum(known[update]) * rows
     stats = trainer.method.averages({"loss": 0.0}, 1)
     assert stats["unscored"] == pytest.approx(1 - share) and stats["kept"] == pytest.approx(share)
-    assert all(map(math.isfinite, stats.values()))
+    assert all(map(math.isfinite, stats.values())) and stats.get("zero_spread", 0) == 0  # of the groups with rewards
 
 
 def test_a_reward_without_a_single_score_ends_the_run(tiny, tmp_path):
