@@ -132,8 +132,8 @@ def latents_per_sample(config: Config) -> int:
 def row_latents(config: Config) -> float:
     """Returns how many more latents the rows of an iteration take, over all processes: predictions.
 
-    Rows only refer to samples. Those of DiffusionNFT have the prediction of the policy that sampled, except in the first
-    update. `rl.kl` adds the initial policy's prediction.
+    Rows only refer to samples. Those of DiffusionNFT have the prediction of the policy that sampled, except in an
+    iteration's first update. `rl.kl` adds the initial policy's prediction.
     """
     length = config.train.updates_per_iteration
     rows = rows_per_update(config) * length
