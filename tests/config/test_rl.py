@@ -60,7 +60,7 @@ REFUSED = {
     "a window beyond the end": ("grpo", {"rl": {"window": [3, 21]}}, r"rl.window = \[3, 21\].*sampler.steps = 20"),
     "a window backwards": ("grpo", {"rl": {"window": [3, 2]}}, r"rl.window = \[3, 2\]"),
     "nothing to compare": ("spo", {"rl": {"plain_steps": 20}}, "leaves none of sampler.steps = 20 to compare at"),
-    "another objective's beta": ("d3po", {"train": {"beta": 2000.0}}, "published as 0.1; set train.beta, at most 1000"),
+    "another objective's beta": ("d3po", {"train": {"beta": 2000.0}}, "published as 0.1; set train.beta, at most 100"),
     "SPO with that beta": ("spo", {"train": {"beta": 2000.0}}, "published as 10; set train.beta"),
     "no noise": ("ddpo", {"rl": {"eta": 0.0}}, "rl.eta = 0.0: Input should be greater than 0"),
     "no step": ("grpo", {"rl": {"steps": 0.0}}, "rl.steps = 0.0: Input should be greater than 0"),

@@ -28,6 +28,9 @@ def test_each_line_is_an_example_with_a_grey_picture(tmp_path):
     other = tmp_path / "elsewhere" / "prompts.txt"
     other.write_bytes(file.read_bytes())
     assert open_source(str(other)).digest() == before
+    renamed = tmp_path / "others.txt"
+    renamed.write_bytes(b"\n" + file.read_bytes())
+    assert open_source(str(renamed)).digest() == before
     other.write_text("a blue fox\n")
     assert open_source(str(other)).digest() != before
 

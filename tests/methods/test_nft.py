@@ -18,9 +18,14 @@ def velocity(tmp_path_factory):
     return tiny_pipeline(tmp_path_factory.mktemp("velocity") / "pipeline", prediction_type="v_prediction")
 
 
+def whole(stages):
+    """Returns all rows of update 3."""
+    return next(stages.batch.micro_batches(12))
+
+
 def samples_of(stages):
     """Returns the 6 samples that update 3 learns from, each of which is in two rows."""
-    winners = stages.batch.rows.pairs.winners
+    winners = whole(stages).pairs.winners
     assert winners.shape == (12, 4, 8, 8) and torch.equal(winners[::2], winners[1::2])
     return winners[::2]
 
@@ -49,7 +54,7 @@ def test_samples_are_those_of_the_newest_policy(tiny, tmp_path):
 
 def test_rows_of_a_sample_have_noise_of_their_own(tiny, tmp_path):
     stages = staged(rewarded_config(tiny, tmp_path, "nft", **SECTIONS))
-    pairs = stages.batch.rows.pairs
+    pairs = whole(stages).pairs
     assert len({tuple(row.flatten()[:4].tolist()) for row in pairs.noise}) == 12
     assert len(set(pairs.times.tolist())) > 8 and pairs.times.min() >= 0 and pairs.times.max() < 1000
     assert pairs.sample_ids == tuple(i for i in stages.trainer.method._maker.sample_ids(3) for _ in range(6))
@@ -60,7 +65,7 @@ def test_rows_of_a_sample_have_noise_of_their_own(tiny, tmp_path):
 
 def textbook(stages, optimality, mix, kl):
     """Returns the mean loss of an update in float64: DiffusionNFT with implicit policies, as published, and its KL."""
-    trainer, pairs = stages.trainer, stages.batch.rows.pairs
+    trainer, pairs = stages.trainer, whole(stages).pairs
     kept = DDIMScheduler.from_config(trainer.family.scheduler_config).alphas_cumprod.double()[pairs.times]
     signal, spread = (part.sqrt().view(-1, 1, 1, 1) for part in (kept, 1 - kept))
     clean, noise = pairs.winners.double(), pairs.noise.double()
@@ -94,7 +99,7 @@ def test_the_gradient(tiny, velocity, tmp_path, kind, mix, kl):
     rewards = rewards_of(stages.trainer, samples_of(stages)).reshape(2, 3)
     advantage = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
     optimality = torch.from_numpy(np.repeat(advantage.ravel() / 10 + 0.5, 2))
-    torch.testing.assert_close(stages.batch.rows.optimality.double(), optimality, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole(stages).optimality.double(), optimality, rtol=1e-4, atol=1e-6)
 
     sums = stages.trainer.learner._accumulate(stages.batch)
     found = gradients(stages.trainer.policy)

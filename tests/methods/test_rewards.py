@@ -1,6 +1,7 @@
 """What methods that learn from rewards have in common: equal weights, groups, missing and equal rewards, memory."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from seppo_fast.methods.rewards.method import compared_in_groups
 from seppo_fast.references.layout import PackedLayout
 from seppo_fast.runs.signals import Interrupted
+from seppo_fast.train import train as run
 from seppo_fast.train.trainer import Trainer
 from seppo_fast.utils.errors import ConfigError
 from tests.helpers.rewarded import REWARDED, nudge, rewarded_config, rewards_of
@@ -117,6 +120,43 @@ def test_samples_without_a_reward_are_left_out_and_counted(tiny, tmp_path, objec
     stats = trainer.method.averages({"loss": 0.0}, 1)
     assert stats["unscored"] == pytest.approx(1 - share) and stats["kept"] == pytest.approx(share)
     assert all(map(math.isfinite, stats.values())) and stats.get("zero_spread", 0) == 0  # of the groups with rewards
+
+
+def test_groups_are_kept_or_left_out_whole():
+    """A sample whose reward is exactly its group's mean has an advantage of 0, and is kept with its group."""
+    rewards = {(0, 0): [0.0, 0.5, 1.0], (0, 1): [0.1, 0.1, 0.1], (1, 0): [0.0, np.nan, 1.0]}
+    found = compared_in_groups({place: np.array(values) for place, values in rewards.items()}, "group")
+    assert found[0, 0][1] == 0 and found[0, 0][2] == -found[0, 0][0] > 1.2
+    assert np.isnan(found[0, 1]).all() and np.isnan(found[1, 0]).all() and list(found) == list(rewards)
+
+
+def test_latents_that_are_not_finite_have_no_score(tiny, tmp_path):
+    trainer = started(tiny, tmp_path, "nft")
+    latents = torch.zeros(3, 4, 8, 8)
+    latents[1, 0, 0, 0] = torch.nan
+    (scores,) = trainer.method._score(["a", "b", "c"], latents)
+    assert np.isnan(scores).tolist() == [False, True, False]
+
+
+def test_an_iterations_samples_are_freed_before_the_next_one(tiny, tmp_path):
+    config = rewarded_config(tiny, tmp_path, "grpo", train={"updates": 4})
+    seen = []
+
+    def watch(trainer, updates):
+        if updates:
+            return
+        collect = trainer.method.collect
+
+        def collected_with_nothing_kept(update, reference):
+            assert update % 2 or all(batch() is None for batch in seen)
+            batch = collect(update, reference)
+            seen.append(weakref.ref(batch))
+            return batch
+
+        trainer.method.collect = collected_with_nothing_kept
+
+    run(config, watch)
+    assert len(seen) == 4
 
 
 def test_a_reward_without_a_single_score_ends_the_run(tiny, tmp_path):
