@@ -16,7 +16,7 @@ UPDATES = 40
 FIRST_STAGE_SEED = 1000  # added to a run's seed, so that the two stages draw different examples, times and noise
 EQUAL_COMPUTE = 187  # updates of SFT that run as many rows through the network as 40 of SePPO; `row_forwards` shows it
 RATES = (3e-5, 1e-4)
-DEVELOPMENT_SEED, REPORT_SEEDS = 100, (1, 2, 3)
+DEVELOPMENT_SEED, REPORT_SEEDS, REGIME_SEEDS = 100, (1, 2, 3), (1, 2)
 GUIDANCE = (3.0, 1.5)
 SEPPO, SFT = "seppo", "sft"
 FIRST_STAGE_UPDATES = 120  # SFT updates before the regime that starts from SFT
@@ -142,7 +142,7 @@ def pieces(study: str, rates: Mapping[str, float]) -> Iterator[Piece]:
         for seed in REPORT_SEEDS:
             yield from (Piece(study, row, rates[row], seed) for row in ROWS)
     else:
-        for seed in REPORT_SEEDS:
+        for seed in REGIME_SEEDS:
             for regime in REGIMES:
                 more = tuple(MADE_ROWS) if regime == "model-made" else ()
                 for row in REGIME_ROWS + more:
