@@ -66,14 +66,15 @@ def guided(
     Args:
         denoise: runs the model, once for all rows.
         latents: `(B, *latent)`.
-        times: `(B,)`.
+        times: `(B,)`, or a scalar, which all rows share and which costs no operation.
         conditioning: the rows that `with_uncond` returned.
         guide: combines the conditional and the unconditional prediction.
         scale: the guidance scale.
     """
     if scale <= 1:
-        return denoise(latents, times, conditioning).float()
-    prediction = denoise(torch.cat([latents, latents]), torch.cat([times, times]), conditioning).float()
+        return denoise(latents, times.expand(len(latents)), conditioning).float()
+    both = times.expand(2 * len(latents)) if times.dim() == 0 else torch.cat([times, times])
+    prediction = denoise(torch.cat([latents, latents]), both, conditioning).float()
     unconditional, conditional = prediction.chunk(2)
     return guide(conditional, unconditional, scale)
 
@@ -167,6 +168,6 @@ class Sampler:
         latents = solver.start(noise)
         for step, time in enumerate(solver.times):
             rows = solver.model_input(latents, time)
-            prediction = guided(denoise, rows, on_device[step].expand(len(rows)), both, self.guide, scale)
+            prediction = guided(denoise, rows, on_device[step], both, self.guide, scale)
             latents = solver.step(prediction, time, latents)
         return latents

@@ -51,7 +51,7 @@ REFUSED = {
     "an incomplete group with uses": ("nft", {"reference": {"uses": 3}, "train": {"pairs_per_update": 32}}, "divide"),
     "uses times samples": ("nft", {"reference": {"uses": 2}, "train": {"pairs_per_update": 8}}, "a multiple of 16"),
     "a statistic that is never used": ("ddpo", {"rl": {"prompt_count": 17}}, "never reached with rl.prompt_buffer"),
-    "errors beside the policy": ("nft", {"reference": {"errors": "apart"}}, "remove reference.errors, reference.redraw"),
+    "errors beside the policy": ("nft", {"reference": {"errors": "apart"}}, "remove reference.errors, "),
     "a redraw per update": ("ddpo", {"reference": {"redraw": "update"}}, "samples once per iteration"),
     "half an iteration": ("spo", {"train": {"updates": 40}}, "= 40 must be a multiple of train.updates_per_iteration"),
     "prompt dropout": ("d3po", {"data": {"prompt_dropout": 0.2}}, "set data.prompt_dropout = 0, got 0.2"),

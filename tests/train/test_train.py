@@ -74,12 +74,17 @@ def test_every_objective_on_winners_trains(tiny, tmp_path, objective):
     keys = {"train": {"updates": 6}, "reference": {"window": 1}}
     if OBJECTIVES[objective].flipper == "scorer":  # with 2000 the loss of learned pairs falls to exactly 0 here
         keys = {"train": {"updates": 6, "beta": 20.0}, "reference": {"window": 1, "judge": "brightness"}}
+    if OBJECTIVES[objective].replay:  # which always samples a whole iteration at once
+        keys["reference"] = {}
     config = tiny_config(tiny, tmp_path, objective=objective, **keys)
     train(config, observe)
     log = log_of(config)
     assert [entry["update"] for entry in log] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in log)
     draw = OBJECTIVES[objective].draw
+    if OBJECTIVES[objective].replay:  # the newest samples once per iteration, and the initial policy is the reference
+        assert drawn == [0, 0, 0, 1, 0, 0, 2, 0, 0]
+        return
     assert len(drawn) == (0 if draw is None else 6)
     if draw == "initial":
         assert drawn == [0] * 6
