@@ -41,7 +41,7 @@ def ditto_config(tiny, tmp_path, **sections):
 class Maker:
     """Gives the ids of three updates per pass over 90 examples, 30 each, in order."""
 
-    def sample_ids(self, update):
+    def all_sample_ids(self, update):
         return list(range(30 * update, 30 * update + 30))
 
     def examples(self, ids):
@@ -61,7 +61,7 @@ def test_an_update_has_dittos_shares_and_the_first_iteration_only_new_samples():
             {(False, False): 21} if update < 3 else {(False, False): 21, (True, False): 6, (True, True): 3}
         )
         ids = [one.sample_id for one in made]
-        assert ids == sorted(set(ids)) and set(ids) <= set(Maker().sample_ids(update))
+        assert ids == sorted(set(ids)) and set(ids) <= set(Maker().all_sample_ids(update))
         for one in made:
             own = Key(update, one.sample_id - 30 * update)
             winner = own if one.winner is None else one.winner
@@ -155,7 +155,7 @@ def test_an_update_by_autograd(tiny, tmp_path, errors):
             assert len(pairs) == 7
     made = trainer.method._comparisons.of(2)
     assert [one.sample_id for one in made] == list(pairs.sample_ids) and len(made) == 10
-    ids = trainer.method._everyones.sample_ids(2)
+    ids = trainer.method.rollout.maker.all_sample_ids(2)
     for row, one in enumerate(made):
         sample = rolled_out[one.loser.update][one.loser.place]
         expert = trainer.cache.winners([one.sample_id % 10])[0].float()
@@ -163,7 +163,7 @@ def test_an_update_by_autograd(tiny, tmp_path, errors):
         assert torch.equal(pairs.losers[row], sample) and torch.equal(pairs.winners[row], won)
         if one.replayed:
             update, place = one.loser
-            assert trainer.method._everyones.sample_ids(update)[place] % 10 == one.sample_id % 10 and update < 2
+            assert trainer.method.rollout.maker.all_sample_ids(update)[place] % 10 == one.sample_id % 10 and update < 2
         else:
             assert ids[one.loser.place] == one.sample_id and one.loser.update == 2
 

@@ -65,7 +65,7 @@ class Comparisons:
     def of(self, update: int) -> list[Comparison]:
         """Returns an update's comparisons, in the order of its sample ids."""
         self._learn(update // self._length)
-        ids = self._maker.sample_ids(update)
+        ids = self._maker.all_sample_ids(update)
         fresh, replayed, newer = shares(len(ids))
         order = keyed_rng(self._seed, "comparisons", update).permutation(len(ids)).tolist()
         earlier = [self._earlier.get(example, []) for example in self._maker.examples(ids)]
@@ -93,6 +93,6 @@ class Comparisons:
         if iteration < self._known:
             self._earlier, self._known = {}, 0
         for update in range(self._known * self._length, iteration * self._length):
-            for place, example in enumerate(self._maker.examples(self._maker.sample_ids(update))):
+            for place, example in enumerate(self._maker.examples(self._maker.all_sample_ids(update))):
                 self._earlier.setdefault(example, []).append(Key(update, place))
         self._known = iteration

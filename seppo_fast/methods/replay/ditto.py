@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from seppo_fast.methods.method import StepLoss
-from seppo_fast.methods.pairs import PairMaker, Pairs
+from seppo_fast.methods.pairs import Pairs
 from seppo_fast.methods.parts import MethodParts
 from seppo_fast.methods.preference import PreferenceMethod, averages
 from seppo_fast.methods.replay.buffer import Key, SampleBuffer
@@ -38,12 +38,11 @@ class DittoMethod(PreferenceMethod):
         assert parts.draws.pool is not None
         self._pool = parts.draws.pool
         self._processes = parts.processes
-        self._maker = parts.pair_maker()
-        self._everyones = PairMaker(parts.config, parts.cache, parts.family.schedule)
+        self._maker = self.rollout.maker
         folder = Path(parts.config.output) / "state" / ".buffer"  # hidden, since it is not a state
         shape = parts.cache.latent_shape
         self._buffer = SampleBuffer(folder, parts.config.train.pairs_per_update, shape, parts.processes)
-        self._comparisons = Comparisons(parts.config, self._everyones)
+        self._comparisons = Comparisons(parts.config, self._maker)
         self._current: dict[int, Comparison] = {}
         self._compared = 0
         self._window_share = 0.0
@@ -72,7 +71,7 @@ class DittoMethod(PreferenceMethod):
         started = time.perf_counter()
         length = self._config.train.updates_per_iteration
         window = range(update, min(update - update % length + length, self._config.train.updates))
-        ids = {update: self._everyones.sample_ids(update) for update in window}
+        ids = {update: self._maker.all_sample_ids(update) for update in window}
         keys = [(key.update, ids[key.update][key.place]) for key in self._buffer.share(window)]
         with self.rollout.offload_context(), self.strategy.load_reference(self._pool, reference) as model:
             samples = self.rollout.generate(model, keys)
